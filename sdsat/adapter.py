@@ -1,0 +1,178 @@
+"""The SDSAT adapter: a SAT embedding and low-rank updates (LoRA, arXiv 2106.09685) that act on SAT rows only.
+
+For a linear layer y = W x the adapter adds B A x on the rows named by `on_rows`, and nothing anywhere else: standard
+tokens never enter its arithmetic, so their logits are bit-identical to the base's (gated LoRA: arXiv 2507.11851).
+
+    attach(model)                  the hooks go in; nothing changes until rows are named
+    with adapter.on_rows(1, 6):    rows 1..5 of the pass are SATs
+        model(inputs_embeds=...)
+
+Files: `adapter_config.json` (base, a sample of its weights, SAT settings, rank, training facts), `adapter_model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .config import InputError, SatConfig, require
+
+FORMAT = "sdsat-adapter"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is and where it belongs.
+
+    base_model: hub id, directory or embedded name of the base. base_sample: a few weights of it, {tensor: numbers}.
+    targets: names of the linear layers that get an update. training: free-form facts on how it was made.
+    """
+
+    base_model: str
+    sat: SatConfig
+    rank: int = 32
+    scale: float = 1.0
+    targets: tuple[str, ...] = TARGETS
+    base_sample: dict[str, list[float]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def sample_weights(model: nn.Module) -> dict[str, list[float]]:
+    """Eight numbers from each of a dozen weights spread over the model: names a base in any dtype it is loaded in."""
+    parameters = sorted((name, p) for name, p in model.named_parameters() if p.dim() >= 1 and p.numel() >= 8)
+    chosen = parameters[:: max(1, len(parameters) // 12)]
+    return {name: [round(value, 6) for value in p.detach().flatten()[:8].float().tolist()] for name, p in chosen}
+
+
+class SatAdapter(nn.Module):
+    """SAT embedding [D] and one (A [r, in], B [out, r]) pair for each targeted linear layer of `model`."""
+
+    def __init__(self, model: nn.Module, config: AdapterConfig):
+        super().__init__()
+        self.config = config
+        self._rows: slice | None = None
+        self._handles: list[Any] = []
+        embedding = model.get_input_embeddings().weight
+        dtype, device = embedding.dtype, embedding.device
+        self.sat_embedding = nn.Parameter(embedding.detach().float().mean(0).to(dtype))
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        for name, layer in self._targeted(model):
+            key = name.replace(".", "/")
+            down = torch.randn(config.rank, layer.in_features, device=device) / layer.in_features**0.5
+            self.down[key] = nn.Parameter(down.to(dtype))
+            self.up[key] = nn.Parameter(torch.zeros(layer.out_features, config.rank, dtype=dtype, device=device))
+        require(len(self.down) > 0, f"targets={config.targets}: the model has no linear layer of these names")
+
+    def _targeted(self, model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear) and name.rsplit(".", 1)[-1] in self.config.targets:
+                yield name, layer
+
+    def attach(self, model: nn.Module) -> SatAdapter:
+        """Hook the low-rank updates into `model`'s linear layers. Undone by `detach`."""
+        require(not self._handles, "adapter: already attached; detach it first")
+        for name, layer in self._targeted(model):
+            key = name.replace(".", "/")
+            self._handles.append(layer.register_forward_hook(self._hook(self.down[key], self.up[key])))
+        return self
+
+    def detach(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _hook(self, down: Tensor, up: Tensor) -> Any:
+        scale = self.config.scale
+
+        def add_update(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+            if self._rows is None:
+                return None
+            x = inputs[0][:, self._rows]
+            update = (x @ down.to(x).T) @ up.to(x).T
+            if update.shape[1] == output.shape[1]:  # every row is a SAT, as in training: keep autograd simple
+                return output + scale * update
+            output[:, self._rows] += scale * update
+            return output
+
+        return add_update
+
+    @contextmanager
+    def on_rows(self, start: int, end: int) -> Iterator[None]:
+        """Within this block, rows start..end-1 of every forward pass are SATs."""
+        self._rows = slice(start, end) if end > start else None
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    def save(self, directory: str | Path) -> None:
+        """Write both files; each appears whole or not at all."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {"format": FORMAT, "format_version": 1, "base_model": self.config.base_model}
+        config |= {"sat_token_id": self.config.sat.token_id, "k": self.config.sat.k}
+        config |= {"rank": self.config.rank, "scale": self.config.scale, "targets": list(self.config.targets)}
+        config |= {"base_sample": self.config.base_sample, "training": self.config.training}
+        weights = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in self.named_parameters()}
+        save_file(weights, directory / (WEIGHTS_FILE + ".part"), metadata={"format": "pt"})
+        (directory / (CONFIG_FILE + ".part")).write_text(json.dumps(config, indent=1) + "\n")
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            (directory / (name + ".part")).replace(directory / name)
+
+
+def read_config(directory: str | Path) -> AdapterConfig:
+    """The checked `adapter_config.json` of an adapter directory."""
+    path = Path(directory) / CONFIG_FILE
+    try:
+        raw = json.loads(path.read_text())
+        require(raw.get("format") == FORMAT, f"adapter {directory}: {CONFIG_FILE} is not of format {FORMAT!r}")
+        sat = SatConfig(raw["sat_token_id"], raw["k"])
+        targets, sample = tuple(raw["targets"]), raw["base_sample"]
+        return AdapterConfig(raw["base_model"], sat, raw["rank"], raw["scale"], targets, sample, raw["training"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"adapter {directory}: {CONFIG_FILE} cannot be read ({error!r})") from None
+
+
+def _check_base(model: nn.Module, config: AdapterConfig, directory: str | Path) -> None:
+    parameters = dict(model.named_parameters())
+    for name, numbers in config.base_sample.items():
+        found = parameters[name].detach().flatten()[:8].float().cpu() if name in parameters else None
+        if found is None or not torch.allclose(found, torch.tensor(numbers), rtol=0.02, atol=1e-4):
+            raise InputError(
+                f"adapter {directory}: made for base {config.base_model}, but this model's {name} differs; load that base"
+            )
+
+
+def load(model: nn.Module, directory: str | Path) -> SatAdapter:
+    """Read an adapter for `model`, in the model's dtype and device, not yet attached.
+
+    Raises InputError for a base other than the adapter's, for tensors of the wrong name or shape, and for a damaged file.
+    """
+    config = read_config(directory)
+    _check_base(model, config, directory)
+    try:
+        weights = load_file(Path(directory) / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"adapter {directory}: {WEIGHTS_FILE} is missing or damaged ({error})") from None
+    adapter = SatAdapter(model, config)
+    expected = dict(adapter.named_parameters())
+    for name in sorted(expected.keys() ^ weights.keys()):
+        raise InputError(f"adapter {directory}: tensor {name} is {'missing' if name in expected else 'not expected'}")
+    for name, parameter in expected.items():
+        shape = tuple(weights[name].shape)
+        require(
+            shape == tuple(parameter.shape),
+            f"adapter {directory}: {name} has shape {shape}, this base needs {tuple(parameter.shape)}",
+        )
+        parameter.data.copy_(weights[name])
+    return adapter.requires_grad_(False)

@@ -1,0 +1,117 @@
+"""The key/value cache: a fixed number of slots, written in place. The only file that touches transformers' cache classes.
+
+A pass writes its S rows into slots [length, length + S). Nothing is kept until `commit`, so rolling back is doing nothing.
+The length of the tensors never changes (exactness: attention over a longer or shorter cache rounds differently).
+
+    slots   0 1 2 3 4 | 5 6 7 8 . .      length 5, a pass of 4 rows in flight
+    commit((0, 1))    -> length 7        rows 0 and 1 stay where they are
+    commit((0, 2))    -> length 7        row 2's slot is copied over row 1's
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, [B, heads, T, D] each, allocated when the first rows arrive."""
+
+    def __init__(self, owner: SlotCache):
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, _ = key_states.shape
+        self.keys = key_states.new_zeros(batch, heads, self.owner.num_slots, key_states.shape[-1])
+        self.values = value_states.new_zeros(batch, heads, self.owner.num_slots, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.owner.row_slots is not None:  # a batch: every sequence writes at its own place
+            batch, slots = torch.arange(key_states.shape[0], device=key_states.device)[:, None], self.owner.row_slots
+            self.keys[batch, :, slots] = key_states.transpose(1, 2)
+            self.values[batch, :, slots] = value_states.transpose(1, 2)
+        else:
+            start, end = self.owner.length, self.owner.length + key_states.shape[2]
+            self.keys[:, :, start:end] = key_states
+            self.values[:, :, start:end] = value_states
+        return self.keys[:, :, : self.owner.visible], self.values[:, :, : self.owner.visible]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.visible, 0
+
+    def get_seq_length(self) -> int:
+        return self.owner.length
+
+    def get_max_length(self) -> int:
+        return self.owner.num_slots
+
+
+class SlotCache(Cache):
+    """`num_slots` slots for `num_layers` layers; `length` committed tokens. Pass it as `past_key_values`.
+
+    row_slots: [B, S] slots that the next pass writes, for a batch whose sequences differ in length; None means
+    `length` onward for all. visible: how many slots attention reads; all of them unless speed matters more than
+    bit-equality (self-distillation).
+    """
+
+    def __init__(self, num_layers: int, num_slots: int):
+        self.num_slots = self.visible = num_slots
+        self.length = 0
+        self.row_slots: Tensor | None = None
+        super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
+
+    def commit(self, rows: tuple[int, ...]) -> None:
+        """Keep these rows of the last pass, in this order, as the next committed tokens; forget its other rows."""
+        if rows != tuple(range(len(rows))):
+            source = torch.tensor([self.length + row for row in rows])
+            for layer in self.layers:
+                source = source.to(layer.keys.device)
+                layer.keys[:, :, self.length : self.length + len(rows)] = layer.keys[:, :, source]
+                layer.values[:, :, self.length : self.length + len(rows)] = layer.values[:, :, source]
+        self.length += len(rows)
+
+
+    def copy_sequence(self, source: SlotCache, index: int, batch: int) -> None:
+        """Put the first sequence of `source` in place `index` of this cache, a batch of `batch` sequences."""
+        for layer, other in zip(self.layers, source.layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(other.keys.expand(batch, -1, -1, -1), other.values.expand(batch, -1, -1, -1))
+            layer.keys[index, :, : source.length] = other.keys[0, :, : source.length]
+            layer.values[index, :, : source.length] = other.values[0, :, : source.length]
+
+
+class SharedPrefix(Cache):
+    """Training's view of a filled SlotCache: every pass sees the committed slots and its own rows, and stores nothing.
+
+    Keys and values of the pass keep their gradient; those of the prefix have none.
+    """
+
+    def __init__(self, filled: SlotCache):
+        self.filled = filled
+        super().__init__(layers=filled.layers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        layer, length = self.layers[layer_idx], self.filled.length
+        keys = torch.cat([layer.keys[:, :, :length], key_states], dim=2)
+        return keys, torch.cat([layer.values[:, :, :length], value_states], dim=2)
+
+
+def pass_mask(cache: SlotCache, within: Tensor) -> Tensor:
+    """[1, 1, S, T] bool mask of a pass: every row sees all committed slots, and the pass's own rows as `within` says.
+
+    within: [S, S] bool, true where row i may attend to row j of the same pass. True means attend.
+
+        length 3, within  1      mask  1 1 1 1 0 0 0 0
+                          1 1          1 1 1 1 1 0 0 0
+                          1 0 1        1 1 1 1 0 1 0 0
+    """
+    rows = within.shape[0]
+    mask = torch.zeros(1, 1, rows, cache.num_slots, dtype=torch.bool, device=within.device)
+    mask[..., : cache.length] = True
+    mask[..., cache.length : cache.length + rows] = within
+    return mask

@@ -1,0 +1,156 @@
+"""Loading: a model argument is a hub id, a local directory, an adapter directory, or the name of the embedded default."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import adapter as adapters
+from . import attention, embedded
+from .config import InputError, SatConfig, require
+
+# The two published checkpoints (arXiv 2403.18647) say nothing of their SAT in config.json.
+PUBLISHED = {
+    "CodeLlama-SDSAT_L5_7B": SatConfig(token_id=32011, k=5),
+    "CodeLlama-SDSAT_L7_13B": SatConfig(token_id=32011, k=7),
+}
+# Checked against `transformers` generate in tests/test_families.py.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class SatModel:
+    """A causal LM with what it takes to draft: its SAT settings and, in adapter mode, the adapter.
+
+    sat is None for a plain model: it decodes with k = 0 only.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    sat: SatConfig | None = None
+    adapter: adapters.SatAdapter | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids of the model's generation config."""
+        eos = self.model.generation_config.eos_token_id
+        if eos is None:
+            return ()
+        return tuple(eos) if isinstance(eos, list) else (eos,)
+
+    @property
+    def max_context(self) -> int:
+        """Positions the model can take."""
+        return getattr(self.model.config, "max_position_embeddings", None) or 2**31
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[1, S] token ids -> [1, S, D] input embeddings; the SAT's id takes the adapter's embedding."""
+        if self.adapter is None or self.sat is None:
+            return self.model.get_input_embeddings()(tokens)
+        is_sat = tokens == self.sat.token_id
+        plain = self.model.get_input_embeddings()(tokens.masked_fill(is_sat, 0))
+        return torch.where(is_sat[..., None], self.adapter.sat_embedding.to(plain.dtype), plain)
+
+
+def check_family(config: Any, name: str) -> None:
+    """Refuse, with the reason, an architecture or a setting that the decoder isn't known to decode exactly."""
+    kind = getattr(config, "model_type", None)
+    require(kind in FAMILIES, f"model {name}: architecture {kind!r} is not supported; expected one of {', '.join(FAMILIES)}")
+
+
+def pick_device(device: str | None) -> torch.device:
+    """None -> CUDA device 0 where there is one, else the CPU; 'cpu' or a GPU number otherwise."""
+    if device in (None, ""):
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = f"this machine has {count} GPU{'' if count == 1 else 's'}"
+    require(str(device).isdigit() and int(device) < count, f"GPUS={device}: {known}; expected 'cpu' or a number below {count}")
+    return torch.device(f"cuda:{device}")
+
+
+def _load_base(name: str, dtype: torch.dtype | str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = str(embedded.base_dir()) if name == embedded.BASE_NAME else name
+    local = Path(path).is_dir()
+    try:
+        check_family(AutoConfig.from_pretrained(path, local_files_only=local), name)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention.NAME, device_map={"": device}, local_files_only=local
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+    except InputError:
+        raise
+    except Exception as error:  # a dozen libraries meet here, each with exceptions of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if name == embedded.BASE_NAME:
+            raise InputError(f"cache {path}: damaged ({reason}); delete this folder and run again") from None
+        if local:
+            raise InputError(f"model {name}: this directory cannot be loaded ({reason})") from None
+        hint = f"a hub id, a local model or adapter directory, or {embedded.NAME}"
+        raise InputError(f"model {name}: not found ({reason}); expected {hint}") from None
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _sat_of_checkpoint(name: str, config: Any) -> SatConfig | None:
+    own = getattr(config, "sdsat", None)
+    if own is not None:
+        try:
+            return SatConfig(own["sat_token_id"], own["k"])
+        except (KeyError, TypeError):
+            raise InputError(f"model {name}: config.json's key 'sdsat' needs sat_token_id and k, not {own!r}") from None
+    return PUBLISHED.get(Path(name).name)
+
+
+def load(
+    name: str = embedded.NAME,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    sat_token_id: int | None = None,
+) -> SatModel:
+    """Load a model by hub id, directory, adapter directory or embedded name.
+
+    dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own. device: see `pick_device`.
+    sat_token_id: overrides what the checkpoint says. Raises InputError, one line, for anything that can't be loaded.
+    """
+    require(dtype == "auto" or dtype in DTYPES, f"dtype={dtype}: expected auto, {', '.join(DTYPES)}")
+    torch_device, torch_dtype = pick_device(device), DTYPES.get(dtype, "auto")
+    directory = embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
+    if (directory / adapters.CONFIG_FILE).is_file():
+        base = adapters.read_config(directory).base_model
+        model, tokenizer = _load_base(base, torch_dtype, torch_device)
+        adapter = adapters.load(model, directory).attach(model)
+        return SatModel(model, tokenizer, name, adapter.config.sat, adapter)
+    model, tokenizer = _load_base(name, torch_dtype, torch_device)
+    sat = _sat_of_checkpoint(name, model.config)
+    if sat_token_id is not None:
+        sat = SatConfig(sat_token_id, sat.k if sat else 5)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    require(
+        sat is None or sat.token_id < vocabulary,
+        f"sat_token_id={sat and sat.token_id}: the model's vocabulary ends at {vocabulary - 1}",
+    )
+    return SatModel(model, tokenizer, name, sat)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content, or an InputError that names the file."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
