@@ -59,23 +59,30 @@ def humaneval(tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> l
     return [Problem(p["task_id"], tuple(encode_prompt(tokenizer, p["prompt"]))) for p in problems]
 
 
-def function_prompts(folder: Path) -> Iterator[tuple[str, str]]:
-    """(function name, header with docstring) of every documented function below `folder`; test folders are left out."""
-    for path in sorted(folder.rglob("*.py")):
-        if {"tests", "test", "testing", "idlelib", "site-packages"} & set(path.relative_to(folder).parts):
-            continue
-        try:
-            source = path.read_text(encoding="utf-8")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                nodes = list(ast.walk(ast.parse(source)))
-        except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
-            continue
-        lines = source.splitlines()
-        for node in nodes:
-            if isinstance(node, ast.FunctionDef) and (doc := ast.get_docstring(node)) and len(doc) >= 40:
-                header = lines[node.lineno - 1 : node.body[0].end_lineno]
-                yield node.name, textwrap.dedent("\n".join(header)) + "\n"
+def python_files(folders: list[Path]) -> list[Path]:
+    """Every Python file below `folders` in a shuffled order (seed 0); test folders are left out."""
+    skipped, files = {"tests", "test", "testing", "idlelib", "site-packages"}, []
+    for folder in folders:
+        require(folder.is_dir(), f"source={folder}: no such folder")
+        files += [path for path in sorted(folder.rglob("*.py")) if not skipped & set(path.relative_to(folder).parts)]
+    random.Random(0).shuffle(files)
+    return files
+
+
+def function_prompts(path: Path) -> Iterator[tuple[str, str]]:
+    """(function name, header with docstring) of every documented function in a Python file."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
+        return
+    lines = source.splitlines()
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef) and (doc := ast.get_docstring(node)) and len(doc) >= 40:
+            header = lines[node.lineno - 1 : node.body[0].end_lineno]
+            yield node.name, textwrap.dedent("\n".join(header)) + "\n"
 
 
 class Decontaminator:
@@ -97,33 +104,30 @@ class Decontaminator:
         return name in self.names or not self.ngrams.isdisjoint(self._ngrams(text))
 
 
-def collect_prompts(folders: list[Path], tokenizer: PreTrainedTokenizerBase, limit: int | None, max_length: int) -> Any:
+def collect_prompts(
+    folders: list[Path], tokenizer: PreTrainedTokenizerBase, limit: int | None, max_length: int
+) -> tuple[list[list[int]], dict[str, int]]:
     """Distinct, decontaminated, shuffled (seed 0) prompts as token ids. Returns (prompts, counts of what was dropped)."""
     decontaminator = Decontaminator()
     counts = {"found": 0, "duplicate": 0, "humaneval_overlap": 0, "too_long": 0}
-    texts: dict[str, None] = {}
-    for folder in folders:
-        require(folder.is_dir(), f"source={folder}: no such folder")
-        for name, text in function_prompts(folder):
-            counts["found"] += 1
-            if text in texts:
-                counts["duplicate"] += 1
-            elif decontaminator.overlaps(name, text):
-                counts["humaneval_overlap"] += 1
-            else:
-                texts[text] = None
-    order = list(texts)
-    random.Random(0).shuffle(order)
-    prompts = []
-    for text in order:
+    seen: set[str] = set()
+    prompts: list[list[int]] = []
+    for name, text in (prompt for path in python_files(folders) for prompt in function_prompts(path)):
         if limit is not None and len(prompts) >= limit:
             break
-        ids = encode_prompt(tokenizer, text)
-        if len(ids) <= max_length:
-            prompts.append(ids)
-        else:
+        counts["found"] += 1
+        if text in seen:
+            counts["duplicate"] += 1
+            continue
+        seen.add(text)
+        if decontaminator.overlaps(name, text):
+            counts["humaneval_overlap"] += 1
+        elif len(ids := encode_prompt(tokenizer, text)) > max_length:
             counts["too_long"] += 1
+        else:
+            prompts.append(ids)
     require(len(prompts) > 0, f"source={', '.join(map(str, folders))}: no documented Python function found")
+    random.Random(0).shuffle(prompts)
     return prompts, counts
 
 
@@ -138,27 +142,33 @@ class _Row:
 
 @torch.inference_mode()
 def answer_batch(
-    model: SatModel, prompts: list[list[int]], temperatures: list[float], max_new_tokens: int, batch_size: int, seed: int
+    model: SatModel,
+    prompts: list[list[int]],
+    todo: list[int],
+    temperatures: tuple[float, ...],
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
 ) -> Iterator[tuple[int, list[int]]]:
-    """The model's answers, (index of the prompt, answer ids with the stop id), in the order in which they end.
+    """The answers to prompts[i] for i in todo: (i, answer ids with the stop id), in the order in which they end.
 
-    A batch of `batch_size` rows over one slot cache; a finished row's place is given to the next prompt at once.
+    Prompt i is answered at temperatures[i % len(temperatures)]. A batch of `batch_size` rows over one slot cache; a finished row's place is given to the next prompt at once.
     Sampled rows use top-p 0.95 and top-k 10, the paper's nucleus settings.
     """
-    if not prompts:
+    if not todo:
         return
-    slots = max(map(len, prompts)) + max_new_tokens
+    slots = max(len(prompts[i]) for i in todo) + max_new_tokens
     layers = model.model.config.num_hidden_layers
     cache, scratch = SlotCache(layers, slots), SlotCache(layers, slots)
-    rows: list[_Row | None] = [None] * min(batch_size, len(prompts))
-    waiting = iter(range(len(prompts)))
+    rows: list[_Row | None] = [None] * min(batch_size, len(todo))
+    waiting = iter(todo)
     columns = torch.arange(slots, device=model.device)
     while True:
         for place, row in enumerate(rows):
             if row is None and (prompt := next(waiting, None)) is not None:
                 _prefill(model, scratch, prompts[prompt][:-1])
                 cache.copy_sequence(scratch, place, len(rows))
-                rows[place] = _Row(prompt, list(prompts[prompt]), temperatures[prompt])
+                rows[place] = _Row(prompt, list(prompts[prompt]), temperatures[prompt % len(temperatures)])
         if not any(rows):
             return
         ids = torch.tensor([row.ids[-1] if row else 0 for row in rows], device=model.device)[:, None]
@@ -206,7 +216,7 @@ def distill(
     limit: int | None = None,
     temperatures: tuple[float, ...] = (0.0,),
     max_new_tokens: int = 256,
-    max_prompt_tokens: int = 320,
+    max_prompt_tokens: int = 256,
     batch_size: int = 64,
     shard_size: int = 1024,
     seed: int = 0,
@@ -225,28 +235,38 @@ def distill(
     if manifest_file.exists() and json.loads(manifest_file.read_text())["settings"] != settings:
         raise InputError(f"out={out}: holds shards of other settings; choose another folder or delete it")
     manifest: dict[str, Any] = {"format": "sdsat-shards", "format_version": 1, "settings": settings, "shards": []}
-    for first in tqdm(range(0, len(prompts), shard_size), desc="distill", unit="shard"):
-        path = out / f"shard_{first // shard_size:05d}.safetensors"
-        part = prompts[first : first + shard_size]
-        if not path.exists():
-            levels = [temperatures[(first + i) % len(temperatures)] for i in range(len(part))]
-            with tqdm(total=len(part), desc=path.stem, unit="answer", leave=False) as bar:
-                answers = []
-                for answer in answer_batch(model, part, levels, max_new_tokens, batch_size, seed + first):
-                    answers.append(answer)
-                    bar.update()
-            _write_shard(path, part, dict(answers))
-        lengths = load_file(path)["lengths"]
-        num_answer_tokens = int((lengths - load_file(path)["prompt_lengths"]).sum())
-        manifest["shards"].append({"file": path.name, "num_sequences": len(part), "num_answer_tokens": num_answer_tokens})
-        part_file = manifest_file.with_suffix(".part")
-        part_file.write_text(json.dumps(manifest, indent=1) + "\n")
-        part_file.replace(manifest_file)
+    shards = [range(n, min(n + shard_size, len(prompts))) for n in range(0, len(prompts), shard_size)]
+    files = [out / f"shard_{number:05d}.safetensors" for number in range(len(shards))]
+    missing = [shard for shard, file in zip(shards, files, strict=True) if not file.exists()]
+    # Like lengths together keep attention short; one run over all shards keeps the batch full.
+    todo = [i for shard in missing for i in sorted(shard, key=lambda i: len(prompts[i]))]
+    bar = tqdm(total=len(prompts), initial=len(prompts) - len(todo), desc="distill", unit="answer")
+    answers: dict[int, list[int]] = {}
+    _write_manifest(manifest_file, manifest, files)
+    for i, answer in answer_batch(model, prompts, todo, temperatures, max_new_tokens, batch_size, seed):
+        answers[i] = answer
+        bar.update()
+        shard = shards[i // shard_size]
+        if all(j in answers for j in shard):
+            _write_shard(files[i // shard_size], [prompts[j] for j in shard], [answers.pop(j) for j in shard])
+            _write_manifest(manifest_file, manifest, files)
     return manifest
 
 
-def _write_shard(path: Path, prompts: list[list[int]], answers: dict[int, list[int]]) -> None:
-    sequences = [prompt + answers[i] for i, prompt in enumerate(prompts)]
+def _write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) -> None:
+    """List the shards that are there, with their sizes."""
+    manifest["shards"] = []
+    for shard in filter(Path.exists, shards):
+        tensors = load_file(shard)
+        num_answer_tokens = int((tensors["lengths"] - tensors["prompt_lengths"]).sum())
+        entry = {"file": shard.name, "num_sequences": len(tensors["lengths"]), "num_answer_tokens": num_answer_tokens}
+        manifest["shards"].append(entry)
+    file.with_suffix(".part").write_text(json.dumps(manifest, indent=1) + "\n")
+    file.with_suffix(".part").replace(file)
+
+
+def _write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]]) -> None:
+    sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     tensors = {
         "tokens": torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int32),
         "lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int32),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,27 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True)
+class RowPolicy:
+    """How a pass is padded so that each of its rows is computed by the same kernels whatever their number.
+
+    stable: whether logits were found bit-equal under this policy (decode.probe_rows).
+    """
+
+    minimum: int
+    multiple: int
+    stable: bool = True
+
+    def rows(self, count: int) -> int:
+        """The padded number of rows of a pass of `count` rows."""
+        return max(self.minimum, -(-count // self.multiple) * self.multiple)
+
+
 @dataclass
 class SatModel:
     """A causal LM with what it takes to draft: its SAT settings and, in adapter mode, the adapter.
 
-    sat is None for a plain model: it decodes with k = 0 only.
+    sat is None for a plain model: it decodes with k = 0 only. row_policy: see decode.probe_rows.
     """
 
     model: PreTrainedModel
@@ -36,6 +53,7 @@ class SatModel:
     name: str
     sat: SatConfig | None = None
     adapter: adapters.SatAdapter | None = None
+    row_policy: RowPolicy | None = None
 
     @property
     def device(self) -> torch.device:
@@ -55,8 +73,10 @@ class SatModel:
 
     @property
     def max_context(self) -> int:
-        """Positions the model can take."""
-        return getattr(self.model.config, "max_position_embeddings", None) or 2**31
+        """Positions the model can take; a sliding window ends it too, since our mask shows every row the whole past."""
+        config = self.model.config
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        return min(getattr(config, "max_position_embeddings", None) or 2**31, window or 2**31)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[1, S] token ids -> [1, S, D] input embeddings; the SAT's id takes the adapter's embedding."""
@@ -65,6 +85,11 @@ class SatModel:
         is_sat = tokens == self.sat.token_id
         plain = self.model.get_input_embeddings()(tokens.masked_fill(is_sat, 0))
         return torch.where(is_sat[..., None], self.adapter.sat_embedding.to(plain.dtype), plain)
+
+
+    def sat_rows(self, start: int, end: int) -> AbstractContextManager[None]:
+        """Within this context, rows start..end-1 of a pass are SATs."""
+        return self.adapter.on_rows(start, end) if self.adapter else nullcontext()
 
 
 def check_family(config: Any, name: str) -> None:

@@ -1,0 +1,280 @@
+"""Draft-then-verify decoding (SDSAT, arXiv 2403.18647, section 3.2): AR, greedy and nucleus by one loop.
+
+State: a cache over all emitted tokens but the last one, x. One loop is two passes:
+
+    draft step    [x, SAT, SAT, SAT]       -> y0, a true token, and candidates for the next k tokens
+    verify step   [y0, candidates ...]     -> the model's own next token at every tree node; walk while they agree
+
+and emits 2 + accepted tokens. AR is the same loop with k = 0: a draft step without SATs, which emits y0. Every token is
+the model's own choice given true tokens only, so the output equals AR's: at temperature 0 and, because the noise
+belongs to the emitted position (sampling.py), for any seed.
+
+Passes are shape-stable so that this also holds to the last bit of a logit in half precision: the cache length depends on
+the prompt and max_new_tokens alone, and rows are padded as `RowPolicy` says.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .cache import SlotCache, pass_mask
+from .config import DecodeConfig, require
+from .model import RowPolicy, SatModel
+from .sampling import choose
+from .tree import MAX_NODES, DraftTree, make_tree
+
+OnTokens = Callable[[list[int], list[bool]], None]
+_POLICIES = (RowPolicy(1, 1), RowPolicy(4, 1), RowPolicy(4, 4), RowPolicy(8, 8), RowPolicy(16, 16))
+
+
+@dataclass
+class Generation:
+    """What one `generate` call produced and what it cost.
+
+    token_ids: emitted tokens, a stop id included. text: decoded without special tokens, cut before a stop string.
+    finish: 'stop_id', 'stop_string' or 'length'. num_passes: forward passes after the prefill's one.
+    accepted_lengths: accepted drafts of each draft-then-verify loop, 0..k.
+    proposed_by_depth, accepted_by_depth: [k] counts; drafts beyond the end of the output are not counted.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: str = "length"
+    num_passes: int = 0
+    accepted_lengths: list[int] = field(default_factory=list)
+    proposed_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill_seconds + self.decode_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of prefill and decoding together."""
+        return self.num_new_tokens / self.seconds
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.num_new_tokens / self.num_passes
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / proposed drafts; 0 where nothing was proposed. A depth of a tree counts once, however wide."""
+        return sum(self.accepted_by_depth) / max(1, sum(self.proposed_by_depth))
+
+    @property
+    def accepted_per_loop(self) -> float:
+        return sum(self.accepted_lengths) / max(1, len(self.accepted_lengths))
+
+    def count(self, k: int, accepted: int, kept: int | None) -> None:
+        """Enter one loop's drafts; kept: how many of its tokens lie before the end of the output, None for all."""
+        proposed = k if kept is None else min(k, kept - 1)
+        accepted = min(accepted, proposed)
+        self.accepted_lengths.append(accepted)
+        for depth in range(proposed):
+            self.proposed_by_depth[depth] += 1
+            self.accepted_by_depth[depth] += depth < accepted
+
+
+@lru_cache(maxsize=256)
+def _truncated(spec: str | tuple[int, ...], k: int, depth: int) -> DraftTree:
+    return make_tree(spec, k).truncated(depth)
+
+
+@lru_cache(maxsize=256)
+def _layout(tree: DraftTree, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(within [rows, rows] bool, position offsets [rows]) of a pass over a tree; padding rows see the context and themselves."""
+    within = torch.eye(rows, dtype=torch.bool)
+    within[: len(tree), : len(tree)] = tree.ancestors()
+    offsets = torch.zeros(rows, dtype=torch.long)
+    offsets[: len(tree)] = torch.tensor(tree.depths)
+    return within.to(device), offsets.to(device)
+
+
+@lru_cache(maxsize=256)
+def _sources(tree: DraftTree, device: torch.device) -> Tensor:
+    """[N] where node j's token stands in [y0, depth 1's candidates, depth 2's, ...]."""
+    places = [0 if d == 0 else 1 + (d - 1) * tree.width + rank for d, rank in zip(tree.depths, tree.ranks, strict=True)]
+    return torch.tensor(places, device=device)
+
+
+def _forward(model: SatModel, cache: SlotCache, policy: RowPolicy, tokens: Tensor, tree: DraftTree, sats: int = 0) -> Tensor:
+    """One pass. tokens [N], one a tree node; the last `sats` rows are SATs. Returns logits [N, V]; commits nothing."""
+    count = tokens.shape[0]
+    within, offsets = _layout(tree, policy.rows(count), model.device)
+    tokens = torch.nn.functional.pad(tokens, (0, len(offsets) - count))
+    with model.sat_rows(count - sats, count):
+        logits = model.model(
+            inputs_embeds=model.embed(tokens[None]),
+            attention_mask=pass_mask(cache, within),
+            position_ids=(cache.length + offsets)[None],
+            past_key_values=cache,
+        ).logits[0, :count]
+    if model.sat is not None and model.sat.token_id < logits.shape[-1]:
+        logits[:, model.sat.token_id] = float("-inf")  # the SAT is never a legal output
+    return logits
+
+
+def _prefill(model: SatModel, cache: SlotCache, tokens: Tensor) -> None:
+    """Compute and commit the key/values of all prompt tokens but the last, in one pass."""
+    if not len(tokens):
+        return
+    rows = torch.arange(len(tokens), device=model.device)
+    model.model(
+        inputs_embeds=model.embed(tokens[None]),
+        attention_mask=pass_mask(cache, rows <= rows[:, None]),
+        position_ids=rows[None],
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    cache.commit(tuple(range(len(tokens))))
+
+
+def num_slots(prompt_length: int, max_new_tokens: int) -> int:
+    """The cache length of a generation: the same for AR and every k and tree, because attention rounds by length."""
+    return -(-(prompt_length + max_new_tokens + MAX_NODES + 16) // 64) * 64
+
+
+@torch.inference_mode()
+def probe_rows(model: SatModel) -> RowPolicy:
+    """The cheapest padding under which a row's logits have the same bits whatever the number of rows in its pass.
+
+    Feeds the same 12 tokens in passes of 1, 2, 3, 4, 6 and 12 rows under each policy in turn. Where none is stable (some
+    GPUs), the last but two is used and `stable` is false. The answer is kept in `model.row_policy`.
+    """
+    if model.row_policy is None:
+        vocabulary = model.model.get_input_embeddings().weight.shape[0]
+        tokens = (torch.arange(12, device=model.device) * 7919 + 11) % vocabulary
+        for policy in _POLICIES:
+            reference = _logits_in_passes_of(model, tokens, 1, policy)
+            if all(torch.equal(reference, _logits_in_passes_of(model, tokens, n, policy)) for n in (12, 6, 2, 3, 4)):
+                model.row_policy = policy
+                break
+        else:
+            model.row_policy = RowPolicy(4, 4, stable=False)
+    return model.row_policy
+
+
+def _logits_in_passes_of(model: SatModel, tokens: Tensor, rows: int, policy: RowPolicy) -> Tensor:
+    cache = SlotCache(model.model.config.num_hidden_layers, num_slots(len(tokens), 256))
+    parts = []
+    for part in tokens.split(rows):
+        parts.append(_forward(model, cache, policy, part, make_tree("chain", len(part) - 1)))
+        cache.commit(tuple(range(len(part))))
+    return torch.cat(parts)
+
+
+def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None:
+    require(len(prompt_ids) > 0, "prompt: no tokens; expected at least one")
+    needed = len(prompt_ids) + config.max_new_tokens
+    require(
+        needed <= model.max_context,
+        f"max_new_tokens={config.max_new_tokens}: with a prompt of {len(prompt_ids)} tokens the context would reach {needed}, "
+        f"but model {model.name} takes {model.max_context}",
+    )
+    require(model.tokenizer is not None or not config.stop_strings, "stop_strings: the model came without a tokenizer")
+    if config.k:
+        require(model.sat is not None, f"k={config.k}: model {model.name} has no SAT to draft with; expected k=0, or an adapter")
+        if model.sat and config.k > model.sat.k:
+            warnings.warn(f"k={config.k} is beyond the depth k={model.sat.k} that {model.name} was trained for", stacklevel=3)
+        make_tree(config.tree, config.k)
+
+
+@torch.inference_mode()
+def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_tokens: OnTokens | None = None) -> Generation:
+    """Continue `prompt_ids` (paper, section 3.2). The output is the same for every k and tree.
+
+    on_tokens: called after each loop with the new tokens and, for each, whether it was an accepted draft.
+    One host synchronisation a loop. Raises InputError where the prompt, the settings and the model do not fit together.
+    """
+    _check(model, prompt_ids, config)
+    policy, sampling, device = probe_rows(model), config.sampling, model.device
+    out = Generation(proposed_by_depth=[0] * config.k, accepted_by_depth=[0] * config.k)
+    began = time.perf_counter()
+    cache = SlotCache(model.model.config.num_hidden_layers, num_slots(len(prompt_ids), config.max_new_tokens))
+    prompt = torch.tensor(prompt_ids, device=device)
+    _prefill(model, cache, prompt[:-1])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    prefilled = time.perf_counter()
+    x, emitted, finish = prompt[-1:], 0, ""
+    while not finish:
+        # Near the end a shallower draft is enough: a loop emits at most k + 2 tokens.
+        k = max(0, min(config.k, config.max_new_tokens - emitted - 2))
+        index = torch.arange(emitted, emitted + k + 1, device=device)  # emitted index of y0 and of each draft
+        tokens = torch.cat([x, x.new_full((k,), model.sat.token_id)]) if k and model.sat else x
+        logits = _forward(model, cache, policy, tokens, make_tree("chain", k), sats=k)
+        cache.commit((0,))
+        y0 = choose(logits[:1], index[:1], sampling)[:, 0]
+        out.num_passes += 1
+        if k:
+            tree = _truncated(config.tree, config.k, k)
+            candidates = choose(logits[1:], index[1:], sampling, tree.width)  # [k, width]
+            tokens = torch.cat([y0, candidates.flatten()])[_sources(tree, device)]
+            logits = _forward(model, cache, policy, tokens, tree)
+            targets = choose(logits, index[0] + 1 + _layout(tree, len(tree), device)[1], sampling)[:, 0]
+            out.num_passes += 1
+            node_tokens, node_targets = torch.stack([tokens, targets]).tolist()
+            path = tree.walk(node_tokens, node_targets)
+            cache.commit(tuple(path))
+            x = targets[path[-1] : path[-1] + 1]
+            block = [node_tokens[node] for node in path] + [node_targets[path[-1]]]
+        else:
+            x, block, path = y0, y0.tolist(), [0]
+        kept, finish = _cut(model, out.token_ids, block, config)
+        if k:
+            out.count(k, len(path) - 1, kept)
+        block = block[:kept]
+        out.token_ids += block
+        emitted += len(block)
+        if on_tokens is not None:
+            on_tokens(block, [0 < i < len(path) for i in range(len(block))])
+    out.finish = finish
+    out.prefill_seconds, out.decode_seconds = prefilled - began, time.perf_counter() - prefilled
+    out.text = _text(model, out, config)
+    return out
+
+
+def _decode(model: SatModel, tokens: list[int], skip_special: bool) -> str:
+    if model.tokenizer is None:
+        return ""
+    return model.tokenizer.decode(tokens, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+
+
+def _cut(model: SatModel, emitted: list[int], block: list[int], config: DecodeConfig) -> tuple[int | None, str]:
+    """Where the output ends inside `block`: (number of its tokens to keep, why), or (None, '') to go on."""
+    stop_id = next((i for i, token in enumerate(block) if token in config.stop_ids), None)
+    kept = len(block) if stop_id is None else stop_id + 1
+    if config.stop_strings and _has_stop(model, emitted + block[:kept], config):
+        first = next(n for n in range(1, kept + 1) if _has_stop(model, emitted + block[:n], config))
+        if stop_id is None or first < kept:
+            return first, "stop_string"
+    if stop_id is not None:
+        return kept, "stop_id"
+    return (kept, "length") if len(emitted) + kept == config.max_new_tokens else (None, "")
+
+
+def _has_stop(model: SatModel, tokens: list[int], config: DecodeConfig) -> bool:
+    text = _decode(model, tokens, skip_special=False)
+    return any(stop in text for stop in config.stop_strings)
+
+
+def _text(model: SatModel, out: Generation, config: DecodeConfig) -> str:
+    text = _decode(model, out.token_ids, skip_special=True)
+    if out.finish == "stop_string":
+        text = text[: min((text.find(stop) for stop in config.stop_strings if stop in text), default=len(text))]
+    return text
