@@ -58,7 +58,7 @@ def sample_weights(model: nn.Module) -> dict[str, list[float]]:
 class SatAdapter(nn.Module):
     """SAT embedding [D] and one (A [r, in], B [out, r]) pair for each targeted linear layer of `model`."""
 
-    def __init__(self, model: nn.Module, config: AdapterConfig):
+    def __init__(self, model: Any, config: AdapterConfig):
         super().__init__()
         self.config = config
         self._rows: slice | None = None

@@ -28,7 +28,7 @@ class _SlotLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(batch, heads, self.owner.num_slots, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.owner.row_slots is not None:  # a batch: every sequence writes at its own place
@@ -75,7 +75,6 @@ class SlotCache(Cache):
                 layer.values[:, :, self.length : self.length + len(rows)] = layer.values[:, :, source]
         self.length += len(rows)
 
-
     def copy_sequence(self, source: SlotCache, index: int, batch: int) -> None:
         """Put the first sequence of `source` in place `index` of this cache, a batch of `batch` sequences."""
         for layer, other in zip(self.layers, source.layers, strict=True):
@@ -95,7 +94,9 @@ class SharedPrefix(Cache):
         self.filled = filled
         super().__init__(layers=filled.layers)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         layer, length = self.layers[layer_idx], self.filled.length
         keys = torch.cat([layer.keys[:, :, :length], key_states], dim=2)
         return keys, torch.cat([layer.values[:, :, :length], value_states], dim=2)

@@ -1,4 +1,4 @@
-"""Prompts and corpora: HumanEval for the benchmark; function headers with docstrings, and what the model answers them, for training.
+"""Prompts and corpora: HumanEval for the benchmark, and for training the model's own answers to documented functions.
 
     sdsat distill --out runs/data --source path/to/python/packages
 
@@ -152,8 +152,8 @@ def answer_batch(
 ) -> Iterator[tuple[int, list[int]]]:
     """The answers to prompts[i] for i in todo: (i, answer ids with the stop id), in the order in which they end.
 
-    Prompt i is answered at temperatures[i % len(temperatures)]. A batch of `batch_size` rows over one slot cache; a finished row's place is given to the next prompt at once.
-    Sampled rows use top-p 0.95 and top-k 10, the paper's nucleus settings.
+    Prompt i is answered at temperatures[i % len(temperatures)], with the paper's top-p 0.95 and top-k 10 where that is
+    not 0. A batch of `batch_size` rows over one slot cache; a finished row's place goes to the next prompt at once.
     """
     if not todo:
         return
@@ -294,5 +294,3 @@ def read_shards(folder: Path) -> list[Sequence]:
         parts = shard["tokens"].long().split(shard["lengths"].tolist())
         sequences += [Sequence(ids, int(n)) for ids, n in zip(parts, shard["prompt_lengths"].tolist(), strict=True)]
     return sequences
-
-

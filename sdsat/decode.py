@@ -178,6 +178,18 @@ def _logits_in_passes_of(model: SatModel, tokens: Tensor, rows: int, policy: Row
     return torch.cat(parts)
 
 
+@torch.inference_mode()
+def next_logits(model: SatModel, token_ids: list[int], prompt_length: int, config: DecodeConfig) -> Tensor:
+    """[V] logits that AR sees after `token_ids`, whose first `prompt_length` are the prompt: teacher forcing, bit for bit."""
+    cache = SlotCache(model.model.config.num_hidden_layers, num_slots(prompt_length, config.max_new_tokens))
+    tokens = torch.tensor(token_ids, device=model.device)
+    _prefill(model, cache, tokens[: prompt_length - 1])
+    for token in tokens[prompt_length - 1 :].split(1):
+        logits = _forward(model, cache, probe_rows(model), token, make_tree("chain", 0))
+        cache.commit((0,))
+    return logits[0]
+
+
 def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None:
     require(len(prompt_ids) > 0, "prompt: no tokens; expected at least one")
     needed = len(prompt_ids) + config.max_new_tokens
@@ -188,7 +200,10 @@ def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None
     )
     require(model.tokenizer is not None or not config.stop_strings, "stop_strings: the model came without a tokenizer")
     if config.k:
-        require(model.sat is not None, f"k={config.k}: model {model.name} has no SAT to draft with; expected k=0, or an adapter")
+        require(
+            model.sat is not None,
+            f"k={config.k}: model {model.name} has no SAT to draft with; expected k=0, or an adapter",
+        )
         if model.sat and config.k > model.sat.k:
             warnings.warn(f"k={config.k} is beyond the depth k={model.sat.k} that {model.name} was trained for", stacklevel=3)
         make_tree(config.tree, config.k)

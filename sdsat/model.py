@@ -86,7 +86,6 @@ class SatModel:
         plain = self.model.get_input_embeddings()(tokens.masked_fill(is_sat, 0))
         return torch.where(is_sat[..., None], self.adapter.sat_embedding.to(plain.dtype), plain)
 
-
     def sat_rows(self, start: int, end: int) -> AbstractContextManager[None]:
         """Within this context, rows start..end-1 of a pass are SATs."""
         return self.adapter.on_rows(start, end) if self.adapter else nullcontext()
@@ -106,7 +105,10 @@ def pick_device(device: str | None) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = f"this machine has {count} GPU{'' if count == 1 else 's'}"
-    require(str(device).isdigit() and int(device) < count, f"GPUS={device}: {known}; expected 'cpu' or a number below {count}")
+    require(
+        str(device).isdigit() and int(device) < count,
+        f"GPUS={device}: {known}; expected 'cpu' or a number below {count}",
+    )
     return torch.device(f"cuda:{device}")
 
 

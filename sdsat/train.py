@@ -115,9 +115,7 @@ def sat_logits(model: SatModel, adapter: SatAdapter, batch: SatBatch) -> Tensor:
     positions = torch.arange(length, device=batch.tokens.device)
     with torch.no_grad():
         causal = (positions <= positions[:, None]).expand(size, 1, length, length)
-        lm.base_model(
-            input_ids=batch.tokens, attention_mask=causal, position_ids=positions[None], past_key_values=filled
-        )
+        lm.base_model(input_ids=batch.tokens, attention_mask=causal, position_ids=positions[None], past_key_values=filled)
         filled.commit(tuple(range(length)))
     embeddings = adapter.sat_embedding.to(model.dtype).expand(size, batch.depth.shape[1], -1)
     with adapter.on_rows(0, batch.depth.shape[1]):
@@ -191,9 +189,7 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
     held_out, data = data[: config.held_out], data[config.held_out :]
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     facts = {"sequences": len(data), "answer_tokens": sum(len(s.ids) - s.prompt_length for s in data)}
-    settings = AdapterConfig(
-        model.name, SatConfig(vocabulary, config.k), config.rank, base_sample=sample_weights(model.model)
-    )
+    settings = AdapterConfig(model.name, SatConfig(vocabulary, config.k), config.rank, base_sample=sample_weights(model.model))
     torch.manual_seed(config.seed)
     adapter = SatAdapter(model.model, settings).float().attach(model.model)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

@@ -1,12 +1,15 @@
 """Small random models: exact oracles that need no download."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sdsat import attention
 from sdsat.adapter import AdapterConfig, SatAdapter, sample_weights
-from sdsat.config import SatConfig
+from sdsat.config import InputError, SatConfig
 from sdsat.model import SatModel
 
 VOCAB = 64
@@ -33,6 +36,25 @@ def with_adapter(lm, k=3, rank=4, seed=1, strength=1.0):
         torch.nn.init.normal_(parameter, std=strength)
     adapter.requires_grad_(False).attach(lm)
     return SatModel(lm, None, "tiny", adapter.config.sat, adapter)
+
+
+def tiny_tokenizer(pieces, decoder=None):
+    """A tokenizer whose token i decodes to pieces[i]; it encodes one character a token, unknown ones as token 0."""
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=pieces[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), "isolated")
+    tokenizer.decoder = decoder or decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=pieces[0])
+
+
+@contextmanager
+def one_line_error(*parts):
+    """The block must raise an InputError whose message is one line and holds every part."""
+    with pytest.raises(InputError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message
 
 
 @pytest.fixture

@@ -6,16 +6,15 @@ from conftest import VOCAB, tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdsat.config import DecodeConfig, InputError, SamplingConfig
+from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.decode import generate
-from sdsat.model import SatModel
 from sdsat.sampling import choose
 
 PROMPT = [1, 5, 9, 2, 7]
 NUCLEUS = SamplingConfig(temperature=1.0, top_k=10, top_p=0.95, seed=3)
 
 
-def naive(model, prompt, num_tokens, sampling=SamplingConfig(), forbidden=None):
+def naive(model, prompt, num_tokens, sampling, forbidden=None):
     """Uncached oracle: `num_tokens` new tokens from the plain model, without stopping."""
     ids = list(prompt)
     for t in range(num_tokens):

@@ -42,9 +42,7 @@ def test_loss_and_gradients_equal_brute_force():
     assert count == expected_count > 10
     torch.testing.assert_close(loss, expected.float(), rtol=1e-6, atol=1e-6)
     parameters = list(adapter.parameters())
-    for got, want in zip(
-        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
-    ):
+    for got, want in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Make an environment that can run sdsat, or reuse one. Idempotent; the other scripts source it.
+#
+#   bash scripts/setup.sh        make .venv, or complete the active environment if it has a CUDA torch >= 2.11
+#   PYTHON=python3.12 ...        the interpreter to make .venv with (default python3)
+
+SDSAT_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+sdsat_fail() { echo "setup: $1" >&2; exit 2; }
+
+# True if the interpreter $1 has a torch >= 2.11 that was built for CUDA.
+sdsat_has_cuda_torch() {
+  "$1" - 2>/dev/null <<'PY'
+import sys, torch
+version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+sys.exit(0 if torch.version.cuda and torch.cuda.is_available() and version >= (2, 11) else 1)
+PY
+}
+
+sdsat_setup() {
+  local python="${PYTHON:-python3}" requirements="$SDSAT_ROOT/requirements.txt" bin stamp wanted
+  command -v "$python" >/dev/null || sdsat_fail "no $python on PATH; install Python 3.10 or later, or set PYTHON"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    sdsat_fail "$("$python" --version 2>&1) is too old; install Python 3.10 or later, or set PYTHON"
+  wanted="$(cat "$SDSAT_ROOT"/requirements*.txt "$SDSAT_ROOT/pyproject.toml" | cksum) $SDSAT_ROOT"
+  if sdsat_has_cuda_torch "$python"; then
+    bin="$(dirname "$(command -v "$python")")"
+    stamp="$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/sdsat-setup"
+  else
+    bin="$SDSAT_ROOT/.venv/bin"
+    stamp="$SDSAT_ROOT/.venv/sdsat-setup"
+    [ -x "$bin/python" ] || "$python" -m venv "$SDSAT_ROOT/.venv" || sdsat_fail "$python -m venv failed; install python3-venv"
+    python="$bin/python"
+  fi
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "setup: installing requirements into $(dirname "$bin") (once; some minutes)" >&2
+    if sdsat_has_cuda_torch "$python"; then
+      requirements="$(mktemp)"
+      # The torch, and a transformers in range, that are already there stay as they are.
+      grep -v '^torch==' "$SDSAT_ROOT/requirements.txt" | sed 's/==\([^ ]*\)/>=0/; s/^transformers>=0/transformers>=5.16.1,<5.20/' >"$requirements"
+    fi
+    "$python" -m pip install -q --disable-pip-version-check --root-user-action=ignore -r "$requirements" ||
+      sdsat_fail "installing $requirements failed; pip's message is above"
+    "$python" -m pip install -q --disable-pip-version-check --root-user-action=ignore --no-deps -e "$SDSAT_ROOT" ||
+      sdsat_fail "installing sdsat itself failed; pip's message is above"
+    echo "$wanted" >"$stamp" || sdsat_fail "$stamp cannot be written"
+  fi
+  export PATH="$bin:$PATH" TOKENIZERS_PARALLELISM=false
+}
+
+sdsat_setup

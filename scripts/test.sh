@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Run all checks: format, lint, types, tests.
+#
+#   bash scripts/test.sh                 everything
+#   bash scripts/test.sh tests/test_tree.py -k walk    pytest's own arguments
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$SDSAT_ROOT"
+python -m pip install -q --disable-pip-version-check --root-user-action=ignore -r requirements-dev.txt ||
+  sdsat_fail "installing requirements-dev.txt failed; pip's message is above"
+ruff format --check .
+ruff check .
+mypy
+# One process a core, one thread a process: many small models.
+OMP_NUM_THREADS=1 python -m pytest -q -n "$(nproc 2>/dev/null || echo 2)" --dist loadgroup "$@"

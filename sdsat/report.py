@@ -1,0 +1,242 @@
+"""From worker documents to `summary.json`, a table and plots. The schema is documented in docs/results.md.
+
+sdsat report results/smollm2-135m-sdsat/greedy
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from .config import InputError, require
+
+SCHEMA_VERSION = 1
+_RESAMPLES = 10_000
+Rows = np.ndarray  # [problems, columns]
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document so that `path` holds either the old or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(document, indent=1) + "\n")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def read_workers(folder: Path) -> list[dict[str, Any]]:
+    """The worker documents of a results folder. Raises InputError for a damaged file or another schema."""
+    documents = []
+    for path in sorted(folder.glob("worker_*.json")):
+        try:
+            document = json.loads(path.read_text())
+            version = document["schema_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a worker document ({error!r}); delete it to measure its problems again") from None
+        expected = f"expected {SCHEMA_VERSION}; delete the folder or choose another RESULTS_DIR"
+        require(version == SCHEMA_VERSION, f"{path}: schema_version {version}, {expected}")
+        documents.append(document)
+    return documents
+
+
+def _bootstrap(rows: Rows, statistic: Callable[[Rows], np.ndarray]) -> list[float] | None:
+    """95 % percentile interval of `statistic` over problems drawn with replacement; None for a single problem.
+
+    statistic: sums [..., columns] over problems -> [...].
+    """
+    if len(rows) < 2:
+        return None
+    draws = np.random.default_rng(0).multinomial(len(rows), [1 / len(rows)] * len(rows), size=_RESAMPLES)
+    low, high = np.percentile(statistic(draws @ rows), [2.5, 97.5])
+    return [round(float(low), 4), round(float(high), 4)]
+
+
+def _ratio(a: int, b: int) -> Callable[[Rows], np.ndarray]:
+    return lambda sums: sums[..., a] / np.maximum(sums[..., b], 1e-9)
+
+
+def _run_summary(problems: list[dict[str, Any]], key: tuple[str, int], settings: dict[str, Any]) -> dict[str, Any]:
+    """One object of `runs`: everything measured for one strategy and k, over the problems that have it and AR."""
+    strategy, k = key
+    pairs = [(run_of(problem, ("ar", 0)), run_of(problem, key)) for problem in problems]
+    base, runs = [a for a, _ in pairs], [b for _, b in pairs]
+    seconds = [run["prefill_seconds"] + run["decode_seconds"] for run in runs]
+    base_seconds = [run["prefill_seconds"] + run["decode_seconds"] for run in base]
+    accepted = np.array([run["accepted_by_depth"] for run in runs]).reshape(len(runs), k)
+    proposed = np.array([run["proposed_by_depth"] for run in runs]).reshape(len(runs), k)
+    loops = [sum(run["accepted_histogram"]) for run in runs]
+    table = np.array(
+        [[run["num_new_tokens"] for run in runs], seconds, [run["num_new_tokens"] for run in base], base_seconds,
+         accepted.sum(1), proposed.sum(1), loops, [run["num_passes"] for run in runs]], dtype=float
+    ).T  # fmt: skip
+    tokens, spent, _, _, num_accepted, num_proposed, num_loops, passes = table.sum(0)
+
+    def speedup(sums: Rows) -> np.ndarray:
+        return sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3])
+
+    drafts = num_proposed > 0
+    return {
+        "dataset": settings["dataset"],
+        "strategy": strategy,
+        "k": k,
+        "tree": settings["tree"] if k else None,
+        "num_problems": len(problems),
+        "num_new_tokens": int(tokens),
+        "num_passes": int(passes),
+        "seconds": round(spent, 4),
+        "prefill_seconds": round(sum(run["prefill_seconds"] for run in runs), 4),
+        "tokens_per_second": round(tokens / spent, 4),
+        "tokens_per_second_ci95": _bootstrap(table, _ratio(0, 1)),
+        "speedup": round(float(speedup(table.sum(0))), 4),
+        "speedup_ci95": _bootstrap(table, speedup),
+        "acceptance_rate": round(num_accepted / num_proposed, 4) if drafts else None,
+        "acceptance_rate_ci95": _bootstrap(table, _ratio(4, 5)) if drafts else None,
+        "acceptance_by_depth": [round(a / max(p, 1), 4) for a, p in zip(accepted.sum(0), proposed.sum(0), strict=True)],
+        "accepted_histogram": np.sum([run["accepted_histogram"] for run in runs], axis=0).tolist(),
+        "accepted_per_loop": round(num_accepted / num_loops, 4) if drafts else None,
+        "accepted_per_loop_ci95": _bootstrap(table, _ratio(4, 6)) if drafts else None,
+        "mean_accepted_tokens": round(tokens / num_loops, 4) if drafts else 1.0,
+        "tokens_per_pass": round(tokens / passes, 4),
+        "seconds_per_pass": round((spent - sum(run["prefill_seconds"] for run in runs)) / passes, 6),
+        "identical_outputs": sum(run["output_sha256"] == ar["output_sha256"] for ar, run in pairs),
+    }
+
+
+def run_of(problem: dict[str, Any], key: tuple[str, int]) -> dict[str, Any]:
+    """The run of a problem with this (strategy, k)."""
+    return next(run for run in problem["runs"] if (run["strategy"], run["k"]) == key)
+
+
+def summarize(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge worker documents into the content of `summary.json`."""
+    problems = [problem for document in documents for problem in document["problems"]]
+    require(len(problems) > 0, "results: no finished problem")
+    settings = documents[0]["settings"]
+    keys = [(run["strategy"], run["k"]) for run in problems[0]["runs"]]
+    keys.sort(key=lambda key: (("transformers", "ar").index(key[0]) if key[0] != "two-step" else 2, key[1]))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "environment": documents[0]["environment"],
+        "settings": settings,
+        "runs": [_run_summary(problems, key, settings) for key in keys],
+    }
+
+
+def _interval(value: float | None, interval: list[float] | None, digits: int = 2) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" + (f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "")
+
+
+_COLUMNS = ("strategy", "k", "tokens/s", "speed-up", "acceptance", "accepted/loop", "tokens/pass", "identical")
+
+
+def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table of a summary, one tuple of cells a run, under `_COLUMNS`."""
+    rows: list[tuple[str, ...]] = []
+    for run in summary["runs"]:
+        rate = run["acceptance_rate"]
+        rows.append((
+            run["strategy"], str(run["k"]), f"{run['tokens_per_second']:.1f}", _interval(run["speedup"], run["speedup_ci95"]),
+            "" if rate is None else f"{rate:.2f}", _interval(run["accepted_per_loop"], None),
+            f"{run['tokens_per_pass']:.2f}", f"{run['identical_outputs']}/{run['num_problems']}",
+        ))  # fmt: skip
+    return rows
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """One line that says what was measured, on what."""
+    settings, environment = summary["settings"], summary["environment"]
+    method = "greedy" if settings["method"] == "greedy" else f"nucleus, temperature {settings['temperature']}"
+    return (
+        f"{settings['model']}, {settings['dataset']}, {summary['runs'][0]['num_problems']} problems, {method}, "
+        f"{settings['dtype']}, up to {settings['max_new_tokens']} new tokens, {environment['device_name']}"
+    )
+
+
+def rich_table(summary: dict[str, Any]) -> Table:
+    table = Table(*_COLUMNS, title=describe(summary), title_justify="left")
+    for cells in table_rows(summary):
+        table.add_row(*cells)
+    return table
+
+
+def markdown_table(summary: dict[str, Any]) -> str:
+    """The same table for a README."""
+    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *table_rows(summary)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw tokens/s, speed-up and acceptance rate against k, and acceptance by depth; returns the files."""
+    runs = [run for run in summary["runs"] if run["strategy"] in ("ar", "two-step")]
+    drafted = [run for run in runs if run["k"]]
+    base = next(run for run in runs if run["strategy"] == "ar")
+    plots = {"tokens_per_second": runs, "speedup": runs, "acceptance_rate": drafted}
+    labels = {
+        "tokens_per_second": "tokens per second",
+        "speedup": "speed-up over AR",
+        "acceptance_rate": "acceptance rate",
+    }
+    files = []
+    for name, shown in plots.items():
+        if not shown:
+            continue
+        figure, axes = _axes(summary, "k, semantic adaptive tokens per draft", labels[name])
+        values = [run[name] for run in shown]
+        bounds = [run[f"{name}_ci95"] or [run[name]] * 2 for run in shown]
+        errors = np.abs(np.array(bounds).T - values)
+        axes.errorbar([run["k"] for run in shown], values, yerr=errors, marker="o", capsize=3, label="measured, 95 % interval")
+        if name != "acceptance_rate":
+            axes.axhline(base[name], color="grey", linewidth=0.8, label="AR (k = 0)")
+        axes.set_xticks([run["k"] for run in shown])
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        files.append(_save(figure, folder / f"{name}.png"))
+    if drafted:
+        figure, axes = _axes(summary, "draft depth", "accepted, given it was proposed")
+        for run in drafted:
+            axes.plot(range(1, run["k"] + 1), run["acceptance_by_depth"], marker="o", label=f"k = {run['k']}")
+        axes.set_ylim(0, 1)
+        axes.set_xticks(range(1, max(run["k"] for run in drafted) + 1))
+        axes.legend(frameon=False)
+        files.append(_save(figure, folder / "acceptance_by_depth.png"))
+    return files
+
+
+def _axes(summary: dict[str, Any], x: str, y: str) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    title = describe(summary).split(", ")
+    axes.set_title(", ".join(title[:-2]) + "\n" + ", ".join(title[-2:]), fontsize=8)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png", metadata={"Software": None})
+    part.replace(path)
+    return path
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """Merge a results folder's worker documents, write `summary.json`, draw the plots and return the summary."""
+    require(folder.is_dir(), f"results folder {folder}: no such folder")
+    documents = read_workers(folder)
+    require(len(documents) > 0, f"results folder {folder}: holds no worker_*.json")
+    summary = summarize(documents)
+    write_json(folder / "summary.json", summary)
+    draw(summary, folder)
+    return summary

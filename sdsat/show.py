@@ -1,0 +1,99 @@
+"""`sdsat generate` in a terminal: text as it is accepted, accepted drafts in colour, and a closing line of figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from . import model as models
+from .config import DecodeConfig, InputError, require
+from .data import encode_prompt
+from .decode import Generation, generate
+
+ACCEPTED = "bold green"
+
+
+class TokenStream:
+    """Turns tokens into styled text: each call returns what the new tokens add.
+
+    Bytes that do not make a whole character yet are held back until they do.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.text = ""
+
+    def add(self, tokens: list[int], drafted: list[bool]) -> Text:
+        shown = Text()
+        for token, accepted in zip(tokens, drafted, strict=True):
+            self.tokens.append(token)
+            text = self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if not text.endswith("\ufffd"):
+                shown.append(text[len(self.text) :], style=ACCEPTED if accepted else "")
+                self.text = text
+        return shown
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, style: str) -> list[int]:
+    """Token ids of a prompt as a chat turn, as a request to complete code, or as it is."""
+    if style == "code":
+        return encode_prompt(tokenizer, prompt)
+    if style == "raw" or not tokenizer.chat_template:
+        return tokenizer(prompt)["input_ids"]
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def figures(out: Generation, k: int) -> str:
+    """The closing line."""
+    line = f"{out.num_new_tokens} tokens, {out.tokens_per_second:.1f} tokens/s, {out.tokens_per_pass:.2f} tokens per pass"
+    if k:
+        line += f", {out.acceptance_rate:.0%} of drafts accepted ({out.accepted_per_loop:.2f} of {k} a loop)"
+    return line
+
+
+def generate_in_terminal(
+    prompt: str,
+    name: str,
+    style: str,
+    k: int | None,
+    decode: DecodeConfig,
+    dtype: str,
+    device: str,
+    sat_token_id: int | None,
+    compare: bool,
+    svg: Path | None,
+) -> None:
+    """Stream the answer, then its figures; see `sdsat generate --help` for the arguments. k None: 5, or the trained k if less."""
+    require(prompt != "", "prompt: empty; expected some text")
+    model = models.load(name, dtype, device, sat_token_id)
+    assert model.tokenizer is not None
+    if k is None:
+        k = min(5, model.sat.k) if model.sat else 0
+    decode = replace(decode, k=k, stop_ids=model.stop_ids)
+    prompt_ids = encode(model.tokenizer, prompt, style)
+    generate(model, prompt_ids, replace(decode, max_new_tokens=min(8, decode.max_new_tokens)))  # warm-up, for fair figures
+    stream, console = TokenStream(model.tokenizer), Console(record=svg is not None, highlight=False)
+
+    def show(tokens: list[int], drafted: list[bool]) -> None:
+        console.print(stream.add(tokens, drafted), end="", soft_wrap=True)
+
+    out = generate(model, prompt_ids, decode, show)
+    console.print()
+    console.print(Text(figures(out, k), style="dim"))
+    if compare:
+        ar = generate(model, prompt_ids, replace(decode, k=0))
+        same = "the same text" if ar.token_ids == out.token_ids else "another text"
+        ratio = out.tokens_per_second / ar.tokens_per_second
+        console.print(Text(f"AR: {ar.tokens_per_second:.1f} tokens/s, {same}; SDSAT was {ratio:.2f} times as fast", style="dim"))
+    if svg is not None:
+        try:
+            console.save_svg(str(svg), title=f"sdsat generate: accepted drafts in green ({name}, k = {k})")
+        except OSError as error:
+            raise InputError(f"--svg={svg}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,149 @@
+"""The exactness audit: AR against SDSAT over benchmark problems, and AR against transformers' own `generate`.
+
+    sdsat verify smollm2-135m-sdsat --dtype float32 --k-list 1,3,5,7 --data-limit 40
+
+Every pair of outputs is compared token by token. A difference is never hidden: its place, both tokens and the AR logit
+margin are recorded, so that a reader can tell a tie that rounding broke from a bug.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .bench import environment
+from .config import DecodeConfig, InputError, SamplingConfig, require
+from .data import humaneval
+from .decode import generate, next_logits
+from .model import SatModel
+from .reference import transformers_generate
+from .report import write_json
+from .sampling import gumbel_noise
+from .tree import make_tree, parse_tree
+
+# A first divergence with a larger margin than this cannot be rounding. In half precision logits of 16 to 32 lie 1/8
+# (bfloat16) or 1/64 (float16) apart, and different kernels were seen to differ by a few such steps.
+EXPLAINED = {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0}
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What is compared: every k and tree, greedy where temperatures holds 0, else every temperature with every seed."""
+
+    k_list: tuple[int, ...] = (1, 3, 5, 7)
+    trees: tuple[str, ...] = ("chain",)
+    temperatures: tuple[float, ...] = (0.0,)
+    seeds: tuple[int, ...] = (0,)
+    top_k: int = 10
+    top_p: float = 0.95
+    data_limit: int = 40
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        require(self.data_limit >= 1, f"data_limit={self.data_limit}: expected 1 or more")
+        for tree in self.trees:
+            for k in self.k_list:
+                make_tree(parse_tree(tree), max(1, k))
+
+    def samplings(self) -> list[SamplingConfig]:
+        nucleus = [t for t in self.temperatures if t > 0]
+        greedy = [SamplingConfig()] if 0.0 in self.temperatures else []
+        return greedy + [SamplingConfig(t, self.top_k, self.top_p, seed) for t in nucleus for seed in self.seeds]
+
+
+def first_divergence(
+    model: SatModel, prompt_ids: list[int], ar: list[int], other: list[int], config: DecodeConfig
+) -> dict[str, Any] | None:
+    """Where two outputs first differ, and by how much AR preferred its own token there; None when they are equal.
+
+    ar_margin: difference of the two tokens' logits, divided by the temperature and with the noise added when sampling.
+    """
+    if ar == other:
+        return None
+    place = next((i for i, (a, b) in enumerate(zip(ar, other, strict=False)) if a != b), None)
+    if place is None:
+        return {"index": min(len(ar), len(other)), "ar_token": None, "token": None, "ar_margin": None}
+    logits = next_logits(model, prompt_ids + ar[:place], len(prompt_ids), config).double()
+    pair = torch.tensor([ar[place], other[place]], device=logits.device)
+    scores = logits[pair]
+    if not config.sampling.greedy:
+        index = torch.tensor([place], device=logits.device)
+        scores = scores / config.sampling.temperature + gumbel_noise(config.sampling.seed, index, pair)[0]
+    margin = round(float(scores[0] - scores[1]), 6)
+    return {"index": place, "ar_token": ar[place], "token": other[place], "ar_margin": margin}
+
+
+def verify(model: SatModel, config: VerifyConfig, out: Path | None = None) -> dict[str, Any]:
+    """Compare and return the document; with `out` it is rewritten after every problem and an interrupted run resumes."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    problems = humaneval(model.tokenizer, config.data_limit)
+    document = _open(model, config, dtype, out)
+    done = {problem["task_id"] for problem in document["problems"]}
+    for problem in tqdm([p for p in problems if p.task_id not in done], desc=f"verify {dtype}", unit="problem", disable=None):
+        comparisons = _compare(model, list(problem.prompt_ids), config)
+        document["problems"].append({"task_id": problem.task_id, "comparisons": comparisons})
+        document["summary"] = _summarize(document["problems"], dtype)
+        if out is not None:
+            write_json(out, document)
+    return document
+
+
+def _open(model: SatModel, config: VerifyConfig, dtype: str, out: Path | None) -> dict[str, Any]:
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    settings = {"model": model.name, "dataset": "humaneval", "dtype": dtype, **settings}
+    head = {"schema_version": 1, "settings": settings, "summary": [], "problems": []}
+    if out is None or not out.exists():
+        generate(model, [1], DecodeConfig(max_new_tokens=1))  # so that the environment knows the row policy
+        return {"schema_version": 1, "environment": environment(model), **head}
+    try:
+        document = json.loads(out.read_text())
+        held = document["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{out}: not an audit document ({error!r}); delete it") from None
+    require(held == settings, f"{out}: holds an audit of other settings; delete it or choose another file")
+    return document
+
+
+def _compare(model: SatModel, prompt_ids: list[int], config: VerifyConfig) -> list[dict[str, Any]]:
+    comparisons = []
+    for sampling in config.samplings():
+        base = DecodeConfig(0, config.max_new_tokens, "chain", sampling, model.stop_ids)
+        ar = generate(model, prompt_ids, base).token_ids
+        facts = {"temperature": sampling.temperature, "seed": None if sampling.greedy else sampling.seed}
+        if sampling.greedy:
+            theirs = transformers_generate(model, prompt_ids, base).token_ids
+            divergence = first_divergence(model, prompt_ids, ar, theirs, base)
+            comparisons.append({"against": "transformers", **facts, "k": 0, "tree": None, "divergence": divergence})
+        for tree in config.trees:
+            for k in config.k_list:
+                decode = DecodeConfig(k, config.max_new_tokens, parse_tree(tree), sampling, model.stop_ids)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # depth beyond the trained one changes speed, not the output
+                    tokens = generate(model, prompt_ids, decode).token_ids
+                divergence = first_divergence(model, prompt_ids, ar, tokens, decode)
+                comparisons.append({"against": "two-step", **facts, "k": k, "tree": tree, "divergence": divergence})
+    return comparisons
+
+
+def _summarize(problems: list[dict[str, Any]], dtype: str) -> list[dict[str, Any]]:
+    """One row for each compared setting: how many problems are identical, and the largest margin at a first divergence."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for comparison in (c for problem in problems for c in problem["comparisons"]):
+        setting = {key: comparison[key] for key in ("against", "temperature", "seed", "k", "tree")}
+        row = rows.setdefault(tuple(setting.values()), {**setting, "num_problems": 0, "identical": 0, "margins": []})
+        row["num_problems"] += 1
+        if comparison["divergence"] is None:
+            row["identical"] += 1
+        else:
+            row["margins"].append(comparison["divergence"]["ar_margin"])
+    for row in rows.values():
+        margins = row.pop("margins")
+        row["largest_margin"] = None if None in margins or not margins else max(margins, key=abs)
+        row["explained"] = None not in margins and all(abs(margin) <= EXPLAINED[dtype] for margin in margins)
+    return list(rows.values())

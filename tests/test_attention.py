@@ -1,0 +1,57 @@
+"""The attention function against one softmax per head, row by row."""
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from sdsat.attention import grouped_attention
+
+
+def naive_attention(query, key, value, mask, scaling):
+    """[B, S, H, D]: head h uses key/value head h // groups, a row the columns that its mask names."""
+    batch, heads, rows, dim = query.shape
+    groups = heads // key.shape[1]
+    out = torch.zeros(batch, rows, heads, dim, dtype=query.dtype)
+    for b in range(batch):
+        for h in range(heads):
+            for s in range(rows):
+                seen = mask[b if len(mask) > 1 else 0, 0, s].nonzero()[:, 0]
+                weights = (key[b, h // groups, seen] @ query[b, h, s] * scaling).softmax(0)
+                out[b, s, h] = weights @ value[b, h // groups, seen]
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize(("batch", "masks"), [(1, 1), (3, 3), (3, 1)])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("scaling", [None, 0.7])
+def test_equals_naive_attention(kv_heads, batch, masks, rows, scaling):
+    generator = torch.Generator().manual_seed(kv_heads)
+    # Laid out [B, S, H, D] and transposed, as transformers hands them over.
+    query, key, value = (
+        torch.randn(batch, n, heads, 8, dtype=torch.double, generator=generator).transpose(1, 2)
+        for n, heads in ((rows, 6), (11, kv_heads), (11, kv_heads))
+    )
+    mask = torch.rand(masks, 1, rows, 11, generator=generator) < 0.5
+    mask[..., 2] = True
+    got, weights = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling)
+    assert weights is None
+    torch.testing.assert_close(got, naive_attention(query, key, value, mask, scaling or 8**-0.5))
+
+
+def test_masked_slots_cannot_leak():
+    query, key, value = (torch.randn(1, heads, n, 8) for heads, n in ((4, 3), (2, 9), (2, 9)))
+    mask = torch.zeros(1, 1, 3, 9, dtype=torch.bool)
+    mask[..., :4] = True
+    clean = grouped_attention(torch.nn.Module(), query, key, value, mask)[0]
+    key[:, :, 4:], value[:, :, 4:] = 1e4, -1e4
+    assert torch.equal(grouped_attention(torch.nn.Module(), query, key, value, mask)[0], clean)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_llama_with_it_equals_transformers_eager_attention(kv_heads):
+    ids = torch.arange(1, 12)[None]
+    mask = torch.ones(1, 1, 11, 11, dtype=torch.bool).tril()
+    ours, eager = (tiny_llama(num_key_value_heads=kv_heads) for _ in range(2))
+    eager.set_attn_implementation("eager")
+    torch.testing.assert_close(ours(ids, attention_mask=mask).logits, eager(ids).logits)

@@ -1,0 +1,102 @@
+"""The summary against figures worked out by hand, and the table, plots and refusals of a results folder."""
+
+import json
+
+import pytest
+
+from sdsat.config import InputError
+from sdsat.report import markdown_table, report, summarize, write_json
+
+SETTINGS = {"model": "tiny", "dataset": "humaneval", "method": "greedy", "dtype": "float32", "max_new_tokens": 8, "tree": "chain"}
+
+
+def run(strategy, k, tokens, seconds, passes, proposed=(), accepted=(), histogram=(0,), sha="same"):
+    return {
+        "strategy": strategy, "k": k, "prefill_seconds": 0.5, "decode_seconds": seconds - 0.5, "num_passes": passes,
+        "num_new_tokens": tokens, "finish": "length", "proposed_by_depth": list(proposed), "accepted_by_depth": list(accepted),
+        "accepted_histogram": list(histogram), "output_sha256": sha,
+    }  # fmt: skip
+
+
+def document(problems, device="cpu"):
+    return {
+        "schema_version": 1, "device": device, "environment": {"device_name": "test CPU"}, "settings": SETTINGS,
+        "problems": [{"task_id": f"{device}/{i}", "num_prompt_tokens": 3, "runs": runs} for i, runs in enumerate(problems)],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def documents():
+    # 8 tokens a problem. Problem 0: two loops, 2 and 1 drafts accepted of 2. Problem 1: 0, 1 and 2, and another output.
+    first = [run("ar", 0, 8, 4.0, 8), run("two-step", 2, 8, 2.0, 4, (2, 2), (2, 1), (0, 1, 1))]
+    second = [run("ar", 0, 8, 6.0, 8), run("two-step", 2, 8, 3.0, 6, (3, 3), (2, 1), (1, 1, 1), sha="other")]
+    return [document([first]), document([second], "1")]
+
+
+def test_summary_by_hand(documents):
+    summary = summarize(documents)
+    ar, drafted = summary["runs"]
+    assert (ar["strategy"], ar["k"], ar["speedup"], ar["acceptance_rate"]) == ("ar", 0, 1.0, None)
+    assert ar["tokens_per_second"] == pytest.approx(16 / 10)
+    assert (drafted["strategy"], drafted["k"], drafted["num_problems"]) == ("two-step", 2, 2)
+    assert drafted["speedup"] == pytest.approx(2.0)
+    assert drafted["speedup_ci95"] == pytest.approx([2.0, 2.0])  # both problems: exactly twice as fast
+    assert drafted["acceptance_by_depth"] == pytest.approx([4 / 5, 2 / 5])
+    assert drafted["acceptance_rate"] == pytest.approx(6 / 10)
+    assert drafted["accepted_per_loop"] == pytest.approx(6 / 5)
+    assert drafted["mean_accepted_tokens"] == pytest.approx(16 / 5)
+    assert drafted["tokens_per_pass"] == pytest.approx(16 / 10)
+    assert drafted["accepted_histogram"] == [1, 2, 2]
+    assert drafted["identical_outputs"] == 1
+    low, high = drafted["tokens_per_second_ci95"]
+    assert low == pytest.approx(8 / 3, rel=1e-3) and high == pytest.approx(8 / 2, rel=1e-3)  # two problems: the extremes
+
+
+def test_report_writes_summary_plots_and_table(documents, tmp_path):
+    for doc in documents:
+        write_json(tmp_path / f"worker_{doc['device']}.json", doc)
+    summary = report(tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    for name in ("tokens_per_second", "speedup", "acceptance_rate", "acceptance_by_depth"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.part"))
+    assert "| two-step | 2 | 3.2 | 2.00 [2.00, 2.00] |" in markdown_table(summary)
+
+
+def test_report_of_a_single_problem_has_no_interval(documents, tmp_path):
+    write_json(tmp_path / "worker_cpu.json", documents[0])
+    assert report(tmp_path)["runs"][1]["speedup_ci95"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a worker document"),
+        ("[]", "not a worker document"),
+        ('{"schema_version": 0, "problems": []}', "schema_version 0, expected 1"),
+    ],
+)
+def test_report_refuses_what_it_cannot_read(content, message, tmp_path):
+    (tmp_path / "worker_cpu.json").write_text(content)
+    with pytest.raises(InputError, match=message) as refusal:
+        report(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_report_of_an_empty_or_missing_folder(tmp_path):
+    for folder, message in ((tmp_path, "holds no worker"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(InputError, match=message):
+            report(folder)
+
+
+def test_failed_write_leaves_the_old_document(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    write_json(path, {"old": 1})
+
+    def full(self, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(InputError, match="No space left"):
+        write_json(path, {"new": 1})
+    assert json.loads(path.read_text()) == {"old": 1}

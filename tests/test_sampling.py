@@ -1,0 +1,193 @@
+"""Filters against transformers' own, the noise as a function and as a distribution, choices against exact probabilities."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare, kstest
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from sdsat.config import SamplingConfig
+from sdsat.sampling import choose, gumbel_noise, support
+
+SETTINGS = [
+    SamplingConfig(1.0),
+    SamplingConfig(0.2),
+    SamplingConfig(2.0, top_k=1),
+    SamplingConfig(0.7, top_k=3),
+    SamplingConfig(1.0, top_k=100),
+    SamplingConfig(1.0, top_p=0.5),
+    SamplingConfig(1.5, top_p=0.95),
+    SamplingConfig(1.0, top_p=1e-6),
+    SamplingConfig(1.0, top_k=10, top_p=0.95),
+    SamplingConfig(0.2, top_k=10, top_p=0.95),
+    SamplingConfig(2.5, top_k=4, top_p=0.8),
+]
+
+
+def filtered(logits, sampling):
+    """[N, V] exact next-token probabilities by transformers' logits processors."""
+    scores = TemperatureLogitsWarper(float(sampling.temperature))(None, logits.double())
+    if sampling.top_k:
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores)
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+    return scores.softmax(-1)
+
+
+def spread(logits, sampling, **kwargs):
+    """[N, V] probabilities of `support`, at each id's own place."""
+    ids, log_p = support(logits, sampling, **kwargs)
+    assert all(len(set(row)) == len(row) for row in ids.tolist())
+    return torch.zeros(logits.shape, dtype=torch.double).scatter(-1, ids, log_p.double().exp())
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+@pytest.mark.parametrize("at_least", [1, 4, 12])
+def test_support_equals_transformers(sampling, at_least):
+    logits = torch.randn(50, 17, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, 5] = -math.inf  # the SAT
+    got, want = spread(logits, sampling, at_least=at_least), filtered(logits, sampling)
+    assert torch.equal(got > 0, want > 0)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(
+    logits=st.lists(st.integers(-40, 40), min_size=1, max_size=12, unique=True),
+    temperature=st.floats(0.05, 5),
+    top_k=st.integers(0, 14),
+    top_p=st.floats(0.01, 1),
+)
+def test_support_is_the_smallest_set_that_reaches_top_p(logits, temperature, top_k, top_p):
+    sampling = SamplingConfig(temperature, top_k, top_p)
+    logits = [value / 7 for value in logits]
+    best = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or None]
+    weights = [math.exp((logits[i] - max(logits)) / temperature) for i in best]
+    reached = [sum(weights[: n + 1]) / sum(weights) for n in range(len(best))]
+    if any(abs(value - top_p) < 1e-5 for value in reached):
+        return  # float32 may round to either side
+    kept = best[: next((n for n, value in enumerate(reached) if value >= top_p), len(best) - 1) + 1]
+    want = {i: weights[best.index(i)] / sum(weights[: len(kept)]) for i in kept}
+    got = spread(torch.tensor([logits]), sampling)[0]
+    for i in range(len(logits)):
+        assert got[i] == pytest.approx(want.get(i, 0.0), rel=1e-4, abs=1e-7)
+
+
+LOGITS = torch.tensor([1.0, 0.2, -math.inf, 2.0, -1.0, 0.9])  # id 2 is the SAT
+CHOICES = [
+    SamplingConfig(1.0),
+    SamplingConfig(1.0, top_k=3),
+    SamplingConfig(2.0, top_p=0.8),
+    SamplingConfig(0.6, top_k=4, top_p=0.95),
+]
+
+
+def assert_distributed(ids, probabilities):
+    """Chi-square of ids against exact probabilities; ids of probability 0 must be absent."""
+    counts = torch.bincount(torch.as_tensor(ids).flatten(), minlength=len(probabilities)).double()
+    possible = probabilities > 0
+    assert counts[~possible].sum() == 0
+    if possible.sum() > 1:
+        assert chisquare(counts[possible], probabilities[possible] * counts.sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("sampling", CHOICES, ids=str)
+def test_choices_over_indices_follow_the_filtered_distribution(sampling):
+    num = 20_000
+    ids = choose(LOGITS.expand(num, -1), torch.arange(num), sampling)
+    assert_distributed(ids, filtered(LOGITS[None], sampling)[0])
+
+
+@pytest.mark.parametrize("sampling", CHOICES, ids=str)
+def test_choices_over_seeds_follow_the_filtered_distribution(sampling):
+    index = torch.tensor([7])
+    seeds = range(3000)
+    config = vars(sampling)
+    ids = [int(choose(LOGITS[None], index, SamplingConfig(**{**config, "seed": seed}))) for seed in seeds]
+    assert_distributed(ids, filtered(LOGITS[None], sampling)[0])
+
+
+def test_consecutive_choices_are_independent():
+    p = LOGITS.double().softmax(-1)
+    ids = choose(LOGITS.expand(20_000, -1), torch.arange(20_000), SamplingConfig(1.0, seed=4))[:, 0]
+    assert_distributed(ids[:-1:2] * 6 + ids[1::2], torch.outer(p, p).flatten())
+
+
+def test_wide_choices_are_samples_without_replacement():
+    p = LOGITS.double().softmax(-1)
+    pairs = choose(LOGITS.expand(20_000, -1), torch.arange(20_000), SamplingConfig(1.0, seed=5), width=2)
+    want = torch.outer(p, p) / (1 - p)[:, None]
+    assert_distributed(pairs[:, 0] * 6 + pairs[:, 1], want.fill_diagonal_(0).flatten())
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), *SETTINGS], ids=str)
+@pytest.mark.parametrize("width", [2, 5, 16])
+def test_wide_choices_are_distinct_and_start_with_the_choice(sampling, width):
+    logits = torch.randn(200, 16, generator=torch.Generator().manual_seed(1)) * 2
+    index = torch.arange(200)
+    ids = choose(logits, index, sampling, width)
+    assert ids.shape == (200, width)
+    assert torch.equal(ids[:, :1], choose(logits, index, sampling))
+    assert all(len(set(row)) == width for row in ids.tolist())
+
+
+def test_greedy_is_the_sorted_logits():
+    logits = torch.randn(20, 9, generator=torch.Generator().manual_seed(2))
+    order = logits.sort(-1, descending=True).indices
+    for width in (1, 2, 9):
+        for index in (torch.zeros(20), torch.arange(20)):
+            assert torch.equal(choose(logits, index.long(), SamplingConfig(seed=8), width), order[:, :width])
+
+
+def test_low_temperature_is_greedy():
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(choose(logits, torch.arange(50), SamplingConfig(1e-6)), logits.argmax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**63, -(2**63), 2**64 - 1])
+def test_noise_is_a_function_of_seed_index_and_token(seed):
+    index, vocabulary = torch.tensor([3, 0, 3, 2**40]), torch.arange(100)
+    noise = gumbel_noise(seed, index, vocabulary)
+    assert noise.dtype == torch.double
+    assert torch.isfinite(noise).all()
+    assert torch.equal(noise[0], noise[2])
+    for row in range(4):
+        alone = gumbel_noise(seed, index[row : row + 1], vocabulary)[0]
+        assert torch.equal(alone, noise[row])
+        assert gumbel_noise(seed, index[row : row + 1], torch.tensor([[42]]))[0, 0] == noise[row, 42]
+    some = torch.tensor([[5, 7], [99, 0], [1, 1], [50, 2]])
+    assert torch.equal(gumbel_noise(seed, index, some), noise.gather(1, some))
+
+
+def test_noise_differs_between_seeds_indices_and_tokens():
+    noise = torch.stack([gumbel_noise(seed, torch.arange(20), torch.arange(30)) for seed in (0, 1, 2, -1, 19, 1 << 40)])
+    assert noise.unique().numel() == noise.numel()
+
+
+def test_noise_does_not_depend_on_the_platform():
+    """splitmix64 in plain Python: seeds given today must mean the same tomorrow and on a GPU."""
+    golden, wrap = 0x9E3779B97F4A7C15, 2**64 - 1
+
+    def mix(z):
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & wrap
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & wrap
+        return z ^ (z >> 31)
+
+    for seed, index, token in [(0, 0, 0), (1, 2, 3), (-5, 1000, 49151), (2**70 + 3, 7, 128_000)]:
+        row = mix((mix(seed & wrap) + (index + 1) * golden) & wrap)
+        uniform = ((mix((row + (token + 1) * golden) & wrap) >> 11) + 0.5) / 2**53
+        got = gumbel_noise(seed, torch.tensor([index]), torch.tensor([token])).item()
+        assert got == pytest.approx(-math.log(-math.log(uniform)), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", [0, 12345])
+def test_noise_is_standard_gumbel(seed):
+    noise = gumbel_noise(seed, torch.arange(400), torch.arange(500))
+    assert noise.mean().item() == pytest.approx(0.5772157, abs=0.01)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.03)
+    assert kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 1e-3
+    for pairs in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):  # neighbours in index and in token
+        assert abs(torch.corrcoef(torch.stack([side.flatten() for side in pairs]))[0, 1].item()) < 0.01
