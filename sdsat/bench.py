@@ -71,6 +71,7 @@ class BenchConfig:
             not (self.with_generate and self.method == "nucleus"),
             "with_generate: transformers' generate draws other random numbers; use it with greedy only",
         )
+        models.check_dtype(self.dtype)
         require(self.data_limit is None or self.data_limit >= 1, f"data_limit={self.data_limit}: expected 1 or more")
         object.__setattr__(self, "k_list", tuple(sorted({0, *self.k_list})))
         for k in self.k_list:

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -18,6 +17,9 @@ from rich.text import Text
 from . import embedded
 from .config import DecodeConfig, InputError, SamplingConfig, require
 from .tree import parse_tree
+
+_INTERRUPTED = "interrupted; what was finished is kept, and the same command resumes"
+UsageError: Any = typer.BadParameter.__base__  # typer carries a click of its own, without a public name for it
 
 app = typer.Typer(
     add_completion=False,
@@ -30,6 +32,7 @@ Dtype = Annotated[str, typer.Option(envvar="DTYPE", help="float32, bfloat16, flo
 Device = Annotated[str, typer.Option(help="cpu or a GPU number; empty: GPU 0 where there is one, else the CPU.")]
 Tree = Annotated[str, typer.Option(envvar="TREE", help="Draft tree: chain, paper, or a branching list such as 2,1,1.")]
 SatId = Annotated[int | None, typer.Option(help="Id of the SAT, where the checkpoint doesn't say.")]
+ModelOption = Annotated[str, typer.Option("--model", help="Hub id, model directory, adapter directory, or an embedded name.")]
 Source = Annotated[list[Path], typer.Option("--source", help="Folder of Python files; repeat for more.")]
 
 
@@ -192,7 +195,7 @@ def verify(
 def distill(
     source: Source,
     out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
-    model: Model = embedded.BASE_NAME,
+    model: ModelOption = embedded.BASE_NAME,
     limit: Annotated[int | None, typer.Option(help="How many prompts; default all.")] = None,
     temperatures: Annotated[str, typer.Option(help="Prompt i is answered at the (i mod n)-th of these.")] = "0,0,0.2,1.0",
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 224,
@@ -228,7 +231,7 @@ def distill(
 def train(
     data: Annotated[Path, typer.Option(help="Folder written by `sdsat distill`.")],
     out: Annotated[Path, typer.Option(help="Adapter folder; an interrupted run resumes from it.")],
-    model: Model = embedded.BASE_NAME,
+    model: ModelOption = embedded.BASE_NAME,
     steps: int = 2000,
     k: Annotated[int, typer.Option(help="Depth: SATs per group.")] = 7,
     rank: int = 32,
@@ -278,12 +281,14 @@ def main() -> None:
     """Entry point: run the app and turn every expected failure into one line and an exit code."""
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # how typer reports an interrupt
+            code = _fail(_INTERRUPTED, code)
     except InputError as error:
         code = _fail(str(error), 2)
-    except click.UsageError as error:
+    except UsageError as error:
         code = _fail(error.format_message(), 2)
-    except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted; what was finished is kept, and the same command resumes", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail(_INTERRUPTED, 130)
     except SystemExit as error:
         code = _fail(error.code, 1) if isinstance(error.code, str) else error.code
     sys.exit(code)

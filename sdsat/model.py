@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from . import adapter as adapters
 from . import attention, embedded
@@ -91,6 +92,10 @@ class SatModel:
         return self.adapter.on_rows(start, end) if self.adapter else nullcontext()
 
 
+def check_dtype(dtype: str) -> None:
+    require(dtype == "auto" or dtype in DTYPES, f"dtype={dtype}: expected auto, {', '.join(DTYPES)}")
+
+
 def check_family(config: Any, name: str) -> None:
     """Refuse, with the reason, an architecture or a setting that the decoder isn't known to decode exactly."""
     kind = getattr(config, "model_type", None)
@@ -114,7 +119,8 @@ def pick_device(device: str | None) -> torch.device:
 
 def _load_base(name: str, dtype: torch.dtype | str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = str(embedded.base_dir()) if name == embedded.BASE_NAME else name
-    local = Path(path).is_dir()
+    if local := Path(path).is_dir():
+        transformers_logging.disable_progress_bar()  # for a download it is worth seeing
     try:
         check_family(AutoConfig.from_pretrained(path, local_files_only=local), name)
         model = AutoModelForCausalLM.from_pretrained(
@@ -155,7 +161,7 @@ def load(
     dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own. device: see `pick_device`.
     sat_token_id: overrides what the checkpoint says. Raises InputError, one line, for anything that can't be loaded.
     """
-    require(dtype == "auto" or dtype in DTYPES, f"dtype={dtype}: expected auto, {', '.join(DTYPES)}")
+    check_dtype(dtype)
     torch_device, torch_dtype = pick_device(device), DTYPES.get(dtype, "auto")
     directory = embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
     if (directory / adapters.CONFIG_FILE).is_file():

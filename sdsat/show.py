@@ -32,11 +32,18 @@ class TokenStream:
         shown = Text()
         for token, accepted in zip(tokens, drafted, strict=True):
             self.tokens.append(token)
-            text = self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = self._decode()
             if not text.endswith("\ufffd"):
                 shown.append(text[len(self.text) :], style=ACCEPTED if accepted else "")
                 self.text = text
         return shown
+
+    def rest(self) -> Text:
+        """What was held back to the end."""
+        return Text(self._decode()[len(self.text) :])
+
+    def _decode(self) -> str:
+        return self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, style: str) -> list[int]:
@@ -85,7 +92,7 @@ def generate_in_terminal(
         console.print(stream.add(tokens, drafted), end="", soft_wrap=True)
 
     out = generate(model, prompt_ids, decode, show)
-    console.print()
+    console.print(stream.rest())
     console.print(Text(figures(out, k), style="dim"))
     if compare:
         ar = generate(model, prompt_ids, replace(decode, k=0))

@@ -166,14 +166,19 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _epoch_order(data: list[Sequence], seed: int) -> list[int]:
+    """A shuffle in which every 32 neighbours are sorted by length: a batch holds like lengths and pads little."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    return [i for window in order.split(32) for i in sorted(window.tolist(), key=lambda i: len(data[i].ids))]
+
+
 def _batch_of_step(data: list[Sequence], config: TrainConfig, step: int, rank: int, world: int) -> SatBatch:
     """The batch of a step, a function of (seed, step, process) alone, so that a resumed run sees what it would have seen."""
-    per_step = config.batch_size * world
-    places = range(step * per_step + rank * config.batch_size, step * per_step + (rank + 1) * config.batch_size)
+    first = (step * world + rank) * config.batch_size
     chosen = []
-    for place in places:
-        order = torch.Generator().manual_seed(config.seed * 1_000_003 + place // len(data))
-        chosen.append(data[int(torch.randperm(len(data), generator=order)[place % len(data)])])
+    for place in range(first, first + config.batch_size):
+        epoch, place = divmod(place, len(data))
+        chosen.append(data[_epoch_order(data, config.seed * 1_000_003 + epoch)[place]])
     generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 4096 + rank)
     return sat_batch(chosen, config.k, config.anchors, config.keep, generator)
 

@@ -41,7 +41,7 @@ def with_adapter(lm, k=3, rank=4, seed=1, strength=1.0):
 def tiny_tokenizer(pieces, decoder=None):
     """A tokenizer whose token i decodes to pieces[i]; it encodes one character a token, unknown ones as token 0."""
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=pieces[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoder or decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=pieces[0])
 

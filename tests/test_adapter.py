@@ -1,0 +1,228 @@
+"""The adapter leaves standard rows alone to the bit, and its files round-trip or are refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import one_line_error, tiny_llama, with_adapter
+from safetensors.torch import load_file, save_file
+
+from sdsat import adapter as adapters
+from sdsat.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, SatAdapter
+from sdsat.config import SatConfig
+
+IDS = torch.tensor([[1, 5, 9, 2, 7, 64, 64, 64]])  # 64 is the SAT
+STANDARD = 5
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def logits_of(model, num_sats=0, ids=IDS):
+    """[S, V] logits of one causal pass whose last `num_sats` rows are named SATs."""
+    rows = ids.shape[1]
+    with model.sat_rows(rows - num_sats, rows), torch.no_grad():
+        mask = torch.ones(1, 1, rows, rows, dtype=torch.bool).tril()
+        return model.model(inputs_embeds=model.embed(ids), attention_mask=mask).logits[0]
+
+
+def base_logits(lm, ids):
+    """[S, V] logits of a plain causal pass."""
+    mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    return lm(ids, attention_mask=mask).logits[0]
+
+
+@DTYPES
+def test_base_is_untouched_while_no_rows_are_named(dtype):
+    lm, ids = tiny_llama(dtype), IDS[:, :STANDARD]
+    want = base_logits(lm, ids)
+    model = with_adapter(lm, strength=3.0)
+    assert torch.equal(base_logits(lm, ids), want)
+    assert torch.equal(logits_of(model, ids=ids), want)
+    with model.adapter.on_rows(3, 3):
+        assert torch.equal(base_logits(lm, ids), want)
+
+
+@DTYPES
+@pytest.mark.parametrize("num_sats", [1, 2, 3])
+def test_standard_rows_are_untouched_beside_sat_rows(dtype, num_sats):
+    model = with_adapter(tiny_llama(dtype), strength=3.0)
+    ids = IDS[:, : STANDARD + num_sats]
+    plain, named = logits_of(model, 0, ids), logits_of(model, num_sats, ids)
+    assert torch.equal(named[:STANDARD], plain[:STANDARD])
+    assert (named - plain)[STANDARD:].abs().amax(-1).min() > 0.1
+    assert torch.equal(logits_of(model, 0, ids), plain)  # the rows are named within the block only
+
+
+def test_sat_rows_are_the_merged_low_rank_update():
+    """All rows named: the same as a base whose weights are W + scale * B A."""
+    model = with_adapter(tiny_llama())
+    model.adapter.config = AdapterConfig("tiny", SatConfig(64, 3), 4, scale=0.5)
+    model.adapter.detach()
+    model.adapter.attach(model.model)
+    got = logits_of(model, IDS.shape[1])
+    model.adapter.detach()
+    for name, layer in model.model.named_modules():
+        key = name.replace(".", "/")
+        if key in model.adapter.down:
+            layer.weight += 0.5 * model.adapter.up[key] @ model.adapter.down[key]
+    torch.testing.assert_close(got, logits_of(model))
+
+
+def test_named_rows_are_forgotten_after_an_error():
+    model = with_adapter(tiny_llama())
+    want = logits_of(model)
+    with pytest.raises(KeyboardInterrupt), model.adapter.on_rows(0, 8):
+        raise KeyboardInterrupt
+    assert torch.equal(logits_of(model), want)
+
+
+def test_new_adapter_changes_nothing_but_the_embedding():
+    lm = tiny_llama()
+    adapter = SatAdapter(lm, AdapterConfig("tiny", SatConfig(64, 3))).attach(lm)
+    want = base_logits(lm, IDS[:, :STANDARD])
+    with adapter.on_rows(0, STANDARD):
+        assert torch.equal(base_logits(lm, IDS[:, :STANDARD]), want)
+    assert {p.shape[0] for p in adapter.down.values()} == {32}
+    torch.testing.assert_close(adapter.sat_embedding, lm.get_input_embeddings().weight.mean(0))
+
+
+def test_detach_restores_the_base():
+    lm = tiny_llama()
+    model = with_adapter(lm)
+    with_update = logits_of(model, 3)
+    with one_line_error("already attached"):
+        model.adapter.attach(lm)
+    model.adapter.detach()
+    without = logits_of(model, 3)
+    assert not torch.equal(with_update, without)
+    assert not any(module._forward_hooks for module in lm.modules())
+    assert torch.equal(without, logits_of(model))
+    model.adapter.attach(lm)
+    assert torch.equal(logits_of(model, 3), with_update)
+
+
+def test_embed_puts_the_sat_embedding_in_its_places():
+    model = with_adapter(tiny_llama())
+    weight = model.model.get_input_embeddings().weight
+    want = [weight[token] if token < 64 else model.adapter.sat_embedding for token in IDS[0]]
+    assert torch.equal(model.embed(IDS)[0], torch.stack(want))
+
+
+def test_refuses_a_model_without_its_layers():
+    with one_line_error("targets=('c_attn',)"):
+        SatAdapter(tiny_llama(), AdapterConfig("tiny", SatConfig(64, 3), targets=("c_attn",)))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(base, directory of an adapter made for it, that adapter)."""
+    lm = tiny_llama(torch.float32)
+    model = with_adapter(lm)
+    with torch.no_grad():
+        for parameter in model.adapter.parameters():
+            parameter.copy_(parameter.bfloat16())  # files hold bfloat16
+    model.adapter.save(tmp_path / "adapter")
+    model.adapter.detach()
+    return lm, tmp_path / "adapter", model.adapter
+
+
+def test_save_and_load_round_trip(saved):
+    lm, directory, adapter = saved
+    assert {file.name for file in directory.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
+    loaded = adapters.load(lm, directory)
+    assert loaded.config == adapter.config
+    state = loaded.state_dict()
+    assert state.keys() == adapter.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in adapter.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert not any(module._forward_hooks for module in lm.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_load_takes_the_dtype_of_the_base(saved, dtype):
+    _, directory, adapter = saved
+    loaded = adapters.load(tiny_llama(torch.float32).to(dtype), directory)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert torch.equal(loaded.sat_embedding.float(), adapter.sat_embedding)
+
+
+def edit_config(**changes):
+    def edit(directory):
+        raw = json.loads((directory / CONFIG_FILE).read_text())
+        raw = {key: value for key, value in {**raw, **changes}.items() if value is not None}
+        (directory / CONFIG_FILE).write_text(json.dumps(raw))
+
+    return edit
+
+
+def edit_weights(change):
+    def edit(directory):
+        weights = load_file(directory / WEIGHTS_FILE)
+        change(weights)
+        save_file(weights, directory / WEIGHTS_FILE)
+
+    return edit
+
+
+def cut(name, num_bytes):
+    return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:num_bytes])
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (edit_weights(lambda w: w.pop("sat_embedding")), "sat_embedding is missing"),
+        (edit_weights(lambda w: w.update(extra=torch.zeros(2))), "extra is not expected"),
+        (edit_weights(lambda w: w.update(sat_embedding=torch.zeros(7))), "sat_embedding has shape (7,)"),
+        (edit_config(rank=5), "needs (5, 32)"),
+        (edit_config(targets=["q_proj"]), "not expected"),
+        (cut(WEIGHTS_FILE, 0), WEIGHTS_FILE),
+        (cut(WEIGHTS_FILE, 100), WEIGHTS_FILE),
+        (cut(WEIGHTS_FILE, -1), WEIGHTS_FILE),
+        (lambda directory: (directory / WEIGHTS_FILE).unlink(), WEIGHTS_FILE),
+        (cut(CONFIG_FILE, 0), CONFIG_FILE),
+        (cut(CONFIG_FILE, -20), CONFIG_FILE),
+        (lambda directory: (directory / CONFIG_FILE).write_text("[1, 2]"), CONFIG_FILE),
+        (lambda directory: (directory / CONFIG_FILE).unlink(), CONFIG_FILE),
+        (edit_config(k=None), "'k'"),
+        (edit_config(k="seven"), CONFIG_FILE),
+        (edit_config(base_sample=None), "base_sample"),
+        (edit_config(format="peft"), "sdsat-adapter"),
+    ],
+)
+def test_load_refuses_damage(saved, damage, named):
+    lm, directory, _ = saved
+    damage(directory)
+    with one_line_error(directory, named):
+        adapters.load(lm, directory)
+
+
+@pytest.mark.parametrize("other", [dict(seed=5), dict(num_hidden_layers=1), dict(hidden_size=16)], ids=str)
+def test_load_refuses_another_base(saved, other):
+    _, directory, _ = saved
+    with one_line_error(directory, "made for base tiny"):
+        adapters.load(tiny_llama(torch.float32, **other), directory)
+
+
+def fail_half_way(part, *args, **kwargs):
+    part.write_bytes(b"half")
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize("stage", ["weights", "config"])
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh folder", "over an old adapter"])
+def test_a_failing_save_leaves_nothing_half_written(saved, tmp_path, monkeypatch, stage, fresh):
+    lm, directory, _ = saved
+    target = tmp_path / "new" if fresh else directory
+    old = {file.name: file.read_bytes() for file in target.iterdir()} if not fresh else {}
+    changed = with_adapter(tiny_llama(torch.float32), seed=9).adapter
+    if stage == "weights":
+        monkeypatch.setattr(adapters, "save_file", lambda weights, part, **kwargs: fail_half_way(part))
+    else:
+        monkeypatch.setattr("pathlib.Path.write_text", fail_half_way)
+    with pytest.raises(OSError, match="disk full"):
+        changed.save(target)
+    assert {name: (target / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE) if (target / name).exists()} == old
+    monkeypatch.undo()
+    changed.save(target)
+    assert torch.equal(adapters.load(lm, target).sat_embedding, changed.sat_embedding.bfloat16().float())
+    assert {file.name for file in target.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}

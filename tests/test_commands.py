@@ -1,0 +1,270 @@
+"""Whole commands, as a user types them: both start scripts, killed and resumed, and one line for every bad input."""
+
+import json
+import os
+import signal
+import string
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import tiny_llama, tiny_tokenizer, with_adapter
+from filelock import FileLock
+from safetensors.torch import save_file
+
+from sdsat import cli
+from sdsat.adapter import AdapterConfig
+
+ROOT = Path(__file__).parent.parent
+RUN_KEYS = {
+    "dataset", "strategy", "k", "num_problems", "num_new_tokens", "num_passes", "tokens_per_second", "speedup", "speedup_ci95",
+    "acceptance_rate", "acceptance_by_depth", "accepted_per_loop", "mean_accepted_tokens", "tokens_per_pass", "identical_outputs",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """An adapter directory whose base is a tiny random model with a tokenizer of one character a token."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = tiny_tokenizer(["<unk>", *string.printable])
+    lm = tiny_llama(vocab=len(tokenizer), max_position_embeddings=4096, eos_token_id=5)
+    model = with_adapter(lm, k=5)
+    lm.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model.adapter.config = AdapterConfig(str(folder / "base"), model.sat, 4, base_sample=model.adapter.config.base_sample)
+    model.adapter.save(folder / "tiny-sdsat")
+    return folder / "tiny-sdsat"
+
+
+@pytest.fixture
+def start(tiny, tmp_path):
+    """Start `start_<method>.sh` with the tiny model; settings are environment variables."""
+    settings = {"K_LIST": "0,2,5", "DATA_LIMIT": "3", "MAX_NEW_TOKENS": "12", "DTYPE": "float32", "OMP_NUM_THREADS": "1"}
+
+    def begin(method, *arguments, **changed):
+        command = ["bash", str(ROOT / f"start_{method}.sh"), str(tiny), *arguments]
+        environment = {**os.environ, **settings, "RESULTS_DIR": str(tmp_path / "results"), **changed}
+        return subprocess.Popen(
+            command, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+
+    def run(method, *arguments, code=0, **changed):
+        process = begin(method, *arguments, **changed)
+        out, errors = process.communicate(timeout=200)
+        assert process.returncode == code, errors
+        return out, errors
+
+    run.begin = begin
+    run.results = tmp_path / "results" / "tiny-sdsat"
+    return run
+
+
+def documents(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("worker_*.json"))]
+
+
+def wait_for_problems(folder, count):
+    for _ in range(600):
+        if sum(len(document["problems"]) for document in documents(folder)) >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the benchmark never finished a problem")
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "folder"),
+    [("greedy", ["cpu"], "greedy"), ("nucleus", ["cpu", "0.2"], "nucleus_t0.2"), ("nucleus", [], "nucleus_t1.0")],
+)
+def test_start_scripts(start, method, arguments, folder):
+    out, _ = start(method, *arguments)
+    summary = json.loads((start.results / folder / "summary.json").read_text())
+    assert summary["schema_version"] == 1
+    assert summary["environment"]["torch"] and summary["settings"]["seed"] == 0
+    assert [(run["strategy"], run["k"]) for run in summary["runs"]] == [("ar", 0), ("two-step", 2), ("two-step", 5)]
+    for run in summary["runs"]:
+        assert run.keys() >= RUN_KEYS
+        assert run["num_problems"] == run["identical_outputs"] == 3
+        assert len(run["acceptance_by_depth"]) == run["k"]
+    for plot in ("tokens_per_second", "speedup", "acceptance_rate", "acceptance_by_depth"):
+        assert (start.results / folder / f"{plot}.png").exists()
+    assert "two-step" in out and str(start.results / folder) in out
+
+
+def test_interrupted_run_resumes(start):
+    process = start.begin("greedy", DATA_LIMIT="40")
+    wait_for_problems(start.results / "greedy", 1)
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "resumes" in errors.splitlines()[-1] and "Traceback" not in errors
+    kept = documents(start.results / "greedy")[0]["problems"]
+    limit = len(kept) + 2
+    start("greedy", DATA_LIMIT=str(limit))
+    problems = documents(start.results / "greedy")[0]["problems"]
+    assert problems[: len(kept)] == kept
+    assert [problem["task_id"] for problem in problems] == [f"HumanEval/{i}" for i in range(limit)]
+
+
+def test_finished_run_is_not_measured_again(start):
+    start("greedy")
+    before = documents(start.results / "greedy")
+    _, errors = start("greedy")
+    assert "measured before" in errors or "measured before" in _
+    assert documents(start.results / "greedy") == before
+
+
+def test_dead_worker_is_named_and_the_others_finish(start):
+    process = start.begin("greedy", "cpu,cpu", DATA_LIMIT="8")
+    victim = None
+    while victim is None:
+        time.sleep(0.1)
+        children = psutil.Process(process.pid).children(recursive=True)
+        with suppress(psutil.Error):  # short-lived children come and go
+            victim = next((c for c in children if "spawn_main" in " ".join(c.cmdline())), None)
+    victim.kill()
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "worker cpu" in errors.splitlines()[-1] and "exit code -9" in errors.splitlines()[-1]
+    survivors = documents(start.results / "greedy")
+    assert sum(len(document["problems"]) for document in survivors) == 4
+    assert json.loads((start.results / "greedy/summary.json").read_text())["runs"][0]["num_problems"] == 4
+    start("greedy", DATA_LIMIT="8")
+    assert json.loads((start.results / "greedy/summary.json").read_text())["runs"][0]["num_problems"] == 8
+
+
+def test_other_settings_or_a_second_run_are_refused(start):
+    start("greedy", DATA_LIMIT="1")
+    _, errors = start("greedy", code=2, MAX_NEW_TOKENS="13")
+    assert errors.splitlines()[-1].startswith("error:") and "max_new_tokens=12, not 13" in errors
+    with FileLock(start.results / "greedy" / ".lock"):
+        _, errors = start("greedy", code=2)
+    assert "another run is writing" in errors and "Traceback" not in errors
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tiny, tmp_path):
+    """Run `sdsat ...` in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # an unknown model is unknown at once, also where a hub is reachable
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sdsat", *(str(tiny) if a == "TINY" else a for a in arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+BAD_INPUT = [
+    (["bench", "greedy", "no/such-model"], "model no/such-model: not found"),
+    (["bench", "greedy", "TINY", "7"], "GPUS=7: this machine has"),
+    (["bench", "greedy", "TINY", "gpu"], "GPUS=gpu: this machine has"),
+    (["bench", "beam", "TINY"], "method=beam: expected greedy or nucleus"),
+    (["bench", "nucleus", "TINY", "cpu", "0"], "temperature=0.0: expected a positive number"),
+    (["bench", "nucleus", "TINY", "cpu", "--", "-1"], "temperature=-1.0: expected"),
+    (["bench", "nucleus", "TINY", "cpu", "warm"], "temperature=warm: expected"),
+    (["bench", "nucleus", "TINY", "cpu", "nan"], "temperature=nan: expected"),
+    (["bench", "nucleus", "TINY", "cpu", "--top-p", "0"], "top_p=0.0: expected a number in (0, 1]"),
+    (["bench", "nucleus", "TINY", "cpu", "--top-p", "1.5"], "top_p=1.5: expected a number in (0, 1]"),
+    (["bench", "greedy", "TINY", "cpu", "--k-list", "0,-1"], "k=-1: expected 0 (AR) or a positive number"),
+    (["bench", "greedy", "TINY", "cpu", "--k-list", "five"], "k_list=five: expected numbers"),
+    (["bench", "greedy", "TINY", "cpu", "--tree", "bush"], "tree='bush': expected"),
+    (["bench", "greedy", "TINY", "cpu", "--data-limit", "0"], "data_limit=0: expected 1 or more"),
+    (["bench", "greedy", "TINY", "cpu", "--max-new-tokens", "0"], "max_new_tokens=0: expected 1 or more"),
+    (["bench", "greedy", "TINY", "cpu", "--dtype", "int3"], "dtype=int3: expected"),
+    (["bench", "greedy", "TINY", "cpu", "--results", "a-file/x"], "a-file/x/tiny-sdsat/greedy: cannot be written"),
+    (["generate", "hello", "--model", "TINY", "--max-new-tokens", "9999"], "max_new_tokens=9999: with a prompt of 5 tokens"),
+    (["generate", "hello", "--model", "TINY", "--temperature", "-2"], "temperature=-2.0: expected"),
+    (["generate", "hello", "--model", "TINY", "--as", "verse"], "--as=verse: expected chat, code or raw"),
+    (["generate", "", "--model", "TINY"], "prompt: empty"),
+    (["generate", "hello", "--model", "TINY", "--svg", "none/x.svg"], "--svg=none/x.svg: no such folder"),
+    (["generate", "hello", "--no-such-option"], "--no-such-option"),
+    (["generate"], "Missing argument 'prompt'"),
+    (["report", "none"], "results folder none: no such folder"),
+    (["train", "--data", "none", "--out", "out"], "data=none: no shard_*.safetensors there"),
+    (["distill", "--source", "none", "--out", "out", "--model", "TINY"], "source=none: no such folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=[" ".join(a)[:60] for a, _ in BAD_INPUT])
+def test_bad_input_is_one_line_and_exit_code_2(command, tmp_path, arguments, message):
+    (tmp_path / "a-file").write_text("")
+    code, _, errors = command(*arguments)
+    lines = errors.strip().splitlines()
+    assert code == 2
+    assert lines[-1].startswith("error: ") and message in lines[-1]
+    assert "Traceback" not in errors
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "results") == ["a-file"]
+
+
+def test_corrupt_cache_is_named(command, tmp_path, monkeypatch):
+    folder = tmp_path / "cache" / "smollm2-135m-instruct"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{")
+    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path / "cache"))
+    code, _, errors = command("generate", "hello", "--model", "smollm2-135m-instruct")
+    assert code == 2
+    assert f"cache {folder}: damaged" in errors and "delete this folder" in errors
+
+
+def test_generate_compares_and_draws(command, tmp_path):
+    code, out, _ = command(
+        *("generate", "hello", "--model", "TINY", "-k", "3", "--dtype", "float32", "--max-new-tokens", "40"),
+        *("--compare", "--svg", str(tmp_path / "x.svg")),
+    )
+    assert code == 0
+    assert "40 tokens" in out and "the same text" in out
+    assert (tmp_path / "x.svg").read_text().startswith("<svg")
+
+
+def test_generate_warns_beyond_the_trained_depth(command):
+    with pytest.warns(UserWarning, match="k=9 is beyond the depth k=5"):
+        code, _, _ = command("generate", "hello", "--model", "TINY", "-k", "9", "--dtype", "float32", "--max-new-tokens", "5")
+    assert code == 0
+
+
+def test_verify_compares_everything_and_resumes(command, tmp_path):
+    audit = ["verify", "TINY", "--data-limit", "2", "--max-new-tokens", "8", "--temperature", "0,1.0", "--seeds", "0,1"]
+    audit += ["--k-list", "2,5", "--tree", "chain", "--tree", "2,2", "--out", str(tmp_path / "audit.json")]
+    code, _, _ = command(*audit)
+    document = json.loads((tmp_path / "audit.json").read_text())
+    assert code == 0
+    assert len(document["summary"]) == 1 + 3 * 2 * 2  # generate; (greedy, two seeds) x k x tree
+    assert all(row["identical"] == row["num_problems"] == 2 for row in document["summary"])
+    document["problems"].pop()
+    (tmp_path / "audit.json").write_text(json.dumps(document))
+    assert command(*audit)[0] == 0
+    assert len(json.loads((tmp_path / "audit.json").read_text())["problems"]) == 2
+
+
+def test_verify_exits_1_on_an_unexplained_difference(command, monkeypatch):
+    from sdsat import verify
+
+    honest = verify.generate
+
+    def wrong(model, prompt_ids, config, *rest):
+        out = honest(model, prompt_ids, config, *rest)
+        if config.k:
+            out.token_ids[3] = (out.token_ids[3] + 1) % 64
+        return out
+
+    monkeypatch.setattr(verify, "generate", wrong)
+    code, out, _ = command("verify", "TINY", "--data-limit", "1", "--max-new-tokens", "8", "--k-list", "2")
+    assert code == 1
+    assert "False" in out and "0/1" in out
+
+
+def test_damaged_adapter_is_one_line(command, tmp_path, tiny):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text((tiny / "adapter_config.json").read_text())
+    save_file({}, folder / "adapter_model.safetensors")
+    code, _, errors = command("generate", "hello", "--model", str(folder))
+    assert code == 2
+    assert len(errors.strip().splitlines()) == 1 and f"adapter {folder}" in errors
