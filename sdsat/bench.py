@@ -178,6 +178,8 @@ def _worker(config: BenchConfig, device: str, label: str, todo: list[str], folde
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         model = models.load(config.model, config.dtype, device)
+        if model.sat and max(config.k_list) > model.sat.k:
+            tqdm.write(f"warning: k={max(config.k_list)} is beyond the depth k={model.sat.k} that {config.model} was trained for")
         problems = [problem for problem in humaneval(model.tokenizer) if problem.task_id in set(todo)]
         _warm_up(model, problems[0], config)
         document = _open_document(folder, label, config, environment(model))

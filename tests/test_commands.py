@@ -49,7 +49,13 @@ def start(tiny, tmp_path):
         command = ["bash", str(ROOT / f"start_{method}.sh"), str(tiny), *arguments]
         environment = {**os.environ, **settings, "RESULTS_DIR": str(tmp_path / "results"), **changed}
         return subprocess.Popen(
-            command, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            command,
+            env=environment,
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
 
     def run(method, *arguments, code=0, **changed):

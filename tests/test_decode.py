@@ -65,3 +65,13 @@ def test_equals_transformers_generate(model):
     want = lm.generate(torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False, pad_token_id=0)[0, len(PROMPT) :].tolist()
     for k in (0, 1, 3, 5):
         assert generate(model, PROMPT, DecodeConfig(k, 30)).token_ids == want
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS], ids=["greedy", "nucleus"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_chains_equal_ar(dtype, sampling):
+    model = with_adapter(tiny_llama(dtype), k=5)
+    want = generate(model, PROMPT, DecodeConfig(0, 40, sampling=sampling)).token_ids
+    assert model.row_policy.stable
+    for k in (1, 3, 5):
+        assert generate(model, PROMPT, DecodeConfig(k, 40, sampling=sampling)).token_ids == want

