@@ -131,16 +131,29 @@ class SatAdapter(nn.Module):
 
 
 def read_config(directory: str | Path) -> AdapterConfig:
-    """The checked `adapter_config.json` of an adapter directory."""
-    path = Path(directory) / CONFIG_FILE
+    """The checked `adapter_config.json` of an adapter directory. Raises InputError, one line, for anything odd in it."""
+    where = f"adapter {directory}: {CONFIG_FILE}"
     try:
-        raw = json.loads(path.read_text())
-        require(raw.get("format") == FORMAT, f"adapter {directory}: {CONFIG_FILE} is not of format {FORMAT!r}")
-        sat = SatConfig(raw["sat_token_id"], raw["k"])
-        targets, sample = tuple(raw["targets"]), raw["base_sample"]
-        return AdapterConfig(raw["base_model"], sat, raw["rank"], raw["scale"], targets, sample, raw["training"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"adapter {directory}: {CONFIG_FILE} cannot be read ({error!r})") from None
+        raw = json.loads((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))
+        require(raw.get("format") == FORMAT, f"its format is not {FORMAT!r}")
+        for key, kind in _KINDS.items():
+            require(isinstance(raw[key], kind) and not isinstance(raw[key], bool), f"{key}={raw[key]!r} is of the wrong kind")
+        require(raw["rank"] >= 1, f"rank={raw['rank']}: expected 1 or more")
+        require(all(isinstance(name, str) for name in raw["targets"]), f"targets={raw['targets']}: expected names")
+        for name, numbers in raw["base_sample"].items():
+            require(len(numbers) == 8 and all(isinstance(n, (int, float)) for n in numbers), f"base_sample of {name} is damaged")
+        sat, targets = SatConfig(raw["sat_token_id"], raw["k"]), tuple(raw["targets"])
+        return AdapterConfig(raw["base_model"], sat, raw["rank"], raw["scale"], targets, raw["base_sample"], raw["training"])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{where} cannot be read ({error!r})") from None
+
+
+_KINDS: dict[str, Any] = {
+    "base_model": str, "sat_token_id": int, "k": int, "rank": int, "scale": (int, float), "targets": list,
+    "base_sample": dict, "training": dict,
+}  # fmt: skip
 
 
 def _check_base(model: nn.Module, config: AdapterConfig, directory: str | Path) -> None:
@@ -164,7 +177,10 @@ def load(model: nn.Module, directory: str | Path) -> SatAdapter:
         weights = load_file(Path(directory) / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise InputError(f"adapter {directory}: {WEIGHTS_FILE} is missing or damaged ({error})") from None
-    adapter = SatAdapter(model, config)
+    try:
+        adapter = SatAdapter(model, config)
+    except InputError as error:
+        raise InputError(f"adapter {directory}: {error}") from None
     expected = dict(adapter.named_parameters())
     for name in sorted(expected.keys() ^ weights.keys()):
         raise InputError(f"adapter {directory}: tensor {name} is {'missing' if name in expected else 'not expected'}")

@@ -33,8 +33,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            f"temperature={self.temperature}: expected 0 (greedy) or a positive number",
+            math.isfinite(self.temperature) and (self.temperature == 0 or self.temperature >= 1e-6),
+            f"temperature={self.temperature}: expected 0 (greedy) or a positive number, at least 1e-6",
         )
         require(self.top_k >= 0, f"top_k={self.top_k}: expected 0 (off) or a positive whole number")
         require(0 < self.top_p <= 1, f"top_p={self.top_p}: expected a number in (0, 1]")

@@ -9,6 +9,7 @@ that overlap HumanEval are dropped and counted. Answers are stored as token shar
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import random
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .cache import SlotCache
 from .config import InputError, SamplingConfig, require
-from .model import SatModel
+from .model import SatModel, read_json
 from .sampling import choose
 
 _FENCE = "```python\n"
@@ -78,7 +80,7 @@ def function_prompts(path: Path) -> Iterator[tuple[str, str]]:
             nodes = list(ast.walk(ast.parse(source)))
     except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
         return
-    lines = source.splitlines()
+    lines = source.split("\n")  # as ast counts them
     for node in nodes:
         if isinstance(node, ast.FunctionDef) and (doc := ast.get_docstring(node)) and len(doc) >= 40:
             header = lines[node.lineno - 1 : node.body[0].end_lineno]
@@ -189,7 +191,10 @@ def answer_batch(
 
 def _prefill(model: SatModel, cache: SlotCache, ids: list[int]) -> None:
     """Fill `cache` anew with the key/values of one prompt."""
-    cache.length, cache.visible = 0, len(ids)
+    cache.length = 0
+    if not ids:
+        return
+    cache.visible = len(ids)
     rows = torch.arange(len(ids), device=model.device)
     mask = (rows <= rows[:, None])[None, None]
     tokens = torch.tensor([ids], device=model.device)
@@ -229,11 +234,15 @@ def distill(
     settings = {
         "model": model.name, "seed": seed, "temperatures": list(temperatures), "max_new_tokens": max_new_tokens,
         "max_prompt_tokens": max_prompt_tokens, "shard_size": shard_size, "num_prompts": len(prompts), "prompts": counts,
+        "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     manifest_file = out / "manifest.json"
-    if manifest_file.exists() and json.loads(manifest_file.read_text())["settings"] != settings:
-        raise InputError(f"out={out}: holds shards of other settings; choose another folder or delete it")
+    if manifest_file.exists():
+        held = read_json(manifest_file).get("settings")
+        require(held == settings, f"out={out}: holds shards of other settings; choose another folder or delete it")
+    else:
+        require(not list(out.glob("shard_*")), f"out={out}: holds shards without a manifest; choose another folder or delete it")
     manifest: dict[str, Any] = {"format": "sdsat-shards", "format_version": 1, "settings": settings, "shards": []}
     shards = [range(n, min(n + shard_size, len(prompts))) for n in range(0, len(prompts), shard_size)]
     files = [out / f"shard_{number:05d}.safetensors" for number in range(len(shards))]
@@ -257,7 +266,7 @@ def _write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) ->
     """List the shards that are there, with their sizes."""
     manifest["shards"] = []
     for shard in filter(Path.exists, shards):
-        tensors = load_file(shard)
+        tensors = _read_shard(shard)
         num_answer_tokens = int((tensors["lengths"] - tensors["prompt_lengths"]).sum())
         entry = {"file": shard.name, "num_sequences": len(tensors["lengths"]), "num_answer_tokens": num_answer_tokens}
         manifest["shards"].append(entry)
@@ -276,6 +285,13 @@ def _write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]])
     path.with_suffix(".part").replace(path)
 
 
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: a damaged shard ({error}); delete it and run `sdsat distill` again") from None
+
+
 @dataclass(frozen=True)
 class Sequence:
     """One training sequence: token ids, and how many of them are the prompt."""
@@ -290,7 +306,7 @@ def read_shards(folder: Path) -> list[Sequence]:
     require(len(files) > 0, f"data={folder}: no shard_*.safetensors there; run `sdsat distill --out {folder}` first")
     sequences = []
     for file in files:
-        shard = load_file(file)
+        shard = _read_shard(file)
         parts = shard["tokens"].long().split(shard["lengths"].tolist())
         sequences += [Sequence(ids, int(n)) for ids, n in zip(parts, shard["prompt_lengths"].tolist(), strict=True)]
     return sequences

@@ -31,7 +31,7 @@ from .sampling import choose
 from .tree import MAX_NODES, DraftTree, make_tree
 
 OnTokens = Callable[[list[int], list[bool]], None]
-_POLICIES = (RowPolicy(1, 1), RowPolicy(4, 1), RowPolicy(4, 4), RowPolicy(8, 8), RowPolicy(16, 16))
+_POLICIES = (RowPolicy(1, 1), RowPolicy(4, 1), RowPolicy(4, 2), RowPolicy(4, 4), RowPolicy(8, 8), RowPolicy(16, 16))
 
 
 @dataclass
@@ -153,29 +153,32 @@ def num_slots(prompt_length: int, max_new_tokens: int) -> int:
 def probe_rows(model: SatModel) -> RowPolicy:
     """The cheapest padding under which a row's logits have the same bits whatever the number of rows in its pass.
 
-    Feeds the same 12 tokens in passes of 1, 2, 3, 4, 6 and 12 rows under each policy in turn. Where none is stable (some
-    GPUs), the last but two is used and `stable` is false. The answer is kept in `model.row_policy`.
+    After a context of 64 tokens, feeds the same tokens one at a time and in one pass of every padded size, under each
+    policy in turn. Where none is stable (some GPUs), passes are padded to multiples of 4 and `stable` is false. The
+    answer is kept in `model.row_policy`.
     """
     if model.row_policy is None:
         vocabulary = model.model.get_input_embeddings().weight.shape[0]
-        tokens = (torch.arange(12, device=model.device) * 7919 + 11) % vocabulary
-        for policy in _POLICIES:
-            reference = _logits_in_passes_of(model, tokens, 1, policy)
-            if all(torch.equal(reference, _logits_in_passes_of(model, tokens, n, policy)) for n in (12, 6, 2, 3, 4)):
-                model.row_policy = policy
-                break
-        else:
-            model.row_policy = RowPolicy(4, 4, stable=False)
+        tokens = (torch.arange(64 + 96, device=model.device) * 7919 + 11) % vocabulary
+        cache = SlotCache(model.model.config.num_hidden_layers, num_slots(len(tokens), 256))
+        _prefill(model, cache, tokens[:64])
+        model.row_policy = next((p for p in _POLICIES if _is_stable(model, cache, p, tokens[64:])), RowPolicy(4, 4, stable=False))
     return model.row_policy
 
 
-def _logits_in_passes_of(model: SatModel, tokens: Tensor, rows: int, policy: RowPolicy) -> Tensor:
-    cache = SlotCache(model.model.config.num_hidden_layers, num_slots(len(tokens), 256))
-    parts = []
-    for part in tokens.split(rows):
-        parts.append(_forward(model, cache, policy, part, make_tree("chain", len(part) - 1)))
-        cache.commit(tuple(range(len(part))))
-    return torch.cat(parts)
+def _is_stable(model: SatModel, cache: SlotCache, policy: RowPolicy, tokens: Tensor) -> bool:
+    """Whether the logits of the first 32 tokens after the context are the same one at a time and in passes of all sizes."""
+    start, singles = cache.length, []
+    for token in tokens[:32].split(1):
+        singles.append(_forward(model, cache, policy, token, make_tree("chain", 0)))
+        cache.commit((0,))
+    cache.length = start
+    reference = torch.cat(singles)
+    for rows in sorted({policy.rows(count) for count in (*range(1, 33), 48, 64, 96)}):
+        logits = _forward(model, cache, policy, tokens[:rows], make_tree("chain", rows - 1))[:32]
+        if not torch.equal(logits, reference[: len(logits)]):
+            return False
+    return True
 
 
 @torch.inference_mode()
@@ -198,6 +201,9 @@ def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None
         f"max_new_tokens={config.max_new_tokens}: with a prompt of {len(prompt_ids)} tokens the context would reach {needed}, "
         f"but model {model.name} takes {model.max_context}",
     )
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    strange = next((token for token in prompt_ids if not 0 <= token < vocabulary), None)
+    require(strange is None, f"prompt: token id {strange} is not in the model's vocabulary of {vocabulary}")
     require(model.tokenizer is not None or not config.stop_strings, "stop_strings: the model came without a tokenizer")
     if config.k:
         require(
@@ -206,7 +212,8 @@ def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None
         )
         if model.sat and config.k > model.sat.k:
             warnings.warn(f"k={config.k} is beyond the depth k={model.sat.k} that {model.name} was trained for", stacklevel=3)
-        make_tree(config.tree, config.k)
+        width = make_tree(config.tree, config.k).width
+        require(width < vocabulary, f"tree={config.tree}: {width} candidates, but the vocabulary has {vocabulary} tokens")
 
 
 @torch.inference_mode()
@@ -290,6 +297,4 @@ def _has_stop(model: SatModel, tokens: list[int], config: DecodeConfig) -> bool:
 
 def _text(model: SatModel, out: Generation, config: DecodeConfig) -> str:
     text = _decode(model, out.token_ids, skip_special=True)
-    if out.finish == "stop_string":
-        text = text[: min((text.find(stop) for stop in config.stop_strings if stop in text), default=len(text))]
-    return text
+    return text[: min((text.find(stop) for stop in config.stop_strings if stop in text), default=len(text))]

@@ -111,7 +111,7 @@ def pick_device(device: str | None) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = f"this machine has {count} GPU{'' if count == 1 else 's'}"
     require(
-        str(device).isdigit() and int(device) < count,
+        str(device).isdecimal() and int(device) < count,
         f"GPUS={device}: {known}; expected 'cpu' or a number below {count}",
     )
     return torch.device(f"cuda:{device}")
@@ -123,9 +123,16 @@ def _load_base(name: str, dtype: torch.dtype | str, device: torch.device) -> tup
         transformers_logging.disable_progress_bar()  # for a download it is worth seeing
     try:
         check_family(AutoConfig.from_pretrained(path, local_files_only=local), name)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention.NAME, device_map={"": device}, local_files_only=local
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            device_map={"": device},
+            local_files_only=local,
+            output_loading_info=True,
         )
+        missing = sorted(loaded["missing_keys"])
+        require(not missing, f"model {name}: its checkpoint lacks {len(missing)} tensors, such as {missing[:1]}")
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
     except InputError:
         raise
@@ -165,6 +172,7 @@ def load(
     torch_device, torch_dtype = pick_device(device), DTYPES.get(dtype, "auto")
     directory = embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
     if (directory / adapters.CONFIG_FILE).is_file():
+        require(sat_token_id is None, f"sat_token_id={sat_token_id}: {name} is an adapter and brings its own SAT")
         base = adapters.read_config(directory).base_model
         model, tokenizer = _load_base(base, torch_dtype, torch_device)
         adapter = adapters.load(model, directory).attach(model)

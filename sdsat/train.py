@@ -244,7 +244,10 @@ def _checkpoint(out: Path, adapter: SatAdapter, optimizer: Any, state: dict[str,
 
 
 def _resume(out: Path, adapter: SatAdapter, optimizer: Any, config: TrainConfig) -> dict[str, Any]:
-    """Load `out/checkpoint.pt` where there is one; its settings must be those of this run."""
+    """Load `out/checkpoint.pt` where there is one; its settings must be those of this run, but for the number of steps.
+
+    With other steps the schedule goes on as if they had been asked for from the start.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -253,7 +256,10 @@ def _resume(out: Path, adapter: SatAdapter, optimizer: Any, config: TrainConfig)
     if not file.exists():
         return {"step": 0, "predictions": 0, "seconds": 0.0, "log": []}
     saved = torch.load(file, weights_only=True)
-    require(saved["config"] == asdict(config), f"out={out}: holds a run of other settings; choose another folder")
+    held = TrainConfig(**{**saved["config"], "steps": config.steps})
+    require(held == config, f"out={out}: holds a run of other settings, {held}; choose another folder")
+    done = saved["state"]["step"]
+    require(done < config.steps, f"steps={config.steps}: the run in {out} has done {done}; expected more")
     adapter.load_state_dict(saved["adapter"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["state"]

@@ -230,7 +230,7 @@ def test_probed_policy_keeps_its_promise(dtype):
     assert model.row_policy is policy is probe_rows(model)
     tokens = torch.randint(VOCAB, (30,), generator=torch.Generator().manual_seed(1))
     want = logits_in_passes_of(model, tokens, 1, policy)
-    for rows in (2, 3, 4, 6):
+    for rows in (*range(2, 17), 20, 24, 29):
         assert not policy.stable or torch.equal(logits_in_passes_of(model, tokens, rows, policy), want)
 
 

@@ -1,10 +1,14 @@
 """SAT training: the batched layout against every anchor run as its own plain sequence."""
 
+import json
+
+import pytest
 import torch
-from conftest import VOCAB, tiny_llama, with_adapter
+from conftest import VOCAB, one_line_error, tiny_llama, with_adapter
 
 from sdsat.data import Sequence
-from sdsat.train import IGNORED, SatBatch, sat_batch, sat_loss, sat_mask
+from sdsat.model import SatModel
+from sdsat.train import IGNORED, SatBatch, TrainConfig, sat_batch, sat_loss, sat_mask, train
 
 
 def random_sequences(lengths, prompt_length=2):
@@ -63,3 +67,49 @@ def test_anchors_lie_in_the_answer_and_have_targets():
     batch = sat_batch([sequence], 3, 100, 1.0, torch.Generator())
     assert sorted(set(batch.anchor[0].tolist())) == list(range(4, 10))
     assert batch.label[0].tolist() == [int(sequence.ids[a + d + 1]) for a, d in zip(batch.anchor[0], batch.depth[0], strict=True)]
+
+
+def lines_of(folder):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(folder / "train_log.jsonl")]
+
+
+def train_tiny(folder, **changed):
+    settings = dict(steps=4, k=3, rank=2, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2)
+    model = SatModel(tiny_llama(torch.float32), None, "tiny")
+    return train(model, random_sequences([9, 13, 6, 11, 8, 10]), folder, TrainConfig(**{**settings, **changed}))
+
+
+def test_killed_training_resumes_exactly(tmp_path, monkeypatch):
+    whole = train_tiny(tmp_path / "whole")
+    steps = []
+
+    def killed(*arguments):
+        steps.append(1)
+        if len(steps) == 4:  # after the checkpoint of step 2, in step 4
+            raise KeyboardInterrupt
+        return sat_loss(*arguments)
+
+    monkeypatch.setattr("sdsat.train.sat_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path / "killed")
+    monkeypatch.undo()
+    resumed = train_tiny(tmp_path / "killed")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
+    saved = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert saved[0] == saved[1]
+
+
+def test_training_learns_what_repeats(tmp_path):
+    model = SatModel(tiny_llama(torch.float32), None, "tiny")
+    data = [Sequence(torch.arange(2, 26) % 6 + 2, 2)] * 8
+    train(model, data, tmp_path, TrainConfig(60, k=3, rank=4, anchors=8, eval_every=60, held_out=2, warmup=5, lr=3e-2))
+    assert lines_of(tmp_path)[-1]["accepted_per_loop"] > 2.5
+
+
+def test_other_settings_in_the_folder_are_refused(tmp_path):
+    train_tiny(tmp_path)
+    with one_line_error(tmp_path, "other settings"):
+        train_tiny(tmp_path, lr=0.5, steps=6)
+    with one_line_error("steps=4", "has done 4"):
+        train_tiny(tmp_path)
