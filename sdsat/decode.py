@@ -153,32 +153,30 @@ def num_slots(prompt_length: int, max_new_tokens: int) -> int:
 def probe_rows(model: SatModel) -> RowPolicy:
     """The cheapest padding under which a row's logits have the same bits whatever the number of rows in its pass.
 
-    After a context of 64 tokens, feeds the same tokens one at a time and in one pass of every padded size, under each
-    policy in turn. Where none is stable (some GPUs), passes are padded to multiples of 4 and `stable` is false. The
-    answer is kept in `model.row_policy`.
+    After a context of 64 tokens, compares one pass of 96 tokens with the same tokens one at a time and in passes of
+    other sizes, padded by each policy in turn. Where none is stable (some GPUs), passes are padded to multiples of 4
+    and `stable` is false. The answer is kept in `model.row_policy`.
     """
     if model.row_policy is None:
         vocabulary = model.model.get_input_embeddings().weight.shape[0]
         tokens = (torch.arange(64 + 96, device=model.device) * 7919 + 11) % vocabulary
         cache = SlotCache(model.model.config.num_hidden_layers, num_slots(len(tokens), 256))
         _prefill(model, cache, tokens[:64])
-        model.row_policy = next((p for p in _POLICIES if _is_stable(model, cache, p, tokens[64:])), RowPolicy(4, 4, stable=False))
+
+        @lru_cache
+        def logits_of(first: int, rows: int, padded: int) -> Tensor:
+            cache.length = 64 + first
+            part = tokens[64 + first : 64 + first + rows]
+            return _forward(model, cache, RowPolicy(padded, 1), part, make_tree("chain", rows - 1))
+
+        def stable(policy: RowPolicy) -> bool:
+            whole = logits_of(0, 96, 96)
+            one_by_one = (torch.equal(logits_of(i, 1, policy.rows(1))[0], whole[i]) for i in range(16))
+            sizes = sorted({policy.rows(count) for count in (*range(1, 33), 48, 64)})
+            return all(one_by_one) and all(torch.equal(logits_of(0, n, n), whole[:n]) for n in sizes)
+
+        model.row_policy = next((policy for policy in _POLICIES if stable(policy)), RowPolicy(4, 4, stable=False))
     return model.row_policy
-
-
-def _is_stable(model: SatModel, cache: SlotCache, policy: RowPolicy, tokens: Tensor) -> bool:
-    """Whether the logits of the first 32 tokens after the context are the same one at a time and in passes of all sizes."""
-    start, singles = cache.length, []
-    for token in tokens[:32].split(1):
-        singles.append(_forward(model, cache, policy, token, make_tree("chain", 0)))
-        cache.commit((0,))
-    cache.length = start
-    reference = torch.cat(singles)
-    for rows in sorted({policy.rows(count) for count in (*range(1, 33), 48, 64, 96)}):
-        logits = _forward(model, cache, policy, tokens[:rows], make_tree("chain", rows - 1))[:32]
-        if not torch.equal(logits, reference[: len(logits)]):
-            return False
-    return True
 
 
 @torch.inference_mode()
