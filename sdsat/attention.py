@@ -22,16 +22,23 @@ def grouped_attention(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention. query [B, H, S, D]; key, value [B, H/G, T, D]; attention_mask [B|1, 1, S, T] bool.
+    """Scaled dot-product attention. query [B, H, S, D]; key, value [B, H/G, T, D].
 
+    attention_mask: [B|1, 1, S, T] bool, true means attend; or what `folded_mask` makes of it, once for all layers.
     Returns [B, S, H, D] and no weights, as `transformers` expects of an attention function.
     """
     batch, heads, rows, dim = query.shape
     groups = heads // key.shape[1]
     folded = query.reshape(batch, key.shape[1], groups * rows, dim)
-    mask = attention_mask.repeat(1, 1, groups, 1) if groups > 1 else attention_mask
+    mask = folded_mask(attention_mask, groups, query.dtype) if attention_mask.dtype == torch.bool else attention_mask
     out = torch.nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(batch, heads, rows, dim).transpose(1, 2), None
+
+
+def folded_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """[B, 1, S, T] bool -> [B, 1, G * S, T] of 0 and -inf: the mask of `groups` query heads folded into rows."""
+    additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+    return additive.repeat(1, 1, groups, 1)
 
 
 AttentionInterface.register(NAME, grouped_attention)

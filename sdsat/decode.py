@@ -120,7 +120,7 @@ def _forward(model: SatModel, cache: SlotCache, policy: RowPolicy, tokens: Tenso
     with model.sat_rows(count - sats, count):
         logits = model.model(
             inputs_embeds=model.embed(tokens[None]),
-            attention_mask=pass_mask(cache, within),
+            attention_mask=model.mask(pass_mask(cache, within)),
             position_ids=(cache.length + offsets)[None],
             past_key_values=cache,
         ).logits[0, :count]
@@ -130,17 +130,19 @@ def _forward(model: SatModel, cache: SlotCache, policy: RowPolicy, tokens: Tenso
 
 
 def _prefill(model: SatModel, cache: SlotCache, tokens: Tensor) -> None:
-    """Compute and commit the key/values of all prompt tokens but the last, in one pass."""
+    """Compute and commit the key/values of all prompt tokens but the last, in one pass that reads the prompt's slots only."""
     if not len(tokens):
         return
     rows = torch.arange(len(tokens), device=model.device)
+    cache.visible = len(tokens)
     model.model(
         inputs_embeds=model.embed(tokens[None]),
-        attention_mask=pass_mask(cache, rows <= rows[:, None]),
+        attention_mask=model.mask((rows <= rows[:, None])[None, None]),
         position_ids=rows[None],
         past_key_values=cache,
         logits_to_keep=1,
     )
+    cache.visible = cache.num_slots
     cache.commit(tuple(range(len(tokens))))
 
 

@@ -72,6 +72,12 @@ class SatModel:
             return ()
         return tuple(eos) if isinstance(eos, list) else (eos,)
 
+    def mask(self, attend: torch.Tensor) -> torch.Tensor:
+        """A pass's [1, 1, S, T] bool mask in the form that every layer's attention uses as it is."""
+        config = self.model.config
+        groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        return attention.folded_mask(attend, groups, self.dtype)
+
     @property
     def max_context(self) -> int:
         """Positions the model can take; a sliding window ends it too, since our mask shows every row the whole past."""

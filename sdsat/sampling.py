@@ -65,7 +65,7 @@ def choose(logits: Tensor, index: Tensor, sampling: SamplingConfig, width: int =
     within a row. Width 1 is the model's own next token; a wider result is a list of drafts, without replacement.
     """
     if sampling.greedy:
-        return logits.argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
+        return logits.float().argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
     ids, log_p = support(logits, sampling, at_least=width)
     score = log_p.double() + gumbel_noise(sampling.seed, index, ids)
     best = score.argmax(-1, keepdim=True) if width == 1 else score.topk(width, dim=-1).indices
