@@ -93,12 +93,15 @@ def generate_in_terminal(
 
     out = generate(model, prompt_ids, decode, show)
     console.print(stream.rest())
-    console.print(Text(figures(out, k), style="dim"))
+    console.print(Text(figures(out, k), style="dim"), soft_wrap=True)
     if compare:
         ar = generate(model, prompt_ids, replace(decode, k=0))
         same = "the same text" if ar.token_ids == out.token_ids else "another text"
         ratio = out.tokens_per_second / ar.tokens_per_second
-        console.print(Text(f"AR: {ar.tokens_per_second:.1f} tokens/s, {same}; SDSAT was {ratio:.2f} times as fast", style="dim"))
+        console.print(
+            Text(f"AR: {ar.tokens_per_second:.1f} tokens/s, {same}; SDSAT was {ratio:.2f} times as fast", style="dim"),
+            soft_wrap=True,
+        )
     if svg is not None:
         try:
             console.save_svg(str(svg), title=f"sdsat generate: accepted drafts in green ({name}, k = {k})")
