@@ -11,6 +11,7 @@ from sdsat.decode import generate
 from sdsat.sampling import choose
 
 PROMPT = [1, 5, 9, 2, 7]
+SHAPES = [(5, "paper"), *((k, tree) for k in (0, 1, 2, 3, 5) for tree in ("chain", (2,), (3, 2, 1), (1, 1, 4)))]
 NUCLEUS = SamplingConfig(temperature=1.0, top_k=10, top_p=0.95, seed=3)
 
 
@@ -32,11 +33,7 @@ def model():
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS, SamplingConfig(1.0, seed=9)], ids=["greedy", "nucleus", "all"])
-@pytest.mark.parametrize(
-    ("k", "tree"),
-    [(5, "paper"), *((k, tree) for k in (0, 1, 2, 3, 5) for tree in ("chain", (2,), (3, 2, 1), (1, 1, 4)))],
-    ids=str,
-)
+@pytest.mark.parametrize(("k", "tree"), SHAPES, ids=str)
 def test_equals_naive_decoding(model, sampling, tree, k):
     want = naive(model, PROMPT, 23, sampling)
     out = generate(model, PROMPT, DecodeConfig(k, 23, tree, sampling))
