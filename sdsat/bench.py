@@ -1,6 +1,6 @@
 """The benchmark: AR and every k on the same problem, one after the other, in the same engine; one worker a device.
 
-    sdsat bench greedy --model smollm2-135m-sdsat --k-list 0,1,3,5,7
+    sdsat bench greedy smollm2-135m-sdsat cpu --k-list 0,1,3,5,7
 
 Noise of the machine hits AR and SDSAT alike, because they take turns. Each worker rewrites its own
 `worker_<device>.json` after every problem, so an interrupted run loses at most the problem in hand and resumes.
@@ -32,7 +32,7 @@ from .data import Problem, humaneval
 from .decode import Generation, generate
 from .model import SatModel
 from .reference import transformers_generate
-from .report import SCHEMA_VERSION, read_workers, write_json
+from .report import SCHEMA_VERSION, plain, read_workers, seconds_of, write_json
 from .tree import make_tree, parse_tree
 
 _WARM_UP_TOKENS = 16
@@ -194,7 +194,7 @@ def _worker(config: BenchConfig, device: str, label: str, todo: list[str], folde
 
 
 def _settings(config: BenchConfig) -> dict[str, Any]:
-    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    settings = plain(config)
     settings.pop("data_limit")
     if config.method == "greedy":
         settings |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
@@ -263,7 +263,7 @@ class _Progress:
         for run in problem["runs"]:
             sums = self.sums.setdefault((run["strategy"], run["k"]), [0.0, 0.0])
             sums[0] += run["num_new_tokens"]
-            sums[1] += run["prefill_seconds"] + run["decode_seconds"]
+            sums[1] += seconds_of(run)
         speed = {key: tokens / seconds for key, (tokens, seconds) in self.sums.items()}
         drafted = {k: speed[name, k] / speed["ar", 0] for name, k in speed if name == "two-step"}
         if drafted:

@@ -47,9 +47,7 @@ def _numbers(name: str, text: str, kind: Any = int) -> tuple[Any, ...]:
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to continue or answer.")],
-    model: Annotated[
-        str, typer.Option(help="Hub id, model directory, adapter directory, or the embedded default.")
-    ] = embedded.NAME,
+    model: ModelOption = embedded.NAME,
     style: Annotated[
         str, typer.Option("--as", help="chat: a chat turn; code: complete a Python function; raw: as it is.")
     ] = "chat",
@@ -83,7 +81,7 @@ def generate(
 @app.command()
 def bench(
     method: Annotated[str, typer.Argument(help="greedy or nucleus.")],
-    model: Annotated[str, typer.Argument(help="Hub id, model directory, adapter directory, or the embedded default.")] = "",
+    model: Model = "",
     gpus: Annotated[
         str, typer.Argument(help="cpu or 0,1,2,3, one worker each; empty: GPU 0 where there is one, else the CPU.")
     ] = "",
@@ -108,7 +106,7 @@ def bench(
 
     devices = (gpus or ("0" if torch.cuda.is_available() else "cpu")).split(",")
     limit = data_limit or ("6" if "cpu" in devices else "all")
-    require(limit == "all" or limit.isdigit(), f"data_limit={limit}: expected a number of problems or 'all'")
+    require(limit == "all" or limit.isdecimal(), f"data_limit={limit}: expected a number of problems or 'all'")
     config = BenchConfig(
         model=model or embedded.NAME,
         method=method,

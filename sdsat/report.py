@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def write_json(path: Path, document: Any) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A settings dataclass as JSON gives it back: tuples are lists."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
 
 
 def read_workers(folder: Path) -> list[dict[str, Any]]:
@@ -67,8 +73,8 @@ def _run_summary(problems: list[dict[str, Any]], key: tuple[str, int], settings:
     strategy, k = key
     pairs = [(run_of(problem, ("ar", 0)), run_of(problem, key)) for problem in problems]
     base, runs = [a for a, _ in pairs], [b for _, b in pairs]
-    seconds = [run["prefill_seconds"] + run["decode_seconds"] for run in runs]
-    base_seconds = [run["prefill_seconds"] + run["decode_seconds"] for run in base]
+    seconds = [seconds_of(run) for run in runs]
+    base_seconds = [seconds_of(run) for run in base]
     accepted = np.array([run["accepted_by_depth"] for run in runs]).reshape(len(runs), k)
     proposed = np.array([run["proposed_by_depth"] for run in runs]).reshape(len(runs), k)
     loops = [sum(run["accepted_histogram"]) for run in runs]
@@ -107,6 +113,11 @@ def _run_summary(problems: list[dict[str, Any]], key: tuple[str, int], settings:
         "seconds_per_pass": round((spent - sum(run["prefill_seconds"] for run in runs)) / passes, 6),
         "identical_outputs": sum(run["output_sha256"] == ar["output_sha256"] for ar, run in pairs),
     }
+
+
+def seconds_of(run: dict[str, Any]) -> float:
+    """Prefill and decoding together."""
+    return run["prefill_seconds"] + run["decode_seconds"]
 
 
 def run_of(problem: dict[str, Any], key: tuple[str, int]) -> dict[str, Any]:

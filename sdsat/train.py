@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +174,15 @@ def _epoch_order(data: list[Sequence], seed: int) -> list[int]:
     return [i for window in order.split(32) for i in sorted(window.tolist(), key=lambda i: len(data[i].ids))]
 
 
-def _batch_of_step(data: list[Sequence], config: TrainConfig, step: int, rank: int, world: int) -> SatBatch:
+def _batch_of_step(
+    data: list[Sequence], order: Callable[[int], list[int]], config: TrainConfig, step: int, rank: int, world: int
+) -> SatBatch:
     """The batch of a step, a function of (seed, step, process) alone, so that a resumed run sees what it would have seen."""
     first = (step * world + rank) * config.batch_size
     chosen = []
     for place in range(first, first + config.batch_size):
         epoch, place = divmod(place, len(data))
-        chosen.append(data[_epoch_order(data, config.seed * 1_000_003 + epoch)[place]])
+        chosen.append(data[order(epoch)[place]])
     generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 4096 + rank)
     return sat_batch(chosen, config.k, config.anchors, config.keep, generator)
 
@@ -200,10 +204,11 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     state = _resume(out, adapter, optimizer, config)
     log = out / "train_log.jsonl"
+    order = lru_cache(maxsize=2)(lambda epoch: _epoch_order(data, config.seed * 1_000_003 + epoch))  # a step may touch two
     bar = tqdm(range(state["step"], config.steps), initial=state["step"], total=config.steps, desc="train")
     for step in bar:
         began = time.perf_counter()
-        batch = _batch_of_step(data, config, step, accelerator.process_index, accelerator.num_processes)
+        batch = _batch_of_step(data, order, config, step, accelerator.process_index, accelerator.num_processes)
         loss, count = sat_loss(model, adapter, _to(batch, model.device))
         loss.backward()
         total, loss_sum = accelerator.reduce(torch.tensor([float(count), loss.item()], device=model.device)).tolist()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from tqdm import tqdm
 from .bench import environment
 from .config import DecodeConfig, InputError, SamplingConfig, require
 from .data import humaneval
-from .decode import generate, next_logits
+from .decode import generate, next_logits, probe_rows
 from .model import SatModel
 from .reference import transformers_generate
-from .report import write_json
+from .report import plain, write_json
 from .sampling import gumbel_noise
 from .tree import make_tree, parse_tree
 
@@ -95,11 +95,10 @@ def verify(model: SatModel, config: VerifyConfig, out: Path | None = None) -> di
 
 
 def _open(model: SatModel, config: VerifyConfig, dtype: str, out: Path | None) -> dict[str, Any]:
-    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-    settings = {"model": model.name, "dataset": "humaneval", "dtype": dtype, **settings}
+    settings = {"model": model.name, "dataset": "humaneval", "dtype": dtype, **plain(config)}
     head = {"schema_version": 1, "settings": settings, "summary": [], "problems": []}
     if out is None or not out.exists():
-        generate(model, [1], DecodeConfig(max_new_tokens=1))  # so that the environment knows the row policy
+        probe_rows(model)  # so that the environment knows the row policy
         return {"schema_version": 1, "environment": environment(model), **head}
     try:
         document = json.loads(out.read_text())
