@@ -25,10 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from . import packed
 from .config import InputError, SatConfig, require
 
 FORMAT = "sdsat-adapter"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -56,6 +58,23 @@ def sample_weights(model: nn.Module) -> dict[str, list[float]]:
     return {name: [round(value, 6) for value in p.detach().flatten()[:8].float().tolist()] for name, p in chosen}
 
 
+class _Fused:
+    """The updates of layers that read the same input, as one pair of matmuls: computed by the first, kept for the others."""
+
+    def __init__(self, downs: list[Tensor], ups: list[Tensor], scale: float):
+        self.sizes = [up.shape[0] for up in ups]
+        self.down = packed.best_linear(torch.cat(downs))
+        self.up = packed.best_linear(scale * torch.block_diag(*ups))
+        self._input: Tensor | None = None
+        self._updates: tuple[Tensor, ...] = ()
+
+    def update(self, x: Tensor, rows: slice, index: int) -> Tensor:
+        """[B, rows, out] of the group's layer `index` for the input x [B, S, in] of a pass."""
+        if self._input is not x:
+            self._input, self._updates = x, self.up(self.down(x[:, rows])).split(self.sizes, dim=-1)
+        return self._updates[index]
+
+
 class SatAdapter(nn.Module):
     """SAT embedding [D] and one (A [r, in], B [out, r]) pair for each targeted linear layer of `model`."""
 
@@ -64,6 +83,7 @@ class SatAdapter(nn.Module):
         self.config = config
         self._rows: slice | None = None
         self._handles: list[Any] = []
+        self._fused: dict[str, tuple[_Fused, int]] = {}
         embedding = model.get_input_embeddings().weight
         dtype, device = embedding.dtype, embedding.device
         self.sat_embedding = nn.Parameter(embedding.detach().float().mean(0).to(dtype))
@@ -85,7 +105,20 @@ class SatAdapter(nn.Module):
         require(not self._handles, "adapter: already attached; detach it first")
         for name, layer in self._targeted(model):
             key = name.replace(".", "/")
-            self._handles.append(layer.register_forward_hook(self._hook(self.down[key], self.up[key])))
+            hook = self._fused_hook(*self._fused[key]) if self._fused else self._hook(self.down[key], self.up[key])
+            self._handles.append(layer.register_forward_hook(hook))
+        return self
+
+    def fuse(self) -> SatAdapter:
+        """Prepare for decoding: what `attach` hooks in from now on takes half the matmuls and has no gradients."""
+        for key in self.down:
+            parent, _, name = key.rpartition("/")
+            names = next((names for names in _SAME_INPUT if name in names), (name,))
+            keys = [member for other in names if (member := f"{parent}/{other}") in self.down]
+            if key == keys[0]:
+                downs, ups = [self.down[member].detach() for member in keys], [self.up[member].detach() for member in keys]
+                group = _Fused(downs, ups, self.config.scale)
+                self._fused.update({member: (group, index) for index, member in enumerate(keys)})
         return self
 
     def detach(self) -> None:
@@ -105,8 +138,15 @@ class SatAdapter(nn.Module):
                 update = scale * update
             if update.shape == output.shape:  # every row is a SAT, as in training: keep autograd simple
                 return output + update
-            output[:, self._rows] += update
+            output[:, self._rows].add_(update)
             return output
+
+        return add_update
+
+    def _fused_hook(self, group: _Fused, index: int) -> Any:
+        def add_update(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            if self._rows is not None:
+                output[:, self._rows].add_(group.update(inputs[0], self._rows, index))
 
         return add_update
 

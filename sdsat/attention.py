@@ -31,14 +31,21 @@ def grouped_attention(
     groups = heads // key.shape[1]
     folded = query.reshape(batch, key.shape[1], groups * rows, dim)
     mask = folded_mask(attention_mask, groups, query.dtype) if attention_mask.dtype == torch.bool else attention_mask
+    if padding := mask.shape[2] - groups * rows:
+        folded = torch.nn.functional.pad(folded, (0, 0, 0, padding))
     out = torch.nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, rows, dim).transpose(1, 2), None
+    return out[:, :, : groups * rows].reshape(batch, heads, rows, dim).transpose(1, 2), None
 
 
 def folded_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, S, T] bool -> [B, 1, G * S, T] of 0 and -inf: the mask of `groups` query heads folded into rows."""
+    """[B, 1, S, T] bool -> [B, 1, R, T] of 0 and -inf: the mask of `groups` query heads folded into rows.
+
+    R is groups * S rounded up to a multiple of 4, and the rows beyond attend to everything: kernels take queries in
+    blocks, and a last block of one or two rows was seen to round in a way of its own.
+    """
     additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-    return additive.repeat(1, 1, groups, 1)
+    folded = additive.repeat(1, 1, groups, 1)
+    return torch.nn.functional.pad(folded, (0, 0, 0, -folded.shape[2] % 4))
 
 
 AttentionInterface.register(NAME, grouped_attention)

@@ -26,6 +26,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from . import __version__
 from . import model as models
 from .config import DecodeConfig, InputError, SamplingConfig, require
 from .data import Problem, humaneval
@@ -97,10 +98,11 @@ class BenchConfig:
 
 def environment(model: SatModel) -> dict[str, Any]:
     """Versions, device and row policy: what a reader needs to compare figures."""
-    versions = {name: importlib.metadata.version(name) for name in ("sdsat", "torch", "transformers", "numpy")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
     cuda = model.device.type == "cuda"
     return {
         "python": platform.python_version(),
+        "sdsat": __version__,
         **versions,
         "platform": platform.platform(),
         "device": model.device.type,

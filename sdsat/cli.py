@@ -16,7 +16,6 @@ from rich.text import Text
 
 from . import embedded
 from .config import DecodeConfig, InputError, SamplingConfig, require
-from .tree import parse_tree
 
 _INTERRUPTED = "interrupted; what was finished is kept, and the same command resumes"
 UsageError: Any = typer.BadParameter.__base__  # typer carries a click of its own, without a public name for it
@@ -72,6 +71,8 @@ def generate(
     from . import show
 
     sampling = SamplingConfig(temperature, top_k, top_p, seed)
+    from .tree import parse_tree
+
     decode = DecodeConfig(k or 0, max_new_tokens, parse_tree(tree), sampling, (), tuple(stop or ()))
     require(style in ("chat", "code", "raw"), f"--as={style}: expected chat, code or raw")
     require(svg is None or svg.absolute().parent.is_dir(), f"--svg={svg}: no such folder")
@@ -237,6 +238,7 @@ def train(
     keep: Annotated[float, typer.Option(help="A group goes one deeper with this probability.")] = 0.8,
     batch_size: Annotated[int, typer.Option(help="Sequences per step and process.")] = 2,
     lr: float = 1e-3,
+    init: Annotated[str | None, typer.Option(help="Adapter directory to start from.")] = None,
     seed: Annotated[int, typer.Option(envvar="SEED")] = 0,
     eval_every: int = 200,
     dtype: Dtype = "bfloat16",
@@ -258,6 +260,7 @@ def train(
         lr=lr,
         seed=seed,
         eval_every=eval_every,
+        init=init,
     )
     local = os.environ.get("LOCAL_RANK")
     run(

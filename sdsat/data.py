@@ -48,9 +48,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, code: str) -> list[int]:
     """Token ids that ask for the completion of `code`: a chat turn that opens a code fence for chat models, else raw."""
     if not tokenizer.chat_template:
         return tokenizer(code)["input_ids"]
-    question = [{"role": "user", "content": f"Complete this Python function.\n{_FENCE}{code.rstrip()}\n```"}]
-    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text + _FENCE, add_special_tokens=False)["input_ids"]
+    return encode_chat(tokenizer, f"Complete this Python function.\n{_FENCE}{code.rstrip()}\n```", _FENCE)
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:
+    """Token ids of a user's turn and the opening of the model's answer."""
+    turns = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text + opening, add_special_tokens=False)["input_ids"]
 
 
 def humaneval(tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Problem]:

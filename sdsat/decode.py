@@ -31,7 +31,7 @@ from .sampling import choose
 from .tree import MAX_NODES, DraftTree, make_tree
 
 OnTokens = Callable[[list[int], list[bool]], None]
-_POLICIES = (RowPolicy(1, 1), RowPolicy(4, 1), RowPolicy(4, 2), RowPolicy(4, 4), RowPolicy(8, 8), RowPolicy(16, 16))
+_POLICIES = (RowPolicy(1, 1), RowPolicy(2, 1), RowPolicy(4, 1), RowPolicy(4, 4), RowPolicy(8, 8), RowPolicy(16, 16))
 
 
 @dataclass

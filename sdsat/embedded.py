@@ -15,7 +15,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 
 from .config import InputError
@@ -67,6 +66,7 @@ def _fetch(folder: Path) -> Path:
 
 def _convert(gguf: Path, target: Path) -> None:
     """GGUF to a plain bfloat16 HF directory (`save_pretrained` refuses a GGUF-loaded model, hence the copy)."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from . import adapter as adapters
 from . import attention, embedded
 from .config import InputError, SatConfig, require
+from .packed import PackedLinears, can_pack
 
 # The two published checkpoints (arXiv 2403.18647) say nothing of their SAT in config.json.
 PUBLISHED = {
@@ -46,7 +47,8 @@ class RowPolicy:
 class SatModel:
     """A causal LM with what it takes to draft: its SAT settings and, in adapter mode, the adapter.
 
-    sat is None for a plain model: it decodes with k = 0 only. row_policy: see decode.probe_rows.
+    sat is None for a plain model: it decodes with k = 0 only. packed: on a CPU, its linear layers' weights in the
+    processor's own order. row_policy: see decode.probe_rows.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,7 @@ class SatModel:
     name: str
     sat: SatConfig | None = None
     adapter: adapters.SatAdapter | None = None
+    packed: PackedLinears | None = None
     row_policy: RowPolicy | None = None
 
     @property
@@ -153,6 +156,10 @@ def _load_base(name: str, dtype: torch.dtype | str, device: torch.device) -> tup
     return model.eval().requires_grad_(False), tokenizer
 
 
+def _packed(model: PreTrainedModel) -> PackedLinears | None:
+    return PackedLinears(model).attach() if can_pack(model.device, model.dtype) else None
+
+
 def _sat_of_checkpoint(name: str, config: Any) -> SatConfig | None:
     own = getattr(config, "sdsat", None)
     if own is not None:
@@ -181,8 +188,8 @@ def load(
         require(sat_token_id is None, f"sat_token_id={sat_token_id}: {name} is an adapter and brings its own SAT")
         base = adapters.read_config(directory).base_model
         model, tokenizer = _load_base(base, torch_dtype, torch_device)
-        adapter = adapters.load(model, directory).attach(model)
-        return SatModel(model, tokenizer, name, adapter.config.sat, adapter)
+        adapter = adapters.load(model, directory).fuse().attach(model)
+        return SatModel(model, tokenizer, name, adapter.config.sat, adapter, _packed(model))
     model, tokenizer = _load_base(name, torch_dtype, torch_device)
     sat = _sat_of_checkpoint(name, model.config)
     if sat_token_id is not None:
@@ -192,7 +199,7 @@ def load(
         sat is None or sat.token_id < vocabulary,
         f"sat_token_id={sat and sat.token_id}: the model's vocabulary ends at {vocabulary - 1}",
     )
-    return SatModel(model, tokenizer, name, sat)
+    return SatModel(model, tokenizer, name, sat, packed=_packed(model))
 
 
 def read_json(path: Path) -> Any:

@@ -15,7 +15,7 @@ from .model import SatModel
 
 @torch.inference_mode()
 def transformers_generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> Generation:
-    """Greedy `generate` with transformers' own attention and cache; the adapter is detached for the duration.
+    """Greedy `generate` with transformers' own linear layers, attention and cache; ours are detached for the duration.
 
     Only max_new_tokens and stop_ids of the config are used. All seconds are in decode_seconds.
     """
@@ -29,6 +29,8 @@ def transformers_generate(model: SatModel, prompt_ids: list[int], config: Decode
     tokens = torch.tensor([prompt_ids], device=model.device)
     if model.adapter is not None:
         model.adapter.detach()
+    if model.packed is not None:
+        model.packed.detach()
     model.model.set_attn_implementation("sdpa")
     try:
         began = time.perf_counter()
@@ -37,6 +39,8 @@ def transformers_generate(model: SatModel, prompt_ids: list[int], config: Decode
         seconds = time.perf_counter() - began
     finally:
         model.model.set_attn_implementation(attention.NAME)
+        if model.packed is not None:
+            model.packed.attach()
         if model.adapter is not None:
             model.adapter.attach(model.model)
     finish = "stop_id" if token_ids[-1] in config.stop_ids else "length"

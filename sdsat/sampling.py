@@ -31,8 +31,8 @@ def gumbel_noise(seed: int, index: Tensor, token_ids: Tensor) -> Tensor:
     """
     seed = (seed + 2**63) % 2**64 - 2**63
     row = _mix(_mix(torch.full_like(index, seed)) + (index + 1) * _GOLDEN)
-    bits = (_mix(row[:, None] + (token_ids + 1) * _GOLDEN) >> 11) & ((1 << 53) - 1)
-    uniform = (bits.double() + 0.5) / float(1 << 53)
+    bits = (_mix(row[:, None] + (token_ids + 1) * _GOLDEN) >> 12) & ((1 << 52) - 1)
+    uniform = (bits.double() + 0.5) / float(1 << 52)  # exact in float64, so never 0 or 1
     return -torch.log(-torch.log(uniform))
 
 

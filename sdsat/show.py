@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import model as models
 from .config import DecodeConfig, InputError, require
-from .data import encode_prompt
+from .data import encode_chat, encode_prompt
 from .decode import Generation, generate
 
 ACCEPTED = "bold green"
@@ -52,9 +52,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, style: str) -> list[
         return encode_prompt(tokenizer, prompt)
     if style == "raw" or not tokenizer.chat_template:
         return tokenizer(prompt)["input_ids"]
-    turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return encode_chat(tokenizer, prompt)
 
 
 def figures(out: Generation, k: int) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .adapter import AdapterConfig, SatAdapter, sample_weights
+from .adapter import load as load_adapter
 from .cache import SharedPrefix, SlotCache
 from .config import InputError, SatConfig, require
 from .data import Sequence
@@ -38,6 +39,7 @@ class TrainConfig:
     """steps of `batch_size` sequences with up to `anchors` SAT groups each.
 
     keep: depth i+1 of a group exists with this probability given depth i; expected rows a group (1 - keep^k) / (1 - keep).
+    init: directory of an adapter of the same base and rank to start from, instead of from nothing.
     """
 
     steps: int = 2000
@@ -52,6 +54,7 @@ class TrainConfig:
     seed: int = 0
     eval_every: int = 200
     held_out: int = 48
+    init: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "k", "rank", "anchors", "batch_size", "eval_every", "held_out"):
@@ -200,7 +203,12 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
     facts = {"sequences": len(data), "answer_tokens": sum(len(s.ids) - s.prompt_length for s in data)}
     settings = AdapterConfig(model.name, SatConfig(vocabulary, config.k), config.rank, base_sample=sample_weights(model.model))
     torch.manual_seed(config.seed)
-    adapter = SatAdapter(model.model, settings).float().attach(model.model)
+    adapter = SatAdapter(model.model, settings).float()
+    if config.init is not None:
+        start = load_adapter(model.model, config.init)
+        require(start.config.rank == config.rank, f"init={config.init}: its rank is {start.config.rank}, expected {config.rank}")
+        adapter.load_state_dict(start.state_dict())
+    adapter.attach(model.model)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     state = _resume(out, adapter, optimizer, config)
     log = out / "train_log.jsonl"

@@ -52,6 +52,20 @@ def test_standard_rows_are_untouched_beside_sat_rows(dtype, num_sats):
     assert (named - plain)[STANDARD:].abs().amax(-1).min() > 0.1
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_fused_updates_are_the_same_updates(scale):
+    model = with_adapter(tiny_llama())
+    model.adapter.config = AdapterConfig("tiny", SatConfig(64, 3), 4, scale=scale)
+    model.adapter.detach()
+    model.adapter.attach(model.model)
+    want = logits_of(model, 3)
+    model.adapter.detach()
+    model.adapter.fuse().attach(model.model)
+    for _ in range(2):
+        torch.testing.assert_close(logits_of(model, 3), want, rtol=1e-10, atol=1e-10)
+    assert torch.equal(logits_of(model, 0, IDS[:, :STANDARD]), base_logits(tiny_llama(), IDS[:, :STANDARD]))
+
+
 def test_sat_rows_are_the_merged_low_rank_update():
     """All rows named: the same as a base whose weights are W + scale * B A."""
     model = with_adapter(tiny_llama())

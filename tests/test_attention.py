@@ -48,6 +48,18 @@ def test_masked_slots_cannot_leak():
     assert torch.equal(grouped_attention(torch.nn.Module(), query, key, value, mask)[0], clean)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_has_the_same_bits_beside_any_number_of_others(dtype):
+    """Three query heads a key/value head, as in the default model: 11 rows fold into 33, one beyond a block of 32."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, n, 64).to(dtype) for heads, n in ((9, 45), (3, 320), (3, 320)))
+    mask = (torch.arange(320) < 200).expand(1, 1, 45, 320)
+    whole = grouped_attention(torch.nn.Module(), query, key, value, mask)[0]
+    for rows in range(1, 46):
+        part = grouped_attention(torch.nn.Module(), query[:, :, :rows], key, value, mask[:, :, :rows])[0]
+        assert torch.equal(part, whole[:, :rows]), rows
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_a_llama_with_it_equals_transformers_eager_attention(kv_heads):
     ids = torch.arange(1, 12)[None]

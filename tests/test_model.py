@@ -234,7 +234,7 @@ def test_probed_policy_keeps_its_promise(dtype):
         assert not policy.stable or torch.equal(logits_in_passes_of(model, tokens, rows, policy), want)
 
 
-@pytest.mark.parametrize(("smallest_stable", "minimum"), [(1, 1), (2, 4), (4, 4), (5, 8), (8, 8), (16, 16)])
+@pytest.mark.parametrize(("smallest_stable", "minimum"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (16, 16)])
 def test_probe_finds_the_cheapest_padding(smallest_stable, minimum):
     """A model whose logits change when a pass has fewer rows than some number."""
     model = with_adapter(tiny_llama())

@@ -178,7 +178,7 @@ def test_noise_does_not_depend_on_the_platform():
 
     for seed, index, token in [(0, 0, 0), (1, 2, 3), (-5, 1000, 49151), (2**70 + 3, 7, 128_000)]:
         row = mix((mix(seed & wrap) + (index + 1) * golden) & wrap)
-        uniform = ((mix((row + (token + 1) * golden) & wrap) >> 11) + 0.5) / 2**53
+        uniform = ((mix((row + (token + 1) * golden) & wrap) >> 12) + 0.5) / 2**52
         got = gumbel_noise(seed, torch.tensor([index]), torch.tensor([token])).item()
         assert got == pytest.approx(-math.log(-math.log(uniform)), rel=1e-12)
 

@@ -107,6 +107,15 @@ def test_training_learns_what_repeats(tmp_path):
     assert lines_of(tmp_path)[-1]["accepted_per_loop"] > 2.5
 
 
+def test_init_starts_from_another_adapter(tmp_path):
+    first = train_tiny(tmp_path / "first")
+    second = train_tiny(tmp_path / "second", init=str(tmp_path / "first"), lr=1e-12, steps=1)
+    for old, new in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(new, old.bfloat16().float(), rtol=0, atol=1e-6)
+    with one_line_error(f"init={tmp_path / 'first'}", "rank is 2, expected 3"):
+        train_tiny(tmp_path / "third", init=str(tmp_path / "first"), rank=3)
+
+
 def test_other_settings_in_the_folder_are_refused(tmp_path):
     train_tiny(tmp_path)
     with one_line_error(tmp_path, "other settings"):
