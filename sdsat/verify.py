@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from .bench import environment
 from .config import DecodeConfig, InputError, SamplingConfig, require
-from .data import humaneval
 from .decode import generate, next_logits, probe_rows
 from .model import SatModel
+from .prompts import humaneval
 from .reference import transformers_generate
 from .report import plain, write_json
 from .sampling import gumbel_noise

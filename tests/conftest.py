@@ -1,5 +1,6 @@
 """Small random models: exact oracles that need no download."""
 
+import string
 from contextlib import contextmanager
 
 import pytest
@@ -55,6 +56,35 @@ def one_line_error(*parts):
     assert "\n" not in message
     for part in parts:
         assert str(part) in message
+
+
+# Prompts for a tokenizer that takes one token a character.
+CHARACTERS = ["<unk>", *string.ascii_letters, *' \n_():".,=#']  # 64
+EOS = 40
+
+
+def function(name, doc):
+    return f'def {name}(value):\n    """{doc}"""\n    return value\n'
+
+
+def prompt(name, doc):
+    return f'def {name}(value):\n    """{doc}"""\n'
+
+
+def long_doc(topic):
+    return f"Say something about {topic}, in forty letters or more."
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer(CHARACTERS)
 
 
 @pytest.fixture

