@@ -200,7 +200,7 @@ def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
     for name, shown in plots.items():
         if not shown:
             continue
-        figure, axes = _axes(summary, "k, semantic adaptive tokens per draft", labels[name])
+        figure, axes = _axes(_title(summary), "k, semantic adaptive tokens per draft", labels[name])
         values = [run[name] for run in shown]
         bounds = [run[f"{name}_ci95"] or [run[name]] * 2 for run in shown]
         errors = np.abs(np.array(bounds).T - values)
@@ -212,7 +212,7 @@ def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
         axes.legend(frameon=False)
         files.append(_save(figure, folder / f"{name}.png"))
     if drafted:
-        figure, axes = _axes(summary, "draft depth", "accepted, given it was proposed")
+        figure, axes = _axes(_title(summary), "draft depth", "accepted, given it was proposed")
         for run in drafted:
             axes.plot(range(1, run["k"] + 1), run["acceptance_by_depth"], marker="o", label=f"k = {run['k']}")
         axes.set_ylim(0, 1)
@@ -222,13 +222,32 @@ def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
     return files
 
 
-def _axes(summary: dict[str, Any], x: str, y: str) -> Any:
+def plot_training(log: list[dict[str, Any]], path: Path) -> Path:
+    """Held-out accuracy of each depth, and accepted drafts per loop, against the training step."""
+    figure, axes = _axes("held-out answers", "step", "accuracy of a depth")
+    steps = [entry["step"] for entry in log]
+    for depth, accuracy in enumerate(zip(*(entry["accuracy_by_depth"] for entry in log), strict=True), 1):
+        axes.plot(steps, accuracy, color="tab:blue", alpha=depth**-0.5, label="depth 1 to k, darkest first" if depth == 1 else "")
+    axes.set_ylim(0, 1)
+    right = axes.twinx()
+    right.plot(steps, [entry["accepted_per_loop"] for entry in log], color="tab:green", marker="o")
+    right.set_ylabel("accepted drafts per loop (green)")
+    right.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="upper left", fontsize=8)
+    return _save(figure, path)
+
+
+def _title(summary: dict[str, Any]) -> str:
+    parts = describe(summary).split(", ")
+    return ", ".join(parts[:-2]) + "\n" + ", ".join(parts[-2:])
+
+
+def _axes(title: str, x: str, y: str) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
     axes = figure.subplots()
-    title = describe(summary).split(", ")
-    axes.set_title(", ".join(title[:-2]) + "\n" + ", ".join(title[-2:]), fontsize=8)
+    axes.set_title(title, fontsize=8)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sdsat import attention
 from sdsat.adapter import AdapterConfig, SatAdapter, sample_weights
 from sdsat.config import InputError, SatConfig
+from sdsat.data import Sequence
 from sdsat.model import SatModel
 
 VOCAB = 64
@@ -37,6 +38,11 @@ def with_adapter(lm, k=3, rank=4, seed=1, strength=1.0):
         torch.nn.init.normal_(parameter, std=strength)
     adapter.requires_grad_(False).attach(lm)
     return SatModel(lm, None, "tiny", adapter.config.sat, adapter)
+
+
+def random_sequences(lengths, prompt_length=2):
+    torch.manual_seed(0)
+    return [Sequence(torch.randint(2, VOCAB, (n,)), prompt_length) for n in lengths]
 
 
 def tiny_tokenizer(pieces, decoder=None):

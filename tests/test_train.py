@@ -1,72 +1,18 @@
-"""SAT training: the batched layout against every anchor run as its own plain sequence."""
+"""The training loop: it learns, resumes exactly, and does not depend on how a step is split."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, one_line_error, tiny_llama, with_adapter
+from conftest import one_line_error, random_sequences, tiny_llama
 
 from sdsat.data import Sequence
+from sdsat.loss import sat_loss
 from sdsat.model import SatModel
-from sdsat.train import IGNORED, SatBatch, TrainConfig, sat_batch, sat_loss, sat_mask, train
-
-
-def random_sequences(lengths, prompt_length=2):
-    torch.manual_seed(0)
-    return [Sequence(torch.randint(2, VOCAB, (n,)), prompt_length) for n in lengths]
-
-
-def brute_force_loss(model, adapter, sequences, batch):
-    """Each SAT group as one plain sequence: the standard tokens up to the anchor, then its SATs."""
-    total, count = 0.0, 0
-    for b, sequence in enumerate(sequences):
-        for r in range(batch.label.shape[1]):
-            label, anchor, depth = (int(t[b, r]) for t in (batch.label, batch.anchor, batch.depth))
-            if label == IGNORED:
-                continue
-            assert label == sequence.ids[anchor + depth + 1]
-            standard = model.model.get_input_embeddings()(sequence.ids[: anchor + 1])
-            sats = adapter.sat_embedding.expand(depth, -1)
-            length = anchor + 1 + depth
-            mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-            with adapter.on_rows(anchor + 1, length):
-                logits = model.model(inputs_embeds=torch.cat([standard, sats])[None], attention_mask=mask).logits
-            total = total + torch.nn.functional.cross_entropy(logits[0, -1], torch.tensor(label))
-            count += 1
-    return total, count
-
-
-def test_loss_and_gradients_equal_brute_force():
-    model = with_adapter(tiny_llama(), k=3)
-    adapter = model.adapter.requires_grad_(True)
-    sequences = random_sequences([9, 13, 6])
-    batch = sat_batch(sequences, 3, 4, 0.7, torch.Generator().manual_seed(3))
-    loss, count = sat_loss(model, adapter, batch)
-    expected, expected_count = brute_force_loss(model, adapter, sequences, batch)
-    assert count == expected_count > 10
-    torch.testing.assert_close(loss, expected.float(), rtol=1e-6, atol=1e-6)
-    parameters = list(adapter.parameters())
-    for got, want in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-def test_mask_is_the_documented_one():
-    row = dict(anchor=[0, 0, 2, 2, 0], depth=[1, 2, 1, 2, 0], label=[1, 1, 1, 1, IGNORED])
-    batch = SatBatch(torch.zeros(1, 4, dtype=torch.long), *(torch.tensor([row[key]]) for key in row))
-    assert sat_mask(batch)[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 1, 0, 0, 0, 0],
-        [1, 0, 0, 0, 1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 1, 0, 0],
-        [1, 1, 1, 0, 0, 0, 1, 1, 0],
-        [1, 0, 0, 0, 0, 0, 0, 0, 1],
-    ]
-
-
-def test_anchors_lie_in_the_answer_and_have_targets():
-    sequence = random_sequences([12], prompt_length=5)[0]
-    batch = sat_batch([sequence], 3, 100, 1.0, torch.Generator())
-    assert sorted(set(batch.anchor[0].tolist())) == list(range(4, 10))
-    assert batch.label[0].tolist() == [int(sequence.ids[a + d + 1]) for a, d in zip(batch.anchor[0], batch.depth[0], strict=True)]
+from sdsat.train import TrainConfig, train
 
 
 def lines_of(folder):
@@ -98,6 +44,33 @@ def test_killed_training_resumes_exactly(tmp_path, monkeypatch):
     assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
     saved = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("killed", "whole")]
     assert saved[0] == saved[1]
+
+
+def test_a_step_does_not_depend_on_how_it_is_split(tmp_path):
+    """One micro-batch of four sequences, two of two, and four of one."""
+    whole = train_tiny(tmp_path / "4", batch_size=4)
+    for size in (2, 1):
+        split = train_tiny(tmp_path / str(size), batch_size=size, accumulate=4 // size)
+        for a, b in zip(whole.parameters(), split.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
+    """Two real processes, in float32: only the order of sums differs."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nfrom test_train import train_tiny\n"
+        f"train_tiny(Path({str(tmp_path / 'two')!r}), batch_size=2)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    one = train_tiny(tmp_path / "one", batch_size=4).state_dict()
+    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["adapter"]
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    assert lines_of(tmp_path / "two")[-1]["sat_predictions"] == lines_of(tmp_path / "one")[-1]["sat_predictions"]
 
 
 def test_training_learns_what_repeats(tmp_path):
