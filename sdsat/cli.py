@@ -1,4 +1,4 @@
-"""The command line: `sdsat generate | bench | report | verify | distill | train`.
+"""The command line: `sdsat generate | bench | report | verify | inspect | distill | train`.
 
 Every bad input ends in one line on stderr and exit code 2; an interrupt in exit code 130; a dead worker in exit code 1.
 """
@@ -191,6 +191,35 @@ def verify(
     Console(width=max(110, Console().width)).print(table)
     if not all(row["explained"] for row in document["summary"]):
         raise SystemExit(1)
+
+
+@app.command()
+def inspect(
+    model: Model = embedded.NAME,
+    text: Annotated[Path | None, typer.Option(help=".jsonl with prompt and completion. Default: HumanEval.")] = None,
+    data_limit: Annotated[int, typer.Option(envvar="DATA_LIMIT", help="How many prompts.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 128,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = "",
+    sat_token_id: SatId = None,
+) -> None:
+    """Show draft quality by depth, and why acceptance is what it is."""
+    from . import inspection, prompts
+    from . import model as models
+    from .report import write_json
+
+    require(data_limit >= 1, f"data_limit={data_limit}: expected 1 or more")
+    loaded = models.load(model, dtype, device, sat_token_id)
+    answered = prompts.answered_problems(loaded.tokenizer, text, data_limit)
+    require(len(answered) > 0, f"text={text}: no prompts there")
+    document = inspection.inspect(loaded, answered, max_new_tokens)
+    if out is not None:
+        write_json(out, document)
+    console = Console()
+    console.print(inspection.inspection_table(document))
+    for line in document["findings"]:
+        console.print(line, highlight=False)
 
 
 @app.command()

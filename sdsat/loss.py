@@ -8,6 +8,7 @@ sequence; all groups share its key/values, and its own next-token distribution t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import SatAdapter
 from .cache import SharedPrefix, SlotCache
 from .data import Sequence
 from .model import SatModel
@@ -75,8 +75,8 @@ def sat_mask(batch: SatBatch) -> Tensor:
     return torch.cat([standard, own], dim=-1)[:, None]
 
 
-def sat_logits(model: SatModel, adapter: SatAdapter, batch: SatBatch) -> tuple[Tensor, Tensor]:
-    """What SATs and base predict. Gradients reach the adapter only.
+def sat_logits(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
+    """What SATs and base predict. Gradients reach the model's adapter only.
 
     Returns (logits [M, V] of the M labelled SAT rows of the batch, row by row; hidden [B, L, D], the base's last hidden
     states, from which it predicts token t + 1 at position t).
@@ -91,10 +91,10 @@ def sat_logits(model: SatModel, adapter: SatAdapter, batch: SatBatch) -> tuple[T
             input_ids=batch.tokens, attention_mask=causal, position_ids=positions[None], past_key_values=filled
         ).last_hidden_state
         filled.commit(tuple(range(length)))
-    embeddings = adapter.sat_embedding.to(model.dtype).expand(size, batch.depth.shape[1], -1)
-    with adapter.on_rows(0, batch.depth.shape[1]):
+    assert model.sat is not None
+    with model.sat_rows(0, batch.depth.shape[1]):
         hidden = lm.base_model(
-            inputs_embeds=embeddings,
+            inputs_embeds=model.embed(torch.full_like(batch.depth, model.sat.token_id)),
             attention_mask=sat_mask(batch),
             position_ids=batch.anchor + batch.depth,
             past_key_values=SharedPrefix(filled),
@@ -102,9 +102,7 @@ def sat_logits(model: SatModel, adapter: SatAdapter, batch: SatBatch) -> tuple[T
     return lm.get_output_embeddings()(hidden[batch.label != IGNORED]), base
 
 
-def sat_loss(
-    model: SatModel, adapter: SatAdapter, batch: SatBatch, soft: float = 0.0, decay: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float = 1.0) -> tuple[Tensor, Tensor]:
     """Summed loss of all labelled rows, and the summed weights to divide it by.
 
     A SAT's loss is its cross-entropy with the token that followed (hard labels), or with the base's own distribution at
@@ -112,7 +110,7 @@ def sat_loss(
     relative to the one before.
     """
     labelled = batch.label != IGNORED
-    logits, base = sat_logits(model, adapter, batch)
+    logits, base = sat_logits(model, batch)
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_q = logits.to(wide).log_softmax(-1)
     loss = -log_q.gather(-1, batch.label[labelled][:, None])[:, 0]
@@ -128,19 +126,50 @@ def sat_loss(
 
 
 @torch.no_grad()
-def evaluate(model: SatModel, adapter: SatAdapter, sequences: list[Sequence], k: int) -> dict[str, Any]:
-    """Accuracy by depth, and the accepted drafts per loop a chain would get, on held-out answers (16 anchors each)."""
-    correct, total, accepted, groups = torch.zeros(k), torch.zeros(k), 0.0, 0
+def evaluate(model: SatModel, sequences: ListOf[Sequence], k: int, anchors: int = 16) -> dict[str, Any]:
+    """How good drafts are on given answers, at `anchors` random places of each: lists hold one number a depth, 1..k.
+
+    accuracy_by_depth: how often SAT i's best token is the one that followed. confidence_by_depth: the probability that it
+    gives its best token, on average; calibration_error_by_depth: how far the two are apart, on average over tenths of
+    confidence. lost_by_depth: share of places where a chain breaks at this depth. accepted_per_loop: accepted drafts of a
+    chain of k. `predictions`: how many SATs these figures rest on.
+    """
+    hits: list[Tensor] = []
+    confidences: list[Tensor] = []
+    depths: list[Tensor] = []
+    first_misses: list[Tensor] = []  # for each group, the depth after which nothing is accepted: 0..its length
+    lengths: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
     for sequence in sequences:
-        batch = sat_batch([sequence], k, 16, 1.0, [generator]).to(model.device)
+        batch = sat_batch([sequence], k, anchors, 1.0, [generator]).to(model.device)
         labelled = batch.label != IGNORED
-        hit = (sat_logits(model, adapter, batch)[0].argmax(-1) == batch.label[labelled]).float().cpu()
-        depth, anchor = batch.depth[labelled].cpu(), batch.anchor[labelled].cpu()
-        correct.scatter_add_(0, depth - 1, hit)
-        total.scatter_add_(0, depth - 1, torch.ones_like(hit))
-        for t in anchor.unique():
-            accepted += hit[anchor == t].cumprod(0).sum().item()
-            groups += 1
-    accuracy = [round(value, 4) for value in (correct / total.clamp(min=1)).tolist()]
-    return {"accuracy_by_depth": accuracy, "accepted_per_loop": round(accepted / max(groups, 1), 4)}
+        confidence, best = sat_logits(model, batch)[0].float().softmax(-1).max(-1)
+        hit, depth = (best == batch.label[labelled]).float().cpu(), batch.depth[labelled].cpu()
+        groups = hit.tensor_split((depth == 1).nonzero()[1:, 0]) if len(hit) else ()
+        first_misses += [group.cumprod(0).sum() for group in groups]
+        lengths += [torch.tensor(len(group)) for group in groups]
+        hits, confidences, depths = [*hits, hit], [*confidences, confidence.cpu()], [*depths, depth]
+    hit, confidence, depth = torch.cat(hits), torch.cat(confidences), torch.cat(depths)
+    accepted, length = torch.stack(first_misses), torch.stack(lengths)
+    of_depth = [depth == i for i in range(1, k + 1)]
+    return {
+        "accuracy_by_depth": _rounded(hit[rows].mean() for rows in of_depth),
+        "confidence_by_depth": _rounded(confidence[rows].mean() for rows in of_depth),
+        "calibration_error_by_depth": _rounded(_calibration_error(hit[rows], confidence[rows]) for rows in of_depth),
+        "lost_by_depth": _rounded(((accepted == i) & (length > i)).float().mean() for i in range(k)),
+        "accepted_per_loop": round(accepted.mean().item(), 4),
+        "predictions": len(hit),
+    }
+
+
+def _calibration_error(hit: Tensor, confidence: Tensor) -> Tensor:
+    """Mean distance of confidence and accuracy over ten bins of confidence, by their sizes (arXiv 1706.04599)."""
+    if not len(hit):
+        return torch.tensor(0.0)
+    tenth = (confidence * 10).long().clamp(max=9)
+    gap = torch.zeros(10).scatter_add(0, tenth, confidence - hit)
+    return gap.abs().sum() / len(hit)
+
+
+def _rounded(values: Iterable[Tensor]) -> list[float]:
+    return [round(value.nan_to_num().item(), 4) for value in values]

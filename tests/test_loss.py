@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import random_sequences, tiny_llama, with_adapter
 
-from sdsat.loss import IGNORED, SatBatch, sat_batch, sat_loss, sat_mask
+from sdsat.data import Sequence
+from sdsat.loss import IGNORED, SatBatch, evaluate, sat_batch, sat_logits, sat_loss, sat_mask
 
 
 def brute_force_loss(model, adapter, sequences, batch, soft, decay):
@@ -36,7 +37,7 @@ def test_loss_and_gradients_equal_brute_force(soft, decay):
     adapter = model.adapter.requires_grad_(True)
     sequences = random_sequences([9, 13, 6])
     batch = sat_batch(sequences, 3, 4, 0.7, [torch.Generator().manual_seed(3 + i) for i in range(3)])
-    loss, weight = sat_loss(model, adapter, batch, soft, decay)
+    loss, weight = sat_loss(model, batch, soft, decay)
     expected, expected_weight = brute_force_loss(model, adapter, sequences, batch, soft, decay)
     assert (batch.label != IGNORED).sum() > 10
     assert weight.item() == pytest.approx(expected_weight, rel=1e-12)
@@ -63,3 +64,41 @@ def test_anchors_lie_in_the_answer_and_have_targets():
     batch = sat_batch([sequence], 3, 100, 1.0, [torch.Generator()])
     assert sorted(set(batch.anchor[0].tolist())) == list(range(4, 10))
     assert batch.label[0].tolist() == [int(sequence.ids[a + d + 1]) for a, d in zip(batch.anchor[0], batch.depth[0], strict=True)]
+
+
+def test_evaluate_counts_what_it_says(monkeypatch):
+    """Scripted predictions: SAT i of every group is right for i = 1, right at every other place for i = 2, wrong for i = 3."""
+    model = with_adapter(tiny_llama(torch.float32), k=3)
+    sequence = Sequence(torch.arange(20) % 7 + 2, 3)
+
+    def scripted(model, batch):
+        labelled = batch.label != IGNORED
+        depth, anchor, label = (tensor[labelled] for tensor in (batch.depth, batch.anchor, batch.label))
+        right = (depth == 1) | ((depth == 2) & (anchor % 2 == 0))
+        best = torch.where(right, label, label + 1)
+        logits = torch.zeros(len(label), 64)
+        logits[torch.arange(len(label)), best] = torch.tensor(63 * 0.75 / 0.25).log()  # a confidence of 3/4
+        return logits, None
+
+    monkeypatch.setattr("sdsat.loss.sat_logits", scripted)
+    found = evaluate(model, [sequence], 3, anchors=100)
+    # Anchors 2..17. SAT 2 has a target for 2..16: eight even, seven odd; SAT 3 for 2..15.
+    assert found["predictions"] == 16 + 15 + 14
+    assert found["accuracy_by_depth"] == [1.0, pytest.approx(8 / 15, abs=1e-4), 0.0]
+    assert found["confidence_by_depth"] == [0.75] * 3
+    assert found["calibration_error_by_depth"] == [0.25, pytest.approx(abs(0.75 - 8 / 15), abs=1e-4), 0.75]
+    # Lost at depth 2: the seven odd anchors that have a SAT 2; at depth 3: even anchors with a SAT 3, all but 16.
+    assert found["lost_by_depth"] == [0.0, pytest.approx(7 / 16, abs=1e-4), pytest.approx(7 / 16, abs=1e-4)]
+    assert found["accepted_per_loop"] == pytest.approx((16 + 8) / 16)
+
+
+def test_evaluate_reads_the_drafts_of_a_chain():
+    """Its drafts are the ones that decoding proposes after the same tokens."""
+    model = with_adapter(tiny_llama(torch.float32), k=3, strength=0.3)
+    prompt = torch.tensor([5, 9, 2, 7])
+    batch = SatBatch(prompt[None], *(torch.tensor([row]) for row in ([3, 3, 3], [1, 2, 3], [1, 1, 1])))
+    sats = torch.full((3,), model.sat.token_id)
+    mask = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
+    with model.sat_rows(4, 7):
+        want = model.model(inputs_embeds=model.embed(torch.cat([prompt, sats])[None]), attention_mask=mask).logits[0, 4:]
+    torch.testing.assert_close(sat_logits(model, batch)[0], want, rtol=1e-4, atol=1e-4)

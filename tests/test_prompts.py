@@ -157,6 +157,25 @@ def test_a_bad_line_is_named(tmp_path, tokenizer, line):
         collect_prompts([str(file)], tokenizer, None, 100)
 
 
+def test_answered_problems(tmp_path):
+    tokenizer = tiny_tokenizer(["<unk>", *string.printable])
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a b", "completion": "c d"}\n{"prompt": "e", "completion": "f"}\n')
+    pairs = prompts.answered_problems(tokenizer, file, 5)
+    assert [tuple(tokenizer.decode(ids) for ids in pair) for pair in pairs] == [("a b", "c d"), ("e", "f")]
+    assert prompts.answered_problems(tokenizer, file, 1) == pairs[:1]
+    problem = read_problems()["HumanEval/0"]
+    ((asked, answer),) = prompts.answered_problems(tokenizer, None, 1)
+    assert tokenizer.decode(asked) == problem["prompt"]
+    assert tokenizer.decode(answer) == problem["canonical_solution"]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    ((asked, answer),) = prompts.answered_problems(tokenizer, None, 1)
+    assert tokenizer.decode(answer) == problem["prompt"] + problem["canonical_solution"]
+    file.write_text('{"prompt": "a"}\n')
+    with one_line_error(f"source={file}", "line 1", "completion"):
+        prompts.answered_problems(tokenizer, file, 5)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "file.csv", "none.jsonl"])
 def test_an_unknown_source_is_named_before_any_work(tmp_path, tokenizer, name):
     write(tmp_path, one=function("one", long_doc("code")))
