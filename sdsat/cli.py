@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from . import embedded
-from .config import DecodeConfig, InputError, SamplingConfig, require
+from .config import DecodeConfig, InputError, SamplingConfig, TrainConfig, require
 
 _INTERRUPTED = "interrupted; what was finished is kept, and the same command resumes"
 UsageError: Any = typer.BadParameter.__base__  # typer carries a click of its own, without a public name for it
@@ -243,7 +243,7 @@ def distill(
 
     levels = _numbers("temperatures", temperatures, float)
     manifest = data.distill(
-        models.load(model, dtype, device),
+        models.load(model, dtype, device or _own_gpu()),
         source or prompts.default_sources(),
         out,
         limit,
@@ -260,9 +260,10 @@ def distill(
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Option(help="Folder written by `sdsat distill`.")],
-    out: Annotated[Path, typer.Option(help="Adapter folder; an interrupted run resumes from it.")],
+    data: Annotated[Path, typer.Option(help="Folder written by `sdsat distill`, or plain text or code: a file or a folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the result; an interrupted run resumes from it.")],
     model: ModelOption = embedded.BASE_NAME,
+    mode: Annotated[str, typer.Option(help="adapter: the base stays as it is; full: all weights train.")] = "adapter",
     steps: int = 2000,
     k: Annotated[int, typer.Option(help="Depth: SATs per group.")] = 7,
     rank: int = 32,
@@ -272,17 +273,19 @@ def train(
     decay: Annotated[float, typer.Option(help="Loss weight of a depth relative to the one before.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Sequences per micro-batch and process.")] = 2,
     accumulate: Annotated[int, typer.Option(help="Micro-batches per step.")] = 1,
-    lr: float = 1e-3,
+    lr: Annotated[float | None, typer.Option(help="Default: 1e-3 for adapters, 2e-5 in full mode.")] = None,
     init: Annotated[str | None, typer.Option(help="Adapter directory to start from.")] = None,
+    standard: Annotated[float, typer.Option(help="Full mode: weight of a standard token's loss beside a SAT's.")] = 1.0,
+    embedding_steps: Annotated[int, typer.Option(help="Full mode: first train only the SAT's embedding, so many steps.")] = 0,
+    checkpointing: Annotated[bool, typer.Option(help="Full mode: gradient checkpointing, less memory for more time.")] = False,
     seed: Annotated[int, typer.Option(envvar="SEED")] = 0,
     eval_every: int = 200,
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[str, typer.Option(envvar="DTYPE", help="Of the frozen base; full mode: float32.")] = "bfloat16",
     device: Device = "",
 ) -> None:
-    """Train an adapter for a frozen base; also runs under `accelerate launch`."""
+    """Train an adapter for a frozen base, or a whole model; also runs under `accelerate launch`."""
     from . import data as corpora
     from . import model as models
-    from .train import TrainConfig
     from .train import train as run
 
     config = TrainConfig(
@@ -295,25 +298,26 @@ def train(
         decay=decay,
         batch_size=batch_size,
         accumulate=accumulate,
-        lr=lr,
+        lr=lr if lr is not None else (1e-3 if mode == "adapter" else 2e-5),
+        init=init,
+        mode=mode,
+        standard=standard,
+        embedding_steps=embedding_steps,
+        checkpointing=checkpointing,
         seed=seed,
         eval_every=eval_every,
-        init=init,
     )
-    local = os.environ.get("LOCAL_RANK")
-    run(
-        models.load(model, dtype, device or (local if local and _has_gpu() else "")),
-        corpora.read_shards(data),
-        out,
-        config,
-    )
-    print(f'{out}: adapter saved; try `sdsat generate "..." --model {out}`')
+    loaded = models.load(model, dtype if mode == "adapter" else "float32", device or _own_gpu())
+    run(loaded, corpora.read_sequences(data, loaded.tokenizer), out, config)
+    print(f'{out}: saved; try `sdsat generate "..." --model {out}`')
 
 
-def _has_gpu() -> bool:
+def _own_gpu() -> str:
+    """Under a launcher, each process's own GPU."""
     import torch
 
-    return torch.cuda.is_available()
+    local = os.environ.get("LOCAL_RANK")
+    return local if local and torch.cuda.is_available() else ""
 
 
 def main() -> None:

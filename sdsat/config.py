@@ -81,3 +81,51 @@ class DecodeConfig:
         require(self.k >= 0, f"k={self.k}: expected 0 (AR) or a positive number of SATs")
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: expected 1 or more")
         require(all(self.stop_strings), "stop_strings: an empty string would stop at once; leave it out")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training: steps of `batch_size` sequences per process and micro-batch, with up to `anchors` SAT groups each.
+
+    keep: depth i+1 of a group exists with this probability given depth i; expected rows a group (1 - keep^k) / (1 - keep).
+    soft: share of distillation from the base's own distribution in the loss. decay: loss weight of a depth relative to the
+    one before. accumulate: micro-batches a step.
+    init: directory of an adapter of the same base and rank to start from, instead of from nothing.
+    mode: 'adapter', or 'full' (all weights). Only there: standard, the weight of a standard token's loss beside a SAT's;
+    embedding_steps, for how many steps only the SAT's embedding trains; checkpointing, gradients by recomputation.
+    """
+
+    steps: int = 2000
+    k: int = 7
+    rank: int = 32
+    anchors: int = 96
+    keep: float = 0.8
+    soft: float = 0.0
+    decay: float = 1.0
+    batch_size: int = 2
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: int = 50
+    clip: float = 1.0
+    seed: int = 0
+    eval_every: int = 200
+    held_out: int = 48
+    init: str | None = None
+    mode: str = "adapter"
+    standard: float = 1.0
+    embedding_steps: int = 0
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "k", "rank", "anchors", "batch_size", "accumulate", "eval_every", "held_out"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected 1 or more")
+        require(0 < self.keep <= 1, f"keep={self.keep}: expected a number in (0, 1]")
+        require(0 <= self.soft <= 1, f"soft={self.soft}: expected a number from 0 to 1")
+        require(0 < self.decay <= 1, f"decay={self.decay}: expected a number in (0, 1]")
+        require(self.k <= 16, f"k={self.k}: expected 16 or less")
+        require(self.mode in ("adapter", "full"), f"mode={self.mode}: expected adapter or full")
+        require(self.standard >= 0, f"standard={self.standard}: expected 0 or more")
+        for name, value in (("standard", 1.0), ("embedding_steps", 0), ("checkpointing", False)):
+            held = getattr(self, name)
+            require(self.mode == "full" or held == value, f"{name}={held}: only full mode has it; expected mode=full")
+        require(self.lr > 0, f"lr={self.lr}: expected a positive number")

@@ -20,11 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from .cache import SlotCache
 from .config import InputError, SamplingConfig, require
 from .model import SatModel, read_json
-from .prompts import collect_prompts, licences
+from .prompts import Decontaminator, collect_prompts, licences
 from .sampling import choose
 
 
@@ -198,6 +199,26 @@ class Sequence:
 
     ids: Tensor
     prompt_length: int
+
+
+def read_sequences(path: Path, tokenizer: PreTrainedTokenizerBase | None, length: int = 512) -> list[Sequence]:
+    """Training data: a folder of shards, or plain text or code, a file or all .py, .md and .txt files of a folder.
+
+    Text is cut into sequences of `length` tokens; files that overlap HumanEval are left out.
+    """
+    if path.is_dir() and list(path.glob("shard_*.safetensors")):
+        return read_shards(path)
+    require(path.exists(), f"data={path}: no such file or folder")
+    files = [path] if path.is_file() else [f for f in sorted(path.rglob("*")) if f.suffix in (".py", ".md", ".txt")]
+    require(len(files) > 0, f"data={path}: no shard_*.safetensors and no .py, .md or .txt file there; run `sdsat distill`")
+    require(tokenizer is not None, f"data={path}: text needs a tokenizer, and the model has none")
+    decontaminator, sequences = Decontaminator(), []
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="ignore")
+        if tokenizer is not None and not decontaminator.overlaps("", text):
+            parts = torch.tensor(tokenizer(text)["input_ids"]).split(length)
+            sequences += [Sequence(ids, 0) for ids in parts if len(ids) >= 8]
+    return [sequences[i] for i in torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
 def read_shards(folder: Path) -> list[Sequence]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .config import DecodeConfig, require
 from .data import Sequence
 from .decode import generate
-from .loss import evaluate
+from .loss import SatBatch, evaluate, sat_logits
 from .model import SatModel
 
 
@@ -43,11 +43,15 @@ def inspect(
         loops += out.accepted_lengths
         own.append(Sequence(torch.tensor(prompt + out.token_ids), len(prompt)))
         given.append(Sequence(torch.tensor(prompt + answer[:max_new_tokens]), len(prompt)))
+
+    def predict(batch: SatBatch) -> torch.Tensor:
+        return sat_logits(model, batch)[0]
+
     facts = model.adapter.config.training if model.adapter else {}
     document: dict[str, Any] = {
         "k": k,
-        "own": evaluate(model, own, k, anchors),
-        "given": evaluate(model, given, k, anchors),
+        "own": evaluate(predict, own, k, model.device, anchors),
+        "given": evaluate(predict, given, k, model.device, anchors),
         "decoding": {
             "acceptance_by_depth": [round(value, 4) for value in (accepted / proposed.clamp(min=1)).tolist()],
             "accepted_per_loop": round(sum(loops) / max(1, len(loops)), 4),

@@ -4,11 +4,12 @@ For a sequence of standard tokens and anchors t, a group of SATs at positions t+
 and the earlier SATs of its group, and SAT i learns to predict token t+i+1 (method: SDSAT, arXiv 2403.18647; frozen base
 with gated updates: arXiv 2507.11851; shorter groups for cheaper depth: PARD, arXiv 2504.18583). The base runs once per
 sequence; all groups share its key/values, and its own next-token distribution there is what distillation learns from.
+In full mode (the paper's), standard tokens and SATs go through one pass, and all weights learn from both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from typing import Any
@@ -27,18 +28,28 @@ IGNORED = -100  # label of a row that only pads
 class SatBatch:
     """B sequences of L standard tokens with R SAT rows each.
 
-    tokens: [B, L] standard tokens, right-padded with 0. anchor, depth, label: [B, R]; row r is SAT `depth` (1..k) of the
-    group after position `anchor`, and learns token tokens[anchor + depth + 1]. A group's rows are adjacent, depth
-    ascending. Padding rows have depth 0 and label IGNORED.
+    tokens: [B, L] standard tokens, right-padded with 0. standard: [B, L] the token after each, IGNORED outside the answer.
+    anchor, depth, label: [B, R]; row r is SAT `depth` (1..k) of the group after position `anchor`, and learns token
+    tokens[anchor + depth + 1]. A group's rows are adjacent, depth ascending. Padding rows have depth 0 and label IGNORED.
     """
 
     tokens: Tensor
+    standard: Tensor
     anchor: Tensor
     depth: Tensor
     label: Tensor
 
     def to(self, device: torch.device) -> SatBatch:
         return SatBatch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    @property
+    def num_standard(self) -> int:
+        """How many standard tokens are learned in full mode."""
+        return int((self.standard != IGNORED).sum())
+
+    def weight(self, decay: float) -> float:
+        """Summed weights of the SAT predictions, each `decay` times that of the depth before."""
+        return (decay ** (self.depth[self.label != IGNORED] - 1).double()).sum().item()
 
 
 def sat_batch(sequences: ListOf[Sequence], k: int, anchors: int, keep: float, generators: ListOf[torch.Generator]) -> SatBatch:
@@ -56,7 +67,11 @@ def sat_batch(sequences: ListOf[Sequence], k: int, anchors: int, keep: float, ge
     width, length = max(1, *map(len, rows_of)), max(len(s.ids) for s in sequences)
     padded = torch.tensor([rows + [(0, 0, IGNORED)] * (width - len(rows)) for rows in rows_of])
     tokens = torch.stack([torch.nn.functional.pad(s.ids, (0, length - len(s.ids))) for s in sequences])
-    return SatBatch(tokens, *padded.unbind(-1))
+    standard = torch.full_like(tokens, IGNORED)
+    for row, sequence in zip(standard, sequences, strict=True):
+        first = max(sequence.prompt_length - 1, 0)
+        row[first : len(sequence.ids) - 1] = sequence.ids[first + 1 :]
+    return SatBatch(tokens, standard, *padded.unbind(-1))
 
 
 def sat_mask(batch: SatBatch) -> Tensor:
@@ -102,15 +117,52 @@ def sat_logits(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
     return lm.get_output_embeddings()(hidden[batch.label != IGNORED]), base
 
 
-def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Summed loss of all labelled rows, and the summed weights to divide it by.
+def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float = 1.0) -> Tensor:
+    """Summed loss of all labelled rows: divide it by `batch.weight(decay)`. Gradients reach the model's adapter only.
 
     A SAT's loss is its cross-entropy with the token that followed (hard labels), or with the base's own distribution at
-    that place (distillation, arXiv 1503.02531); soft: the share of the latter, 0 to 1. decay: weight of each depth
-    relative to the one before.
+    that place (distillation, arXiv 1503.02531); soft: the share of the latter, 0 to 1.
     """
-    labelled = batch.label != IGNORED
     logits, base = sat_logits(model, batch)
+    head = model.model.get_output_embeddings()
+    return _weighted(logits, batch, soft, decay, lambda rows, columns: head(base[rows, columns]))
+
+
+def joint_logits(forward: Callable[..., Any], sat_token_id: int, batch: SatBatch) -> tuple[Tensor, Tensor]:
+    """Full mode: standard tokens and SATs in one pass of a causal LM whose weights all train.
+
+    forward: the LM, or its wrapper on many GPUs. Returns (logits [M, V] of the labelled SAT rows, logits [B, L, V] of the
+    standard tokens, which no SAT can influence).
+    """
+    size, length = batch.tokens.shape
+    width = batch.depth.shape[1]
+    positions = torch.arange(length, device=batch.tokens.device)
+    causal = (positions <= positions[:, None]).expand(size, 1, length, length)
+    standard = torch.nn.functional.pad(causal, (0, width))
+    logits = forward(
+        input_ids=torch.cat([batch.tokens, torch.full_like(batch.depth, sat_token_id)], dim=1),
+        attention_mask=torch.cat([standard, sat_mask(batch)], dim=2),
+        position_ids=torch.cat([positions.expand(size, length), batch.anchor + batch.depth], dim=1),
+        use_cache=False,
+    ).logits
+    return logits[:, length:][batch.label != IGNORED], logits[:, :length]
+
+
+def joint_loss(
+    forward: Callable[..., Any], sat_token_id: int, batch: SatBatch, soft: float = 0.0, decay: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Full mode: (summed loss of the SATs, as `sat_loss`; summed cross-entropy of the answer's standard tokens)."""
+    logits, standard = joint_logits(forward, sat_token_id, batch)
+    wide = torch.promote_types(standard.dtype, torch.float32)
+    plain = torch.nn.functional.cross_entropy(
+        standard.flatten(0, 1).to(wide), batch.standard.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return _weighted(logits, batch, soft, decay, lambda rows, columns: standard.detach()[rows, columns]), plain
+
+
+def _weighted(logits: Tensor, batch: SatBatch, soft: float, decay: float, teacher: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The SATs' summed loss. logits: [M, V]; teacher: (rows [U], columns [U]) of standard tokens -> their logits [U, V]."""
+    labelled = batch.label != IGNORED
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_q = logits.to(wide).log_softmax(-1)
     loss = -log_q.gather(-1, batch.label[labelled][:, None])[:, 0]
@@ -119,16 +171,18 @@ def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float =
         place = torch.stack([sequence, batch.anchor + batch.depth])[:, labelled]  # where the base predicts the same token
         (rows, columns), index = place.unique(dim=1, return_inverse=True)
         with torch.no_grad():
-            p = model.model.get_output_embeddings()(base[rows, columns]).to(wide).softmax(-1)
+            p = teacher(rows, columns).to(wide).softmax(-1)
         loss = (1 - soft) * loss - soft * (p[index] * log_q).sum(-1)
-    weight = decay ** (batch.depth[labelled] - 1).to(wide)
-    return (weight * loss).sum(), weight.sum()
+    return (decay ** (batch.depth[labelled] - 1).to(wide) * loss).sum()
 
 
 @torch.no_grad()
-def evaluate(model: SatModel, sequences: ListOf[Sequence], k: int, anchors: int = 16) -> dict[str, Any]:
+def evaluate(
+    predict: Callable[[SatBatch], Tensor], sequences: ListOf[Sequence], k: int, device: torch.device, anchors: int = 16
+) -> dict[str, Any]:
     """How good drafts are on given answers, at `anchors` random places of each: lists hold one number a depth, 1..k.
 
+    predict: the logits [M, V] of a batch's labelled SAT rows.
     accuracy_by_depth: how often SAT i's best token is the one that followed. confidence_by_depth: the probability that it
     gives its best token, on average; calibration_error_by_depth: how far the two are apart, on average over tenths of
     confidence. lost_by_depth: share of places where a chain breaks at this depth. accepted_per_loop: accepted drafts of a
@@ -141,9 +195,9 @@ def evaluate(model: SatModel, sequences: ListOf[Sequence], k: int, anchors: int 
     lengths: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
     for sequence in sequences:
-        batch = sat_batch([sequence], k, anchors, 1.0, [generator]).to(model.device)
+        batch = sat_batch([sequence], k, anchors, 1.0, [generator]).to(device)
         labelled = batch.label != IGNORED
-        confidence, best = sat_logits(model, batch)[0].float().softmax(-1).max(-1)
+        confidence, best = predict(batch).float().softmax(-1).max(-1)
         hit, depth = (best == batch.label[labelled]).float().cpu(), batch.depth[labelled].cpu()
         groups = hit.tensor_split((depth == 1).nonzero()[1:, 0]) if len(hit) else ()
         first_misses += [group.cumprod(0).sum() for group in groups]

@@ -178,9 +178,9 @@ def licences(sources: Sequence[str]) -> dict[str, str]:
     found = {}
     for package in importlib.metadata.distributions(path=[source for source in sources if Path(source).is_dir()]):
         facts = package.metadata
-        named = [line.rpartition(" :: ")[2] for line in facts.get_all("Classifier", []) if line.startswith("License ::")]
-        stated = facts.get("License-Expression") or ", ".join(named) or (facts.get("License") or "not stated").split("\n")[0]
-        found[f"{facts['Name']} {package.version}"] = stated
+        named = [line.rpartition(" :: ")[2] for line in facts.get_all("Classifier") or () if line.startswith("License ::")]
+        stated = [*(facts.get_all("License-Expression") or ()), ", ".join(named), *(facts.get_all("License") or ()), "not stated"]
+        found[f"{facts['Name']} {package.version}"] = next(text.split("\n")[0] for text in stated if text)
     return dict(sorted(found.items()))
 
 

@@ -1,7 +1,8 @@
-"""Adapter training: an accelerate loop around loss.py, which resumes exactly where it was killed.
+"""The training loop, around loss.py and modes.py. It resumes exactly where it was killed.
 
     sdsat train --data runs/data --out runs/adapter --steps 2000
     accelerate launch --num_processes 8 -m sdsat train --data runs/data --out runs/adapter
+    accelerate launch --config_file scripts/fsdp.yaml -m sdsat train --mode full --data runs/data --out runs/model
 
 Several processes on a CPU are started by `torchrun --nproc-per-node 2 -m sdsat train ...` instead.
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,50 +23,12 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .adapter import AdapterConfig, SatAdapter, sample_weights
-from .adapter import load as load_adapter
-from .config import InputError, SatConfig, require
+from .config import InputError, TrainConfig, require
 from .data import Sequence
-from .loss import SatBatch, evaluate, sat_batch, sat_loss
-from .model import SatModel
-from .report import plot_training
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """steps of `batch_size` sequences per process and micro-batch, with up to `anchors` SAT groups each.
-
-    keep: depth i+1 of a group exists with this probability given depth i; expected rows a group (1 - keep^k) / (1 - keep).
-    soft: share of distillation from the base's own distribution in the loss. decay: loss weight of a depth relative to the
-    one before. accumulate: micro-batches a step.
-    init: directory of an adapter of the same base and rank to start from, instead of from nothing.
-    """
-
-    steps: int = 2000
-    k: int = 7
-    rank: int = 32
-    anchors: int = 96
-    keep: float = 0.8
-    soft: float = 0.0
-    decay: float = 1.0
-    batch_size: int = 2
-    accumulate: int = 1
-    lr: float = 1e-3
-    warmup: int = 50
-    clip: float = 1.0
-    seed: int = 0
-    eval_every: int = 200
-    held_out: int = 48
-    init: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "k", "rank", "anchors", "batch_size", "accumulate", "eval_every", "held_out"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected 1 or more")
-        require(0 < self.keep <= 1, f"keep={self.keep}: expected a number in (0, 1]")
-        require(0 <= self.soft <= 1, f"soft={self.soft}: expected a number from 0 to 1")
-        require(0 < self.decay <= 1, f"decay={self.decay}: expected a number in (0, 1]")
-        require(self.k <= 16, f"k={self.k}: expected 16 or less")
-        require(self.lr > 0, f"lr={self.lr}: expected a positive number")
+from .loss import SatBatch, evaluate, sat_batch
+from .model import SatModel, read_json
+from .modes import AdapterMode, FullMode, Mode
+from .report import plot_training, write_json
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -101,78 +65,79 @@ def _batches_of_step(
     return batches
 
 
-def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig) -> SatAdapter:
-    """Train an adapter for a plain model; resumes from `out/checkpoint.pt`, and writes the adapter and train_log.jsonl.
+def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig) -> None:
+    """Train, and write the result with train_log.jsonl and training.png to `out`; a killed run resumes from there.
 
-    Runs as it is under `accelerate launch`: each process takes its own part of every step and gradients are averaged.
+    Runs as it is in several processes: each takes its own part of every step, and gradients are averaged.
     """
-    require(model.sat is None, f"model={model.name}: expected a plain base model, this one already has SATs")
     require(len(data) > config.held_out, f"data: {len(data)} sequences, expected more than held_out={config.held_out}")
     accelerator = Accelerator(cpu=model.device.type == "cpu")
+    rank, world = accelerator.process_index, accelerator.num_processes
     held_out, data = data[: config.held_out], data[config.held_out :]
-    vocabulary = model.model.get_input_embeddings().weight.shape[0]
     facts = {"sequences": len(data), "answer_tokens": sum(len(s.ids) - s.prompt_length for s in data)}
-    settings = AdapterConfig(model.name, SatConfig(vocabulary, config.k), config.rank, base_sample=sample_weights(model.model))
-    torch.manual_seed(config.seed)
-    adapter = SatAdapter(model.model, settings).float()
-    if config.init is not None:
-        start = load_adapter(model.model, config.init)
-        require(start.config.rank == config.rank, f"init={config.init}: its rank is {start.config.rank}, expected {config.rank}")
-        adapter.load_state_dict(start.state_dict())
-    adapter.attach(model.model)
-    learner = replace(model, sat=settings.sat, adapter=adapter)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    state = _resume(out, adapter, optimizer, config)
-    log = out / "train_log.jsonl"
+    state = _open(out, config)
+    mode: Mode = (AdapterMode if config.mode == "adapter" else FullMode)(model, config, accelerator)
+    if state["step"]:
+        mode.restore(out / f"checkpoint_{state['step']}")
     order = lru_cache(maxsize=2)(lambda epoch: _epoch_order(data, config.seed * 1_000_003 + epoch))  # a step may touch two
-    bar = tqdm(range(state["step"], config.steps), initial=state["step"], total=config.steps, desc="train")
+    quiet = not accelerator.is_local_main_process
+    bar = tqdm(range(state["step"], config.steps), initial=state["step"], total=config.steps, desc="train", disable=quiet)
     for step in bar:
         began = time.perf_counter()
-        sums = torch.zeros(3, device=model.device)  # loss, weights, predictions
-        for batch in _batches_of_step(data, order, config, step, accelerator.process_index, accelerator.num_processes):
-            loss, weight = sat_loss(learner, batch.to(model.device), config.soft, config.decay)
-            loss.backward()
-            sums += torch.stack([loss.detach(), weight, (batch.depth > 0).sum().to(weight)])
-        loss_sum, total, predictions = accelerator.reduce(sums).tolist()
-        for parameter in adapter.parameters():
-            parameter.grad = accelerator.reduce(parameter.grad) / total
-        norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.clip)
-        for group in optimizer.param_groups:
+        batches = _batches_of_step(data, order, config, step, rank, world)
+        counts = [[mode.weight(batch), float((batch.depth > 0).sum())] for batch in batches]
+        total, predictions = accelerator.reduce(torch.tensor(counts, device=model.device).sum(0)).tolist()
+        loss = torch.zeros((), device=model.device)
+        for batch in batches:
+            part = mode.loss(batch.to(model.device)) * world / total
+            part.backward()
+            loss += part.detach()
+        mode.average_gradients()
+        mode.before_update(step)
+        norm = accelerator.clip_grad_norm_(mode.parameters(), config.clip)
+        for group in mode.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        mode.optimizer.step()
+        mode.optimizer.zero_grad(set_to_none=True)
+        mean_loss = accelerator.reduce(loss, "mean").item()
         state["predictions"] += int(predictions)
         state["seconds"] += time.perf_counter() - began
-        bar.set_postfix(loss=f"{loss_sum / total:.3f}")
+        bar.set_postfix(loss=f"{mean_loss:.3f}")
         if (step + 1) % config.eval_every and step + 1 < config.steps:
             continue
-        entry = {"step": step + 1, "loss": round(loss_sum / total, 4), "lr": learning_rate(config, step)}
-        entry |= {"grad_norm": round(float(norm), 4), **evaluate(learner, held_out, config.k)}
+        entry = {
+            "step": step + 1,
+            "loss": round(mean_loss, 4),
+            "lr": learning_rate(config, step),
+            "grad_norm": round(float(norm), 4),
+        }
+        entry |= evaluate(mode.predict, held_out, config.k, model.device)
         entry |= {"sat_predictions": state["predictions"], "seconds": round(state["seconds"], 1)}
-        bar.write(json.dumps(entry))
         state["step"], state["log"] = step + 1, [*state["log"], entry]
-        if accelerator.is_main_process:
-            _checkpoint(out, adapter, optimizer, state, config)
-            log.write_text("".join(json.dumps(line) + "\n" for line in state["log"]))
-            plot_training(state["log"], out / "training.png")
+        bar.write(json.dumps(entry))
+        _checkpoint(out, mode, state, config, accelerator)
     final = state["log"][-1]
-    training = {"config": asdict(config), **facts, **{key: final[key] for key in final if key not in ("lr", "loss")}}
-    adapter.config = replace(adapter.config, training=training)
+    mode.save(out, {"config": asdict(config), **facts, **{key: final[key] for key in final if key not in ("lr", "loss")}})
+
+
+def _checkpoint(out: Path, mode: Mode, state: dict[str, Any], config: TrainConfig, accelerator: Accelerator) -> None:
+    """Write `checkpoint_<step>`, whose state.json comes last and makes it valid; then drop older ones."""
+    folder = out / f"checkpoint_{state['step']}"
+    folder.mkdir(exist_ok=True)
+    mode.store(folder)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        adapter.save(out)
-    adapter.detach()
-    return adapter
+        write_json(folder / "state.json", {**state, "config": asdict(config)})
+        for other in out.glob("checkpoint_*"):
+            if other != folder:
+                shutil.rmtree(other)
+        (out / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state["log"]))
+        plot_training(state["log"], out / "training.png")
+    accelerator.wait_for_everyone()
 
 
-def _checkpoint(out: Path, adapter: SatAdapter, optimizer: Any, state: dict[str, Any], config: TrainConfig) -> None:
-    part = out / "checkpoint.part"
-    content = {"adapter": adapter.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**content, "state": state, "config": asdict(config)}, part)
-    part.replace(out / "checkpoint.pt")
-
-
-def _resume(out: Path, adapter: SatAdapter, optimizer: Any, config: TrainConfig) -> dict[str, Any]:
-    """Load `out/checkpoint.pt` where there is one; its settings must be those of this run, but for the number of steps.
+def _open(out: Path, config: TrainConfig) -> dict[str, Any]:
+    """The state to start from: of the latest checkpoint in `out`, whose settings must be those of this run but for `steps`.
 
     With other steps the schedule goes on as if they had been asked for from the start.
     """
@@ -180,14 +145,11 @@ def _resume(out: Path, adapter: SatAdapter, optimizer: Any, config: TrainConfig)
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out={out}: cannot be written ({error})") from None
-    file = out / "checkpoint.pt"
-    if not file.exists():
+    files = list(out.glob("checkpoint_*/state.json"))
+    if not files:
         return {"step": 0, "predictions": 0, "seconds": 0.0, "log": []}
-    saved = torch.load(file, weights_only=True)
-    held = TrainConfig(**{**saved["config"], "steps": config.steps})
+    state = max((read_json(file) for file in files), key=lambda state: state["step"])
+    held = TrainConfig(**{**state.pop("config"), "steps": config.steps})
     require(held == config, f"out={out}: holds a run of other settings, {held}; choose another folder")
-    done = saved["state"]["step"]
-    require(done < config.steps, f"steps={config.steps}: the run in {out} has done {done}; expected more")
-    adapter.load_state_dict(saved["adapter"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["state"]
+    require(state["step"] < config.steps, f"steps={config.steps}: the run in {out} has done {state['step']}; expected more")
+    return state

@@ -193,8 +193,8 @@ BAD_INPUT = [
     (["generate", "hello", "--no-such-option"], "--no-such-option"),
     (["generate"], "Missing argument 'prompt'"),
     (["report", "none"], "results folder none: no such folder"),
-    (["train", "--data", "none", "--out", "out"], "data=none: no shard_*.safetensors there"),
-    (["distill", "--source", "none", "--out", "out", "--model", "TINY"], "source=none: no such folder"),
+    (["train", "--data", "none", "--out", "out"], "data=none: no such file or folder"),
+    (["distill", "--source", "none", "--out", "out", "--model", "TINY"], "source=none: expected a folder of Python code"),
 ]
 
 

