@@ -24,6 +24,7 @@ PUBLISHED = {
 }
 # Checked against `transformers` generate in tests/test_families.py.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -109,6 +110,9 @@ def check_family(config: Any, name: str) -> None:
     """Refuse, with the reason, an architecture or a setting that the decoder isn't known to decode exactly."""
     kind = getattr(config, "model_type", None)
     require(kind in FAMILIES, f"model {name}: architecture {kind!r} is not supported; expected one of {', '.join(FAMILIES)}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    # The others rescale all positions once a sequence is long: drafts, which look ahead, would do so before AR does.
+    require(rope in ROPE_TYPES, f"model {name}: rope_type {rope!r} is not supported; expected one of {', '.join(ROPE_TYPES)}")
 
 
 def pick_device(device: str | None) -> torch.device:
