@@ -12,9 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import tiny_llama, tiny_tokenizer, with_adapter
 from filelock import FileLock
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from sdsat import cli
 from sdsat.adapter import AdapterConfig
@@ -45,8 +47,8 @@ def start(tiny, tmp_path):
     """Start `start_<method>.sh` with the tiny model; settings are environment variables."""
     settings = {"K_LIST": "0,2,5", "DATA_LIMIT": "3", "MAX_NEW_TOKENS": "12", "DTYPE": "float32", "OMP_NUM_THREADS": "1"}
 
-    def begin(method, *arguments, **changed):
-        command = ["bash", str(ROOT / f"start_{method}.sh"), str(tiny), *arguments]
+    def begin(method, *arguments, model=tiny, **changed):
+        command = ["bash", str(ROOT / f"start_{method}.sh"), str(model), *arguments]
         environment = {**os.environ, **settings, "RESULTS_DIR": str(tmp_path / "results"), **changed}
         return subprocess.Popen(
             command,
@@ -121,6 +123,39 @@ def test_finished_run_is_not_measured_again(start):
     _, errors = start("greedy")
     assert "measured before" in errors or "measured before" in _
     assert documents(start.results / "greedy") == before
+
+
+def test_a_new_users_path_as_the_readme_has_it(start, tmp_path):
+    """Distill, train, measure: a random Qwen2, and sizes made small."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(["<unk>", *string.printable])
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=4096, eos_token_id=5, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "qwen")
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    (tmp_path / "code").mkdir()
+    functions = (f'def f{i}(x):\n    """Function number {i}, with a docstring that is long enough."""\n' for i in range(60))
+    (tmp_path / "code" / "functions.py").write_text("".join(functions))
+    readme = (ROOT / "README.md").read_text().split("three commands:\n\n")[1].split("\n\n")[0]
+    commands = [line.split() for line in readme.replace("MODEL", str(tmp_path / "qwen")).splitlines()]
+    assert [command[:2] for command in commands] == [["sdsat", "distill"], ["sdsat", "train"], ["bash", "start_greedy.sh"]]
+    smaller = (["--source", "code", "--max-new-tokens", "12"], ["--steps", "4", "--eval-every", "2"])
+    for command, options in zip(commands, smaller, strict=False):
+        run = [sys.executable, "-m", *command, *options]
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+    assert {file.name for file in (tmp_path / "runs/adapter").iterdir()} >= {
+        "train_log.jsonl",
+        "training.png",
+        "adapter_config.json",
+    }
+    script, model = commands[2][1:]
+    process = start.begin("greedy", model=str(tmp_path / model))
+    errors = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, errors
+    assert script == "start_greedy.sh"
+    summary = json.loads((tmp_path / "results/adapter/greedy/summary.json").read_text())
+    assert [run["identical_outputs"] for run in summary["runs"]] == [3, 3, 3]
 
 
 def test_dead_worker_is_named_and_the_others_finish(start):
