@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from .adapter import AdapterConfig, SatAdapter, sample_weights
@@ -118,6 +118,8 @@ class FullMode:
     def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
         require(model.adapter is None, f"model={model.name}: an adapter; full mode expects a base or an SDSAT checkpoint")
         require(config.init is None, f"init={config.init}: full mode starts from --model")
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        require(not (sharded and config.embedding_steps), f"embedding_steps={config.embedding_steps}: not under FSDP; expected 0")
         require(model.dtype == torch.float32, f"dtype={model.dtype}: full mode trains float32 weights")
         lm = model.model.requires_grad_(True).train()
         if model.packed is not None:

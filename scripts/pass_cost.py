@@ -1,0 +1,82 @@
+"""What a forward pass of n tokens costs: verifying, drafting, and both with plain linear layers (packed.py switched off).
+
+    python scripts/pass_cost.py [MODEL] [DTYPE] [OUT.json]        defaults: smollm2-135m-sdsat bfloat16, table only
+
+All variants take turns, so that noise hits all alike; medians of 20 turns, in milliseconds, after 300 tokens of context.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import sdsat
+from sdsat.bench import environment
+from sdsat.cache import SlotCache
+from sdsat.decode import _forward, _prefill, num_slots, probe_rows
+from sdsat.model import RowPolicy
+from sdsat.report import write_json
+from sdsat.tree import make_tree
+
+COUNTS, CONTEXT, TURNS = (1, 2, 4, 6, 8, 12, 16, 24, 36, 64), 300, 20
+
+
+@torch.inference_mode()
+def measure(model: sdsat.SatModel) -> dict[str, dict[int, float]]:
+    """{variant: {n: median milliseconds}}."""
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    tokens = (torch.arange(CONTEXT + max(COUNTS), device=model.device) * 7919 + 11) % vocabulary
+    cache = SlotCache(model.model.config.num_hidden_layers, num_slots(CONTEXT, 256))
+    _prefill(model, cache, tokens[:CONTEXT])
+    unpadded = RowPolicy(1, 1)
+
+    def once(count: int, sats: int) -> float:
+        began = time.perf_counter()
+        _forward(model, cache, unpadded, tokens[CONTEXT : CONTEXT + count], make_tree("chain", count - 1), sats)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return 1000 * (time.perf_counter() - began)
+
+    found: dict[str, dict[int, float]] = {}
+    for count in COUNTS:
+        times: dict[str, list[float]] = {}
+        for turn in range(TURNS + 2):
+            for packed in (True, False) if model.packed else (False,):
+                if model.packed:
+                    model.packed.attach() if packed else model.packed.detach()
+                for sats in (0, count - 1) if model.sat and count > 1 else (0,):
+                    name = ("draft" if sats else "verify") + ("" if packed or not model.packed else ", plain layers")
+                    taken = once(count, sats)
+                    if turn > 1:
+                        times.setdefault(name, []).append(taken)
+        for name, values in times.items():
+            found.setdefault(name, {})[count] = round(statistics.median(values), 2)
+    if model.packed:
+        model.packed.attach()
+    return found
+
+
+def main() -> None:
+    name, dtype, out = [*sys.argv[1:], *("smollm2-135m-sdsat", "bfloat16", "")[len(sys.argv) - 1 :]]
+    model = sdsat.load(name, dtype)
+    probe_rows(model)
+    found = measure(model)
+    table = Table(title=f"milliseconds a pass, {name}, {dtype}, {model.device}")
+    table.add_column("tokens")
+    for count in COUNTS:
+        table.add_column(str(count), justify="right")
+    for variant, costs in found.items():
+        table.add_row(variant, *(f"{costs[count]:.1f}" if count in costs else "" for count in COUNTS))
+    Console().print(table)
+    if out:
+        write_json(Path(out), {"schema_version": 1, "environment": environment(model), "context": CONTEXT, "milliseconds": found})
+
+
+if __name__ == "__main__":
+    main()
