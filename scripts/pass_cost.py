@@ -68,11 +68,10 @@ def main() -> None:
     probe_rows(model)
     found = measure(model)
     table = Table(title=f"milliseconds a pass, {name}, {dtype}, {model.device}")
-    table.add_column("tokens")
+    for column in ("tokens", *found):
+        table.add_column(column, justify="right")
     for count in COUNTS:
-        table.add_column(str(count), justify="right")
-    for variant, costs in found.items():
-        table.add_row(variant, *(f"{costs[count]:.1f}" if count in costs else "" for count in COUNTS))
+        table.add_row(str(count), *(f"{costs[count]:.1f}" if count in costs else "" for costs in found.values()))
     Console().print(table)
     if out:
         write_json(Path(out), {"schema_version": 1, "environment": environment(model), "context": CONTEXT, "milliseconds": found})

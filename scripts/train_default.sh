@@ -3,7 +3,7 @@
 # functions, train on the answers. Resumable at any point: run it again. How the shipped adapter was made: docs/training.md.
 #
 #   bash scripts/train_default.sh [OUT]      OUT: working folder, default runs/default
-#   LIMIT=6144 STEPS=1400 bash scripts/train_default.sh
+#   LIMIT=3072 STEPS=2850 bash scripts/train_default.sh
 #
 # On a machine with GPUs: GPU training goes through `accelerate launch`, see scripts/gpu_default.sh.
 set -euo pipefail
@@ -19,6 +19,6 @@ mkdir -p "$out"
   mv "$out/corpus.part" "$out/corpus"
 }
 stdlib="$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')"
-sdsat distill --source "$out/corpus" --source "$stdlib" --out "$out/data" --limit "${LIMIT:-6144}"
-sdsat train --data "$out/data" --out "$out/adapter" --steps "${STEPS:-1400}" --anchors 48
+sdsat distill --source "$out/corpus" --source "$stdlib" --out "$out/data" --limit "${LIMIT:-3072}"
+sdsat train --data "$out/data" --out "$out/adapter" --steps "${STEPS:-2850}" --anchors 48
 echo "Ship it: cp $out/adapter/adapter_* $out/adapter/train_log.jsonl $SDSAT_ROOT/sdsat/adapters/smollm2-135m-sdsat/"
