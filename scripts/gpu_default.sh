@@ -4,7 +4,7 @@
 #   bash scripts/gpu_default.sh pack WHEELS      on a machine with a package index: collect what the GPU machine lacks
 #   bash scripts/gpu_default.sh run WHEELS OUT   on the GPU machine (CUDA torch >= 2.11, transformers, accelerate)
 #
-# Environment: LIMIT prompts (100000), STEPS (20000), BATCH sequences per step and GPU (16), RANK (32), K (9).
+# Environment: LIMIT prompts (100000), STEPS (20000), BATCH sequences per step and GPU (16), ADAPTER_RANK (32), K (9).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ $# -ge 2 ] || { echo "usage: bash scripts/gpu_default.sh pack WHEELS | run WHEELS OUT" >&2; exit 2; }
@@ -27,9 +27,10 @@ sdsat() { python3 -m sdsat "$@"; }
 
 libraries="$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
 stdlib="$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')"
-sdsat distill --source "$stdlib" --source "$libraries" --out "$out/data" --limit "${LIMIT:-100000}" --batch-size 512
-accelerate launch --num_processes "$(python3 -c 'import torch; print(torch.cuda.device_count())')" -m sdsat train \
-  --data "$out/data" --out "$out/adapter" --steps "${STEPS:-20000}" --batch-size "${BATCH:-16}" --rank "${RANK:-32}" --k "${K:-9}"
+on_all_gpus() { accelerate launch --num_processes "$(python3 -c 'import torch; print(torch.cuda.device_count())')" -m sdsat "$@"; }
+on_all_gpus distill --source "$stdlib" --source "$libraries" --out "$out/data" --limit "${LIMIT:-100000}" --batch-size 512
+on_all_gpus train --data "$out/data" --out "$out/adapter" --steps "${STEPS:-20000}" --batch-size "${BATCH:-16}" \
+  --rank "${ADAPTER_RANK:-32}" --k "${K:-9}"
 export RESULTS_DIR="$out/results"
 sdsat bench greedy "$out/adapter" 0 --k-list 0,1,3,5,7,9,11,13 --with-generate
 sdsat bench nucleus "$out/adapter" 0 1.0 --k-list 0,5,7,9,11,13 --tree paper

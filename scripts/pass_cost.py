@@ -1,4 +1,4 @@
-"""What a forward pass of n tokens costs: verifying, drafting, and both with plain linear layers (packed.py switched off).
+"""What a forward pass of n tokens costs: verifying, drafting, and both with the base's linear layers as they are, not packed.
 
     python scripts/pass_cost.py [MODEL] [DTYPE] [OUT.json]        defaults: smollm2-135m-sdsat bfloat16, table only
 

@@ -65,6 +65,9 @@ class _Fused:
         self.sizes = [up.shape[0] for up in ups]
         self.down = packed.best_linear(torch.cat(downs))
         self.up = packed.best_linear(scale * torch.block_diag(*ups))
+        self.forget()
+
+    def forget(self) -> None:
         self._input: Tensor | None = None
         self._updates: tuple[Tensor, ...] = ()
 
@@ -158,6 +161,8 @@ class SatAdapter(nn.Module):
             yield
         finally:
             self._rows = None
+            for group, _ in self._fused.values():
+                group.forget()
 
     def save(self, directory: str | Path) -> None:
         """Write both files; each appears whole or not at all."""

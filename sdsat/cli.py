@@ -210,6 +210,8 @@ def inspect(
     from .report import write_json
 
     require(data_limit >= 1, f"data_limit={data_limit}: expected 1 or more")
+    require(text is None or text.is_file(), f"text={text}: no such file")
+    require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
     loaded = models.load(model, dtype, device, sat_token_id)
     answered = prompts.answered_problems(loaded.tokenizer, text, data_limit)
     require(len(answered) > 0, f"text={text}: no prompts there")
@@ -255,7 +257,8 @@ def distill(
         seed,
     )
     tokens = sum(shard["num_answer_tokens"] for shard in manifest["shards"])
-    print(f"{out}: {tokens} answer tokens; prompts: {manifest['settings']['prompts']}")
+    if _is_first():
+        print(f"{out}: {tokens} answer tokens; prompts: {manifest['settings']['prompts']}")
 
 
 @app.command()
@@ -309,7 +312,13 @@ def train(
     )
     loaded = models.load(model, dtype if mode == "adapter" else "float32", device or _own_gpu())
     run(loaded, corpora.read_sequences(data, loaded.tokenizer), out, config)
-    print(f'{out}: saved; try `sdsat generate "..." --model {out}`')
+    if _is_first():
+        print(f'{out}: saved; try `sdsat generate "..." --model {out}`')
+
+
+def _is_first() -> bool:
+    """Whether this is the only process, or the first that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _own_gpu() -> str:

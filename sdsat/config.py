@@ -128,4 +128,5 @@ class TrainConfig:
         for name, value in (("standard", 1.0), ("embedding_steps", 0), ("checkpointing", False)):
             held = getattr(self, name)
             require(self.mode == "full" or held == value, f"{name}={held}: only full mode has it; expected mode=full")
+        require(self.mode == "adapter" or self.rank == 32, f"rank={self.rank}: only adapters have one; expected mode=adapter")
         require(self.lr > 0, f"lr={self.lr}: expected a positive number")

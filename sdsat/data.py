@@ -28,6 +28,8 @@ from .model import SatModel, read_json
 from .prompts import Decontaminator, collect_prompts, licences
 from .sampling import choose
 
+_TEXT = (".py", ".md", ".txt")
+
 
 @dataclass
 class _Row:
@@ -127,6 +129,13 @@ def distill(
     Prompt i is answered at temperatures[i % len(temperatures)]. Under `accelerate launch` every process writes its own part
     of the shards. Returns the manifest, also written to `out`.
     """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("shard_size", shard_size)):
+        require(value >= 1, f"{name}={value}: expected 1 or more")
+    require(limit is None or limit >= 1, f"limit={limit}: expected 1 or more")
+    room = model.max_context - max_prompt_tokens
+    require(max_new_tokens <= room, f"max_new_tokens={max_new_tokens}: beside max_prompt_tokens the context has room for {room}")
+    for temperature in temperatures:
+        SamplingConfig(temperature)  # refuses what cannot be sampled at
     state = PartialState(cpu=model.device.type == "cpu")
     prompts, counts = collect_prompts(sources, model.tokenizer, limit, max_prompt_tokens)
     settings = {
@@ -159,6 +168,8 @@ def distill(
         if all(j in answers for j in shard):
             _write_shard(files[i // shard_size], [prompts[j] for j in shard], [answers.pop(j) for j in shard])
             _write_manifest(manifest_file, manifest, files)
+    state.wait_for_everyone()
+    _write_manifest(manifest_file, manifest, files)
     return manifest
 
 
@@ -209,12 +220,15 @@ def read_sequences(path: Path, tokenizer: PreTrainedTokenizerBase | None, length
     if path.is_dir() and list(path.glob("shard_*.safetensors")):
         return read_shards(path)
     require(path.exists(), f"data={path}: no such file or folder")
-    files = [path] if path.is_file() else [f for f in sorted(path.rglob("*")) if f.suffix in (".py", ".md", ".txt")]
+    files = [path] if path.is_file() else [f for f in sorted(path.rglob("*")) if f.suffix in _TEXT and f.is_file()]
     require(len(files) > 0, f"data={path}: no shard_*.safetensors and no .py, .md or .txt file there; run `sdsat distill`")
     require(tokenizer is not None, f"data={path}: text needs a tokenizer, and the model has none")
     decontaminator, sequences = Decontaminator(), []
     for file in files:
-        text = file.read_text(encoding="utf-8", errors="ignore")
+        try:
+            text = file.read_text(encoding="utf-8", errors="ignore")
+        except OSError as error:
+            raise InputError(f"data={file}: cannot be read ({error.strerror})") from None
         if tokenizer is not None and not decontaminator.overlaps("", text):
             parts = torch.tensor(tokenizer(text)["input_ids"]).split(length)
             sequences += [Sequence(ids, 0) for ids in parts if len(ids) >= 8]

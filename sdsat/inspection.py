@@ -47,7 +47,8 @@ def inspect(
     def predict(batch: SatBatch) -> torch.Tensor:
         return sat_logits(model, batch)[0]
 
-    facts = model.adapter.config.training if model.adapter else {}
+    of_checkpoint = (getattr(model.model.config, "sdsat", None) or {}).get("training", {})
+    facts = model.adapter.config.training if model.adapter else of_checkpoint
     document: dict[str, Any] = {
         "k": k,
         "own": evaluate(predict, own, k, model.device, anchors),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .cache import SharedPrefix, SlotCache
+from .config import require
 from .data import Sequence
 from .model import SatModel
 
@@ -197,12 +198,15 @@ def evaluate(
     for sequence in sequences:
         batch = sat_batch([sequence], k, anchors, 1.0, [generator]).to(device)
         labelled = batch.label != IGNORED
+        if not labelled.any():
+            continue
         confidence, best = predict(batch).float().softmax(-1).max(-1)
         hit, depth = (best == batch.label[labelled]).float().cpu(), batch.depth[labelled].cpu()
-        groups = hit.tensor_split((depth == 1).nonzero()[1:, 0]) if len(hit) else ()
+        groups = hit.tensor_split((depth == 1).nonzero()[1:, 0])
         first_misses += [group.cumprod(0).sum() for group in groups]
         lengths += [torch.tensor(len(group)) for group in groups]
         hits, confidences, depths = [*hits, hit], [*confidences, confidence.cpu()], [*depths, depth]
+    require(sum(map(len, hits)) > 0, "answers: none has two tokens or more, which the first SAT needs to have a target")
     hit, confidence, depth = torch.cat(hits), torch.cat(confidences), torch.cat(depths)
     accepted, length = torch.stack(first_misses), torch.stack(lengths)
     of_depth = [depth == i for i in range(1, k + 1)]

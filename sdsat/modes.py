@@ -64,8 +64,9 @@ class AdapterMode:
         self.adapter = SatAdapter(model.model, settings).float()
         if config.init is not None:
             start = load_adapter(model.model, config.init)
-            rank = start.config.rank
+            rank, same = start.config.rank, (start.config.targets, start.config.scale) == (settings.targets, settings.scale)
             require(rank == config.rank, f"init={config.init}: its rank is {rank}, expected {config.rank}")
+            require(same, f"init={config.init}: has targets and scale of its own; expected {settings.targets}, {settings.scale}")
             self.adapter.load_state_dict(start.state_dict())
         self.adapter.attach(model.model)
         self.model = replace(model, sat=sat, adapter=self.adapter)
@@ -97,7 +98,7 @@ class AdapterMode:
             torch.save(content, folder / "state.pt")
 
     def restore(self, folder: Path) -> None:
-        saved = torch.load(folder / "state.pt", weights_only=True)
+        saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         self.adapter.load_state_dict(saved["adapter"])
         self.optimizer.load_state_dict(saved["optimizer"])
 
@@ -124,6 +125,7 @@ class FullMode:
         lm = model.model.requires_grad_(True).train()
         if model.packed is not None:
             model.packed.detach()
+            model.packed = None  # these weights are about to change
         token_id = model.sat.token_id if model.sat else _new_token(lm)
         self.sat = SatConfig(token_id, config.k)
         if config.checkpointing:

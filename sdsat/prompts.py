@@ -68,7 +68,7 @@ def function_prompts(path: Path) -> Iterator[tuple[str, str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
+    except (OSError, SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
         return
     lines = source.split("\n")  # as ast counts them
     for node in nodes:
@@ -109,7 +109,7 @@ def answered_problems(tokenizer: PreTrainedTokenizerBase, file: Path | None, lim
         answers = [(p["prompt"] if repeats else "") + p["canonical_solution"] for p in problems]
         asked = [encode_prompt(tokenizer, p["prompt"]) for p in problems]
     else:
-        rows = list(_rows_of(file, ("prompt", "completion")))[:limit]
+        rows = list(_rows_of(file, ("prompt", "completion"), "text"))[:limit]
         answers, asked = [row["completion"] for row in rows], [encode_request(tokenizer, row["prompt"]) for row in rows]
     return [(ids, tokenizer(answer, add_special_tokens=False)["input_ids"]) for ids, answer in zip(asked, answers, strict=True)]
 
@@ -123,32 +123,32 @@ def python_files(folders: list[Path]) -> list[Path]:
     return files
 
 
-def _read_lines(file: Path) -> list[str]:
+def _read_lines(file: Path, argument: str) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"source={file}: cannot be read ({error})") from None
+        raise InputError(f"{argument}={file}: cannot be read ({error})") from None
 
 
-def _rows_of(file: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
+def _rows_of(file: Path, keys: tuple[str, ...], argument: str) -> Iterator[dict[str, str]]:
     """The lines of a .jsonl file, each an object with a text under every key."""
-    for number, line in enumerate(_read_lines(file), 1):
+    for number, line in enumerate(_read_lines(file, argument), 1):
         if line.strip():
             try:
                 row = json.loads(line)
             except ValueError:
                 row = None
             good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
-            require(good, f"source={file}: line {number} is not a JSON object with the text {' and '.join(keys)}")
+            require(good, f"{argument}={file}: line {number} is not a JSON object with the text {' and '.join(keys)}")
             yield row
 
 
 def _lines_of(file: Path) -> Iterator[str]:
     """The prompts of a .jsonl file (the key `prompt` of every line) or a text file (one prompt a line)."""
     if file.suffix == ".jsonl":
-        yield from (row["prompt"] for row in _rows_of(file, ("prompt",)))
+        yield from (row["prompt"] for row in _rows_of(file, ("prompt",), "source"))
     else:
-        yield from (line for line in _read_lines(file) if line.strip())
+        yield from (line for line in _read_lines(file, "source") if line.strip())
 
 
 def _hub_prompts(source: str) -> Iterator[str]:
@@ -162,9 +162,11 @@ def _hub_prompts(source: str) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(name, split="train")
     except Exception as error:  # the hub, the network, the file formats: each with exceptions of its own
-        raise InputError(f"source={source}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+        raise InputError(f"source={source}: cannot be loaded ({(str(error).strip() or repr(error)).splitlines()[0]})") from None
     require(column in rows.column_names, f"source={source}: has columns {', '.join(rows.column_names)}; add :COLUMN")
-    yield from rows[column]
+    for row in rows[column]:
+        require(isinstance(row, str), f"source={source}: column {column} does not hold texts; choose another")
+        yield row
 
 
 def default_sources() -> list[str]:
@@ -185,18 +187,18 @@ def licences(sources: Sequence[str]) -> dict[str, str]:
 
 
 def read_sources(sources: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
-    """(function name or '', text, whether it is code to complete) of every prompt; all folders first, files shuffled."""
+    """(function name or '', text, whether it is code to complete) of every prompt: files and data sets in order, then folders."""
     expected = "expected a folder of Python code, a .jsonl or .txt file, or hub:NAME"
     for source in sources:
         known = source.startswith("hub:") or Path(source).is_dir() or Path(source).suffix in (".jsonl", ".txt")
         require(known, f"source={source}: {expected}")
-    for path in python_files([Path(source) for source in sources if Path(source).is_dir()]):
-        for name, text in function_prompts(path):
-            yield name, text, True
     for source in sources:
         if not Path(source).is_dir():
             found = _hub_prompts(source) if source.startswith("hub:") else _lines_of(Path(source))
             yield from (("", text, False) for text in found)
+    for path in python_files([Path(source) for source in sources if Path(source).is_dir()]):
+        for name, text in function_prompts(path):
+            yield name, text, True
 
 
 def collect_prompts(
@@ -219,7 +221,7 @@ def collect_prompts(
             counts["humaneval_overlap"] += 1
         elif len(ids := encode_prompt(tokenizer, text) if is_code else encode_request(tokenizer, text)) > max_length:
             counts["too_long"] += 1
-        else:
+        elif ids:
             prompts.append(ids)
     require(len(prompts) > 0, f"source={', '.join(sources)}: no prompt found")
     random.Random(0).shuffle(prompts)

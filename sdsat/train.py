@@ -70,12 +70,16 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
 
     Runs as it is in several processes: each takes its own part of every step, and gradients are averaged.
     """
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    largest = max((int(s.ids.max()) for s in data), default=0)
+    require(largest < vocabulary, f"data: token id {largest} is not in the vocabulary of {model.name}; distil with that model")
+    data = [s for s in data if len(s.ids) > s.prompt_length + 1]  # SAT 1 needs two tokens of answer
     require(len(data) > config.held_out, f"data: {len(data)} sequences, expected more than held_out={config.held_out}")
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     rank, world = accelerator.process_index, accelerator.num_processes
     held_out, data = data[: config.held_out], data[config.held_out :]
     facts = {"sequences": len(data), "answer_tokens": sum(len(s.ids) - s.prompt_length for s in data)}
-    state = _open(out, config)
+    state = _open(out, config, {"model": model.name, "processes": world, **facts})
     mode: Mode = (AdapterMode if config.mode == "adapter" else FullMode)(model, config, accelerator)
     if state["step"]:
         mode.restore(out / f"checkpoint_{state['step']}")
@@ -114,7 +118,8 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
         entry |= evaluate(mode.predict, held_out, config.k, model.device)
         entry |= {"sat_predictions": state["predictions"], "seconds": round(state["seconds"], 1)}
         state["step"], state["log"] = step + 1, [*state["log"], entry]
-        bar.write(json.dumps(entry))
+        if not quiet:
+            bar.write(json.dumps(entry))
         _checkpoint(out, mode, state, config, accelerator)
     final = state["log"][-1]
     mode.save(out, {"config": asdict(config), **facts, **{key: final[key] for key in final if key not in ("lr", "loss")}})
@@ -127,7 +132,7 @@ def _checkpoint(out: Path, mode: Mode, state: dict[str, Any], config: TrainConfi
     mode.store(folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(folder / "state.json", {**state, "config": asdict(config)})
+        write_json(folder / "state.json", {**state, "config": asdict(config)})  # last: it makes the checkpoint valid
         for other in out.glob("checkpoint_*"):
             if other != folder:
                 shutil.rmtree(other)
@@ -136,10 +141,11 @@ def _checkpoint(out: Path, mode: Mode, state: dict[str, Any], config: TrainConfi
     accelerator.wait_for_everyone()
 
 
-def _open(out: Path, config: TrainConfig) -> dict[str, Any]:
-    """The state to start from: of the latest checkpoint in `out`, whose settings must be those of this run but for `steps`.
+def _open(out: Path, config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """The state to start from: of the latest checkpoint in `out`, of a run with these settings (but for `steps`) and facts.
 
-    With other steps the schedule goes on as if they had been asked for from the start.
+    With other steps the schedule goes on as if they had been asked for from the start. A run that has done all its steps
+    goes straight to saving its result.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -147,9 +153,10 @@ def _open(out: Path, config: TrainConfig) -> dict[str, Any]:
         raise InputError(f"out={out}: cannot be written ({error})") from None
     files = list(out.glob("checkpoint_*/state.json"))
     if not files:
-        return {"step": 0, "predictions": 0, "seconds": 0.0, "log": []}
+        return {"step": 0, "predictions": 0, "seconds": 0.0, "log": [], "facts": facts}
     state = max((read_json(file) for file in files), key=lambda state: state["step"])
     held = TrainConfig(**{**state.pop("config"), "steps": config.steps})
     require(held == config, f"out={out}: holds a run of other settings, {held}; choose another folder")
-    require(state["step"] < config.steps, f"steps={config.steps}: the run in {out} has done {state['step']}; expected more")
+    require(state["facts"] == facts, f"out={out}: holds a run on {state['facts']}, not {facts}; choose another folder")
+    require(state["step"] <= config.steps, f"steps={config.steps}: the run in {out} has done {state['step']}; expected more")
     return state

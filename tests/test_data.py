@@ -83,10 +83,24 @@ def test_a_missing_shard_is_made_again_and_the_others_are_left_alone(model, sour
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(batch_size=0), "batch_size=0"), (dict(max_new_tokens=0), "max_new_tokens=0"), (dict(limit=0), "limit=0"),
+        (dict(shard_size=0), "shard_size=0"), (dict(temperatures=(-1.0,)), "temperature=-1.0"),
+        (dict(max_new_tokens=300), "context has room for 256"),
+    ],
+)  # fmt: skip
+def test_bad_numbers_are_refused_before_anything_is_written(model, source, tmp_path, change, message):
+    with one_line_error(message):
+        run(model, source, tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
+
+
 def test_processes_share_the_shards(model, source, tmp_path, monkeypatch):
     run(model, source, tmp_path / "one")
     for index in range(2):
-        state = SimpleNamespace(process_index=index, num_processes=2, is_local_main_process=True)
+        state = SimpleNamespace(process_index=index, num_processes=2, is_local_main_process=True, wait_for_everyone=lambda: None)
         monkeypatch.setattr("sdsat.data.PartialState", lambda cpu=None, state=state: state)
         run(model, source, tmp_path / "two")
         assert sorted(shards(tmp_path / "two")) == [f"shard_0000{n}.safetensors" for n in ((0, 2), (0, 1, 2))[index]]

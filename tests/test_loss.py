@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_sequences, tiny_llama, with_adapter
+from conftest import one_line_error, random_sequences, tiny_llama, with_adapter
 
 from sdsat.data import Sequence
 from sdsat.loss import IGNORED, SatBatch, evaluate, joint_loss, sat_batch, sat_logits, sat_loss, sat_mask
@@ -90,6 +90,11 @@ def test_evaluate_counts_what_it_says():
     # Lost at depth 2: the seven odd anchors that have a SAT 2; at depth 3: even anchors with a SAT 3, all but 16.
     assert found["lost_by_depth"] == [0.0, pytest.approx(7 / 16, abs=1e-4), pytest.approx(7 / 16, abs=1e-4)]
     assert found["accepted_per_loop"] == pytest.approx((16 + 8) / 16)
+
+
+def test_evaluate_needs_a_target():
+    with one_line_error("answers", "two tokens"):
+        evaluate(None, [Sequence(torch.arange(5), 4)], 3, torch.device("cpu"))
 
 
 def test_evaluate_reads_the_drafts_of_a_chain():

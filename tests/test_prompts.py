@@ -132,21 +132,17 @@ def test_chat_models_are_asked_in_a_chat_turn():
 
 
 def test_prompts_of_files(tmp_path, tokenizer):
-    """Plain prompts, after the folders' code; blank lines are passed over and repeats counted."""
+    """Plain prompts, before the folders' code; blank lines are passed over and repeats counted."""
     write(tmp_path / "code", one=function("one", long_doc("code")))
-    (tmp_path / "a.jsonl").write_text('{"prompt": "say a", "more": 1}\n\n{"prompt": "say b"}\n')
+    (tmp_path / "code" / "gone.py").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "say a", "more": "\u2028"}\n\n{"prompt": "say b"}\n{"prompt": ""}\n')
     (tmp_path / "b.txt").write_text("say c\n\nsay a\n")
     sources = [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "code")]
     found, counts = collect_prompts(sources, tokenizer, None, 200)
     assert sorted(texts(tokenizer, found)) == sorted([prompt("one", long_doc("code")), "say a", "say b", "say c"])
-    assert counts == {"found": 5, "duplicate": 1, "humaneval_overlap": 0, "too_long": 0}
-    assert [text for _, text, _ in prompts.read_sources(sources)] == [
-        prompt("one", long_doc("code")),
-        "say a",
-        "say b",
-        "say c",
-        "say a",
-    ]
+    assert counts == {"found": 6, "duplicate": 1, "humaneval_overlap": 0, "too_long": 0}
+    in_order = ["say a", "say b", "", "say c", "say a", prompt("one", long_doc("code"))]
+    assert [text for _, text, _ in prompts.read_sources(sources)] == in_order
 
 
 @pytest.mark.parametrize("line", ["{", '{"text": "a"}', '["prompt"]', '{"prompt": 3}'])
@@ -172,7 +168,7 @@ def test_answered_problems(tmp_path):
     ((asked, answer),) = prompts.answered_problems(tokenizer, None, 1)
     assert tokenizer.decode(answer) == problem["prompt"] + problem["canonical_solution"]
     file.write_text('{"prompt": "a"}\n')
-    with one_line_error(f"source={file}", "line 1", "completion"):
+    with one_line_error(f"text={file}", "line 1", "completion"):
         prompts.answered_problems(tokenizer, file, 5)
 
 

@@ -25,7 +25,9 @@ def lines_of(folder):
 
 def train_tiny(folder, dtype=torch.float32, **changed):
     """Trains a tiny model; returns the float32 weights of its last checkpoint."""
-    settings = dict(steps=4, k=3, rank=2, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2)
+    settings = dict(steps=4, k=3, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2)
+    if changed.get("mode") != "full":
+        settings["rank"] = 2
     model = SatModel(tiny_llama(dtype), None, "tiny")
     train(model, random_sequences([9, 13, 6, 11, 8, 10]), folder, TrainConfig(**{**settings, **changed}))
     return last_weights(folder)
@@ -144,8 +146,28 @@ def test_other_settings_in_the_folder_are_refused(tmp_path):
     train_tiny(tmp_path)
     with one_line_error(tmp_path, "other settings"):
         train_tiny(tmp_path, lr=0.5, steps=6)
-    with one_line_error("steps=4", "has done 4"):
-        train_tiny(tmp_path)
+    with one_line_error("steps=2", "has done 4"):
+        train_tiny(tmp_path, steps=2)
+
+
+@MODES
+def test_a_run_that_was_killed_while_saving_saves(tmp_path, mode):
+    train_tiny(tmp_path, mode=mode)
+    file = tmp_path / ("adapter_model.safetensors" if mode == "adapter" else "model.safetensors")
+    saved = file.read_bytes()
+    file.unlink()
+    train_tiny(tmp_path, mode=mode)
+    assert file.read_bytes() == saved
+
+
+def test_data_of_another_model_or_run_is_refused(tmp_path):
+    train_tiny(tmp_path)
+    model = SatModel(tiny_llama(torch.float32), None, "tiny")
+    config = TrainConfig(steps=6, k=3, rank=2, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2)
+    with one_line_error(f"out={tmp_path}", "choose another folder"):
+        train(model, random_sequences([9, 13, 6, 11, 8]), tmp_path, config)
+    with one_line_error("token id 64", "tiny"):
+        train(model, [Sequence(torch.tensor([1, 2, 64, 3]), 1)] * 5, tmp_path / "other", config)
 
 
 def test_settings_that_do_not_fit_together_are_refused(tmp_path):
@@ -153,5 +175,7 @@ def test_settings_that_do_not_fit_together_are_refused(tmp_path):
         TrainConfig(embedding_steps=3)
     with one_line_error("mode=both", "adapter or full"):
         TrainConfig(mode="both")
+    with one_line_error("rank=2", "mode=adapter"):
+        TrainConfig(mode="full", rank=2)
     with one_line_error("dtype=torch.bfloat16", "float32"):
         train_tiny(tmp_path, torch.bfloat16, mode="full")
