@@ -89,17 +89,9 @@ def findings(document: dict[str, Any]) -> list[str]:
 
 def inspection_table(document: dict[str, Any]) -> Table:
     """One row a depth."""
-    table = Table(title="drafts by depth", title_justify="left")
-    columns = (
-        "depth",
-        "accuracy, own output",
-        "given text",
-        "confidence",
-        "calibration error",
-        "lost here",
-        "accepted in decoding",
-    )
-    for column in columns:
+    title = "accuracy of drafts on own and given answers, confidence, chains lost, and acceptance in decoding"
+    table = Table(title=title, title_justify="left")
+    for column in ("depth", "own", "given", "confidence", "off by", "lost here", "decoding"):
         table.add_column(column, justify="right")
     own, given = document["own"], document["given"]
     for i in range(document["k"]):
