@@ -59,7 +59,8 @@ class AdapterMode:
         require(model.sat is None, f"model={model.name}: expected a plain base model, this one already has SATs")
         vocabulary = model.model.get_input_embeddings().weight.shape[0]
         sat = SatConfig(vocabulary, config.k)
-        settings = AdapterConfig(model.name, sat, config.rank, base_sample=sample_weights(model.model))
+        targets = tuple(config.targets.split(","))
+        settings = AdapterConfig(model.name, sat, config.rank, targets=targets, base_sample=sample_weights(model.model))
         torch.manual_seed(config.seed)
         self.adapter = SatAdapter(model.model, settings).float()
         if config.init is not None:
