@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 import sdsat
@@ -63,7 +62,7 @@ def main(
     variants: Annotated[list[str] | None, typer.Argument()] = None,
     data: Path = Path("data/smollm2-135m-instruct"),
     code: Path = Path("runs/default/corpus"),
-    steps: int = 160,
+    steps: int = 120,
     collect: Path | None = None,
 ) -> None:
     own = read_sequences(data, None)
