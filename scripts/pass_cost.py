@@ -19,7 +19,7 @@ from rich.table import Table
 import sdsat
 from sdsat.bench import environment
 from sdsat.cache import SlotCache
-from sdsat.decode import _forward, _prefill, num_slots, probe_rows
+from sdsat.decode import forward, num_slots, prefill, probe_rows
 from sdsat.model import RowPolicy
 from sdsat.report import write_json
 from sdsat.tree import make_tree
@@ -33,12 +33,12 @@ def measure(model: sdsat.SatModel) -> dict[str, dict[int, float]]:
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     tokens = (torch.arange(CONTEXT + max(COUNTS), device=model.device) * 7919 + 11) % vocabulary
     cache = SlotCache(model.model.config.num_hidden_layers, num_slots(CONTEXT, 256))
-    _prefill(model, cache, tokens[:CONTEXT])
+    prefill(model, cache, tokens[:CONTEXT])
     unpadded = RowPolicy(1, 1)
 
     def once(count: int, sats: int) -> float:
         began = time.perf_counter()
-        _forward(model, cache, unpadded, tokens[CONTEXT : CONTEXT + count], make_tree("chain", count - 1), sats)
+        forward(model, cache, unpadded, tokens[CONTEXT : CONTEXT + count], make_tree("chain", count - 1), sats)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         return 1000 * (time.perf_counter() - began)

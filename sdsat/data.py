@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .cache import SlotCache
 from .config import InputError, SamplingConfig, require
+from .decode import prefill
 from .model import SatModel, read_json
 from .prompts import Decontaminator, collect_prompts, licences
 from .sampling import choose
@@ -36,6 +37,7 @@ class _Row:
     """One sequence of the running batch."""
 
     prompt: int
+    prompt_length: int
     ids: list[int]
     temperature: float
 
@@ -66,48 +68,36 @@ def answer_batch(
     while True:
         for place, row in enumerate(rows):
             if row is None and (prompt := next(waiting, None)) is not None:
-                _prefill(model, scratch, prompts[prompt][:-1])
+                ids = prompts[prompt]
+                prefill(model, scratch, torch.tensor(ids[:-1], dtype=torch.long, device=model.device))
                 cache.copy_sequence(scratch, place, len(rows))
-                rows[place] = _Row(prompt, list(prompts[prompt]), temperatures[prompt % len(temperatures)])
+                rows[place] = _Row(prompt, len(ids), list(ids), temperatures[prompt % len(temperatures)])
         if not any(rows):
             return
-        ids = torch.tensor([row.ids[-1] if row else 0 for row in rows], device=model.device)[:, None]
+        last = torch.tensor([row.ids[-1] if row else 0 for row in rows], device=model.device)[:, None]
         length = torch.tensor([len(row.ids) - 1 if row else 0 for row in rows], device=model.device)[:, None]
         cache.row_slots, cache.visible = length, int(length.max()) + 1
-        mask = (columns[: cache.visible] <= length)[:, None, None]
-        logits = model.model(input_ids=ids, attention_mask=mask, position_ids=length, past_key_values=cache).logits[:, -1]
-        for place, token in enumerate(_choose_rows(logits, rows, seed, [len(p) for p in prompts])):
+        mask = model.mask((columns[: cache.visible] <= length)[:, None, None])
+        logits = model.model(input_ids=last, attention_mask=mask, position_ids=length, past_key_values=cache).logits[:, -1]
+        for place, token in enumerate(_choose_rows(logits, rows, seed)):
             row = rows[place]
             if row is None:
                 continue
             row.ids.append(token)
-            answer = len(row.ids) - len(prompts[row.prompt])
+            answer = len(row.ids) - row.prompt_length
             if token in model.stop_ids or answer == max_new_tokens:
                 yield row.prompt, row.ids[-answer:]
                 rows[place] = None
 
 
-def _prefill(model: SatModel, cache: SlotCache, ids: list[int]) -> None:
-    """Fill `cache` anew with the key/values of one prompt."""
-    cache.length = 0
-    if not ids:
-        return
-    cache.visible = len(ids)
-    rows = torch.arange(len(ids), device=model.device)
-    mask = (rows <= rows[:, None])[None, None]
-    tokens = torch.tensor([ids], device=model.device)
-    model.model(input_ids=tokens, attention_mask=mask, position_ids=rows[None], past_key_values=cache, logits_to_keep=1)
-    cache.commit(tuple(range(len(ids))))
-
-
-def _choose_rows(logits: Tensor, rows: list[_Row | None], seed: int, prompt_lengths: list[int]) -> list[int]:
+def _choose_rows(logits: Tensor, rows: list[_Row | None], seed: int) -> list[int]:
     """Next token of each row at its own temperature; its noise depends on its prompt and place, not on the batch."""
     chosen = torch.zeros(len(rows), dtype=torch.long, device=logits.device)
     for temperature in sorted({row.temperature for row in rows if row}):
         places = [i for i, row in enumerate(rows) if row and row.temperature == temperature]
         sampling = SamplingConfig(temperature, top_k=10 if temperature else 0, top_p=0.95 if temperature else 1.0, seed=seed)
         live = [rows[i] for i in places]
-        index = [(row.prompt << 20) + len(row.ids) - prompt_lengths[row.prompt] for row in live if row]
+        index = [(row.prompt << 20) + len(row.ids) - row.prompt_length for row in live if row]
         chosen[places] = choose(logits[places], torch.tensor(index, device=logits.device), sampling)[:, 0]
     return chosen.tolist()
 

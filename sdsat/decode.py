@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .cache import SlotCache, pass_mask
 from .config import DecodeConfig, require
+from .head import draft_tokens
 from .model import RowPolicy, SatModel
 from .sampling import choose
 from .tree import MAX_NODES, DraftTree, make_tree
@@ -105,42 +106,41 @@ def _layout(tree: DraftTree, rows: int, device: torch.device) -> tuple[Tensor, T
     return within.to(device), offsets.to(device)
 
 
-@lru_cache(maxsize=256)
-def _sources(tree: DraftTree, device: torch.device) -> Tensor:
-    """[N] where node j's token stands in [y0, depth 1's candidates, depth 2's, ...]."""
-    places = [0 if d == 0 else 1 + (d - 1) * tree.width + rank for d, rank in zip(tree.depths, tree.ranks, strict=True)]
-    return torch.tensor(places, device=device)
+def forward(
+    model: SatModel, cache: SlotCache, policy: RowPolicy, tokens: Tensor, tree: DraftTree, sats: int = 0
+) -> tuple[Tensor, Tensor]:
+    """One pass. tokens [N], one a tree node; the last `sats` rows are SATs. Commits nothing.
 
-
-def _forward(model: SatModel, cache: SlotCache, policy: RowPolicy, tokens: Tensor, tree: DraftTree, sats: int = 0) -> Tensor:
-    """One pass. tokens [N], one a tree node; the last `sats` rows are SATs. Returns logits [N, V]; commits nothing."""
+    Returns (last hidden states [N, D], logits [N, V]).
+    """
     count = tokens.shape[0]
     within, offsets = _layout(tree, policy.rows(count), model.device)
     tokens = torch.nn.functional.pad(tokens, (0, len(offsets) - count))
     with model.sat_rows(count - sats, count):
-        logits = model.model(
+        states = model.model.base_model(
             inputs_embeds=model.embed(tokens[None]),
             attention_mask=model.mask(pass_mask(cache, within)),
             position_ids=(cache.length + offsets)[None],
             past_key_values=cache,
-        ).logits[0, :count]
+        ).last_hidden_state[0]
+    logits = model.model.get_output_embeddings()(states)[:count]
     if model.sat is not None and model.sat.token_id < logits.shape[-1]:
         logits[:, model.sat.token_id] = float("-inf")  # the SAT is never a legal output
-    return logits
+    return states[:count], logits
 
 
-def _prefill(model: SatModel, cache: SlotCache, tokens: Tensor) -> None:
-    """Compute and commit the key/values of all prompt tokens but the last, in one pass that reads the prompt's slots only."""
+def prefill(model: SatModel, cache: SlotCache, tokens: Tensor) -> None:
+    """Fill `cache` anew with the key/values of `tokens` [N], in one pass that reads their slots only."""
+    cache.length = 0
     if not len(tokens):
         return
     rows = torch.arange(len(tokens), device=model.device)
     cache.visible = len(tokens)
-    model.model(
+    model.model.base_model(
         inputs_embeds=model.embed(tokens[None]),
         attention_mask=model.mask((rows <= rows[:, None])[None, None]),
         position_ids=rows[None],
         past_key_values=cache,
-        logits_to_keep=1,
     )
     cache.visible = cache.num_slots
     cache.commit(tuple(range(len(tokens))))
@@ -163,13 +163,13 @@ def probe_rows(model: SatModel) -> RowPolicy:
         vocabulary = model.model.get_input_embeddings().weight.shape[0]
         tokens = (torch.arange(64 + 96, device=model.device) * 7919 + 11) % vocabulary
         cache = SlotCache(model.model.config.num_hidden_layers, num_slots(len(tokens), 256))
-        _prefill(model, cache, tokens[:64])
+        prefill(model, cache, tokens[:64])
 
         @lru_cache
         def logits_of(first: int, rows: int, padded: int) -> Tensor:
             cache.length = 64 + first
             part = tokens[64 + first : 64 + first + rows]
-            return _forward(model, cache, RowPolicy(padded, 1), part, make_tree("chain", rows - 1))
+            return forward(model, cache, RowPolicy(padded, 1), part, make_tree("chain", rows - 1))[1]
 
         def stable(policy: RowPolicy) -> bool:
             whole = logits_of(0, 96, 96)
@@ -186,9 +186,9 @@ def next_logits(model: SatModel, token_ids: list[int], prompt_length: int, confi
     """[V] logits that AR sees after `token_ids`, whose first `prompt_length` are the prompt: teacher forcing, bit for bit."""
     cache = SlotCache(model.model.config.num_hidden_layers, num_slots(prompt_length, config.max_new_tokens))
     tokens = torch.tensor(token_ids, device=model.device)
-    _prefill(model, cache, tokens[: prompt_length - 1])
+    prefill(model, cache, tokens[: prompt_length - 1])
     for token in tokens[prompt_length - 1 :].split(1):
-        logits = _forward(model, cache, probe_rows(model), token, make_tree("chain", 0))
+        _, logits = forward(model, cache, probe_rows(model), token, make_tree("chain", 0))
         cache.commit((0,))
     return logits[0]
 
@@ -229,7 +229,7 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
     began = time.perf_counter()
     cache = SlotCache(model.model.config.num_hidden_layers, num_slots(len(prompt_ids), config.max_new_tokens))
     prompt = torch.tensor(prompt_ids, device=device)
-    _prefill(model, cache, prompt[:-1])
+    prefill(model, cache, prompt[:-1])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     prefilled = time.perf_counter()
@@ -239,15 +239,14 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
         k = max(0, min(config.k, config.max_new_tokens - emitted - 2))
         index = torch.arange(emitted, emitted + k + 1, device=device)  # emitted index of y0 and of each draft
         tokens = torch.cat([x, x.new_full((k,), model.sat.token_id)]) if k and model.sat else x
-        logits = _forward(model, cache, policy, tokens, make_tree("chain", k), sats=k)
+        states, logits = forward(model, cache, policy, tokens, make_tree("chain", k), sats=k)
         cache.commit((0,))
         y0 = choose(logits[:1], index[:1], sampling)[:, 0]
         out.num_passes += 1
         if k:
             tree = _truncated(config.tree, config.k, k)
-            candidates = choose(logits[1:], index[1:], sampling, tree.width)  # [k, width]
-            tokens = torch.cat([y0, candidates.flatten()])[_sources(tree, device)]
-            logits = _forward(model, cache, policy, tokens, tree)
+            tokens = draft_tokens(model, y0, states[1:], logits[1:], index[1:], tree, sampling)
+            _, logits = forward(model, cache, policy, tokens, tree)
             targets = choose(logits, index[0] + 1 + _layout(tree, len(tree), device)[1], sampling)[:, 0]
             out.num_passes += 1
             node_tokens, node_targets = torch.stack([tokens, targets]).tolist()

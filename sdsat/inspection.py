@@ -9,6 +9,7 @@ trained on the wrong data; bad on both, they were trained too little or on anoth
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from .config import DecodeConfig, require
 from .data import Sequence
 from .decode import generate
-from .loss import SatBatch, evaluate, sat_logits
+from .loss import evaluate, predict
 from .model import SatModel
 
 
@@ -44,15 +45,12 @@ def inspect(
         own.append(Sequence(torch.tensor(prompt + out.token_ids), len(prompt)))
         given.append(Sequence(torch.tensor(prompt + answer[:max_new_tokens]), len(prompt)))
 
-    def predict(batch: SatBatch) -> torch.Tensor:
-        return sat_logits(model, batch)[0]
-
     of_checkpoint = (getattr(model.model.config, "sdsat", None) or {}).get("training", {})
     facts = model.adapter.config.training if model.adapter else of_checkpoint
     document: dict[str, Any] = {
         "k": k,
-        "own": evaluate(predict, own, k, model.device, anchors),
-        "given": evaluate(predict, given, k, model.device, anchors),
+        "own": evaluate(partial(predict, model), own, k, model.device, anchors),
+        "given": evaluate(partial(predict, model), given, k, model.device, anchors),
         "decoding": {
             "acceptance_by_depth": [round(value, 4) for value in (accepted / proposed.clamp(min=1)).tolist()],
             "accepted_per_loop": round(sum(loops) / max(1, len(loops)), 4),

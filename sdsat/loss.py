@@ -20,6 +20,7 @@ from torch import Tensor
 from .cache import SharedPrefix, SlotCache
 from .config import require
 from .data import Sequence
+from .head import rerank
 from .model import SatModel
 
 IGNORED = -100  # label of a row that only pads
@@ -44,13 +45,18 @@ class SatBatch:
         return SatBatch(*(tensor.to(device) for tensor in vars(self).values()))
 
     @property
+    def before(self) -> Tensor:
+        """[M] for each labelled row, the token before the one it learns: what a draft head sees."""
+        return self.tokens.gather(1, self.anchor + self.depth)[self.label != IGNORED]
+
+    @property
     def num_standard(self) -> int:
         """How many standard tokens are learned in full mode."""
         return int((self.standard != IGNORED).sum())
 
-    def weight(self, decay: float) -> float:
-        """Summed weights of the SAT predictions, each `decay` times that of the depth before."""
-        return (decay ** (self.depth[self.label != IGNORED] - 1).double()).sum().item()
+    def weights(self, decay: float) -> Tensor:
+        """[M] loss weights of the labelled rows, each depth's `decay` times that of the depth before."""
+        return decay ** (self.depth[self.label != IGNORED] - 1).double()
 
 
 def sat_batch(sequences: ListOf[Sequence], k: int, anchors: int, keep: float, generators: ListOf[torch.Generator]) -> SatBatch:
@@ -91,11 +97,11 @@ def sat_mask(batch: SatBatch) -> Tensor:
     return torch.cat([standard, own], dim=-1)[:, None]
 
 
-def sat_logits(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
-    """What SATs and base predict. Gradients reach the model's adapter only.
+def sat_states(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
+    """The last hidden states of SATs and base. Gradients reach the model's adapter only.
 
-    Returns (logits [M, V] of the M labelled SAT rows of the batch, row by row; hidden [B, L, D], the base's last hidden
-    states, from which it predicts token t + 1 at position t).
+    Returns (states [M, D] of the M labelled SAT rows of the batch, row by row; states [B, L, D] of the standard tokens, of
+    which the one at t predicts token t + 1).
     """
     size, length = batch.tokens.shape
     lm = model.model
@@ -104,29 +110,52 @@ def sat_logits(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         causal = (positions <= positions[:, None]).expand(size, 1, length, length)
         base = lm.base_model(
-            input_ids=batch.tokens, attention_mask=causal, position_ids=positions[None], past_key_values=filled
+            input_ids=batch.tokens,
+            attention_mask=model.mask(causal),
+            position_ids=positions[None],
+            past_key_values=filled,
         ).last_hidden_state
         filled.commit(tuple(range(length)))
     assert model.sat is not None
     with model.sat_rows(0, batch.depth.shape[1]):
         hidden = lm.base_model(
             inputs_embeds=model.embed(torch.full_like(batch.depth, model.sat.token_id)),
-            attention_mask=sat_mask(batch),
+            attention_mask=model.mask(sat_mask(batch)),
             position_ids=batch.anchor + batch.depth,
             past_key_values=SharedPrefix(filled),
         ).last_hidden_state
-    return lm.get_output_embeddings()(hidden[batch.label != IGNORED]), base
+    return hidden[batch.label != IGNORED], base
+
+
+def predict(model: SatModel, batch: SatBatch) -> Tensor:
+    """[M, V] logits of the labelled SAT rows, as decoding would have them where all drafts before are right."""
+    states, _ = sat_states(model, batch)
+    logits = model.model.get_output_embeddings()(states)
+    if model.head is None:
+        return logits
+    ids, scores = rerank(model, states, logits, batch.before)
+    return torch.full_like(logits, float("-inf")).scatter(-1, ids, scores)
 
 
 def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float = 1.0) -> Tensor:
-    """Summed loss of all labelled rows: divide it by `batch.weight(decay)`. Gradients reach the model's adapter only.
+    """Summed loss of all labelled rows: divide it by the sum of `batch.weights(decay)`. Gradients reach the model's adapter only.
 
     A SAT's loss is its cross-entropy with the token that followed (hard labels), or with the base's own distribution at
-    that place (distillation, arXiv 1503.02531); soft: the share of the latter, 0 to 1.
+    that place (distillation, arXiv 1503.02531); soft: the share of the latter, 0 to 1. A draft head adds its own
+    cross-entropy with the token that followed, over the candidates it ranks, where that token is among them.
     """
-    logits, base = sat_logits(model, batch)
-    head = model.model.get_output_embeddings()
-    return _weighted(logits, batch, soft, decay, lambda rows, columns: head(base[rows, columns]))
+    states, base = sat_states(model, batch)
+    lm_head = model.model.get_output_embeddings()
+    logits = lm_head(states)
+    loss = _weighted(logits, batch, soft, decay, lambda rows, columns: lm_head(base[rows, columns]))
+    if model.head is None:
+        return loss
+    ids, scores = rerank(model, states, logits, batch.before)
+    labelled = batch.label != IGNORED
+    found, place = (ids == batch.label[labelled][:, None]).max(-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    ranked = torch.nn.functional.cross_entropy(scores[found].to(wide), place[found], reduction="none")
+    return loss + (batch.weights(decay)[found].to(wide) * ranked).sum()
 
 
 def joint_logits(forward: Callable[..., Any], sat_token_id: int, batch: SatBatch) -> tuple[Tensor, Tensor]:
@@ -174,7 +203,7 @@ def _weighted(logits: Tensor, batch: SatBatch, soft: float, decay: float, teache
         with torch.no_grad():
             p = teacher(rows, columns).to(wide).softmax(-1)
         loss = (1 - soft) * loss - soft * (p[index] * log_q).sum(-1)
-    return (decay ** (batch.depth[labelled] - 1).to(wide) * loss).sum()
+    return (batch.weights(decay).to(wide) * loss).sum()
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from . import adapter as adapters
 from . import attention, embedded
 from .config import InputError, SatConfig, require
+from .head import DraftHead
 from .packed import PackedLinears, can_pack
 
 # The two published checkpoints (arXiv 2403.18647) say nothing of their SAT in config.json.
@@ -67,6 +68,10 @@ class SatModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def head(self) -> DraftHead | None:
+        return self.adapter.head if self.adapter else None
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

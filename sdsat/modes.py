@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .adapter import AdapterConfig, SatAdapter, sample_weights
 from .adapter import load as load_adapter
 from .config import SatConfig, TrainConfig, require
-from .loss import SatBatch, joint_logits, joint_loss, sat_logits, sat_loss
+from .loss import SatBatch, joint_logits, joint_loss, predict, sat_loss
 from .model import SatModel
 
 
@@ -59,8 +59,8 @@ class AdapterMode:
         require(model.sat is None, f"model={model.name}: expected a plain base model, this one already has SATs")
         vocabulary = model.model.get_input_embeddings().weight.shape[0]
         sat = SatConfig(vocabulary, config.k)
-        targets = tuple(config.targets.split(","))
-        settings = AdapterConfig(model.name, sat, config.rank, targets=targets, base_sample=sample_weights(model.model))
+        targets, sample = tuple(config.targets.split(",")), sample_weights(model.model)
+        settings = AdapterConfig(model.name, sat, config.rank, targets=targets, head=config.head, base_sample=sample)
         torch.manual_seed(config.seed)
         self.adapter = SatAdapter(model.model, settings).float()
         if config.init is not None:
@@ -68,7 +68,7 @@ class AdapterMode:
             rank, same = start.config.rank, (start.config.targets, start.config.scale) == (settings.targets, settings.scale)
             require(rank == config.rank, f"init={config.init}: its rank is {rank}, expected {config.rank}")
             require(same, f"init={config.init}: has targets and scale of its own; expected {settings.targets}, {settings.scale}")
-            self.adapter.load_state_dict(start.state_dict())
+            self.adapter.load_state_dict(start.state_dict(), strict=start.config.head == config.head)
         self.adapter.attach(model.model)
         self.model = replace(model, sat=sat, adapter=self.adapter)
         self.config, self.accelerator = config, accelerator
@@ -78,13 +78,13 @@ class AdapterMode:
         return self.adapter.parameters()
 
     def weight(self, batch: SatBatch) -> float:
-        return batch.weight(self.config.decay)
+        return batch.weights(self.config.decay).sum().item()
 
     def loss(self, batch: SatBatch) -> Tensor:
         return sat_loss(self.model, batch, self.config.soft, self.config.decay)
 
     def predict(self, batch: SatBatch) -> Tensor:
-        return sat_logits(self.model, batch)[0]
+        return predict(self.model, batch)
 
     def average_gradients(self) -> None:
         for parameter in self.adapter.parameters():
@@ -139,7 +139,7 @@ class FullMode:
         return self.lm.parameters()
 
     def weight(self, batch: SatBatch) -> float:
-        return batch.weight(self.config.decay) + self.config.standard * batch.num_standard
+        return batch.weights(self.config.decay).sum().item() + self.config.standard * batch.num_standard
 
     def loss(self, batch: SatBatch) -> Tensor:
         with self.accelerator.autocast():

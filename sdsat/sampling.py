@@ -41,32 +41,35 @@ def support(logits: Tensor, sampling: SamplingConfig, at_least: int = 1) -> tupl
 
     logits: [N, V], the SAT already masked with -inf. at_least: top-k keeps no fewer ids than this, so that a draft
     tree always finds enough candidates (tokens beyond top_k get log-probability -inf).
-    Returns (ids [N, C], log-probabilities [N, C] in float32; -inf marks what the filters drop). Filters as in
+    Returns (columns [N, C], log-probabilities [N, C] in float32; -inf marks what the filters drop). Filters as in
     `transformers`: temperature, then top-k, then the smallest set whose probability reaches top-p.
     """
     logits = logits.float() / sampling.temperature
     if not sampling.top_k and sampling.top_p == 1:
         return torch.arange(logits.shape[-1], device=logits.device).expand_as(logits), logits.log_softmax(-1)
     size = min(max(sampling.top_k, at_least), logits.shape[-1]) if sampling.top_k else logits.shape[-1]
-    logits, ids = logits.topk(size, dim=-1)
+    logits, columns = logits.topk(size, dim=-1)
     if sampling.top_k:
         logits[:, sampling.top_k :] = float("-inf")
     if sampling.top_p < 1:
         before = logits.softmax(-1).cumsum(-1).roll(1, -1)
         before[:, 0] = 0
         logits = logits.masked_fill(before >= sampling.top_p, float("-inf"))
-    return ids, logits.log_softmax(-1)
+    return columns, logits.log_softmax(-1)
 
 
-def choose(logits: Tensor, index: Tensor, sampling: SamplingConfig, width: int = 1) -> Tensor:
+def choose(logits: Tensor, index: Tensor, sampling: SamplingConfig, width: int = 1, ids: Tensor | None = None) -> Tensor:
     """The `width` best tokens of each row, best first: `argmax(logits)` when greedy, else `argmax(log p + g_t)`.
 
-    logits: [N, V]; index: [N] emitted index t of each row (ignored when greedy). Returns ids [N, width], distinct
-    within a row. Width 1 is the model's own next token; a wider result is a list of drafts, without replacement.
+    logits: [N, C]; ids: [N, C] the tokens that the columns stand for, None for the whole vocabulary in order. index: [N]
+    emitted index t of each row (ignored when greedy). Returns ids [N, width], distinct within a row. Width 1 is the
+    model's own next token; a wider result is a list of drafts, without replacement.
     """
     if sampling.greedy:
-        return logits.float().argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
-    ids, log_p = support(logits, sampling, at_least=width)
-    score = log_p.double() + gumbel_noise(sampling.seed, index, ids)
+        best = logits.float().argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
+        return best if ids is None else ids.gather(-1, best)
+    columns, log_p = support(logits, sampling, at_least=width)
+    tokens = columns if ids is None else ids.gather(-1, columns)
+    score = log_p.double() + gumbel_noise(sampling.seed, index, tokens)
     best = score.argmax(-1, keepdim=True) if width == 1 else score.topk(width, dim=-1).indices
-    return ids.gather(-1, best)
+    return tokens.gather(-1, best)

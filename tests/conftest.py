@@ -29,13 +29,15 @@ def tiny_llama(dtype=torch.float64, vocab=VOCAB, seed=0, **overrides):
     return model
 
 
-def with_adapter(lm, k=3, rank=4, seed=1, strength=1.0):
+def with_adapter(lm, k=3, rank=4, seed=1, strength=1.0, head=0):
     """`lm` with a random, attached adapter: its drafts are as good as random ones."""
     torch.manual_seed(seed)
-    config = AdapterConfig("tiny", SatConfig(lm.config.vocab_size, k), rank, base_sample=sample_weights(lm))
+    config = AdapterConfig("tiny", SatConfig(lm.config.vocab_size, k), rank, head=head, base_sample=sample_weights(lm))
     adapter = SatAdapter(lm, config)
     for parameter in adapter.up.values():
         torch.nn.init.normal_(parameter, std=strength)
+    if adapter.head is not None:
+        torch.nn.init.normal_(adapter.head.outer, std=strength)
     adapter.requires_grad_(False).attach(lm)
     return SatModel(lm, None, "tiny", adapter.config.sat, adapter)
 

@@ -27,9 +27,9 @@ def naive(model, prompt, num_tokens, sampling, forbidden=None):
     return ids[len(prompt) :]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return with_adapter(tiny_llama(), k=5)
+@pytest.fixture(scope="module", params=[0, 6], ids=["", "head"])
+def model(request):
+    return with_adapter(tiny_llama(), k=5, head=request.param)
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS, SamplingConfig(1.0, seed=9)], ids=["greedy", "nucleus", "all"])
@@ -49,9 +49,10 @@ def test_equals_naive_decoding(model, sampling, tree, k):
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
     prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9),
     num_tokens=st.integers(1, 12),
+    head=st.sampled_from([0, 5]),
 )
-def test_equals_naive_decoding_on_random_models(seed, k, tree, temperature, prompt, num_tokens):
-    model = with_adapter(tiny_llama(seed=seed), k=6, seed=seed)
+def test_equals_naive_decoding_on_random_models(seed, k, tree, temperature, prompt, num_tokens, head):
+    model = with_adapter(tiny_llama(seed=seed), k=6, seed=seed, head=head)
     sampling = SamplingConfig(temperature, seed=seed)
     out = generate(model, prompt, DecodeConfig(k, num_tokens, tree, sampling))
     assert out.token_ids == naive(model, prompt, num_tokens, sampling)
@@ -68,7 +69,7 @@ def test_equals_transformers_generate(model):
 @pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS], ids=["greedy", "nucleus"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_chains_equal_ar(dtype, sampling):
-    model = with_adapter(tiny_llama(dtype), k=5)
+    model = with_adapter(tiny_llama(dtype), k=5, head=6)
     want = generate(model, PROMPT, DecodeConfig(0, 40, sampling=sampling)).token_ids
     assert model.row_policy.stable
     for k in (1, 3, 5):

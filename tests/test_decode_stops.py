@@ -27,23 +27,27 @@ class ScriptedSats:
     """Stands in for the adapter. drafts(loop, depth, t): candidates of a SAT for the token of emitted index t, best first."""
 
     def __init__(self, lm, drafts):
-        self.sat_embedding, self.drafts = torch.zeros(lm.config.hidden_size), drafts
+        self.sat_embedding, self.head, self.drafts = torch.zeros(lm.config.hidden_size), None, drafts
         self.rows, self.loop = range(0), 0
-        lm.register_forward_hook(self._replace_logits, with_kwargs=True)
+        lm.base_model.register_forward_hook(self._keep_positions, with_kwargs=True)
+        lm.lm_head.register_forward_hook(self._replace_logits)
 
     @contextmanager
     def on_rows(self, start, end):
         self.rows = range(start, end)
         yield
-        self.rows = range(0)
 
-    def _replace_logits(self, module, args, kwargs, output):
+    def _keep_positions(self, module, args, kwargs, output):
+        self.positions = kwargs["position_ids"][0]
+
+    def _replace_logits(self, module, args, logits):
         for depth, row in enumerate(self.rows, 1):
-            t = int(kwargs["position_ids"][0, row]) - len(PROMPT) + 1
-            output.logits[0, row] = -1e4
+            t = int(self.positions[row]) - len(PROMPT) + 1
+            logits[row] = -1e4
             for rank, token in enumerate(self.drafts(self.loop, depth, t)):
-                output.logits[0, row, token] = 1e4 - 100 * rank
+                logits[row, token] = 1e4 - 100 * rank
         self.loop += bool(self.rows)
+        self.rows = range(0)
 
 
 @pytest.fixture(scope="module")

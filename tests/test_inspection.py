@@ -1,5 +1,7 @@
 """Inspection: its figures are those of decoding and of the loss's own evaluation, and its sentences follow from them."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import one_line_error, tiny_llama, with_adapter
@@ -9,7 +11,7 @@ from sdsat.config import DecodeConfig
 from sdsat.data import Sequence
 from sdsat.decode import generate
 from sdsat.inspection import findings, inspect, inspection_table
-from sdsat.loss import evaluate, sat_logits
+from sdsat.loss import evaluate, predict
 from sdsat.model import SatModel
 
 PROMPTS = ([5, 9, 2, 7], [11, 3])
@@ -22,7 +24,7 @@ def test_own_output_is_what_ar_writes():
     answers = [generate(model, prompt, DecodeConfig(0, 16)).token_ids for prompt in PROMPTS]
     for name, texts in (("own", answers), ("given", [answer[:16] for answer in GIVEN])):
         sequences = [Sequence(torch.tensor(p + t), len(p)) for p, t in zip(PROMPTS, texts, strict=True)]
-        assert found[name] == evaluate(lambda batch: sat_logits(model, batch)[0], sequences, 3, torch.device("cpu"), 8)
+        assert found[name] == evaluate(partial(predict, model), sequences, 3, torch.device("cpu"), 8)
     loops = [n for prompt in PROMPTS for n in generate(model, prompt, DecodeConfig(3, 16)).accepted_lengths]
     assert found["decoding"]["accepted_per_loop"] == pytest.approx(sum(loops) / len(loops), abs=1e-4)
     assert found["findings"] == findings(found)

@@ -239,7 +239,7 @@ def test_probe_finds_the_cheapest_padding(smallest_stable, minimum):
     """A model whose logits change when a pass has fewer rows than some number."""
     model = with_adapter(tiny_llama())
     model.model.lm_head.register_forward_hook(
-        lambda module, inputs, logits: torch.full_like(logits, max(0, smallest_stable - logits.shape[1]))
+        lambda module, inputs, logits: torch.full_like(logits, max(0, smallest_stable - logits.shape[-2]))
     )
     policy = probe_rows(model)
     assert (policy.minimum, policy.stable) == (minimum, True)
