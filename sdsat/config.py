@@ -89,6 +89,7 @@ class TrainConfig:
 
     targets: names of the linear layers that get an update of this rank, with commas between.
     head: inner size of the draft head that sees the token before; 0 for none.
+    prefix: key/value slots a layer that SATs alone see. per_depth: a SAT embedding of its own for each depth.
     keep: depth i+1 of a group exists with this probability given depth i; expected rows a group (1 - keep^k) / (1 - keep).
     soft: share of distillation from the base's own distribution in the loss. decay: loss weight of a depth relative to the
     one before. accumulate: micro-batches a step.
@@ -102,6 +103,8 @@ class TrainConfig:
     rank: int = 32
     targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
     head: int = 0
+    prefix: int = 0
+    per_depth: bool = False
     anchors: int = 96
     keep: float = 0.8
     soft: float = 0.0
