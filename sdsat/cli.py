@@ -1,4 +1,4 @@
-"""The command line: `sdsat generate | bench | report | verify | inspect | distill | train`.
+"""The command line: `sdsat generate | bench | report | verify | eval | inspect | distill | train`.
 
 Every bad input ends in one line on stderr and exit code 2; an interrupt in exit code 130; a dead worker in exit code 1.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,12 @@ def _numbers(name: str, text: str, kind: Any = int) -> tuple[Any, ...]:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"{name}={text}: expected numbers separated by commas") from None
+
+
+def _limit(data_limit: str) -> int | None:
+    """'all' -> None, '16' -> 16."""
+    require(data_limit == "all" or data_limit.isdecimal(), f"data_limit={data_limit}: expected a number of problems or 'all'")
+    return None if data_limit == "all" else int(data_limit)
 
 
 @app.command()
@@ -109,8 +116,7 @@ def bench(
     from .bench import bench as run
 
     devices = (gpus or ("0" if torch.cuda.is_available() else "cpu")).split(",")
-    limit = data_limit or ("6" if "cpu" in devices else "all")
-    require(limit == "all" or limit.isdecimal(), f"data_limit={limit}: expected a number of problems or 'all'")
+    limit = _limit(data_limit or ("6" if "cpu" in devices else "all"))
     config = BenchConfig(
         model=model or embedded.NAME,
         method=method,
@@ -120,7 +126,7 @@ def bench(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        data_limit=None if limit == "all" else int(limit),
+        data_limit=limit,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
         with_generate=with_generate,
@@ -193,6 +199,39 @@ def verify(
         raise SystemExit(1)
 
 
+@app.command("eval")
+def evaluate(
+    model: Model = embedded.NAME,
+    k_list: Annotated[str, typer.Option(envvar="K_LIST", help="Values of k; AR (0) is always there.")] = "5",
+    tree: Tree = "chain",
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    samples: Annotated[int, typer.Option(help="Answers to each problem, with seeds 0, 1, ...; for temperatures above 0.")] = 1,
+    top_k: int = 10,
+    top_p: float = 0.95,
+    data_limit: Annotated[str, typer.Option(envvar="DATA_LIMIT", help="How many problems, or 'all'.")] = "all",
+    max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 256,
+    dtype: Dtype = "bfloat16",
+    device: Device = "",
+    sat_token_id: SatId = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for every completion; an interrupted run resumes.")] = None,
+) -> None:
+    """Run HumanEval answers of AR and SDSAT against the tests: pass@k side by side. Executes what the model writes."""
+    from rich.table import Table
+
+    from . import model as models
+    from .quality import QualityConfig
+    from .quality import evaluate as run
+
+    require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
+    limit = _limit(data_limit)
+    config = QualityConfig(_numbers("k_list", k_list), tree, temperature, samples, top_k, top_p, limit, max_new_tokens)
+    document = run(models.load(model, dtype, device, sat_token_id), config, out)
+    table = Table(*document["summary"][0], title=f"{model}, {dtype}: HumanEval")
+    for row in document["summary"]:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+
+
 @app.command()
 def inspect(
     model: Model = embedded.NAME,
@@ -207,7 +246,7 @@ def inspect(
     """Show draft quality by depth, and why acceptance is what it is."""
     from . import inspection, prompts
     from . import model as models
-    from .report import write_json
+    from .records import write_json
 
     require(data_limit >= 1, f"data_limit={data_limit}: expected 1 or more")
     require(text is None or text.is_file(), f"text={text}: no such file")
@@ -329,10 +368,17 @@ def _own_gpu() -> str:
     return local if local and torch.cuda.is_available() else ""
 
 
-def main() -> None:
+def run(command: Callable[..., None]) -> None:
+    """Entry point of a script with one command, whose arguments and errors are handled as this program's own."""
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    script.command()(command)
+    main(script)
+
+
+def main(application: typer.Typer = app) -> None:
     """Entry point: run the app and turn every expected failure into one line and an exit code."""
     try:
-        code = app(standalone_mode=False)
+        code = application(standalone_mode=False)
         if code == 130:  # how typer reports an interrupt
             code = _fail(_INTERRUPTED, code)
     except InputError as error:

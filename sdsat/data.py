@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from .cache import SlotCache
 from .config import InputError, SamplingConfig, require
 from .decode import prefill
-from .model import SatModel, read_json
+from .model import SatModel
 from .prompts import Decontaminator, collect_prompts, licences
+from .records import read_json
 from .sampling import choose
 
 _TEXT = (".py", ".md", ".txt")

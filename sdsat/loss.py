@@ -258,6 +258,19 @@ def evaluate(
     }
 
 
+@torch.no_grad()
+def standard_loss(forward: Callable[..., Any], sat_token_id: int, sequences: ListOf[Sequence], device: torch.device) -> float:
+    """Mean cross-entropy in nats of the answers' standard tokens: what full mode must not spoil. forward: see `joint_logits`."""
+    total, count = 0.0, 0
+    for sequence in sequences:
+        batch = sat_batch([sequence], 1, 1, 1.0, [torch.Generator().manual_seed(0)]).to(device)
+        _, logits = joint_logits(forward, sat_token_id, batch)
+        labels = batch.standard.flatten()
+        total += torch.nn.functional.cross_entropy(logits[0].float(), labels, ignore_index=IGNORED, reduction="sum").item()
+        count += batch.num_standard
+    return round(total / count, 4)
+
+
 def _calibration_error(hit: Tensor, confidence: Tensor) -> Tensor:
     """Mean distance of confidence and accuracy over ten bins of confidence, by their sizes (arXiv 1706.04599)."""
     if not len(hit):

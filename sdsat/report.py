@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,11 @@ import numpy as np
 from rich.table import Table
 
 from .config import InputError, require
+from .records import write_json
 
 SCHEMA_VERSION = 1
 _RESAMPLES = 10_000
 Rows = np.ndarray  # [problems, columns]
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document so that `path` holds either the old or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(document, indent=1) + "\n")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A settings dataclass as JSON gives it back: tuples are lists."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
 
 
 def read_workers(folder: Path) -> list[dict[str, Any]]:

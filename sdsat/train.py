@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from .config import InputError, TrainConfig, require
 from .data import Sequence
-from .loss import SatBatch, evaluate, sat_batch
-from .model import SatModel, read_json
+from .loss import SatBatch, sat_batch
+from .model import SatModel
 from .modes import AdapterMode, FullMode, Mode
-from .report import plot_training, write_json
+from .records import read_json, write_json
+from .report import plot_training
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -83,6 +84,8 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
     mode: Mode = (AdapterMode if config.mode == "adapter" else FullMode)(model, config, accelerator)
     if state["step"]:
         mode.restore(out / f"checkpoint_{state['step']}")
+    else:
+        state["log"] = [{"step": 0, **mode.evaluate(held_out), "sat_predictions": 0, "seconds": 0.0}]
     order = lru_cache(maxsize=2)(lambda epoch: _epoch_order(data, config.seed * 1_000_003 + epoch))  # a step may touch two
     quiet = not accelerator.is_local_main_process
     bar = tqdm(range(state["step"], config.steps), initial=state["step"], total=config.steps, desc="train", disable=quiet)
@@ -115,7 +118,7 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
             "lr": learning_rate(config, step),
             "grad_norm": round(float(norm), 4),
         }
-        entry |= evaluate(mode.predict, held_out, config.k, model.device)
+        entry |= mode.evaluate(held_out)
         entry |= {"sat_predictions": state["predictions"], "seconds": round(state["seconds"], 1)}
         state["step"], state["log"] = step + 1, [*state["log"], entry]
         if not quiet:

@@ -8,7 +8,6 @@ margin are recorded, so that a reader can tell a tie that rounding broke from a 
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .bench import environment
-from .config import DecodeConfig, InputError, SamplingConfig, require
-from .decode import generate, next_logits, probe_rows
+from .config import DecodeConfig, SamplingConfig, require
+from .decode import generate, next_logits
 from .model import SatModel
 from .prompts import humaneval
+from .records import open_record, write_json
 from .reference import transformers_generate
-from .report import plain, write_json
 from .sampling import gumbel_noise
 from .tree import make_tree, parse_tree
 
@@ -83,7 +81,7 @@ def verify(model: SatModel, config: VerifyConfig, out: Path | None = None) -> di
     """Compare and return the document; with `out` it is rewritten after every problem and an interrupted run resumes."""
     dtype = str(model.dtype).removeprefix("torch.")
     problems = humaneval(model.tokenizer, config.data_limit)
-    document = _open(model, config, dtype, out)
+    document = open_record(model, config, out)
     done = {problem["task_id"] for problem in document["problems"]}
     for problem in tqdm([p for p in problems if p.task_id not in done], desc=f"verify {dtype}", unit="problem", disable=None):
         comparisons = _compare(model, list(problem.prompt_ids), config)
@@ -91,21 +89,6 @@ def verify(model: SatModel, config: VerifyConfig, out: Path | None = None) -> di
         document["summary"] = _summarize(document["problems"], dtype)
         if out is not None:
             write_json(out, document)
-    return document
-
-
-def _open(model: SatModel, config: VerifyConfig, dtype: str, out: Path | None) -> dict[str, Any]:
-    settings = {"model": model.name, "dataset": "humaneval", "dtype": dtype, **plain(config)}
-    head = {"schema_version": 1, "settings": settings, "summary": [], "problems": []}
-    if out is None or not out.exists():
-        probe_rows(model)  # so that the environment knows the row policy
-        return {"schema_version": 1, "environment": environment(model), **head}
-    try:
-        document = json.loads(out.read_text())
-        held = document["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{out}: not an audit document ({error!r}); delete it") from None
-    require(held == settings, f"{out}: holds an audit of other settings; delete it or choose another file")
     return document
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from sdsat.config import InputError
-from sdsat.report import markdown_table, report, summarize, write_json
+from sdsat.records import write_json
+from sdsat.report import markdown_table, report, summarize
 
 SETTINGS = {"model": "tiny", "dataset": "humaneval", "method": "greedy", "dtype": "float32", "max_new_tokens": 8, "tree": "chain"}
 
