@@ -1,28 +1,37 @@
 """Which recipe makes the best drafts: short training runs that differ from one base recipe in one thing each.
 
-    python scripts/ablation.py OUT [VARIANT ...] [--data FOLDER] [--code FOLDER] [--steps N] [--collect FILE.json]
+    python scripts/ablation.py OUT [VARIANT ...] [--data FOLDER] [--code FOLDER] [--steps N]
+    python scripts/ablation.py OUT --collect FILE.json
 
-All runs see the same steps, sequences a step and held-out answers of the model's own; a run that is done is not repeated, a
-killed one resumes. `--collect` writes the results of all that are in OUT.
+All runs see the same steps, sequences a step and held-out answers of the model's own; a run that is done is not repeated.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 import sdsat
+from sdsat.adapter import load as load_adapter
+from sdsat.cache import SlotCache
 from sdsat.cli import run
-from sdsat.config import TrainConfig, require
+from sdsat.config import SamplingConfig, TrainConfig, require
 from sdsat.data import Sequence, read_sequences
+from sdsat.decode import forward, num_slots, prefill, probe_rows
+from sdsat.embedded import BASE_NAME
+from sdsat.head import draft_tokens
 from sdsat.records import environment, write_json
 from sdsat.train import train
+from sdsat.tree import make_tree
 
-HELD_OUT = 128
+HELD_OUT, CONTEXT, TURNS = 128, 300, 20
 BASE = TrainConfig(anchors=48, warmup=16, held_out=HELD_OUT, eval_every=10**6)
 ATTENTION, MLP = "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,43 +64,67 @@ def sequences(choice: Any, own: list[Sequence], code: Path) -> list[Sequence]:
     """Held-out answers, then what is trained on: own answers, so many of them, or ground-truth code in pieces as long."""
     held_out, rest = own[:HELD_OUT], own[HELD_OUT:]
     if choice == "code":
-        tokenizer = sdsat.load("smollm2-135m-instruct").tokenizer
+        tokenizer = sdsat.load(BASE_NAME).tokenizer
         length = sum(len(s.ids) for s in rest) // len(rest)
         return held_out + read_sequences(code, tokenizer, length)[: len(rest)]
     return held_out + (rest if choice is None else rest[:choice])
 
 
+def draft_milliseconds(adapters: dict[str, Path]) -> dict[str, float]:
+    """What a draft step costs with each adapter, its SATs and head included: medians of turns that all take one after another."""
+    model, times = sdsat.load(BASE_NAME), {name: [] for name in adapters}
+    loaded = {name: load_adapter(model.model, path).fuse() for name, path in adapters.items()}
+    tokens = torch.arange(CONTEXT) * 7919 % 49152
+    cache = SlotCache(model.model.config.num_hidden_layers, num_slots(CONTEXT, 256))
+    prefill(model, cache, tokens)
+    policy = probe_rows(model)
+    with torch.inference_mode():
+        for turn in range(TURNS + 2):
+            for name, adapter in loaded.items():
+                adapter.attach(model.model)
+                model.adapter, model.sat, k = adapter, adapter.config.sat, adapter.config.sat.k
+                began = time.perf_counter()
+                row = torch.cat([tokens[:1], torch.full((k,), model.sat.token_id)])
+                states, logits = forward(model, cache, policy, row, make_tree("chain", k), sats=k)
+                draft_tokens(model, row[:1], states[1:], logits[1:], torch.arange(k), make_tree("chain", k), SamplingConfig())
+                if turn > 1:
+                    times[name].append(1000 * (time.perf_counter() - began))
+                adapter.detach()
+    return {name: round(statistics.median(values), 2) for name, values in times.items()}
+
+
+def collect(out: Path, file: Path, steps: int) -> None:
+    """Write what every finished variant reached, and what its draft step costs, to `file`."""
+    names = [name for name in VARIANTS if (out / name / "adapter_config.json").exists()]
+    costs = draft_milliseconds({name: out / name for name in names})
+    found = {}
+    for name in names:
+        last = json.loads((out / name / "train_log.jsonl").read_text().splitlines()[-1])
+        accepted, cost = last["accepted_per_loop"], costs[name]
+        kept = {key: last[key] for key in ("accepted_per_loop", "accuracy_by_depth", "sat_predictions", "loss")}
+        found[name] = {**kept, "draft_ms": cost, "accepted_per_draft_second": round(1000 * accepted / cost, 2)}
+    head = {"schema_version": 1, "environment": environment(sdsat.load(BASE_NAME)), "held_out": HELD_OUT, "steps": steps}
+    write_json(file, {**head, "variants": found})
+
+
 def main(
     out: Path,
-    variants: Annotated[list[str] | None, typer.Argument()] = None,
+    variants: Annotated[list[str] | None, typer.Argument(help="Default: all.")] = None,
     data: Path = Path("data/smollm2-135m-instruct"),
-    code: Path = Path("runs/default/corpus"),
+    code: Annotated[Path, typer.Option(help="Ground-truth code.")] = Path("runs/default/corpus"),
     steps: int = 120,
-    collect: Path | None = None,
+    collect_to: Annotated[Path | None, typer.Option("--collect", help="JSON file; trains nothing.")] = None,
 ) -> None:
+    """Train the variants that OUT lacks, or --collect its results."""
+    if collect_to:
+        return collect(out, collect_to, steps)
     own = read_sequences(data, None)
-    for name in variants or ():
+    for name in variants or VARIANTS:
         require(name in VARIANTS, f"variant {name}: expected one of {', '.join(VARIANTS)}")
         settings = dict(VARIANTS[name])
         choice = settings.pop("data", None)
-        config = replace(BASE, steps=steps, **settings)
         if not (out / name / "adapter_config.json").exists():
-            train(sdsat.load("smollm2-135m-instruct"), sequences(choice, own, code), out / name, config)
-    if collect:
-        found = {
-            name: json.loads((out / name / "train_log.jsonl").read_text().splitlines()[-1])
-            for name in VARIANTS
-            if (out / name).exists()
-        }
-        write_json(
-            collect,
-            {
-                "schema_version": 1,
-                "environment": environment(sdsat.load("smollm2-135m-instruct")),
-                "steps": steps,
-                "variants": found,
-            },
-        )
+            train(sdsat.load(BASE_NAME), sequences(choice, own, code), out / name, replace(BASE, steps=steps, **settings))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""The draft head: the tree's tokens against an oracle that ranks every node's children by itself, and what a head can learn."""
+
+import json
+
+import pytest
+import torch
+from conftest import VOCAB, tiny_llama, with_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdsat import head as heads
+from sdsat.adapter import load
+from sdsat.config import SamplingConfig, TrainConfig
+from sdsat.data import Sequence
+from sdsat.head import draft_tokens
+from sdsat.model import SatModel
+from sdsat.sampling import choose
+from sdsat.train import train
+from sdsat.tree import from_branching, from_widths
+
+
+def children_of(model, state, logits, token, index, sampling, count, size):
+    """The `count` best next tokens after `token`: over the vocabulary, with all but the SAT's `size` best left out."""
+    move = model.head(state[None], model.model.get_input_embeddings().weight[token][None])[0]
+    moved = model.model.get_output_embeddings()(state + move)
+    dropped = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, logits.topk(size).indices, False)
+    return choose(moved.masked_fill(dropped, float("-inf"))[None], index[None], sampling, count)[0].tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    widths=st.lists(st.integers(1, 3), min_size=1, max_size=4).map(tuple),
+    branching=st.booleans(),
+    sampling=st.sampled_from([SamplingConfig(), SamplingConfig(0.8, seed=5), SamplingConfig(1.0, 6, 0.9, 2)]),
+)
+def test_every_node_gets_the_best_given_its_parent(seed, widths, branching, sampling):
+    tree = from_branching(widths) if branching else from_widths(widths)
+    model = with_adapter(tiny_llama(seed=seed % 3), k=4, seed=seed, head=7)
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(len(widths), model.model.config.hidden_size, generator=generator, dtype=torch.float64)
+    logits, index = model.model.get_output_embeddings()(states), torch.arange(3, 3 + len(widths))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heads, "SHORTLIST", 12)
+        tokens = draft_tokens(model, torch.tensor([9]), states, logits, index, tree, sampling).tolist()
+    assert tokens[0] == 9
+    for node in range(1, len(tree)):
+        i = tree.depths[node] - 1
+        parent = tokens[tree.parents[node]]
+        best = children_of(model, states[i], logits[i], parent, index[i], sampling, tree.ranks[node] + 1, 12)
+        assert tokens[node] == best[tree.ranks[node]]
+
+
+def test_a_head_learns_what_only_the_token_before_tells(tmp_path):
+    """Every token has two successors, taken by chance: knowing the token before, half of all guesses can be right."""
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for _ in range(40):
+        ids = [2]
+        for coin in torch.randint(0, 2, (30,), generator=generator).tolist():
+            ids.append(2 + (2 * (ids[-1] - 2) + coin) % 16)
+        data.append(Sequence(torch.tensor(ids), 1))
+    accuracy = {}
+    for size in (0, 32):
+        config = TrainConfig(80, k=2, rank=4, head=size, anchors=16, eval_every=80, held_out=8, warmup=5, lr=3e-2)
+        train(SatModel(tiny_llama(torch.float32), None, "tiny"), data, tmp_path / str(size), config)
+        log = (tmp_path / str(size) / "train_log.jsonl").read_text().splitlines()
+        accuracy[size] = json.loads(log[-1])["accuracy_by_depth"]
+    assert max(accuracy[0]) < 0.38  # at best one of four for SAT 1, one of eight for SAT 2
+    assert min(accuracy[32]) > 0.42
+    kept = load(tiny_llama(torch.float32), tmp_path / "32")
+    assert kept.config.head == 32 and kept.head is not None and kept.head.outer.abs().max() > 0
