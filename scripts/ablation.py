@@ -19,6 +19,7 @@ import torch
 import typer
 
 import sdsat
+from sdsat.adapter import SatAdapter
 from sdsat.adapter import load as load_adapter
 from sdsat.cache import SlotCache
 from sdsat.cli import run
@@ -36,6 +37,7 @@ BASE = TrainConfig(anchors=48, warmup=16, held_out=HELD_OUT, eval_every=10**6)
 ATTENTION, MLP = "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj"
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
+    "no head": {"head": 0},
     "rank 4": {"rank": 4},
     "rank 16": {"rank": 16},
     "rank 64": {"rank": 64},
@@ -46,14 +48,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "k 5": {"k": 5},
     "k 9": {"k": 9},
     "k 11": {"k": 11},
-    "soft 0.5": {"soft": 0.5},
+    "no head, soft 0.5": {"head": 0, "soft": 0.5},
     "soft 1": {"soft": 1.0},
     "decay 0.8": {"decay": 0.8},
     "decay 0.6": {"decay": 0.6},
     "head 256": {"head": 256},
-    "head 1024": {"head": 1024},
-    "prefix 32": {"prefix": 32},
-    "sat per depth": {"per_depth": True},
+    "head 2048": {"head": 2048},
     "data code": {"data": "code"},
     "data 64": {"data": 64},
     "data 192": {"data": 192},
@@ -68,6 +68,10 @@ def sequences(choice: Any, own: list[Sequence], code: Path) -> list[Sequence]:
         length = sum(len(s.ids) for s in rest) // len(rest)
         return held_out + read_sequences(code, tokenizer, length)[: len(rest)]
     return held_out + (rest if choice is None else rest[:choice])
+
+
+def _shape(adapter: SatAdapter) -> tuple[Any, ...]:
+    return adapter.config.sat.k, adapter.config.rank, adapter.config.targets, adapter.config.head
 
 
 def draft_milliseconds(adapters: dict[str, Path]) -> dict[str, float]:
@@ -90,7 +94,10 @@ def draft_milliseconds(adapters: dict[str, Path]) -> dict[str, float]:
                 if turn > 1:
                     times[name].append(1000 * (time.perf_counter() - began))
                 adapter.detach()
-    return {name: round(statistics.median(values), 2) for name, values in times.items()}
+    shapes: dict[tuple[Any, ...], list[float]] = {}
+    for name, adapter in loaded.items():  # what has the same shape costs the same: one figure for all of them
+        shapes.setdefault(_shape(adapter), []).extend(times[name])
+    return {name: round(statistics.median(shapes[_shape(adapter)]), 2) for name, adapter in loaded.items()}
 
 
 def collect(out: Path, file: Path, steps: int) -> None:

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from . import packed
-from .config import InputError, SatConfig, require
+from .config import TARGETS, InputError, SatConfig, require
 from .head import DraftHead
 
 FORMAT = "sdsat-adapter"
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -48,7 +47,7 @@ class AdapterConfig:
     sat: SatConfig
     rank: int = 32
     scale: float = 1.0
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = tuple(TARGETS.split(","))
     head: int = 0
     base_sample: dict[str, list[float]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)

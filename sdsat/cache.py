@@ -90,18 +90,14 @@ class SharedPrefix(Cache):
     Keys and values of the pass keep their gradient; those of the prefix have none.
     """
 
-    def __init__(self, filled: SlotCache, prefix: tuple[Tensor, Tensor] | None = None):
-        self.filled, self.prefix = filled, prefix
+    def __init__(self, filled: SlotCache):
+        self.filled = filled
         super().__init__(layers=filled.layers)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         layer, length = self.layers[layer_idx], self.filled.length
-        if self.prefix is not None:
-            keys, values = (part[layer_idx].to(key_states).expand(len(key_states), -1, -1, -1) for part in self.prefix)
-            keys = torch.cat([keys, layer.keys[:, :, :length], key_states], dim=2)
-            return keys, torch.cat([values, layer.values[:, :, :length], value_states], dim=2)
         keys = torch.cat([layer.keys[:, :, :length], key_states], dim=2)
         return keys, torch.cat([layer.values[:, :, :length], value_states], dim=2)
 

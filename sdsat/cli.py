@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from . import embedded
-from .config import DecodeConfig, InputError, SamplingConfig, TrainConfig, require
+from .config import TARGETS, DecodeConfig, InputError, SamplingConfig, TrainConfig, require
 
 _INTERRUPTED = "interrupted; what was finished is kept, and the same command resumes"
 UsageError: Any = typer.BadParameter.__base__  # typer carries a click of its own, without a public name for it
@@ -308,7 +308,9 @@ def train(
     mode: Annotated[str, typer.Option(help="adapter: the base stays as it is; full: all weights train.")] = "adapter",
     steps: int = 2000,
     k: Annotated[int, typer.Option(help="Depth: SATs per group.")] = 7,
-    rank: int = 32,
+    rank: Annotated[int, typer.Option(help="Adapter: rank of the updates.")] = 32,
+    targets: Annotated[str, typer.Option(help="Adapter: names of the linear layers that get an update.")] = TARGETS,
+    head: Annotated[int, typer.Option(help="Adapter: inner size of the draft head, 0 for none.")] = 1024,
     anchors: Annotated[int, typer.Option(help="SAT groups per sequence and step.")] = 96,
     keep: Annotated[float, typer.Option(help="A group goes one deeper with this probability.")] = 0.8,
     soft: Annotated[float, typer.Option(help="Share of distillation from the base's own distribution in the loss.")] = 0.0,
@@ -334,6 +336,8 @@ def train(
         steps=steps,
         k=k,
         rank=rank,
+        targets=targets,
+        head=head,
         anchors=anchors,
         keep=keep,
         soft=soft,

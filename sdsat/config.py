@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # linear layers that get a low-rank update
+
 
 class InputError(ValueError):
     """Bad input. The message is one line that names the argument, its value and what would be right; the CLI exits with 2."""
@@ -89,7 +91,6 @@ class TrainConfig:
 
     targets: names of the linear layers that get an update of this rank, with commas between.
     head: inner size of the draft head that sees the token before; 0 for none.
-    prefix: key/value slots a layer that SATs alone see. per_depth: a SAT embedding of its own for each depth.
     keep: depth i+1 of a group exists with this probability given depth i; expected rows a group (1 - keep^k) / (1 - keep).
     soft: share of distillation from the base's own distribution in the loss. decay: loss weight of a depth relative to the
     one before. accumulate: micro-batches a step.
@@ -101,10 +102,8 @@ class TrainConfig:
     steps: int = 2000
     k: int = 7
     rank: int = 32
-    targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-    head: int = 0
-    prefix: int = 0
-    per_depth: bool = False
+    targets: str = TARGETS
+    head: int = 1024
     anchors: int = 96
     keep: float = 0.8
     soft: float = 0.0
@@ -132,8 +131,9 @@ class TrainConfig:
         require(self.k <= 16, f"k={self.k}: expected 16 or less")
         require(self.mode in ("adapter", "full"), f"mode={self.mode}: expected adapter or full")
         require(self.standard >= 0, f"standard={self.standard}: expected 0 or more")
-        for name, value in (("standard", 1.0), ("embedding_steps", 0), ("checkpointing", False)):
+        require(self.head >= 0, f"head={self.head}: expected 0 (none) or a positive size")
+        other = "full" if self.mode == "adapter" else "adapter"
+        for name in ("standard", "embedding_steps", "checkpointing") if other == "full" else ("rank", "targets", "head"):
             held = getattr(self, name)
-            require(self.mode == "full" or held == value, f"{name}={held}: only full mode has it; expected mode=full")
-        require(self.mode == "adapter" or self.rank == 32, f"rank={self.rank}: only adapters have one; expected mode=adapter")
+            require(held == getattr(type(self), name), f"{name}={held}: only {other} mode has it; expected mode={other}")
         require(self.lr > 0, f"lr={self.lr}: expected a positive number")

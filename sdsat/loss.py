@@ -117,21 +117,12 @@ def sat_states(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
         ).last_hidden_state
         filled.commit(tuple(range(length)))
     assert model.sat is not None
-    own: Any = model.adapter
-    mask, prefix = sat_mask(batch), None
-    if hasattr(own, "prefix_keys"):
-        prefix = (own.prefix_keys, own.prefix_values)
-        mask = torch.nn.functional.pad(mask, (prefix[0].shape[2], 0), value=True)
-    if own.sat_embedding.dim() == 2:
-        inputs = own.sat_embedding[(batch.depth - 1).clamp(min=0)].to(model.dtype)
-    else:
-        inputs = model.embed(torch.full_like(batch.depth, model.sat.token_id))
     with model.sat_rows(0, batch.depth.shape[1]):
         hidden = lm.base_model(
-            inputs_embeds=inputs,
-            attention_mask=model.mask(mask),
+            inputs_embeds=model.embed(torch.full_like(batch.depth, model.sat.token_id)),
+            attention_mask=model.mask(sat_mask(batch)),
             position_ids=batch.anchor + batch.depth,
-            past_key_values=SharedPrefix(filled, prefix),
+            past_key_values=SharedPrefix(filled),
         ).last_hidden_state
     return hidden[batch.label != IGNORED], base
 

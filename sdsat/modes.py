@@ -65,18 +65,13 @@ class AdapterMode:
         settings = AdapterConfig(model.name, sat, config.rank, targets=targets, head=config.head, base_sample=sample)
         torch.manual_seed(config.seed)
         self.adapter = SatAdapter(model.model, settings).float()
-        lm = model.model.config
-        if config.prefix:
-            size = (lm.num_hidden_layers, lm.num_key_value_heads, config.prefix, lm.head_dim)
-            self.adapter.prefix_keys = nn.Parameter(torch.randn(size))
-            self.adapter.prefix_values = nn.Parameter(torch.zeros(size))
-        if config.per_depth:
-            self.adapter.sat_embedding = nn.Parameter(self.adapter.sat_embedding.detach().repeat(config.k, 1))
         if config.init is not None:
             start = load_adapter(model.model, config.init)
             rank, same = start.config.rank, (start.config.targets, start.config.scale) == (settings.targets, settings.scale)
             require(rank == config.rank, f"init={config.init}: its rank is {rank}, expected {config.rank}")
             require(same, f"init={config.init}: has targets and scale of its own; expected {settings.targets}, {settings.scale}")
+            known = (0, config.head)  # without a head, a new one is added
+            require(start.config.head in known, f"init={config.init}: its head is {start.config.head}, expected one of {known}")
             self.adapter.load_state_dict(start.state_dict(), strict=start.config.head == config.head)
         self.adapter.attach(model.model)
         self.model = replace(model, sat=sat, adapter=self.adapter)

@@ -27,7 +27,7 @@ def train_tiny(folder, dtype=torch.float32, **changed):
     """Trains a tiny model; returns the float32 weights of its last checkpoint."""
     settings = dict(steps=4, k=3, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2)
     if changed.get("mode") != "full":
-        settings["rank"] = 2
+        settings |= {"rank": 2, "head": 8}
     model = SatModel(tiny_llama(dtype), None, "tiny")
     train(model, random_sequences([9, 13, 6, 11, 8, 10]), folder, TrainConfig(**{**settings, **changed}))
     return last_weights(folder)
@@ -130,7 +130,7 @@ def test_the_first_stage_trains_the_sat_alone(tmp_path):
 def test_training_learns_what_repeats(tmp_path):
     model = SatModel(tiny_llama(torch.float32), None, "tiny")
     data = [Sequence(torch.arange(2, 26) % 6 + 2, 2)] * 8
-    train(model, data, tmp_path, TrainConfig(60, k=3, rank=4, anchors=8, eval_every=60, held_out=2, warmup=5, lr=3e-2))
+    train(model, data, tmp_path, TrainConfig(60, k=3, rank=4, head=8, anchors=8, eval_every=60, held_out=2, warmup=5, lr=3e-2))
     assert lines_of(tmp_path)[-1]["accepted_per_loop"] > 2.5
 
 
@@ -140,6 +140,11 @@ def test_init_starts_from_another_adapter(tmp_path):
     assert_close({name: tensor.bfloat16().float() for name, tensor in first.items()}, second, rtol=0, atol=1e-6)
     with one_line_error(f"init={tmp_path / 'first'}", "rank is 2, expected 3"):
         train_tiny(tmp_path / "third", init=str(tmp_path / "first"), rank=3)
+    with one_line_error(f"init={tmp_path / 'first'}", "head is 8", "(0, 4)"):
+        train_tiny(tmp_path / "third", init=str(tmp_path / "first"), head=4)
+    train_tiny(tmp_path / "headless", head=0)
+    added = train_tiny(tmp_path / "added", init=str(tmp_path / "headless"), lr=1e-12, steps=1)
+    assert added["head.outer"].abs().max() < 1e-9  # a new head, which changes nothing yet
 
 
 def test_other_settings_in_the_folder_are_refused(tmp_path):
@@ -163,7 +168,7 @@ def test_a_run_that_was_killed_while_saving_saves(tmp_path, mode):
 def test_data_of_another_model_or_run_is_refused(tmp_path):
     train_tiny(tmp_path)
     model = SatModel(tiny_llama(torch.float32), None, "tiny")
-    config = TrainConfig(steps=6, k=3, rank=2, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2)
+    config = TrainConfig(steps=6, k=3, rank=2, head=8, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2)
     with one_line_error(f"out={tmp_path}", "choose another folder"):
         train(model, random_sequences([9, 13, 6, 11, 8]), tmp_path, config)
     with one_line_error("token id 64", "tiny"):
@@ -177,5 +182,7 @@ def test_settings_that_do_not_fit_together_are_refused(tmp_path):
         TrainConfig(mode="both")
     with one_line_error("rank=2", "mode=adapter"):
         TrainConfig(mode="full", rank=2)
+    with one_line_error("head=0", "mode=adapter"):
+        TrainConfig(mode="full", head=0)
     with one_line_error("dtype=torch.bfloat16", "float32"):
         train_tiny(tmp_path, torch.bfloat16, mode="full")
