@@ -15,7 +15,8 @@ from sdsat.adapter import AdapterConfig, SatAdapter, sample_weights
 from sdsat.cache import SlotCache, pass_mask
 from sdsat.config import DecodeConfig, SatConfig
 from sdsat.decode import generate, probe_rows
-from sdsat.model import RowPolicy, SatModel, load, pick_device, read_json
+from sdsat.model import RowPolicy, SatModel, load, pick_device
+from sdsat.records import read_json
 
 PIECES = ["<unk>", *(f"t{n} " for n in range(1, VOCAB))]
 
