@@ -124,6 +124,8 @@ class SatAdapter(nn.Module):
                 downs, ups = [self.down[member].detach() for member in keys], [self.up[member].detach() for member in keys]
                 group = _Fused(downs, ups, self.config.scale)
                 self._fused.update({member: (group, index) for index, member in enumerate(keys)})
+        if self.head is not None:
+            self.head.fuse()
         return self
 
     def detach(self) -> None:

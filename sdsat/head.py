@@ -7,6 +7,7 @@ state (a light form of the sampler head of arXiv 2507.11851). That costs two sma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
+from . import packed
 from .config import SamplingConfig
 from .sampling import choose
 from .tree import DraftTree
@@ -31,10 +33,18 @@ class DraftHead(nn.Module):
         super().__init__()
         self.inner = nn.Parameter((torch.randn(size, 2 * hidden, device=device) / (2 * hidden) ** 0.5).to(dtype))
         self.outer = nn.Parameter(torch.zeros(hidden, size, dtype=dtype, device=device))
+        self._fused: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
+
+    def fuse(self) -> None:
+        """Prepare for decoding: the two matrices in the processor's own order where it has one, without gradients."""
+        self._fused = packed.best_linear(self.inner.detach()), packed.best_linear(self.outer.detach())
 
     def forward(self, states: Tensor, before: Tensor) -> Tensor:
         """states [N, D]: last hidden states of SATs; before [N, D]: embeddings of the tokens before. Returns moves [N, D]."""
         both = torch.cat([rms_norm(states, states.shape[-1:]), rms_norm(before, before.shape[-1:])], dim=-1)
+        if self._fused:
+            inner, outer = self._fused
+            return outer(silu(inner(both)))
         return linear(silu(linear(both, self.inner.to(both))), self.outer.to(both))
 
 

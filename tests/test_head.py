@@ -70,3 +70,13 @@ def test_a_head_learns_what_only_the_token_before_tells(tmp_path):
     assert min(accuracy[32]) > 0.42
     kept = load(tiny_llama(torch.float32), tmp_path / "32")
     assert kept.config.head == 32 and kept.head is not None and kept.head.outer.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_head_prepared_for_decoding_moves_the_same(dtype):
+    head = heads.DraftHead(24, 10, dtype, torch.device("cpu"))
+    torch.nn.init.normal_(head.outer)
+    states, before = torch.randn(5, 24, dtype=dtype), torch.randn(5, 24, dtype=dtype)
+    want = head(states, before)
+    head.fuse()
+    torch.testing.assert_close(head(states, before), want, rtol=1e-5, atol=1e-5)
