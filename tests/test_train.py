@@ -1,17 +1,23 @@
 """The training loop: it learns, resumes exactly, and does not depend on how a step is split."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from conftest import VOCAB, one_line_error, random_sequences, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sdsat import loss as losses
+from sdsat import modes
+from sdsat import train as training
 from sdsat.config import DecodeConfig, SatConfig, TrainConfig
 from sdsat.data import Sequence
 from sdsat.decode import generate
@@ -96,6 +102,51 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, mode):
     one = train_tiny(tmp_path / "one", batch_size=4, mode=mode)
     assert_close(one, last_weights(tmp_path / "two"), rtol=1e-3, atol=1e-5)
     assert lines_of(tmp_path / "two")[-1]["sat_predictions"] == lines_of(tmp_path / "one")[-1]["sat_predictions"]
+
+
+def train_sharded(folder, kill_at=None):
+    """Full mode under scripts/fsdp.yaml, in one of two CPU processes; accelerate itself shards on accelerators only."""
+    for key, value in yaml.safe_load((Path(__file__).parent.parent / "scripts" / "fsdp.yaml").read_text())["fsdp_config"].items():
+        os.environ[key.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
+    Accelerator.distributed_type = property(lambda self: DistributedType.FSDP)
+    AcceleratorState.is_fsdp2 = property(lambda self: True)
+    plugin, calls, joint_loss = FullyShardedDataParallelPlugin(), [], losses.joint_loss
+
+    def accelerator(cpu):
+        made = Accelerator(cpu=cpu)
+        made.state._shared_state["fsdp_plugin"] = plugin
+        return made
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == kill_at:
+            os._exit(9)
+        return joint_loss(*arguments)
+
+    training.Accelerator, modes.joint_loss = accelerator, killed
+    settings = TrainConfig(4, k=3, anchors=4, batch_size=2, eval_every=2, held_out=2, warmup=1, lr=1e-2, mode="full")
+    training.train(SatModel(tiny_llama(torch.float32), None, "tiny"), random_sequences([9, 13, 6, 11, 8, 10]), folder, settings)
+
+
+def test_sharded_full_mode_equals_one_process_and_resumes(tmp_path):
+    def run(folder, kill_at):
+        script = tmp_path / "run.py"
+        script.write_text(
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            f"from pathlib import Path\nfrom test_train import train_sharded\ntrain_sharded(Path({str(folder)!r}), {kill_at})\n"
+        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+    done = run(tmp_path / "sharded", None)
+    assert done.returncode == 0, done.stderr
+    assert run(tmp_path / "killed", 4).returncode != 0  # after the checkpoint of step 2, in step 4
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint_*")] == ["checkpoint_2"]
+    assert run(tmp_path / "killed", None).returncode == 0
+    train_tiny(tmp_path / "one", batch_size=4, mode="full")
+    sharded, killed, one = (load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "killed", "one"))
+    assert_close(one, sharded, rtol=1e-2, atol=1e-3)  # files in bfloat16
+    assert_close(sharded, killed, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
