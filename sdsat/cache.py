@@ -75,13 +75,13 @@ class SlotCache(Cache):
                 layer.values[:, :, self.length : self.length + len(rows)] = layer.values[:, :, source]
         self.length += len(rows)
 
-    def copy_sequence(self, source: SlotCache, index: int, batch: int) -> None:
-        """Put the first sequence of `source` in place `index` of this cache, a batch of `batch` sequences."""
+    def copy_sequences(self, source: SlotCache, places: list[int], batch: int) -> None:
+        """Put the sequences of `source` in these places of this cache, a batch of `batch` sequences."""
         for layer, other in zip(self.layers, source.layers, strict=True):
             if not layer.is_initialized:
-                layer.lazy_initialization(other.keys.expand(batch, -1, -1, -1), other.values.expand(batch, -1, -1, -1))
-            layer.keys[index, :, : source.length] = other.keys[0, :, : source.length]
-            layer.values[index, :, : source.length] = other.values[0, :, : source.length]
+                layer.lazy_initialization(*(kept[:1].expand(batch, -1, -1, -1) for kept in (other.keys, other.values)))
+            layer.keys[places, :, : source.length] = other.keys[:, :, : source.length]
+            layer.values[places, :, : source.length] = other.values[:, :, : source.length]
 
 
 class SharedPrefix(Cache):

@@ -269,7 +269,8 @@ def distill(
     source: Sources = None,
     model: ModelOption = embedded.BASE_NAME,
     limit: Annotated[int | None, typer.Option(help="How many prompts; default all.")] = None,
-    temperatures: Annotated[str, typer.Option(help="Prompt i is answered at the (i mod n)-th of these.")] = "0,0,0.2,1.0",
+    temperatures: Annotated[str, typer.Option(help="The prompts take these in turn.")] = "0,0,0.2,1.0",
+    answers: Annotated[int, typer.Option(help="Answers to a prompt, each at the temperature after the last one's.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 224,
     max_prompt_tokens: int = 224,
     batch_size: int = 96,
@@ -294,6 +295,7 @@ def distill(
         batch_size,
         shard_size,
         seed,
+        answers,
     )
     tokens = sum(shard["num_answer_tokens"] for shard in manifest["shards"])
     if _is_first():
@@ -322,6 +324,7 @@ def train(
     standard: Annotated[float, typer.Option(help="Full mode: weight of a standard token's loss beside a SAT's.")] = 1.0,
     embedding_steps: Annotated[int, typer.Option(help="Full mode: first train only the SAT's embedding, so many steps.")] = 0,
     checkpointing: Annotated[bool, typer.Option(help="Full mode: gradient checkpointing, less memory for more time.")] = False,
+    held_out: Annotated[int, typer.Option(help="Sequences to evaluate on, never trained on.")] = 48,
     seed: Annotated[int, typer.Option(envvar="SEED")] = 0,
     eval_every: int = 200,
     dtype: Annotated[str, typer.Option(envvar="DTYPE", help="Of the frozen base; full mode: float32.")] = "bfloat16",
@@ -352,6 +355,7 @@ def train(
         checkpointing=checkpointing,
         seed=seed,
         eval_every=eval_every,
+        held_out=held_out,
     )
     loaded = models.load(model, dtype if mode == "adapter" else "float32", device or _own_gpu())
     run(loaded, corpora.read_sequences(data, loaded.tokenizer), out, config)

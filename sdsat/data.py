@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -48,31 +51,35 @@ def answer_batch(
     model: SatModel,
     prompts: list[list[int]],
     todo: list[int],
-    temperatures: tuple[float, ...],
+    temperatures: list[float],
     max_new_tokens: int,
     batch_size: int,
     seed: int,
 ) -> Iterator[tuple[int, list[int]]]:
     """The answers to prompts[i] for i in todo: (i, answer ids with the stop id), in the order in which they end.
 
-    Prompt i is answered at temperatures[i % len(temperatures)], with the paper's top-p 0.95 and top-k 10 where that is
-    not 0. A batch of `batch_size` rows over one slot cache; a finished row's place goes to the next prompt at once.
+    Prompt i is answered at temperatures[i], with the paper's top-p 0.95 and top-k 10 where that is not 0. A batch of
+    `batch_size` rows over one slot cache; the places of finished rows go to the next prompts as soon as a sixteenth of all
+    is free, so that large batches read several prompts in one pass.
     """
     if not todo:
         return
     slots = max(len(prompts[i]) for i in todo) + max_new_tokens
     layers = model.model.config.num_hidden_layers
-    cache, scratch = SlotCache(layers, slots), SlotCache(layers, slots)
+    cache = SlotCache(layers, slots)
     rows: list[_Row | None] = [None] * min(batch_size, len(todo))
     waiting = iter(todo)
     columns = torch.arange(slots, device=model.device)
     while True:
-        for place, row in enumerate(rows):
-            if row is None and (prompt := next(waiting, None)) is not None:
+        free = [place for place, row in enumerate(rows) if row is None]
+        if 16 * len(free) >= len(rows) and (arriving := list(islice(waiting, len(free)))):
+            parts = [torch.tensor(prompts[prompt], device=model.device) for prompt in arriving]
+            scratch = SlotCache(layers, max(map(len, parts)))
+            prefill(model, scratch, pad_sequence(parts, batch_first=True))  # what it pads, and the last token, are overwritten
+            cache.copy_sequences(scratch, free[: len(parts)], len(rows))
+            for place, prompt in zip(free, arriving, strict=False):
                 ids = prompts[prompt]
-                prefill(model, scratch, torch.tensor(ids[:-1], dtype=torch.long, device=model.device))
-                cache.copy_sequence(scratch, place, len(rows))
-                rows[place] = _Row(prompt, len(ids), list(ids), temperatures[prompt % len(temperatures)])
+                rows[place] = _Row(prompt, len(ids), list(ids), temperatures[prompt])
         if not any(rows):
             return
         last = torch.tensor([row.ids[-1] if row else 0 for row in rows], device=model.device)[:, None]
@@ -80,7 +87,7 @@ def answer_batch(
         cache.row_slots, cache.visible = length, int(length.max()) + 1
         mask = model.mask((columns[: cache.visible] <= length)[:, None, None])
         logits = model.model(input_ids=last, attention_mask=mask, position_ids=length, past_key_values=cache).logits[:, -1]
-        for place, token in enumerate(_choose_rows(logits, rows, seed)):
+        for place, token in enumerate(_choose_rows(model.legal(logits), rows, seed)):
             row = rows[place]
             if row is None:
                 continue
@@ -114,13 +121,14 @@ def distill(
     batch_size: int = 64,
     shard_size: int = 1024,
     seed: int = 0,
+    answers: int = 1,
 ) -> dict[str, Any]:
     """Write the model's own answers to prompts from `sources` (prompts.py) as token shards; resumes at the first missing shard.
 
-    Prompt i is answered at temperatures[i % len(temperatures)]. Under `accelerate launch` every process writes its own part
-    of the shards. Returns the manifest, also written to `out`.
+    The prompts take the temperatures in turn; each prompt's next answer, of `answers`, the temperature after its last. Under
+    `accelerate launch` every process writes its own part of the shards. Returns the manifest, also written to `out`.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("shard_size", shard_size)):
+    for name, value in dict(max_new_tokens=max_new_tokens, batch_size=batch_size, shard_size=shard_size, answers=answers).items():
         require(value >= 1, f"{name}={value}: expected 1 or more")
     require(limit is None or limit >= 1, f"limit={limit}: expected 1 or more")
     room = model.max_context - max_prompt_tokens
@@ -129,20 +137,23 @@ def distill(
         SamplingConfig(temperature)  # refuses what cannot be sampled at
     state = PartialState(cpu=model.device.type == "cpu")
     prompts, counts = collect_prompts(sources, model.tokenizer, limit, max_prompt_tokens)
+    turns = [temperatures[(i + again) % len(temperatures)] for again in range(answers) for i in range(len(prompts))]
     settings = {
-        "model": model.name, "seed": seed, "temperatures": list(temperatures), "max_new_tokens": max_new_tokens,
-        "max_prompt_tokens": max_prompt_tokens, "shard_size": shard_size, "num_prompts": len(prompts), "prompts": counts,
+        "model": model.name, "seed": seed, "answers": answers, "temperatures": list(temperatures),
+        "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens, "shard_size": shard_size,
+        "num_prompts": len(prompts), "prompts": counts,
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     manifest_file = out / "manifest.json"
     if manifest_file.exists():
-        held = read_json(manifest_file).get("settings")
+        held = {"answers": 1, **read_json(manifest_file).get("settings", {})}
         require(held == settings, f"out={out}: holds shards of other settings; choose another folder or delete it")
     else:
         require(not list(out.glob("shard_*")), f"out={out}: holds shards without a manifest; choose another folder or delete it")
     manifest: dict[str, Any] = {"format": "sdsat-shards", "format_version": 1, "settings": settings, "shards": []}
     manifest["licences"] = licences(sources)
+    prompts = prompts * answers
     shards = [range(n, min(n + shard_size, len(prompts))) for n in range(0, len(prompts), shard_size)]
     files = [out / f"shard_{number:05d}.safetensors" for number in range(len(shards))]
     own = range(state.process_index, len(shards), state.num_processes)
@@ -150,14 +161,14 @@ def distill(
     # Like lengths together keep attention short; one run over all shards keeps the batch full.
     todo = [i for shard in missing for i in sorted(shard, key=lambda i: len(prompts[i]))]
     bar = tqdm(total=len(todo), desc="distill", unit="answer", disable=not state.is_local_main_process)
-    answers: dict[int, list[int]] = {}
+    made: dict[int, list[int]] = {}
     _write_manifest(manifest_file, manifest, files)
-    for i, answer in answer_batch(model, prompts, todo, temperatures, max_new_tokens, batch_size, seed):
-        answers[i] = answer
+    for i, answer in answer_batch(model, prompts, todo, turns, max_new_tokens, batch_size, seed):
+        made[i] = answer
         bar.update()
         shard = shards[i // shard_size]
-        if all(j in answers for j in shard):
-            _write_shard(files[i // shard_size], [prompts[j] for j in shard], [answers.pop(j) for j in shard])
+        if all(j in made for j in shard):
+            _write_shard(files[i // shard_size], [prompts[j] for j in shard], [made.pop(j) for j in shard])
             _write_manifest(manifest_file, manifest, files)
     state.wait_for_everyone()
     _write_manifest(manifest_file, manifest, files)
@@ -206,23 +217,28 @@ class Sequence:
 def read_sequences(path: Path, tokenizer: PreTrainedTokenizerBase | None, length: int = 512) -> list[Sequence]:
     """Training data: a folder of shards, or plain text or code, a file or all .py, .md and .txt files of a folder.
 
-    Text is cut into sequences of `length` tokens; files that overlap HumanEval are left out.
+    Text is cut into sequences of `length` tokens; files that overlap HumanEval are left out, with a warning that counts them.
     """
     if path.is_dir() and list(path.glob("shard_*.safetensors")):
         return read_shards(path)
     require(path.exists(), f"data={path}: no such file or folder")
+    require(path.is_dir() or path.suffix in _TEXT, f"data={path}: expected a .py, .md or .txt file, or a folder")
     files = [path] if path.is_file() else [f for f in sorted(path.rglob("*")) if f.suffix in _TEXT and f.is_file()]
     require(len(files) > 0, f"data={path}: no shard_*.safetensors and no .py, .md or .txt file there; run `sdsat distill`")
     require(tokenizer is not None, f"data={path}: text needs a tokenizer, and the model has none")
-    decontaminator, sequences = Decontaminator(), []
+    decontaminator, sequences, dropped = Decontaminator(), [], 0
     for file in files:
         try:
             text = file.read_text(encoding="utf-8", errors="ignore")
         except OSError as error:
             raise InputError(f"data={file}: cannot be read ({error.strerror})") from None
-        if tokenizer is not None and not decontaminator.overlaps("", text):
+        if decontaminator.overlaps("", text):
+            dropped += 1
+        elif tokenizer is not None:
             parts = torch.tensor(tokenizer(text)["input_ids"]).split(length)
             sequences += [Sequence(ids, 0) for ids in parts if len(ids) >= 8]
+    if dropped:
+        warnings.warn(f"data={path}: {dropped} of {len(files)} files overlap HumanEval and are left out", stacklevel=2)
     return [sequences[i] for i in torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0)).tolist()]
 
 

@@ -19,7 +19,8 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,27 +124,25 @@ def forward(
             position_ids=(cache.length + offsets)[None],
             past_key_values=cache,
         ).last_hidden_state[0]
-    logits = model.model.get_output_embeddings()(states)[:count]
-    if model.sat is not None and model.sat.token_id < logits.shape[-1]:
-        logits[:, model.sat.token_id] = float("-inf")  # the SAT is never a legal output
-    return states[:count], logits
+    return states[:count], model.legal(model.model.get_output_embeddings()(states)[:count])
 
 
 def prefill(model: SatModel, cache: SlotCache, tokens: Tensor) -> None:
-    """Fill `cache` anew with the key/values of `tokens` [N], in one pass that reads their slots only."""
+    """Fill `cache` anew with the key/values of `tokens` [N] or [B, N], in one pass that reads their slots only."""
     cache.length = 0
-    if not len(tokens):
+    count = tokens.shape[-1]
+    if not count:
         return
-    rows = torch.arange(len(tokens), device=model.device)
-    cache.visible = len(tokens)
+    tokens, rows = tokens.reshape(-1, count), torch.arange(count, device=model.device)
+    cache.visible = count
     model.model.base_model(
-        inputs_embeds=model.embed(tokens[None]),
-        attention_mask=model.mask((rows <= rows[:, None])[None, None]),
+        inputs_embeds=model.embed(tokens),
+        attention_mask=model.mask((rows <= rows[:, None]).expand(len(tokens), 1, count, count)),
         position_ids=rows[None],
         past_key_values=cache,
     )
     cache.visible = cache.num_slots
-    cache.commit(tuple(range(len(tokens))))
+    cache.commit(tuple(range(count)))
 
 
 def num_slots(prompt_length: int, max_new_tokens: int) -> int:
@@ -256,7 +255,7 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
             block = [node_tokens[node] for node in path] + [node_targets[path[-1]]]
         else:
             x, block, path = y0, y0.tolist(), [0]
-        kept, finish = _cut(model, out.token_ids, block, config)
+        kept, finish = _cut(model, prompt_ids[-1], out.token_ids, block, config)
         if k:
             out.count(k, len(path) - 1, kept)
         block = block[:kept]
@@ -266,22 +265,25 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
             on_tokens(block, [0 < i < len(path) for i in range(len(block))])
     out.finish = finish
     out.prefill_seconds, out.decode_seconds = prefilled - began, time.perf_counter() - prefilled
-    out.text = _text(model, out, config)
+    out.text = _text(model, prompt_ids[-1], out, config)
     return out
 
 
-def _decode(model: SatModel, tokens: list[int], skip_special: bool) -> str:
-    if model.tokenizer is None:
-        return ""
-    return model.tokenizer.decode(tokens, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+def text_after(tokenizer: Any, before: int, tokens: list[int], skip_special: bool = True) -> str:
+    """The text of `tokens` after the token `before`: alone, many tokenizers would drop a space at its beginning."""
+    decode = partial(tokenizer.decode, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+    return decode([before, *tokens])[len(decode([before])) :]
 
 
-def _cut(model: SatModel, emitted: list[int], block: list[int], config: DecodeConfig) -> tuple[int | None, str]:
-    """Where the output ends inside `block`: (number of its tokens to keep, why), or (None, '') to go on."""
+def _cut(model: SatModel, before: int, emitted: list[int], block: list[int], config: DecodeConfig) -> tuple[int | None, str]:
+    """Where the output ends inside `block`: (number of its tokens to keep, why), or (None, '') to go on.
+
+    before: the prompt's last token.
+    """
     stop_id = next((i for i, token in enumerate(block) if token in config.stop_ids), None)
     kept = len(block) if stop_id is None else stop_id + 1
-    if config.stop_strings and _has_stop(model, emitted + block[:kept], config):
-        first = next(n for n in range(1, kept + 1) if _has_stop(model, emitted + block[:n], config))
+    if config.stop_strings and _has_stop(model, before, emitted + block[:kept], config):
+        first = next(n for n in range(1, kept + 1) if _has_stop(model, before, emitted + block[:n], config))
         if stop_id is None or first < kept:
             return first, "stop_string"
     if stop_id is not None:
@@ -289,11 +291,11 @@ def _cut(model: SatModel, emitted: list[int], block: list[int], config: DecodeCo
     return (kept, "length") if len(emitted) + kept == config.max_new_tokens else (None, "")
 
 
-def _has_stop(model: SatModel, tokens: list[int], config: DecodeConfig) -> bool:
-    text = _decode(model, tokens, skip_special=False)
+def _has_stop(model: SatModel, before: int, tokens: list[int], config: DecodeConfig) -> bool:
+    text = text_after(model.tokenizer, before, tokens, skip_special=False)
     return any(stop in text for stop in config.stop_strings)
 
 
-def _text(model: SatModel, out: Generation, config: DecodeConfig) -> str:
-    text = _decode(model, out.token_ids, skip_special=True)
+def _text(model: SatModel, before: int, out: Generation, config: DecodeConfig) -> str:
+    text = text_after(model.tokenizer, before, out.token_ids) if model.tokenizer else ""
     return text[: min((text.find(stop) for stop in config.stop_strings if stop in text), default=len(text))]

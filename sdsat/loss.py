@@ -128,13 +128,17 @@ def sat_states(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
 
 
 def predict(model: SatModel, batch: SatBatch) -> Tensor:
-    """[M, V] logits of the labelled SAT rows, as decoding would have them where all drafts before are right."""
+    """[M, V] logits of the labelled SAT rows, as decoding would have them where all drafts before are right.
+
+    A draft head shares the probability of a SAT's shortlist out anew among its tokens; the others keep theirs.
+    """
     states, _ = sat_states(model, batch)
     logits = model.model.get_output_embeddings()(states)
     if model.head is None:
         return logits
     ids, scores = rerank(model, states, logits, batch.before)
-    return torch.full_like(logits, float("-inf")).scatter(-1, ids, scores)
+    share = logits.gather(-1, ids).logsumexp(-1, keepdim=True)
+    return logits.scatter(-1, ids, scores.log_softmax(-1) + share)
 
 
 def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float = 1.0) -> Tensor:

@@ -86,6 +86,12 @@ class SatModel:
         groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         return attention.folded_mask(attend, groups, self.dtype)
 
+    def legal(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V], changed in place so that the SAT, where it is in the vocabulary, is never chosen."""
+        if self.sat is not None and self.sat.token_id < logits.shape[-1]:
+            logits[..., self.sat.token_id] = float("-inf")
+        return logits
+
     @property
     def max_context(self) -> int:
         """Positions the model can take; a sliding window ends it too, since our mask shows every row the whole past."""

@@ -61,8 +61,9 @@ class AdapterMode:
         require(model.sat is None, f"model={model.name}: expected a plain base model, this one already has SATs")
         vocabulary = model.model.get_input_embeddings().weight.shape[0]
         sat = SatConfig(vocabulary, config.k)
-        targets, sample = tuple(config.targets.split(",")), sample_weights(model.model)
-        settings = AdapterConfig(model.name, sat, config.rank, targets=targets, head=config.head, base_sample=sample)
+        targets, sample = tuple(name.strip() for name in config.targets.split(",")), sample_weights(model.model)
+        base = str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name  # found from any folder
+        settings = AdapterConfig(base, sat, config.rank, targets=targets, head=config.head, base_sample=sample)
         torch.manual_seed(config.seed)
         self.adapter = SatAdapter(model.model, settings).float()
         if config.init is not None:
@@ -127,6 +128,9 @@ class FullMode:
         sharded = accelerator.distributed_type == DistributedType.FSDP
         require(not (sharded and config.embedding_steps), f"embedding_steps={config.embedding_steps}: not under FSDP; expected 0")
         require(model.dtype == torch.float32, f"dtype={model.dtype}: full mode trains float32 weights")
+        require(
+            accelerator.mixed_precision in ("no", "bf16"), f"mixed_precision={accelerator.mixed_precision}: expected no or bf16"
+        )
         lm = model.model.requires_grad_(True).train()
         if model.packed is not None:
             model.packed.detach()

@@ -217,7 +217,8 @@ def collect_prompts(
             counts["duplicate"] += 1
             continue
         seen.add(text)
-        if decontaminator.overlaps(name, text):
+        asked = [name] if name else re.findall(r"\bdef (\w+)", text) or [""]
+        if any(decontaminator.overlaps(function, text) for function in asked):
             counts["humaneval_overlap"] += 1
         elif len(ids := encode_prompt(tokenizer, text) if is_code else encode_request(tokenizer, text)) > max_length:
             counts["too_long"] += 1

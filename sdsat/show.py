@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import model as models
 from .config import DecodeConfig, InputError, require
-from .decode import Generation, generate
+from .decode import Generation, generate, text_after
 from .prompts import encode_prompt, encode_request
 
 ACCEPTED = "bold green"
@@ -20,11 +20,11 @@ ACCEPTED = "bold green"
 class TokenStream:
     """Turns tokens into styled text: each call returns what the new tokens add.
 
-    Bytes that do not make a whole character yet are held back until they do.
+    Bytes that do not make a whole character yet are held back until they do. before: the prompt's last token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: int):
+        self.tokenizer, self.before = tokenizer, before
         self.tokens: list[int] = []
         self.text = ""
 
@@ -32,7 +32,7 @@ class TokenStream:
         shown = Text()
         for token, accepted in zip(tokens, drafted, strict=True):
             self.tokens.append(token)
-            text = self._decode()
+            text = text_after(self.tokenizer, self.before, self.tokens)
             if not text.endswith("\ufffd"):
                 shown.append(text[len(self.text) :], style=ACCEPTED if accepted else "")
                 self.text = text
@@ -40,10 +40,7 @@ class TokenStream:
 
     def rest(self) -> Text:
         """What was held back to the end."""
-        return Text(self._decode()[len(self.text) :])
-
-    def _decode(self) -> str:
-        return self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Text(text_after(self.tokenizer, self.before, self.tokens)[len(self.text) :])
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, style: str) -> list[int]:
@@ -82,7 +79,7 @@ def generate_in_terminal(
     decode = replace(decode, k=k, stop_ids=model.stop_ids)
     prompt_ids = encode(model.tokenizer, prompt, style)
     generate(model, prompt_ids, replace(decode, max_new_tokens=min(8, decode.max_new_tokens)))  # warm-up, for fair figures
-    stream, console = TokenStream(model.tokenizer), Console(record=svg is not None, highlight=False)
+    stream, console = TokenStream(model.tokenizer, prompt_ids[-1]), Console(record=svg is not None, highlight=False)
 
     def show(tokens: list[int], drafted: list[bool]) -> None:
         console.print(stream.add(tokens, drafted), end="", soft_wrap=True)

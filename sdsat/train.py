@@ -79,6 +79,9 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     rank, world = accelerator.process_index, accelerator.num_processes
     held_out, data = data[: config.held_out], data[config.held_out :]
+    asked = {tuple(s.ids[: s.prompt_length].tolist()) for s in held_out if s.prompt_length}
+    data = [s for s in data if tuple(s.ids[: s.prompt_length].tolist()) not in asked]  # other answers to the same prompts
+    require(len(data) > 0, f"held_out={config.held_out}: no sequences with other prompts are left to train on")
     facts = {"sequences": len(data), "answer_tokens": sum(len(s.ids) - s.prompt_length for s in data)}
     state = _open(out, config, {"model": model.name, "processes": world, **facts})
     mode: Mode = (AdapterMode if config.mode == "adapter" else FullMode)(model, config, accelerator)

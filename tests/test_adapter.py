@@ -124,9 +124,10 @@ def test_embed_puts_the_sat_embedding_in_its_places():
     assert torch.equal(model.embed(IDS)[0], torch.stack(want))
 
 
-def test_refuses_a_model_without_its_layers():
-    with one_line_error("targets=('c_attn',)"):
-        SatAdapter(tiny_llama(), AdapterConfig("tiny", SatConfig(64, 3), targets=("c_attn",)))
+@pytest.mark.parametrize("targets", [("c_attn",), ("q_proj", "c_attn")])
+def test_every_target_must_be_in_the_model(targets):
+    with one_line_error(f"targets={','.join(targets)}", "no linear layer named c_attn"):
+        SatAdapter(tiny_llama(), AdapterConfig("tiny", SatConfig(64, 3), targets=targets))
 
 
 @pytest.fixture

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from conftest import VOCAB, tiny_llama
+from torch.nn.utils.rnn import pad_sequence
 
 from sdsat.cache import SlotCache, pass_mask
+from sdsat.decode import prefill
+from sdsat.model import SatModel
 
 SLOTS = 40
 
@@ -129,8 +132,11 @@ def test_a_batch_of_unequal_sequences_equals_each_alone():
     lm, generator = tiny_llama(), torch.Generator().manual_seed(1)
     sequences = [torch.randint(VOCAB, (n,), generator=generator) for n in (3, 9, 6)]
     batch = SlotCache(lm.config.num_hidden_layers, SLOTS)
-    for place, sequence in enumerate(sequences):
-        batch.copy_sequence(fresh(lm, sequence[:-1])[0], place, len(sequences))
+    two = SlotCache(lm.config.num_hidden_layers, 9)
+    prefill(SatModel(lm, None, "tiny"), two, pad_sequence(sequences[:2], batch_first=True))  # padded; the last slot is used again
+    batch.copy_sequences(two, [2, 0], len(sequences))
+    batch.copy_sequences(fresh(lm, sequences[2][:-1])[0], [1], len(sequences))
+    sequences = [sequences[1], sequences[2], sequences[0]]
     length = torch.tensor([[len(sequence) - 1] for sequence in sequences])
     batch.row_slots = length
     mask = (torch.arange(SLOTS) <= length)[:, None, None]

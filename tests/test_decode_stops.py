@@ -311,3 +311,16 @@ def test_one_host_synchronisation_a_loop(monkeypatch, k, tree):
     loops = []
     generate(model, PROMPT, DecodeConfig(k, 20, tree), lambda *call: loops.append(call))
     assert len(reads) == len(loops), reads
+
+
+def test_text_keeps_the_space_it_begins_with(truths):
+    """Decoders of the SentencePiece kind drop one space from whatever they decode first."""
+    pieces = [" " + piece for piece in PIECES]
+    tokenizer = tiny_tokenizer(pieces, decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)]))
+    out = generate(SatModel(tiny_llama(), tokenizer, "plain", row_policy=ROWS), PROMPT, DecodeConfig(0, 4))
+    assert out.text == "".join(pieces[token] for token in truths[GREEDY][:4])
+    stop = pieces[out.token_ids[0]]
+    stopped = generate(
+        SatModel(tiny_llama(), tokenizer, "plain", row_policy=ROWS), PROMPT, DecodeConfig(0, 4, stop_strings=(stop,))
+    )
+    assert (stopped.finish, stopped.text) == ("stop_string", "")

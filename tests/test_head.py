@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import VOCAB, tiny_llama, with_adapter
+from conftest import VOCAB, random_sequences, tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +13,7 @@ from sdsat.adapter import load
 from sdsat.config import SamplingConfig, TrainConfig
 from sdsat.data import Sequence
 from sdsat.head import draft_tokens
+from sdsat.loss import predict, sat_batch, sat_states
 from sdsat.model import SatModel
 from sdsat.sampling import choose
 from sdsat.train import train
@@ -59,7 +60,7 @@ def test_a_head_learns_what_only_the_token_before_tells(tmp_path):
         ids = [2]
         for coin in torch.randint(0, 2, (30,), generator=generator).tolist():
             ids.append(2 + (2 * (ids[-1] - 2) + coin) % 16)
-        data.append(Sequence(torch.tensor(ids), 1))
+        data.append(Sequence(torch.tensor(ids), 0))
     accuracy = {}
     for size in (0, 32):
         config = TrainConfig(80, k=2, rank=4, head=size, anchors=16, eval_every=80, held_out=8, warmup=5, lr=3e-2)
@@ -80,3 +81,26 @@ def test_a_head_prepared_for_decoding_moves_the_same(dtype):
     want = head(states, before)
     head.fuse()
     torch.testing.assert_close(head(states, before), want, rtol=1e-5, atol=1e-5)
+
+
+def test_predictions_are_the_drafts_and_their_chances():
+    """`predict`, which training logs and `inspect` rest on, takes the same best tokens as drafting and loses no probability."""
+    model = with_adapter(tiny_llama(torch.float64), k=3, strength=0.3, head=8)
+    (sequence,) = random_sequences([12])
+    batch = sat_batch([sequence], 3, 4, 1.0, [torch.Generator().manual_seed(0)])
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(heads, "SHORTLIST", 12)
+        got = predict(model, batch)
+        states, _ = sat_states(model, batch)
+        own = model.model.get_output_embeddings()(states)
+        for i, before in enumerate(batch.before.tolist()):
+            tree = from_widths((1,))
+            drafted = draft_tokens(
+                model, torch.tensor([before]), states[i : i + 1], own[i : i + 1], torch.tensor([0]), tree, SamplingConfig()
+            )
+            assert got[i].argmax() == drafted[1]
+            short = own[i].topk(12).indices
+            p, q = own[i].softmax(-1), got[i].softmax(-1)
+            torch.testing.assert_close(q[short].sum(), p[short].sum())
+            rest = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, short, False)
+            torch.testing.assert_close(q[rest], p[rest])

@@ -91,6 +91,12 @@ def test_collect_prompts_drops_and_counts(tmp_path, tokenizer):
     assert len(collect_prompts([str(tmp_path)], tokenizer, None, longest - 1)[0]) == 1
 
 
+def test_free_prompts_that_define_a_humaneval_function_are_dropped(tmp_path, tokenizer):
+    (tmp_path / "prompts.txt").write_text("def has_close_elements(a): in words of my own\ndef has_far_elements(a): too\n")
+    found, counts = collect_prompts([str(tmp_path / "prompts.txt")], tokenizer, None, 200)
+    assert (len(found), counts["humaneval_overlap"]) == (1, 1)
+
+
 def test_every_humaneval_prompt_is_recognised(tmp_path):
     decontaminator = Decontaminator()
     for problem in read_problems().values():

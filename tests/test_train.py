@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from sdsat import loss as losses
 from sdsat import modes
 from sdsat import train as training
+from sdsat.adapter import read_config
 from sdsat.config import DecodeConfig, SatConfig, TrainConfig
 from sdsat.data import Sequence
 from sdsat.decode import generate
@@ -154,7 +156,7 @@ def test_full_mode_makes_an_ordinary_checkpoint(tmp_path, tied):
     """It loads, drafts, and decodes what AR decodes; the SAT is a new last token."""
     lm = tiny_llama(torch.float32, tie_word_embeddings=tied)
     tokenizer = tiny_tokenizer([f"<{i}>" for i in range(VOCAB)])
-    data = [Sequence(torch.arange(2, 26) % 6 + 2, 2)] * 8
+    data = [Sequence(torch.arange(2, 26) % 6 + 2, 0)] * 8
     config = TrainConfig(60, k=3, anchors=8, eval_every=60, held_out=2, warmup=5, lr=1e-2, mode="full", checkpointing=True)
     train(SatModel(lm, tokenizer, "tiny"), data, tmp_path, config)
     assert lines_of(tmp_path)[-1]["accepted_per_loop"] > 2.5
@@ -180,7 +182,7 @@ def test_the_first_stage_trains_the_sat_alone(tmp_path):
 
 def test_training_learns_what_repeats(tmp_path):
     model = SatModel(tiny_llama(torch.float32), None, "tiny")
-    data = [Sequence(torch.arange(2, 26) % 6 + 2, 2)] * 8
+    data = [Sequence(torch.arange(2, 26) % 6 + 2, 0)] * 8
     train(model, data, tmp_path, TrainConfig(60, k=3, rank=4, head=8, anchors=8, eval_every=60, held_out=2, warmup=5, lr=3e-2))
     assert lines_of(tmp_path)[-1]["accepted_per_loop"] > 2.5
 
@@ -214,6 +216,16 @@ def test_a_run_that_was_killed_while_saving_saves(tmp_path, mode):
     file.unlink()
     train_tiny(tmp_path, mode=mode)
     assert file.read_bytes() == saved
+
+
+def test_other_answers_to_held_out_prompts_are_not_trained_on(tmp_path):
+    first = random_sequences([9, 13, 6])
+    again = [Sequence(torch.cat([s.ids[:2], s.ids[2:].flip(0)]), 2) for s in first]
+    config = TrainConfig(1, k=3, rank=2, head=0, anchors=4, held_out=2, warmup=1)
+    train(SatModel(tiny_llama(torch.float32), None, "tiny"), first + again, tmp_path / "out", config)
+    assert read_config(tmp_path / "out").training["sequences"] == 2  # the third and its other answer
+    with one_line_error("held_out=3", "other prompts"):
+        train(SatModel(tiny_llama(torch.float32), None, "tiny"), first + again, tmp_path / "none", replace(config, held_out=3))
 
 
 def test_data_of_another_model_or_run_is_refused(tmp_path):
