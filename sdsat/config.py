@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+STRATEGIES = ("two-step", "one-pass", "auto")
+MAX_ROWS = 96  # of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # linear layers that get a low-rank update
 
 
@@ -67,6 +69,9 @@ class SatConfig:
 class DecodeConfig:
     """One generation. k = 0 is AR: plain autoregressive decoding by the same loop.
 
+    strategy: 'two-step' (the paper's), 'one-pass' or 'auto': see planner.py. All give the same output.
+    k: SATs a group; for 'auto' at most so many. budget: rows of a pass that 'one-pass' and 'auto' may use.
+    lookup: how many tokens to look up in the text so far as further drafts; 0 for none.
     tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list with one width a depth.
     stop_ids: token ids that end the output; the id itself is kept as the last token, as `transformers` does.
     stop_strings: the output ends with the token that completes one; `Generation.text` is cut before it.
@@ -78,11 +83,22 @@ class DecodeConfig:
     sampling: SamplingConfig = SamplingConfig()
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    strategy: str = "two-step"
+    budget: int = 16
+    lookup: int = 0
 
     def __post_init__(self) -> None:
         require(self.k >= 0, f"k={self.k}: expected 0 (AR) or a positive number of SATs")
+        require(self.strategy in STRATEGIES, f"strategy={self.strategy}: expected one of {', '.join(STRATEGIES)}")
+        require(2 <= self.budget <= MAX_ROWS, f"budget={self.budget}: expected a number of rows from 2 to {MAX_ROWS}")
+        require(0 <= self.lookup <= 32, f"lookup={self.lookup}: expected 0 (off) to 32 tokens")
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: expected 1 or more")
         require(all(self.stop_strings), "stop_strings: an empty string would stop at once; leave it out")
+
+    @property
+    def depth(self) -> int:
+        """How many drafts a pass can accept at most."""
+        return max(self.k, self.lookup)
 
 
 @dataclass(frozen=True)

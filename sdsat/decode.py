@@ -1,16 +1,15 @@
-"""Draft-then-verify decoding (SDSAT, arXiv 2403.18647, section 3.2): AR, greedy and nucleus by one loop.
+"""Draft-then-verify decoding (SDSAT, arXiv 2403.18647, section 3.2): AR, greedy and nucleus, two-step and one-pass by one loop.
 
-State: a cache over all emitted tokens but the last one, x. One loop is two passes:
+State: a cache over all emitted tokens but the last one, x, and the tree of drafts below x, if the pass before had SATs where its
+walk ended. One pass:
 
-    draft step    [x, SAT, SAT, SAT]       -> y0, a true token, and candidates for the next k tokens
-    verify step   [y0, candidates ...]     -> the model's own next token at every tree node; walk while they agree
+    x, drafts kept by the plan, SATs where the plan wants them   (planner.py)
 
-and emits 2 + accepted tokens. AR is the same loop with k = 0: a draft step without SATs, which emits y0. Every token is
-the model's own choice given true tokens only, so the output equals AR's: at temperature 0 and, because the noise
-belongs to the emitted position (sampling.py), for any seed.
-
-Passes are shape-stable so that this also holds to the last bit of a logit in half precision: the cache length depends on
-the prompt and max_new_tokens alone, and rows are padded as `RowPolicy` says.
+gives the model's own next token at x and at every draft. Walk from x while a draft is that token; the token at which the walk stops
+is the next x, and the SATs at that place draft what comes after it. A pass emits 1 + accepted tokens. The paper's two-step loop
+is the plan that alternates between [x, SATs] and [x, drafts]; AR is the plan without SATs. Every token is the model's own
+choice given true tokens only, so the output equals AR's: at temperature 0 and, because the noise belongs to the emitted position
+(sampling.py), for any seed; to the last bit of a logit in half precision too where the engine keeps its promise (engine.py).
 """
 
 from __future__ import annotations
@@ -25,15 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import SlotCache, pass_mask
-from .config import DecodeConfig, require
-from .head import draft_tokens
-from .model import RowPolicy, SatModel
+from .config import MAX_ROWS, DecodeConfig, SamplingConfig, require
+from .draft import Drafts, draft_tokens
+from .engine import forward, new_cache, prefill, probe_rows, top
+from .lookup import Lookup
+from .model import SatModel
+from .planner import make_planner
 from .sampling import choose
-from .tree import MAX_NODES, DraftTree, make_tree
+from .tree import DraftTree, make_tree
 
 OnTokens = Callable[[list[int], list[bool]], None]
-_POLICIES = (RowPolicy(1, 1), RowPolicy(2, 1), RowPolicy(4, 1), RowPolicy(4, 4), RowPolicy(8, 8), RowPolicy(16, 16))
+LOOKED_UP = 0.6  # how likely a looked-up token is taken to be before anything is known
 
 
 @dataclass
@@ -41,15 +42,16 @@ class Generation:
     """What one `generate` call produced and what it cost.
 
     token_ids: emitted tokens, a stop id included. text: decoded without special tokens, cut before a stop string.
-    finish: 'stop_id', 'stop_string' or 'length'. num_passes: forward passes after the prefill's one.
-    accepted_lengths: accepted drafts of each draft-then-verify loop, 0..k.
-    proposed_by_depth, accepted_by_depth: [k] counts; drafts beyond the end of the output are not counted.
+    finish: 'stop_id', 'stop_string' or 'length'. num_passes: forward passes after the prefill's one; num_plain_passes: those of
+    them with neither drafts nor SATs. accepted_lengths: accepted drafts of each pass that verified any, 0..depth.
+    proposed_by_depth, accepted_by_depth: [depth] counts; drafts beyond the end of the output are not counted.
     """
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish: str = "length"
     num_passes: int = 0
+    num_plain_passes: int = 0
     accepted_lengths: list[int] = field(default_factory=list)
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
@@ -82,14 +84,14 @@ class Generation:
     def accepted_per_loop(self) -> float:
         return sum(self.accepted_lengths) / max(1, len(self.accepted_lengths))
 
-    def count(self, k: int, accepted: int, kept: int | None) -> None:
-        """Enter one loop's drafts; kept: how many of its tokens lie before the end of the output, None for all."""
-        proposed = k if kept is None else min(k, kept - 1)
+    def count(self, depth: int, accepted: int, kept: int) -> None:
+        """Enter one pass's drafts, down to `depth`; kept: how many of its tokens lie before the end of the output."""
+        proposed = min(depth, kept)
         accepted = min(accepted, proposed)
         self.accepted_lengths.append(accepted)
-        for depth in range(proposed):
-            self.proposed_by_depth[depth] += 1
-            self.accepted_by_depth[depth] += depth < accepted
+        for i in range(proposed):
+            self.proposed_by_depth[i] += 1
+            self.accepted_by_depth[i] += i < accepted
 
 
 @lru_cache(maxsize=256)
@@ -97,97 +99,19 @@ def _truncated(spec: str | tuple[int, ...], k: int, depth: int) -> DraftTree:
     return make_tree(spec, k).truncated(depth)
 
 
-@lru_cache(maxsize=256)
-def _layout(tree: DraftTree, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(within [rows, rows] bool, position offsets [rows]) of a pass over a tree; padding rows see the context and themselves."""
-    within = torch.eye(rows, dtype=torch.bool)
-    within[: len(tree), : len(tree)] = tree.ancestors()
-    offsets = torch.zeros(rows, dtype=torch.long)
-    offsets[: len(tree)] = torch.tensor(tree.depths)
-    return within.to(device), offsets.to(device)
-
-
-def forward(
-    model: SatModel, cache: SlotCache, policy: RowPolicy, tokens: Tensor, tree: DraftTree, sats: int = 0
-) -> tuple[Tensor, Tensor]:
-    """One pass. tokens [N], one a tree node; the last `sats` rows are SATs. Commits nothing.
-
-    Returns (last hidden states [N, D], logits [N, V]).
-    """
-    count = tokens.shape[0]
-    within, offsets = _layout(tree, policy.rows(count), model.device)
-    tokens = torch.nn.functional.pad(tokens, (0, len(offsets) - count))
-    with model.sat_rows(count - sats, count):
-        states = model.model.base_model(
-            inputs_embeds=model.embed(tokens[None]),
-            attention_mask=model.mask(pass_mask(cache, within)),
-            position_ids=(cache.length + offsets)[None],
-            past_key_values=cache,
-        ).last_hidden_state[0]
-    return states[:count], model.legal(model.model.get_output_embeddings()(states)[:count])
-
-
-def prefill(model: SatModel, cache: SlotCache, tokens: Tensor) -> None:
-    """Fill `cache` anew with the key/values of `tokens` [N] or [B, N], in one pass that reads their slots only."""
-    cache.length = 0
-    count = tokens.shape[-1]
-    if not count:
-        return
-    tokens, rows = tokens.reshape(-1, count), torch.arange(count, device=model.device)
-    cache.visible = count
-    model.model.base_model(
-        inputs_embeds=model.embed(tokens),
-        attention_mask=model.mask((rows <= rows[:, None]).expand(len(tokens), 1, count, count)),
-        position_ids=rows[None],
-        past_key_values=cache,
-    )
-    cache.visible = cache.num_slots
-    cache.commit(tuple(range(count)))
-
-
 def num_slots(prompt_length: int, max_new_tokens: int) -> int:
     """The cache length of a generation: the same for AR and every k and tree, because attention rounds by length."""
-    return -(-(prompt_length + max_new_tokens + MAX_NODES + 16) // 64) * 64
-
-
-@torch.inference_mode()
-def probe_rows(model: SatModel) -> RowPolicy:
-    """The cheapest padding under which a row's logits have the same bits whatever the number of rows in its pass.
-
-    After a context of 64 tokens, compares one pass of 96 tokens with the same tokens one at a time and in passes of
-    other sizes, padded by each policy in turn. Where none is stable (some GPUs), passes are padded to multiples of 4
-    and `stable` is false. The answer is kept in `model.row_policy`.
-    """
-    if model.row_policy is None:
-        vocabulary = model.model.get_input_embeddings().weight.shape[0]
-        tokens = (torch.arange(64 + 96, device=model.device) * 7919 + 11) % vocabulary
-        cache = SlotCache(model.model.config.num_hidden_layers, num_slots(len(tokens), 256))
-        prefill(model, cache, tokens[:64])
-
-        @lru_cache
-        def logits_of(first: int, rows: int, padded: int) -> Tensor:
-            cache.length = 64 + first
-            part = tokens[64 + first : 64 + first + rows]
-            return forward(model, cache, RowPolicy(padded, 1), part, make_tree("chain", rows - 1))[1]
-
-        def stable(policy: RowPolicy) -> bool:
-            whole = logits_of(0, 96, 96)
-            one_by_one = (torch.equal(logits_of(i, 1, policy.rows(1))[0], whole[i]) for i in range(16))
-            sizes = sorted({policy.rows(count) for count in (*range(1, 33), 48, 64)})
-            return all(one_by_one) and all(torch.equal(logits_of(0, n, n), whole[:n]) for n in sizes)
-
-        model.row_policy = next((policy for policy in _POLICIES if stable(policy)), RowPolicy(4, 4, stable=False))
-    return model.row_policy
+    return -(-(prompt_length + max_new_tokens + MAX_ROWS + 16) // 64) * 64
 
 
 @torch.inference_mode()
 def next_logits(model: SatModel, token_ids: list[int], prompt_length: int, config: DecodeConfig) -> Tensor:
     """[V] logits that AR sees after `token_ids`, whose first `prompt_length` are the prompt: teacher forcing, bit for bit."""
-    cache = SlotCache(model.model.config.num_hidden_layers, num_slots(prompt_length, config.max_new_tokens))
+    cache = new_cache(model, num_slots(prompt_length, config.max_new_tokens))
     tokens = torch.tensor(token_ids, device=model.device)
     prefill(model, cache, tokens[: prompt_length - 1])
     for token in tokens[prompt_length - 1 :].split(1):
-        _, logits = forward(model, cache, probe_rows(model), token, make_tree("chain", 0))
+        _, logits = forward(model, cache, token, make_tree("chain", 0))
         cache.commit((0,))
     return logits[0]
 
@@ -215,58 +139,92 @@ def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None
         require(width < vocabulary, f"tree={config.tree}: {width} candidates, but the vocabulary has {vocabulary} tokens")
 
 
+@dataclass
+class _Group:
+    """The SATs at the place where a walk ended: their last hidden states [k, D] and logits [k, V]."""
+
+    states: Tensor
+    logits: Tensor
+
+    def drafts(self, model: SatModel, x: int, index: int, config: DecodeConfig) -> Drafts:
+        """The tree below x; index: emitted index of the token after x."""
+        tree = _truncated(config.tree, config.k, len(self.states))
+        tokens, likely = draft_tokens(model, x, self.states, self.logits, index, tree, config.sampling)
+        return Drafts(tree, tokens, likely, [False] * len(tree), by_sats=True)
+
+
+def next_tokens(model: SatModel, logits: Tensor, index: Tensor, sampling: SamplingConfig) -> Tensor:
+    """[N] the model's own next token for logits [N, V] at emitted indices [N]."""
+    count = 1 if sampling.greedy else min(sampling.top_k, logits.shape[-1])
+    if not count:
+        return choose(logits, index, sampling)[:, 0]
+    values, ids = top(model, logits, count)
+    return ids[:, 0] if sampling.greedy else choose(values, index, sampling, ids=ids)[:, 0]
+
+
 @torch.inference_mode()
 def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_tokens: OnTokens | None = None) -> Generation:
-    """Continue `prompt_ids` (paper, section 3.2). The output is the same for every k and tree.
+    """Continue `prompt_ids`. The output is the same for every strategy, k and tree.
 
-    on_tokens: called after each loop with the new tokens and, for each, whether it was an accepted draft.
-    One host synchronisation a loop. Raises InputError where the prompt, the settings and the model do not fit together.
+    on_tokens: called after each pass with the new tokens and, for each, whether it was an accepted draft.
+    Raises InputError where the prompt, the settings and the model do not fit together.
     """
     _check(model, prompt_ids, config)
-    policy, sampling, device = probe_rows(model), config.sampling, model.device
-    out = Generation(proposed_by_depth=[0] * config.k, accepted_by_depth=[0] * config.k)
+    probe_rows(model)
+    planner, device = make_planner(model, config), model.device
+    sat_id = model.sat.token_id if model.sat else 0
+    out = Generation(proposed_by_depth=[0] * config.depth, accepted_by_depth=[0] * config.depth)
     began = time.perf_counter()
-    cache = SlotCache(model.model.config.num_hidden_layers, num_slots(len(prompt_ids), config.max_new_tokens))
+    cache = new_cache(model, num_slots(len(prompt_ids), config.max_new_tokens))
     prompt = torch.tensor(prompt_ids, device=device)
     prefill(model, cache, prompt[:-1])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     prefilled = time.perf_counter()
-    x, emitted, finish = prompt[-1:], 0, ""
+    lookup = Lookup(prompt_ids, config.lookup) if config.lookup else None
+    x, group, finish = prompt_ids[-1], None, ""
     while not finish:
-        # Near the end a shallower draft is enough: a loop emits at most k + 2 tokens.
-        k = max(0, min(config.k, config.max_new_tokens - emitted - 2))
-        index = torch.arange(emitted, emitted + k + 1, device=device)  # emitted index of y0 and of each draft
-        tokens = torch.cat([x, x.new_full((k,), model.sat.token_id)]) if k and model.sat else x
-        states, logits = forward(model, cache, policy, tokens, make_tree("chain", k), sats=k)
-        cache.commit((0,))
-        y0 = choose(logits[:1], index[:1], sampling)[:, 0]
+        emitted, started = len(out.token_ids), time.perf_counter()
+        drafts = group.drafts(model, x, emitted, config) if group else Drafts.none(x)
+        if lookup:
+            drafts = drafts.with_chain(lookup.drafts(), LOOKED_UP)
+        plan = planner.plan(drafts, config.max_new_tokens - emitted, len(prompt_ids) + emitted)
+        drafts, tree = drafts.kept(plan.nodes), drafts.tree.kept(plan.nodes)
+        sats = [sat_id] * sum(size for _, size in plan.groups)
+        states, logits = forward(model, cache, torch.tensor(drafts.tokens + sats, device=device), tree, plan.groups)
+        nodes, depths = len(tree), tree.depths
+        index = emitted + torch.tensor(depths, device=device)
+        targets = next_tokens(model, logits[:nodes], index, config.sampling).tolist()
+        path = tree.walk(drafts.tokens, targets)
+        cache.commit(tuple(path))
+        planner.observe(drafts, plan, path, len(prompt_ids) + emitted, time.perf_counter() - started)
         out.num_passes += 1
-        if k:
-            tree = _truncated(config.tree, config.k, k)
-            tokens = draft_tokens(model, y0, states[1:], logits[1:], index[1:], tree, sampling)
-            _, logits = forward(model, cache, policy, tokens, tree)
-            targets = choose(logits, index[0] + 1 + _layout(tree, len(tree), device)[1], sampling)[:, 0]
-            out.num_passes += 1
-            node_tokens, node_targets = torch.stack([tokens, targets]).tolist()
-            path = tree.walk(node_tokens, node_targets)
-            cache.commit(tuple(path))
-            x = targets[path[-1] : path[-1] + 1]
-            block = [node_tokens[node] for node in path] + [node_targets[path[-1]]]
-        else:
-            x, block, path = y0, y0.tolist(), [0]
+        out.num_plain_passes += nodes == 1 and not sats
+        x = targets[path[-1]]
+        group = _group_at(path[-1], nodes, plan.groups, states, logits)
+        block = [drafts.tokens[node] for node in path[1:]] + [x]
         kept, finish = _cut(model, prompt_ids[-1], out.token_ids, block, config)
-        if k:
-            out.count(k, len(path) - 1, kept)
+        if nodes > 1:
+            out.count(max(depths), len(path) - 1, kept)
         block = block[:kept]
         out.token_ids += block
-        emitted += len(block)
+        if lookup:
+            lookup.add(block)
         if on_tokens is not None:
-            on_tokens(block, [0 < i < len(path) for i in range(len(block))])
+            on_tokens(block, [i < len(path) - 1 for i in range(len(block))])
     out.finish = finish
     out.prefill_seconds, out.decode_seconds = prefilled - began, time.perf_counter() - prefilled
     out.text = _text(model, prompt_ids[-1], out, config)
     return out
+
+
+def _group_at(node: int, first: int, groups: tuple[tuple[int, int], ...], states: Tensor, logits: Tensor) -> _Group | None:
+    """The group at `node`, None where it has none. first: the row of the first SAT of a pass."""
+    for at, size in groups:
+        if at == node:
+            return _Group(states[first : first + size], logits[first : first + size])
+        first += size
+    return None
 
 
 def text_after(tokenizer: Any, before: int, tokens: list[int], skip_special: bool = True) -> str:
@@ -275,8 +233,8 @@ def text_after(tokenizer: Any, before: int, tokens: list[int], skip_special: boo
     return decode([before, *tokens])[len(decode([before])) :]
 
 
-def _cut(model: SatModel, before: int, emitted: list[int], block: list[int], config: DecodeConfig) -> tuple[int | None, str]:
-    """Where the output ends inside `block`: (number of its tokens to keep, why), or (None, '') to go on.
+def _cut(model: SatModel, before: int, emitted: list[int], block: list[int], config: DecodeConfig) -> tuple[int, str]:
+    """Where the output ends inside `block`: (number of its tokens to keep, why), or (all, '') to go on.
 
     before: the prompt's last token.
     """
@@ -288,7 +246,7 @@ def _cut(model: SatModel, before: int, emitted: list[int], block: list[int], con
             return first, "stop_string"
     if stop_id is not None:
         return kept, "stop_id"
-    return (kept, "length") if len(emitted) + kept == config.max_new_tokens else (None, "")
+    return kept, "length" if len(emitted) + kept == config.max_new_tokens else ""
 
 
 def _has_stop(model: SatModel, before: int, tokens: list[int], config: DecodeConfig) -> bool:

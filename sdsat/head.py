@@ -8,7 +8,6 @@ state (a light form of the sampler head of arXiv 2507.11851). That costs two sma
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +15,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
 from . import packed
-from .config import SamplingConfig
-from .sampling import choose
-from .tree import DraftTree
 
 if TYPE_CHECKING:
     from .model import SatModel
@@ -58,46 +54,3 @@ def rerank(model: SatModel, states: Tensor, logits: Tensor, before: Tensor) -> t
     moves = model.head(states, model.model.get_input_embeddings()(before))
     rows = model.model.get_output_embeddings().weight[ids]
     return ids, scores + (rows @ moves[:, :, None])[:, :, 0]
-
-
-@lru_cache(maxsize=256)
-def _levels(tree: DraftTree, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
-    """For each depth: (its parents' nodes [P], its nodes [N], each one's place among the parents [N], and rank [N], width)."""
-    levels = []
-    for depth in range(1, max(tree.depths) + 1):
-        nodes = [node for node, d in enumerate(tree.depths) if d == depth]
-        parents = sorted({tree.parents[node] for node in nodes})
-        places = [parents.index(tree.parents[node]) for node in nodes]
-        ranks = [tree.ranks[node] for node in nodes]
-        tensors = [torch.tensor(part, device=device) for part in (parents, nodes, places, ranks)]
-        levels.append((tensors[0], tensors[1], tensors[2], tensors[3], max(ranks) + 1))
-    return levels
-
-
-@lru_cache(maxsize=256)
-def _sources(tree: DraftTree, device: torch.device) -> Tensor:
-    """[N] where node j's token stands in [y0, depth 1's candidates, depth 2's, ...]."""
-    places = [0 if d == 0 else 1 + (d - 1) * tree.width + rank for d, rank in zip(tree.depths, tree.ranks, strict=True)]
-    return torch.tensor(places, device=device)
-
-
-def draft_tokens(
-    model: SatModel, y0: Tensor, states: Tensor, logits: Tensor, index: Tensor, tree: DraftTree, sampling: SamplingConfig
-) -> Tensor:
-    """[N] tokens of the tree's nodes: y0 [1] at the root, the SATs' candidates below.
-
-    states [k, D], logits [k, V], index [k]: last hidden state, logits and emitted index of each SAT. Without a head, all
-    nodes of a depth draw from the same candidates; with one, the children of a node are the best given that node's token.
-    """
-    if model.head is None:
-        candidates = choose(logits, index, sampling, tree.width)  # [k, width]
-        return torch.cat([y0, candidates.flatten()])[_sources(tree, y0.device)]
-    scores, ids = logits.topk(min(SHORTLIST, logits.shape[-1]))
-    rows = model.model.get_output_embeddings().weight[ids]  # [k, C, D]
-    tokens = y0.repeat(len(tree))
-    for i, (parents, nodes, places, ranks, width) in enumerate(_levels(tree, y0.device)):
-        before = model.model.get_input_embeddings()(tokens[parents])
-        moves = model.head(states[i].expand_as(before), before)
-        given = (scores[i] + moves @ rows[i].T, index[i].expand(len(parents)), sampling, width, ids[i].expand(len(parents), -1))
-        tokens[nodes] = choose(*given)[places, ranks]
-    return tokens

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +16,13 @@ from . import adapter as adapters
 from . import attention, embedded
 from .config import InputError, SatConfig, require
 from .head import DraftHead
+from .native import NativeEngine, Unavailable
 from .packed import PackedLinears, can_pack
+
+if TYPE_CHECKING:
+    from .costs import CostCurve
+    from .engine import RowPolicy
+    from .planner import AutoPlanner
 
 # The two published checkpoints (arXiv 2403.18647) say nothing of their SAT in config.json.
 PUBLISHED = {
@@ -25,31 +32,17 @@ PUBLISHED = {
 # Checked against `transformers` generate in tests/test_families.py.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ENGINES = ("auto", "native", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class RowPolicy:
-    """How a pass is padded so that each of its rows is computed by the same kernels whatever their number.
-
-    stable: whether logits were found bit-equal under this policy (decode.probe_rows).
-    """
-
-    minimum: int
-    multiple: int
-    stable: bool = True
-
-    def rows(self, count: int) -> int:
-        """The padded number of rows of a pass of `count` rows."""
-        return max(self.minimum, -(-count // self.multiple) * self.multiple)
 
 
 @dataclass
 class SatModel:
     """A causal LM with what it takes to draft: its SAT settings and, in adapter mode, the adapter.
 
-    sat is None for a plain model: it decodes with k = 0 only. packed: on a CPU, its linear layers' weights in the
-    processor's own order. row_policy: see decode.probe_rows.
+    sat is None for a plain model: it decodes with k = 0 only. native: the CPU engine, None where passes go through
+    transformers' modules; then packed may hold their linear layers' weights in the processor's own order. row_policy: see
+    engine.probe_rows; costs: see costs.py; planners: what `auto` has learned, by settings.
     """
 
     model: PreTrainedModel
@@ -59,6 +52,13 @@ class SatModel:
     adapter: adapters.SatAdapter | None = None
     packed: PackedLinears | None = None
     row_policy: RowPolicy | None = None
+    native: NativeEngine | None = None
+    costs: CostCurve | None = None
+    planners: dict[Any, AutoPlanner] = field(default_factory=dict)
+
+    @property
+    def engine_name(self) -> str:
+        return "native" if self.native else "transformers"
 
     @property
     def device(self) -> torch.device:
@@ -170,8 +170,19 @@ def _load_base(name: str, dtype: torch.dtype | str, device: torch.device) -> tup
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _packed(model: PreTrainedModel) -> PackedLinears | None:
-    return PackedLinears(model).attach() if can_pack(model.device, model.dtype) else None
+def _with_engine(model: SatModel, engine: str) -> SatModel:
+    """The model with what its passes run on."""
+    if engine != "transformers":
+        try:
+            model.native = NativeEngine(model.model, model.adapter, model.max_context)
+            return model
+        except Unavailable as reason:
+            require(engine == "auto", f"engine=native: not to be had for {model.name} ({reason}); expected auto")
+            if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float32):
+                warnings.warn(f"passes go through transformers' modules, which is slower: {reason}", stacklevel=3)
+    if can_pack(model.device, model.dtype):
+        model.packed = PackedLinears(model.model).attach()
+    return model
 
 
 def _sat_of_checkpoint(name: str, config: Any) -> SatConfig | None:
@@ -189,13 +200,16 @@ def load(
     dtype: str = "bfloat16",
     device: str | None = None,
     sat_token_id: int | None = None,
+    engine: str = "auto",
 ) -> SatModel:
     """Load a model by hub id, directory, adapter directory or embedded name.
 
     dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own. device: see `pick_device`.
-    sat_token_id: overrides what the checkpoint says. Raises InputError, one line, for anything that can't be loaded.
+    sat_token_id: overrides what the checkpoint says. engine: 'native', 'transformers', or 'auto' for native where it can be
+    had (a CPU, float32 or bfloat16, a C++ compiler). Raises InputError, one line, for anything that can't be loaded.
     """
     check_dtype(dtype)
+    require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
     torch_device, torch_dtype = pick_device(device), DTYPES.get(dtype, "auto")
     directory = embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
     if (directory / adapters.CONFIG_FILE).is_file():
@@ -203,7 +217,7 @@ def load(
         base = adapters.read_config(directory).base_model
         model, tokenizer = _load_base(base, torch_dtype, torch_device)
         adapter = adapters.load(model, directory).fuse().attach(model)
-        return SatModel(model, tokenizer, name, adapter.config.sat, adapter, _packed(model))
+        return _with_engine(SatModel(model, tokenizer, name, adapter.config.sat, adapter), engine)
     model, tokenizer = _load_base(name, torch_dtype, torch_device)
     sat = _sat_of_checkpoint(name, model.config)
     if sat_token_id is not None:
@@ -213,4 +227,4 @@ def load(
         sat is None or sat.token_id < vocabulary,
         f"sat_token_id={sat and sat.token_id}: the model's vocabulary ends at {vocabulary - 1}",
     )
-    return SatModel(model, tokenizer, name, sat, packed=_packed(model))
+    return _with_engine(SatModel(model, tokenizer, name, sat), engine)

@@ -58,18 +58,23 @@ def support(logits: Tensor, sampling: SamplingConfig, at_least: int = 1) -> tupl
     return columns, logits.log_softmax(-1)
 
 
-def choose(logits: Tensor, index: Tensor, sampling: SamplingConfig, width: int = 1, ids: Tensor | None = None) -> Tensor:
-    """The `width` best tokens of each row, best first: `argmax(logits)` when greedy, else `argmax(log p + g_t)`.
+def choose_columns(logits: Tensor, index: Tensor, sampling: SamplingConfig, width: int = 1, ids: Tensor | None = None) -> Tensor:
+    """The columns of the `width` best tokens of each row, best first: `argmax(logits)`, or `argmax(log p + g_t)` when sampling.
 
-    logits: [N, C]; ids: [N, C] the tokens that the columns stand for, None for the whole vocabulary in order. index: [N]
-    emitted index t of each row (ignored when greedy). Returns ids [N, width], distinct within a row. Width 1 is the
-    model's own next token; a wider result is a list of drafts, without replacement.
+    logits: [N, C]; ids: [N, C] or [C], the tokens that the columns stand for, None for the whole vocabulary in order.
+    index: [N] emitted index t of each row (ignored when greedy). Returns [N, width], distinct within a row.
     """
     if sampling.greedy:
-        best = logits.float().argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
-        return best if ids is None else ids.gather(-1, best)
+        return logits.float().argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
     columns, log_p = support(logits, sampling, at_least=width)
-    tokens = columns if ids is None else ids.gather(-1, columns)
+    tokens = columns if ids is None else ids.expand_as(logits).gather(-1, columns)
     score = log_p.double() + gumbel_noise(sampling.seed, index, tokens)
-    best = score.argmax(-1, keepdim=True) if width == 1 else score.topk(width, dim=-1).indices
-    return tokens.gather(-1, best)
+    return columns.gather(-1, score.argmax(-1, keepdim=True) if width == 1 else score.topk(width, dim=-1).indices)
+
+
+def choose(logits: Tensor, index: Tensor, sampling: SamplingConfig, width: int = 1, ids: Tensor | None = None) -> Tensor:
+    """The `width` best tokens of each row as ids [N, width]: see `choose_columns`. Width 1 is the model's own next token; a wider
+    result is a list of drafts, without replacement.
+    """
+    columns = choose_columns(logits, index, sampling, width, ids)
+    return columns if ids is None else ids.expand_as(logits).gather(-1, columns)

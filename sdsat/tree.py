@@ -17,12 +17,12 @@ likeliest path is then the one that AR would have computed. The order is topolog
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from .config import InputError, require
+from .config import MAX_ROWS, InputError, require
 
 # Nodes per depth of the paper's sampling trees (28, 36, 46, 60 and 76 nodes). The totals, the first three depths and
 # the narrow ends are the paper's program's; how the middle narrows isn't known to us and is our own.
@@ -33,7 +33,6 @@ PAPER_WIDTHS = {
     11: (4, 8, 8, 8, 7, 6, 5, 5, 4, 3, 2),
     13: (4, 8, 8, 8, 8, 7, 7, 6, 6, 5, 4, 3, 2),
 }
-MAX_NODES = 96  # of one tree, root included: bounds the rows of a pass, and with them the cache's fixed length
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,15 @@ class DraftTree:
         """How many candidates a SAT must supply."""
         return max(self.ranks) + 1
 
+    def kept(self, nodes: list[int]) -> DraftTree:
+        """The same tree with these nodes only, in their old order. nodes: ascending, each with its parent."""
+        place = {node: i for i, node in enumerate(nodes)}
+        parents = tuple(-1 if self.parents[node] < 0 else place[self.parents[node]] for node in nodes)
+        return DraftTree(parents, tuple(self.ranks[node] for node in nodes))
+
     def truncated(self, depth: int) -> DraftTree:
         """The same tree without the nodes below `depth` (near max_new_tokens a shallower tree is enough)."""
-        kept = [node for node, d in enumerate(self.depths) if d <= depth]
-        place = {node: i for i, node in enumerate(kept)}
-        parents = tuple(-1 if self.parents[node] < 0 else place[self.parents[node]] for node in kept)
-        return DraftTree(parents, tuple(self.ranks[node] for node in kept))
+        return self.kept([node for node, d in enumerate(self.depths) if d <= depth])
 
     def children(self) -> list[list[int]]:
         children: list[list[int]] = [[] for _ in self.parents]
@@ -118,7 +120,7 @@ def from_branching(branching: tuple[int, ...]) -> DraftTree:
         levels.append([(parent, rank) for parent in range(size) for rank in range(count)])
         size *= count
         nodes += size
-        require(nodes <= MAX_NODES, f"tree={branching}: more than {MAX_NODES} nodes; use fewer or smaller widths")
+        require(nodes <= MAX_ROWS, f"tree={branching}: more than {MAX_ROWS} nodes; use fewer or smaller widths")
     return _from_levels(levels)
 
 
@@ -133,6 +135,34 @@ def from_widths(widths: tuple[int, ...]) -> DraftTree:
         levels.append([(parent, rank) for _, parent, rank in options[:width]])
         costs = [cost for cost, _, _ in options[:width]]
     return _from_levels(levels)
+
+
+@lru_cache(maxsize=1024)
+def pass_layout(tree: DraftTree, groups: tuple[tuple[int, int], ...], rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(within [rows, rows] bool, position offsets [rows]) of a pass: the tree's nodes, then SAT groups, then padding.
+
+    groups: (node, k) each. A node sees its ancestors and itself; a SAT its node, that node's ancestors and the SATs of its
+    group up to itself; a padding row itself. Offsets count from the root, which stands at 0; SAT i of a node at depth d at d + i.
+
+        chain of 2, groups       within  1              offsets  0
+        ((0, 2), (1, 1)):                1 1                     1
+                                         1   1                   1
+                                         1   1 1                 2
+                                         1 1     1               2
+    """
+    within, nodes, depths = torch.eye(rows, dtype=torch.bool), len(tree), tree.depths
+    within[:nodes, :nodes] = tree.ancestors()
+    offsets = torch.zeros(rows, dtype=torch.long)
+    offsets[:nodes] = torch.tensor(depths)
+    first = nodes
+    for node, size in groups:
+        for i in range(size):
+            row = first + i
+            within[row, :nodes] = within[node, :nodes]
+            within[row, first : row + 1] = True
+            offsets[row] = depths[node] + 1 + i
+        first += size
+    return within.to(device), offsets.to(device)
 
 
 @cache

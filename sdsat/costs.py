@@ -1,0 +1,130 @@
+"""The cost curve: seconds that a pass of n rows takes on this machine with this model, measured once and kept in the cache folder.
+
+sdsat costs [MODEL]      print it, measured anew
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .config import MAX_ROWS
+from .engine import forward, new_cache, prefill
+from .sampling import SamplingConfig
+from .tree import make_tree
+
+if TYPE_CHECKING:
+    from .model import SatModel
+
+COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32)  # rows
+CONTEXTS = (128, 1024)
+_TURNS = 7
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """verify[c][i]: seconds of a pass of COUNTS[i] standard rows at CONTEXTS[c]; draft[c][i]: of one of which all but the first are
+    SATs. drafting: seconds to turn one SAT's logits into a draft.
+    """
+
+    verify: list[list[float]]
+    draft: list[list[float]]
+    drafting: float
+
+    def __post_init__(self) -> None:
+        rows = np.arange(MAX_ROWS + 1)
+        grown = [[np.interp(rows, COUNTS, np.maximum.accumulate(times)) for times in part] for part in (self.verify, self.draft)]
+        slope = [[times[COUNTS[-1]] / COUNTS[-1] for times in part] for part in grown]  # beyond the last count
+        for part, slopes in zip(grown, slope, strict=True):
+            for times, each in zip(part, slopes, strict=True):
+                times[COUNTS[-1] :] = times[COUNTS[-1]] + each * (rows[COUNTS[-1] :] - COUNTS[-1])
+        extra = [np.maximum(0, np.append(d[1:], d[-1]) - np.append(v[1:], v[-1])) for v, d in zip(*grown, strict=True)]
+        object.__setattr__(self, "_rows", [times.tolist() for times in grown[0]])
+        object.__setattr__(self, "_sats", [times.tolist() for times in extra])
+
+    def seconds(self, rows: int, sats: int, context: int) -> float:
+        """Of a pass of `rows` rows, `sats` of them SATs, after `context` tokens, with the drafting of one group."""
+        near, far = CONTEXTS
+        share = (context - near) / (far - near)
+        tables: Any = self
+        rows, more = min(rows, MAX_ROWS), sats > 0
+        low, high = (tables._rows[c][rows] + more * tables._sats[c][min(sats, MAX_ROWS)] for c in (0, 1))
+        return low + max(-1.0, share) * (high - low) + (self.drafting * min(sats, 16) if more else 0.0)
+
+
+@torch.inference_mode()
+def measure_costs(model: SatModel) -> CostCurve:
+    """Medians of a few passes of every size, a few seconds in all."""
+    from .draft import draft_tokens
+
+    assert model.sat is not None
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    tokens = (torch.arange(max(CONTEXTS) + max(COUNTS), device=model.device) * 7919 + 11) % vocabulary
+    verify, draft = [], []
+    for context in CONTEXTS:
+        context = min(context, model.max_context - max(COUNTS))
+        cache = new_cache(model, context + max(COUNTS) + 1)
+        prefill(model, cache, tokens[:context])
+
+        def timed(count: int, sats: int, cache: Any = cache, context: int = context) -> float:
+            part = tokens[context : context + count].clone()
+            part[count - sats :] = model.sat.token_id if model.sat else 0
+            began = time.perf_counter()
+            forward(model, cache, part, make_tree("chain", count - sats - 1), ((count - sats - 1, sats),) if sats else ())
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            return time.perf_counter() - began
+
+        shapes = [(count, sats) for count in COUNTS for sats in {0, count - 1}]
+        times: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+        for _ in range(_TURNS):
+            for shape in shapes:
+                times[shape].append(timed(*shape))
+        verify.append([statistics.median(times[count, 0]) for count in COUNTS])
+        draft.append([statistics.median(times[count, count - 1]) for count in COUNTS])
+    k = model.sat.k
+    part = torch.full((1 + k,), model.sat.token_id, device=model.device)
+    part[0] = tokens[0]
+    states, logits = forward(model, cache, part, make_tree("chain", 0), ((0, k),))
+    spent = []
+    for _ in range(_TURNS):
+        began = time.perf_counter()
+        draft_tokens(model, int(tokens[1]), states[1:], logits[1:], 0, make_tree("chain", k), SamplingConfig())
+        spent.append(time.perf_counter() - began)
+    return CostCurve(verify, draft, statistics.median(spent) / k)
+
+
+def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
+    """The curve from the cache folder, or measured now and put there. One file for each machine, number of threads and model."""
+    from .embedded import cache_dir
+    from .records import environment, write_json
+
+    if model.costs is not None and not anew:
+        return model.costs
+    found = {key: value for key, value in environment(model).items() if key not in ("commit", "platform", "python")}
+    adapter = model.adapter.config if model.adapter else None
+    sizes = {key: value for key, value in sorted(model.model.config.to_dict().items()) if isinstance(value, (int, float))}
+    shape = {
+        "adapter": [adapter.rank, adapter.targets, adapter.head] if adapter else None,
+        "k": model.sat and model.sat.k,
+        **sizes,
+    }
+    found |= {"dtype": str(model.dtype), "engine": model.engine_name, "shape": shape}
+    name = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    file = cache_dir() / "costs" / f"{name}.json"
+    if file.is_file() and not anew:
+        held = json.loads(file.read_text())
+        model.costs = CostCurve(held["verify"], held["draft"], held["drafting"])
+    else:
+        model.costs = measure_costs(model)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        curve = {"verify": model.costs.verify, "draft": model.costs.draft, "drafting": model.costs.drafting}
+        write_json(file, {"counts": COUNTS, "contexts": CONTEXTS, **curve, "environment": found})
+    return model.costs

@@ -1,0 +1,108 @@
+"""Drafts: the tokens that SATs guess, and those looked up, as one tree below the last true token x."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .config import MAX_ROWS, SamplingConfig
+from .engine import top
+from .head import SHORTLIST
+from .sampling import choose_columns, gumbel_noise
+from .tree import DraftTree
+
+if TYPE_CHECKING:
+    from .model import SatModel
+
+_ROOT = DraftTree((-1,), (0,))
+
+
+@dataclass
+class Drafts:
+    """A tree of drafts below x, which is node 0. likely[j]: how likely node j is right, given that its parent is.
+
+    looked_up[j]: the draft comes from the text so far, and not (or not only) from a SAT. by_sats: SATs have drafted.
+    """
+
+    tree: DraftTree
+    tokens: list[int]
+    likely: list[float]
+    looked_up: list[bool]
+    by_sats: bool = False
+
+    @classmethod
+    def none(cls, x: int) -> Drafts:
+        return cls(_ROOT, [x], [1.0], [False])
+
+    def with_chain(self, tokens: list[int], likely: float) -> Drafts:
+        """The tree with a looked-up chain added below x; where it says what a draft says already, that draft is in both."""
+        parents, ranks = list(self.tree.parents), list(self.tree.ranks)
+        out = Drafts(self.tree, list(self.tokens), list(self.likely), list(self.looked_up), self.by_sats)
+        node = 0
+        for token in tokens:
+            same = [j for j in range(len(parents)) if parents[j] == node and out.tokens[j] == token]
+            if not same and len(parents) == MAX_ROWS // 2:
+                break
+            if not same:
+                parents.append(node)
+                ranks.append(0)
+                out.tokens.append(token)
+                out.likely.append(likely)
+                out.looked_up.append(True)
+            node = same[0] if same else len(parents) - 1
+            out.likely[node] = max(out.likely[node], likely)
+            out.looked_up[node] = True
+        out.tree = DraftTree(tuple(parents), tuple(ranks))
+        return out
+
+    def kept(self, nodes: list[int]) -> Drafts:
+        if len(nodes) == len(self.tokens):
+            return self
+        tokens, likely = [self.tokens[node] for node in nodes], [self.likely[node] for node in nodes]
+        return Drafts(self.tree.kept(nodes), tokens, likely, [self.looked_up[node] for node in nodes], self.by_sats)
+
+
+@lru_cache(maxsize=256)
+def _levels(tree: DraftTree, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
+    """For each depth: (its parents' nodes [P], its nodes [N], each one's place among the parents [N], and rank [N], width)."""
+    levels = []
+    for depth in range(1, max(tree.depths) + 1):
+        nodes = [node for node, d in enumerate(tree.depths) if d == depth]
+        parents = sorted({tree.parents[node] for node in nodes})
+        places = [parents.index(tree.parents[node]) for node in nodes]
+        ranks = [tree.ranks[node] for node in nodes]
+        tensors = [torch.tensor(part, device=device) for part in (parents, nodes, places, ranks)]
+        levels.append((tensors[0], tensors[1], tensors[2], tensors[3], max(ranks) + 1))
+    return levels
+
+
+def draft_tokens(
+    model: SatModel, x: int, states: Tensor, logits: Tensor, index: int, tree: DraftTree, sampling: SamplingConfig
+) -> tuple[list[int], list[float]]:
+    """The tokens of the tree's nodes, x at the root and the SATs' candidates below, and how likely each seems.
+
+    states [k, D], logits [k, V]: last hidden states and logits of the SATs; index: emitted index of the first draft. Without a
+    head, all nodes of a depth draw from the same candidates; with one, the children of a node are the best given that node's
+    token. Likely: the token's share among the SHORTLIST best of its SAT.
+    """
+    scores, ids = top(model, logits, min(SHORTLIST, logits.shape[-1]))
+    if model.native:
+        at = torch.arange(index, index + len(ids))
+        noise = None if sampling.greedy else gumbel_noise(sampling.seed, at, ids)
+        return model.native.draft(x, states, scores, ids, tree, sampling, noise)
+    rows = model.model.get_output_embeddings().weight[ids].to(states.dtype) if model.head else None  # [k, C, D]
+    tokens = torch.full((len(tree),), x, device=logits.device)
+    likely = torch.ones(len(tree), device=logits.device)
+    for i, (parents, nodes, places, ranks, width) in enumerate(_levels(tree, logits.device)):
+        given = scores[i].expand(len(parents), -1)
+        if model.head is not None and rows is not None:
+            before = model.model.get_input_embeddings()(tokens[parents])
+            given = given + (model.head(states[i].expand_as(before), before) @ rows[i].T).float()
+        places_of = choose_columns(given, torch.full((len(parents),), index + i, device=logits.device), sampling, width, ids[i])
+        tokens[nodes] = ids[i][places_of][places, ranks]
+        likely[nodes] = given.softmax(-1).gather(-1, places_of)[places, ranks]
+    return tokens.tolist(), likely.tolist()

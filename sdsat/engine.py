@@ -1,0 +1,148 @@
+"""What runs a pass: transformers' own modules on any device (here), or the native engine on a CPU (native.py).
+
+Both keep the same promise, on which exactness rests: a row's logits have the same bits whatever rows stand beside it. The native
+engine computes every row in one order; here it is arranged: the cache has a fixed length, which depends on the prompt and
+max_new_tokens alone, and passes are padded as a `RowPolicy` says, which `probe_rows` finds by trying.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .cache import SlotCache, pass_mask
+from .native import NativeCache, NativeEngine
+from .tree import DraftTree, make_tree, pass_layout
+
+if TYPE_CHECKING:
+    from .model import SatModel
+
+PREFILL_ROWS = 256  # of one pass of the native engine
+
+
+@dataclass(frozen=True)
+class RowPolicy:
+    """How a pass is padded so that each of its rows is computed by the same kernels whatever their number.
+
+    stable: whether logits were found bit-equal under this policy (`probe_rows`).
+    """
+
+    minimum: int
+    multiple: int
+    stable: bool = True
+
+    def rows(self, count: int) -> int:
+        """The padded number of rows of a pass of `count` rows."""
+        return max(self.minimum, -(-count // self.multiple) * self.multiple)
+
+
+_POLICIES = (RowPolicy(1, 1), RowPolicy(2, 1), RowPolicy(4, 1), RowPolicy(4, 4), RowPolicy(8, 8), RowPolicy(16, 16))
+
+
+def new_cache(model: SatModel, num_slots: int) -> SlotCache | NativeCache:
+    """An empty cache for one sequence."""
+    if isinstance(model.native, NativeEngine):
+        return model.native.cache(num_slots)
+    return SlotCache(model.model.config.num_hidden_layers, num_slots)
+
+
+def forward(
+    model: SatModel,
+    cache: SlotCache | NativeCache,
+    tokens: Tensor,
+    tree: DraftTree,
+    groups: tuple[tuple[int, int], ...] = (),
+    policy: RowPolicy | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One pass over a draft tree and SAT groups (node, k). tokens [R]: one a node, then the SATs. Commits nothing.
+
+    policy: padding for transformers' modules, the model's own by default. Returns (last hidden states [R, D], logits [R, V]).
+    """
+    sats, count = sum(size for _, size in groups), tokens.shape[0]
+    if isinstance(cache, NativeCache):
+        assert model.native is not None
+        within, offsets = pass_layout(tree, groups, count, model.device)
+        states, logits = model.native.forward(cache, model.embed(tokens[None])[0], within, offsets, sats)
+        return states, model.legal(logits)
+    within, offsets = pass_layout(tree, groups, (policy or probe_rows(model)).rows(count), model.device)
+    tokens = torch.nn.functional.pad(tokens, (0, len(offsets) - count))
+    with model.sat_rows(count - sats, count):
+        states = model.model.base_model(
+            inputs_embeds=model.embed(tokens[None]),
+            attention_mask=model.mask(pass_mask(cache, within)),
+            position_ids=(cache.length + offsets)[None],
+            past_key_values=cache,
+        ).last_hidden_state[0]
+    return states[:count], model.legal(model.model.get_output_embeddings()(states)[:count])
+
+
+def prefill(model: SatModel, cache: SlotCache | NativeCache, tokens: Tensor) -> None:
+    """Fill `cache` anew with the key/values of `tokens`: [N], or [B, N] through transformers' modules, in one pass."""
+    cache.length = 0
+    count = tokens.shape[-1]
+    if isinstance(cache, NativeCache):
+        assert model.native is not None
+        for part in tokens.split(PREFILL_ROWS) if count else ():
+            rows = torch.arange(len(part))
+            model.native.forward(cache, model.embed(part[None])[0], rows <= rows[:, None], rows, last=0)
+            cache.commit(tuple(range(len(part))))
+        return
+    if not count:
+        return
+    tokens, rows = tokens.reshape(-1, count), torch.arange(count, device=model.device)
+    cache.visible = count
+    model.model.base_model(
+        inputs_embeds=model.embed(tokens),
+        attention_mask=model.mask((rows <= rows[:, None]).expand(len(tokens), 1, count, count)),
+        position_ids=rows[None],
+        past_key_values=cache,
+    )
+    cache.visible = cache.num_slots
+    cache.commit(tuple(range(count)))
+
+
+@torch.inference_mode()
+def probe_rows(model: SatModel) -> RowPolicy:
+    """The cheapest padding under which a row's logits have the same bits whatever the number of rows in its pass.
+
+    After a context of 64 tokens, compares one pass of 96 tokens with the same tokens one at a time and in passes of
+    other sizes, padded by each policy in turn; the native engine needs no padding, and is compared all the same. Where none is
+    stable (some GPUs), passes are padded to multiples of 4 and `stable` is false. The answer is kept in `model.row_policy`.
+    """
+    if model.row_policy is None:
+        vocabulary = model.model.get_input_embeddings().weight.shape[0]
+        tokens = (torch.arange(64 + 96, device=model.device) * 7919 + 11) % vocabulary
+        cache = new_cache(model, 512)
+        prefill(model, cache, tokens[:64])
+
+        @lru_cache
+        def logits_of(first: int, rows: int, padded: int) -> Tensor:
+            cache.length = 64 + first
+            part = tokens[64 + first : 64 + first + rows]
+            return forward(model, cache, part, make_tree("chain", rows - 1), (), RowPolicy(padded, 1))[1]
+
+        def stable(policy: RowPolicy) -> bool:
+            whole = logits_of(0, 96, 96)
+            one_by_one = (torch.equal(logits_of(i, 1, policy.rows(1))[0], whole[i]) for i in range(16))
+            sizes = sorted({policy.rows(count) for count in (*range(1, 33), 48, 64)})
+            return all(one_by_one) and all(torch.equal(logits_of(0, n, n), whole[:n]) for n in sizes)
+
+        policies = _POLICIES[:1] if model.native else _POLICIES
+        fallback = RowPolicy(1, 1, stable=False) if model.native else RowPolicy(4, 4, stable=False)
+        model.row_policy = next((policy for policy in policies if stable(policy)), fallback)
+    return model.row_policy
+
+
+def top(model: SatModel, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest logits of each row, largest first: (values [N, count] in float32, ids [N, count])."""
+    if model.native:
+        return model.native.top(logits, count)
+    if count == 1:
+        ids = logits.float().argmax(-1, keepdim=True)
+        return logits.gather(-1, ids).float(), ids
+    values, ids = logits.topk(count)
+    return values.float(), ids

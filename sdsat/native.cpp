@@ -1,0 +1,522 @@
+// A pass of a Llama-form decoder on a CPU: native.py builds this file at first use and describes every argument.
+//
+// A row's result has the same bits whatever rows stand beside it and wherever its context lies in the cache:
+//   - a linear layer adds up each output over the inputs in order, in one lane of a vector, for any number of rows;
+//   - attention numbers the keys a row may see 0, 1, 2, .. in order of position, and adds up in that order.
+// So a token verified in a draft tree gets the bits that it gets alone, and drafting is lossless in bfloat16 too.
+// Values are rounded to the model's type where transformers' modules round them.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+typedef float f32x __attribute__((vector_size(64)));  // 16 lanes; on narrower processors the compiler splits them
+typedef uint32_t u32x __attribute__((vector_size(64)));
+typedef int32_t i32x __attribute__((vector_size(64)));
+typedef uint16_t u16x __attribute__((vector_size(32)));
+typedef uint16_t bf16;
+
+constexpr int LANES = 16, BLOCK = 2 * LANES, TILE = 14, KEYS = 4 * LANES;  // outputs, rows and keys that go together
+
+// ---- storage types: load and store 16 values, and the two inner products, for bfloat16 and float ----
+
+static inline f32x all(float v) { return v - f32x{}; }
+static inline f32x as_f32(u32x v) { f32x r; memcpy(&r, &v, 64); return r; }
+static inline u32x as_u32(f32x v) { u32x r; memcpy(&r, &v, 64); return r; }
+static inline float sum(f32x v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+
+static inline f32x load(const float* p) { f32x r; memcpy(&r, p, 64); return r; }
+static inline f32x load(const bf16* p) { u16x v; memcpy(&v, p, 32); return as_f32(__builtin_convertvector(v, u32x) << 16); }
+static inline void store(float* p, f32x v) { memcpy(p, &v, 64); }
+static inline void store(bf16* p, f32x v) {
+  u32x bits = as_u32(v);
+  u16x r = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16x);  // to nearest, ties to even
+  memcpy(p, &r, 32);
+}
+template <class T> static inline f32x rounded(f32x v) { T t[LANES]; store(t, v); return load(t); }
+template <> inline f32x rounded<float>(f32x v) { return v; }
+
+template <class T> struct Pairs { static constexpr int step = 1; };  // inputs that one step of an inner product takes
+template <> struct Pairs<bf16> { static constexpr int step = 2; };
+
+// acc += w * x for one step: w holds 16 outputs (bfloat16: 16 pairs), x the input (the pair of inputs).
+static inline f32x step(f32x acc, const float* w, const float* x) { return acc + load(w) * *x; }
+static inline f32x step(f32x acc, const bf16* w, const bf16* x) {
+#ifdef __AVX512BF16__
+  int32_t pair;
+  memcpy(&pair, x, 4);
+  return (f32x)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
+#else
+  u32x bits;
+  memcpy(&bits, w, 64);
+  uint32_t low = uint32_t(x[0]) << 16, high = uint32_t(x[1]) << 16;
+  float a, b;
+  memcpy(&a, &low, 4);
+  memcpy(&b, &high, 4);
+  acc = acc + as_f32(bits << 16) * a;
+  return acc + as_f32(bits & 0xffff0000u) * b;
+#endif
+}
+
+static inline f32x exp16(f32x x) {
+  x = x < all(-87.f) ? all(-87.f) : x;
+  f32x n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // the magic number rounds to a whole one
+  f32x r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  f32x p = all(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
+  p = p * r * r + r + 1.f;
+  return as_f32(as_u32(p) + (u32x)(__builtin_convertvector(n, i32x) << 23));
+}
+
+// ---- linear layers: weights [out / 32][in / step][2][16][step] ----
+
+template <class T, int R> static inline void tile(const T* x, int64_t ldx, const T* w, int in, float* y) {
+  constexpr int S = Pairs<T>::step;
+  f32x a[R] = {}, b[R] = {};
+  for (int i = 0; i < in; i += S, w += BLOCK * S) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      a[r] = step(a[r], w, x + r * ldx + i);
+      b[r] = step(b[r], w + LANES * S, x + r * ldx + i);
+    }
+  }
+  for (int r = 0; r < R; r++) store(y + r * BLOCK, a[r]), store(y + r * BLOCK + LANES, b[r]);
+}
+
+// y[r][0..32) = x[r] . w for one block of 32 outputs, rows in tiles of nearly equal size.
+template <class T> static void block(const T* x, int64_t ldx, int rows, const T* w, int in, float* y) {
+  int tiles = (rows + TILE - 1) / TILE;
+  for (int t = 0; t < tiles; t++) {
+    int size = (rows + tiles - t - 1) / (tiles - t);
+    switch (size) {
+#define CASE(n) case n: tile<T, n>(x, ldx, w, in, y); break;
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#undef CASE
+    }
+    x += size * ldx, y += size * BLOCK, rows -= size;
+  }
+}
+
+struct Linear {  // down [rank, in] and up [out, rank] act on SAT rows only; sizes are padded to whole blocks
+  const void *weight, *bias, *down, *up;
+  int64_t out, in, rank;
+};
+
+struct Layer {
+  const void *norm_attention, *norm_mlp, *norm_q, *norm_k;
+  Linear q, k, v, o, gate, up, down;
+};
+
+struct Model {
+  int64_t layers, hidden, heads, kv_heads, dim, inner, vocabulary, threads;
+  float eps, scale;
+  const float *cos, *sin;  // [positions, dim]
+  const void* norm;
+  Linear head;
+  const Layer* layer;
+  const void *embedding, *unembedding;  // [vocabulary, hidden] as they are, for drafting
+  Linear draft_inner, draft_outer;             // the draft head, rank 0 and no weight where there is none
+  float draft_eps;
+};
+
+struct Cache {  // keys [layers, B, kv_heads, T / 16, dim / step, 16, step], values [layers, B, kv_heads, T / step, dim, step]
+  void *keys, *values;
+  int64_t batch, slots;
+};
+
+struct Drafting {  // see native.py
+  const void* states;
+  const float* scores;
+  const int64_t* ids;
+  const double* noise;
+  const int64_t *parents, *ranks, *depths;
+  int64_t* tokens;
+  float* likely;
+  int64_t nodes, shortlist, top_k;
+  double temperature, top_p;
+};
+
+struct Pass {  // see native.py
+  void *x, *states, *logits;
+  const int64_t *positions, *slots, *sequences, *lengths;
+  const uint8_t* within;
+  int64_t rows, sats, last;
+};
+
+// What the SAT rows add, low [SATs, rank], which outputs() multiplies by `up`: too little to share among threads.
+template <class T> static void lower(const Linear& l, const T* x, int sats, float* y, T* low) {
+  if (!sats) return;
+  for (int b = 0; b < l.rank / BLOCK; b++) {
+    block<T>(x, l.in, sats, (const T*)l.down + int64_t(b) * BLOCK * l.in, l.in, y);
+    for (int r = 0; r < sats; r++)
+      for (int c = 0; c < BLOCK; c += LANES) store(low + r * l.rank + b * BLOCK + c, load(y + r * BLOCK + c));
+  }
+}
+
+// Block b of a linear layer for all rows, the last `sats` of them with their update: y [rows, 32].
+template <class T>
+static void outputs(const Linear& l, int b, const T* x, int rows, int sats, const T* low, float* y, float* more) {
+  block<T>(x, l.in, rows, (const T*)l.weight + int64_t(b) * BLOCK * l.in, l.in, y);
+  if (l.bias)
+    for (int r = 0; r < rows; r++)
+      for (int h = 0; h < BLOCK; h += LANES)
+        store(y + r * BLOCK + h, load(y + r * BLOCK + h) + load((const T*)l.bias + b * BLOCK + h));
+  if (l.rank && sats) {
+    block<T>(low, l.rank, sats, (const T*)l.up + int64_t(b) * BLOCK * l.rank, l.rank, more);
+    float* to = y + (rows - sats) * BLOCK;
+    for (int i = 0; i < sats * BLOCK; i += LANES) store(to + i, load(to + i) + load(more + i));
+  }
+}
+
+template <class T> static void norm(const T* x, const void* weight, int size, float eps, T* y) {
+  f32x squares = {};
+  for (int i = 0; i < size; i += LANES) squares += load(x + i) * load(x + i);
+  float factor = 1.f / std::sqrt(sum(squares) / size + eps);
+  for (int i = 0; i < size; i += LANES) store(y + i, rounded<T>(load(x + i) * factor) * load((const T*)weight + i));
+}
+
+template <class T> static void rotate(T* x, const float* cos, const float* sin, int dim) {
+  for (int i = 0; i < dim / 2; i += LANES) {
+    f32x a = load(x + i), b = load(x + dim / 2 + i);
+    store(x + i, rounded<T>(a * load(cos + i)) + rounded<T>(-b * load(sin + i)));
+    store(x + dim / 2 + i, rounded<T>(b * load(cos + dim / 2 + i)) + rounded<T>(a * load(sin + dim / 2 + i)));
+  }
+}
+
+// ---- attention of one row, H query heads of one key/value head ----
+
+template <class T, int H>
+static void attend(const T* q, int dim, const T* keys, const T* values, const std::vector<int>& own, int length, float scale,
+                   float* scores, int64_t width, T* gathered, T* out) {
+  constexpr int S = Pairs<T>::step;
+  int last = own.back() + 1, seen = length + int(own.size());
+  for (int t = 0; t < last; t += KEYS) {
+    f32x a[H][4] = {};
+    const T* k = keys + int64_t(t) * dim;
+    for (int d = 0; d < dim; d += S)
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; c++)
+#pragma GCC unroll 3
+        for (int h = 0; h < H; h++) a[h][c] = step(a[h][c], k + c * LANES * dim + d * LANES, q + h * dim + d);
+    for (int h = 0; h < H; h++)
+      for (int c = 0; c < 4; c++) store(scores + h * width + t + c * LANES, a[h][c] * scale);
+  }
+  int padded = (seen + LANES - 1) / LANES * LANES;
+  for (int h = 0; h < H; h++) {
+    float* s = scores + h * width;
+    for (int j = 0; j < int(own.size()); j++) s[length + j] = s[own[j]];  // own slots ascend: none is overwritten before it is read
+    for (int j = seen; j < padded; j++) s[j] = -std::numeric_limits<float>::infinity();
+    f32x top = load(s), total = {};
+    for (int j = LANES; j < padded; j += LANES) top = load(s + j) > top ? load(s + j) : top;
+    float most = top[0];
+    for (int i = 1; i < LANES; i++) most = std::max(most, top[i]);
+    for (int j = 0; j < padded; j += LANES) store(s + j, exp16(load(s + j) - most));
+    for (int j = seen; j < padded; j++) s[j] = 0;
+    for (int j = 0; j < padded; j += LANES) total += load(s + j);
+    float factor = 1.f / sum(total);
+    T* p = (T*)s;  // in place: what is written has been read
+    for (int j = 0; j < padded; j += LANES) store(p + j, load(s + j) * factor);
+  }
+  // Keys go S at a time: those before `whole` as they lie in the cache, the others gathered.
+  int whole = length / S * S;
+  for (int d = 0; d < dim; d += LANES) {
+    for (int j = whole; j < seen; j++) {
+      int slot = j < length ? j : own[j - length];
+      const T* v = values + (int64_t(slot) / S * dim + d) * S + slot % S;
+      T* to = gathered + (j - whole) / S * S * LANES + (j - whole) % S;
+      for (int i = 0; i < LANES; i++) to[i * S] = v[i * S];
+    }
+    if (S == 2 && (seen - whole) % 2)  // the last one's partner: nothing
+      for (int i = 0; i < LANES; i++) gathered[(seen - whole) / S * S * LANES + i * S + 1] = 0;
+    f32x a[H] = {};
+    for (int j = 0; j < seen; j += S) {
+      const T* v = j < whole ? values + (int64_t(j) / S * dim + d) * S : gathered + (j - whole) * LANES;
+#pragma GCC unroll 3
+      for (int h = 0; h < H; h++) a[h] = step(a[h], v, (const T*)(scores + h * width) + j);
+    }
+    for (int h = 0; h < H; h++) store(out + h * dim + d, a[h]);
+  }
+}
+
+template <class T> static void run(const Model& m, const Cache& cache, const Pass& pass) {
+  constexpr int S = Pairs<T>::step;
+  const int n = pass.rows, sats = pass.sats, first = n - sats;
+  const int width_q = m.heads * m.dim, width_kv = m.kv_heads * m.dim, group = m.heads / m.kv_heads;
+  int64_t rank = 0;
+  for (int i = 0; i < m.layers; i++)
+    for (const Linear* l : {&m.layer[i].q, &m.layer[i].k, &m.layer[i].v, &m.layer[i].o, &m.layer[i].gate, &m.layer[i].up, &m.layer[i].down})
+      rank = std::max(rank, l->rank);
+  T* h = (T*)pass.x;
+  std::vector<T> q(n * width_q), k(n * width_kv), v(n * width_kv), mixed(n * width_q), mid(n * m.inner);
+  const int64_t head_size = cache.slots * m.dim;
+
+#pragma omp parallel num_threads(int(m.threads))
+  {
+    std::vector<float> y(n * BLOCK), y2(n * BLOCK), more(sats * BLOCK), scores(std::min(group, 3) * cache.slots);
+    std::vector<T> xn(n * m.hidden), low(sats * rank), low2(sats * rank), gathered((n + S) * LANES);
+    std::vector<int> own;
+    auto normed = [&](const void* weight) {  // every thread for itself: cheaper than waiting for each other
+      for (int r = 0; r < n; r++) norm<T>(h + r * m.hidden, weight, m.hidden, m.eps, xn.data() + r * m.hidden);
+    };
+    auto project = [&](const Linear& l, T* to) {
+      lower<T>(l, xn.data() + first * m.hidden, sats, y.data(), low.data());
+#pragma omp for schedule(static) nowait
+      for (int b = 0; b < l.out / BLOCK; b++) {
+        outputs<T>(l, b, xn.data(), n, sats, low.data(), y.data(), more.data());
+        for (int r = 0; r < n; r++)
+          for (int c = 0; c < BLOCK; c += LANES) store(to + r * l.out + b * BLOCK + c, load(y.data() + r * BLOCK + c));
+      }
+    };
+    auto add_to_h = [&](const Linear& l, const T* x) {
+      lower<T>(l, x + first * l.in, sats, y.data(), low.data());
+#pragma omp for schedule(static)
+      for (int b = 0; b < l.out / BLOCK; b++) {
+        outputs<T>(l, b, x, n, sats, low.data(), y.data(), more.data());
+        for (int r = 0; r < n; r++)
+          for (int c = 0; c < BLOCK; c += LANES) {
+            T* to = h + r * m.hidden + b * BLOCK + c;
+            store(to, load(to) + rounded<T>(load(y.data() + r * BLOCK + c)));
+          }
+      }
+    };
+    for (int i = 0; i < m.layers; i++) {
+      const Layer& layer = m.layer[i];
+      normed(layer.norm_attention);
+      project(layer.q, q.data());
+      project(layer.k, k.data());
+      project(layer.v, v.data());
+#pragma omp barrier
+#pragma omp for schedule(static)
+      for (int r = 0; r < n; r++) {
+        const float *cos = m.cos + pass.positions[r] * m.dim, *sin = m.sin + pass.positions[r] * m.dim;
+        for (int a = 0; a < m.heads; a++) {
+          T* x = q.data() + r * width_q + a * m.dim;
+          if (layer.norm_q) norm<T>(x, layer.norm_q, m.dim, m.eps, x);
+          rotate<T>(x, cos, sin, m.dim);
+        }
+        int64_t slot = pass.slots[r];
+        for (int a = 0; a < m.kv_heads; a++) {
+          T* x = k.data() + r * width_kv + a * m.dim;
+          if (layer.norm_k) norm<T>(x, layer.norm_k, m.dim, m.eps, x);
+          rotate<T>(x, cos, sin, m.dim);
+          int64_t at = ((i * cache.batch + pass.sequences[r]) * m.kv_heads + a) * head_size;
+          T* to = (T*)cache.keys + at + slot / LANES * LANES * m.dim + slot % LANES * S;
+          for (int d = 0; d < m.dim; d += S) memcpy(to + d * LANES, x + d, S * sizeof(T));
+          T* value = (T*)cache.values + at + slot / S * S * m.dim + slot % S;
+          for (int d = 0; d < m.dim; d++) value[d * S] = v[r * width_kv + a * m.dim + d];
+        }
+      }
+#pragma omp for schedule(dynamic)
+      for (int item = 0; item < n * int(m.kv_heads); item++) {
+        int r = item / m.kv_heads, a = item % m.kv_heads;
+        own.clear();
+        for (int j = 0; j < n; j++)
+          if (pass.within[int64_t(r) * n + j]) own.push_back(pass.slots[j]);
+        int64_t at = ((i * cache.batch + pass.sequences[r]) * m.kv_heads + a) * head_size;
+        const T *keys = (const T*)cache.keys + at, *values = (const T*)cache.values + at;
+        for (int b = 0; b < group; b += 3) {
+          int64_t offset = int64_t(r) * width_q + (a * group + b) * m.dim;
+          auto args = [&](auto heads) {
+            attend<T, decltype(heads)::value>(q.data() + offset, m.dim, keys, values, own, pass.lengths[r], m.scale,
+                                              scores.data(), cache.slots, gathered.data(), mixed.data() + offset);
+          };
+          if (group - b >= 3) args(std::integral_constant<int, 3>());
+          else if (group - b == 2) args(std::integral_constant<int, 2>());
+          else args(std::integral_constant<int, 1>());
+        }
+      }
+      add_to_h(layer.o, mixed.data());
+      normed(layer.norm_mlp);
+      lower<T>(layer.gate, xn.data() + first * m.hidden, sats, y.data(), low.data());
+      lower<T>(layer.up, xn.data() + first * m.hidden, sats, y.data(), low2.data());
+#pragma omp for schedule(static)
+      for (int b = 0; b < m.inner / BLOCK; b++) {
+        outputs<T>(layer.gate, b, xn.data(), n, sats, low.data(), y.data(), more.data());
+        outputs<T>(layer.up, b, xn.data(), n, sats, low2.data(), y2.data(), more.data());
+        for (int r = 0; r < n; r++)
+          for (int c = 0; c < BLOCK; c += LANES) {
+            f32x g = rounded<T>(load(y.data() + r * BLOCK + c)), u = rounded<T>(load(y2.data() + r * BLOCK + c));
+            store(mid.data() + r * m.inner + b * BLOCK + c, rounded<T>(g / (exp16(-g) + 1.f)) * u);
+          }
+      }
+      add_to_h(layer.down, mid.data());
+    }
+    T* states = (T*)pass.states;
+#pragma omp for schedule(static)
+    for (int r = 0; r < n; r++) norm<T>(h + r * m.hidden, m.norm, m.hidden, m.eps, states + r * m.hidden);
+    int rows = pass.last;  // logits of the last rows only
+#pragma omp for schedule(static)
+    for (int b = 0; b < (rows ? m.head.out / BLOCK : 0); b++) {
+      outputs<T>(m.head, b, states + (n - rows) * m.hidden, rows, 0, nullptr, y.data(), more.data());
+      int count = std::min<int64_t>(BLOCK, m.vocabulary - b * BLOCK);
+      for (int r = 0; r < rows; r++) {
+        T part[BLOCK];
+        for (int c = 0; c < BLOCK; c += LANES) store(part + c, load(y.data() + r * BLOCK + c));
+        memcpy((T*)pass.logits + r * m.vocabulary + b * BLOCK, part, count * sizeof(T));
+      }
+    }
+  }
+}
+
+// Keep rows at `from` slots as the slots length, length + 1, ..: the walk of a tree, made contiguous.
+template <class T> static void move(const Model& m, const Cache& cache, int64_t sequence, int64_t length, const int64_t* from, int64_t count) {
+  constexpr int S = Pairs<T>::step;
+#pragma omp parallel for num_threads(int(m.threads)) schedule(static)
+  for (int i = 0; i < m.layers * m.kv_heads; i++) {
+    int64_t at = ((i / m.kv_heads * cache.batch + sequence) * m.kv_heads + i % m.kv_heads) * cache.slots * m.dim;
+    T *keys = (T*)cache.keys + at, *values = (T*)cache.values + at;
+    for (int64_t j = 0; j < count; j++) {
+      int64_t to = length + j;
+      if (from[j] == to) continue;
+      for (int d = 0; d < m.dim; d += S)
+        memcpy(keys + to / LANES * LANES * m.dim + d * LANES + to % LANES * S,
+               keys + from[j] / LANES * LANES * m.dim + d * LANES + from[j] % LANES * S, S * sizeof(T));
+      for (int d = 0; d < m.dim; d++)
+        values[to / S * S * m.dim + d * S + to % S] = values[from[j] / S * S * m.dim + d * S + from[j] % S];
+    }
+  }
+}
+
+// The `count` largest of each row, largest first; of equals the lower id first.
+template <class T>
+static void largest(const T* x, int64_t rows, int64_t size, int64_t count, int64_t* ids, float* values, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t* id = ids + r * count;
+    float* best = values + r * count;
+    int64_t held = 0;
+    auto offer = [&](int64_t i, float v) {
+      if (held == count && !(v > best[held - 1])) return;
+      int64_t j = held < count ? held++ : held - 1;
+      for (; j > 0 && v > best[j - 1]; j--) best[j] = best[j - 1], id[j] = id[j - 1];
+      best[j] = v, id[j] = i;
+    };
+    const T* row = x + r * size;
+    int64_t i = 0;
+    for (; i + 4 * LANES <= size; i += 4 * LANES) {
+      f32x a = load(row + i), b = load(row + i + LANES), c = load(row + i + 2 * LANES), d = load(row + i + 3 * LANES);
+      a = a > b ? a : b, c = c > d ? c : d, a = a > c ? a : c;
+      bool any = held < count;
+      if (!any) {
+        i32x more = a > all(best[held - 1]);
+        int64_t bits[8];
+        memcpy(bits, &more, 64);
+        for (int64_t part : bits) any |= part != 0;
+      }
+      if (any)
+        for (int j = 0; j < 4 * LANES; j++) {
+          T one[1] = {row[i + j]};
+          float v;
+          if (sizeof(T) == 4) memcpy(&v, one, 4);
+          else { uint32_t u; uint16_t half; memcpy(&half, one, 2); u = uint32_t(half) << 16; memcpy(&v, &u, 4); }
+          offer(i + j, v);
+        }
+    }
+    for (; i < size; i++) {
+      float v;
+      if (sizeof(T) == 4) memcpy(&v, row + i, 4);
+      else { uint16_t half; memcpy(&half, row + i, 2); uint32_t u = uint32_t(half) << 16; memcpy(&v, &u, 4); }
+      offer(i, v);
+    }
+  }
+}
+
+// The columns of a shortlist from the best on: by score, or by log p + noise among what top-k and top-p leave (sampling.py).
+static void rank_columns(const std::vector<float>& score, const double* noise, const Drafting& d, std::vector<int>& order) {
+  int n = score.size(), kept = n;
+  order.resize(n);
+  for (int c = 0; c < n; c++) order[c] = c;
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return score[a] > score[b]; });
+  if (!noise) return;
+  if (d.top_k) kept = std::min<int64_t>(kept, d.top_k);
+  double total = 0, before = 0;
+  for (int c = 0; c < kept; c++) total += std::exp((score[order[c]] - score[order[0]]) / d.temperature);
+  for (int c = 0; c < kept; c++) {
+    if (before >= d.top_p * total) kept = c;
+    before += std::exp((score[order[c]] - score[order[0]]) / d.temperature);
+  }
+  std::stable_sort(order.begin(), order.begin() + kept, [&](int a, int b) {
+    return score[a] / d.temperature + noise[a] > score[b] / d.temperature + noise[b];
+  });
+}
+
+template <class T> static void draft(const Model& m, const Drafting& d) {
+  const int hidden = m.hidden, inner = m.draft_inner.weight ? m.draft_inner.out : 0, n = d.shortlist;
+  std::vector<T> both(2 * hidden), middle(inner), moves(hidden), ones(hidden);
+  for (int i = 0; i < hidden; i += LANES) store(ones.data() + i, all(1.f));
+  std::vector<float> score(n);
+  std::vector<int> order;
+#pragma omp parallel num_threads(int(m.threads))
+  {
+    float y[BLOCK];
+    for (int node = 0; node < d.nodes; node++) {
+      bool leaf = true;
+      for (int child = node + 1; child < d.nodes; child++) leaf = leaf && d.parents[child] != node;
+      if (leaf) continue;
+      const int sat = d.depths[node];
+      if (inner) {
+#pragma omp single
+        {
+          norm<T>((const T*)d.states + int64_t(sat) * hidden, ones.data(), hidden, m.draft_eps, both.data());
+          norm<T>((const T*)m.embedding + d.tokens[node] * hidden, ones.data(), hidden, m.draft_eps, both.data() + hidden);
+        }
+#pragma omp for schedule(static)
+        for (int b = 0; b < inner / BLOCK; b++) {
+          outputs<T>(m.draft_inner, b, both.data(), 1, 0, nullptr, y, nullptr);
+          for (int c = 0; c < BLOCK; c += LANES) {
+            f32x g = rounded<T>(load(y + c));
+            store(middle.data() + b * BLOCK + c, g / (exp16(-g) + 1.f));
+          }
+        }
+#pragma omp for schedule(static)
+        for (int b = 0; b < hidden / BLOCK; b++) {
+          outputs<T>(m.draft_outer, b, middle.data(), 1, 0, nullptr, y, nullptr);
+          for (int c = 0; c < BLOCK; c += LANES) store(moves.data() + b * BLOCK + c, load(y + c));
+        }
+      }
+#pragma omp for schedule(static)
+      for (int c = 0; c < n; c++) {
+        f32x s = {};
+        if (inner) {
+          const T* row = (const T*)m.unembedding + d.ids[sat * n + c] * hidden;
+          for (int i = 0; i < hidden; i += LANES) s += load(row + i) * load(moves.data() + i);
+        }
+        score[c] = d.scores[sat * n + c] + sum(s);
+      }
+#pragma omp single
+      {
+        rank_columns(score, d.noise ? d.noise + sat * n : nullptr, d, order);
+        float most = *std::max_element(score.begin(), score.end()), total = 0;
+        for (int c = 0; c < n; c++) total += std::exp(score[c] - most);
+        for (int child = node + 1; child < d.nodes; child++)
+          if (d.parents[child] == node) {
+            int column = order[d.ranks[child]];
+            d.tokens[child] = d.ids[sat * n + column];
+            d.likely[child] = std::exp(score[column] - most) / total;
+          }
+      }
+    }
+  }
+}
+
+extern "C" {
+void sdsat_draft(const Model* m, const Drafting* d, int is_bf16) { is_bf16 ? draft<bf16>(*m, *d) : draft<float>(*m, *d); }
+void sdsat_pass(const Model* m, const Cache* cache, const Pass* pass, int is_bf16) {
+  is_bf16 ? run<bf16>(*m, *cache, *pass) : run<float>(*m, *cache, *pass);
+}
+void sdsat_move(const Model* m, const Cache* cache, int64_t sequence, int64_t length, const int64_t* from, int64_t count, int is_bf16) {
+  is_bf16 ? move<bf16>(*m, *cache, sequence, length, from, count) : move<float>(*m, *cache, sequence, length, from, count);
+}
+void sdsat_largest(const void* x, int64_t rows, int64_t size, int64_t count, int64_t* ids, float* values, int threads, int is_bf16) {
+  is_bf16 ? largest((const bf16*)x, rows, size, count, ids, values, threads)
+          : largest((const float*)x, rows, size, count, ids, values, threads);
+}
+}

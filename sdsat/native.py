@@ -1,0 +1,251 @@
+"""The native engine: a whole pass of a Llama-form decoder on a CPU in one call (native.cpp), for bfloat16 and float32.
+
+It does what transformers' modules do, with the same weights and the same rounding between operations, but reads every
+weight once at the memory's pace and leaves no work between two layers to Python: a pass of one token of the default model takes
+a fifth of the time. And a row's result has the same bits whatever its pass looks like: see native.cpp. The library is
+compiled at first use (a C++ compiler; some seconds) and kept in the cache folder; without a compiler, on a GPU, and for sizes
+that it was not written for, passes go through transformers' modules (engine.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .adapter import SatAdapter
+    from .config import SamplingConfig
+    from .tree import DraftTree
+
+SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+_BLOCK, _KEYS = 32, 64  # outputs of a linear layer, and keys, that native.cpp takes together
+
+
+class Unavailable(Exception):
+    """Why the native engine can't be used here, in one line."""
+
+
+class _Linear(Structure):
+    _fields_ = [(name, c_void_p) for name in ("weight", "bias", "down", "up")] + [
+        (name, c_int64) for name in ("out", "in_", "rank")
+    ]
+
+
+class _Layer(Structure):
+    _fields_ = [(name, c_void_p) for name in ("norm_attention", "norm_mlp", "norm_q", "norm_k")] + [
+        (name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")
+    ]
+
+
+class _Model(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "inner", "vocabulary", "threads")),
+        *((name, c_float) for name in ("eps", "scale")),
+        *((name, c_void_p) for name in ("cos", "sin", "norm")),
+        ("head", _Linear),
+        ("layer", POINTER(_Layer)),
+        *((name, c_void_p) for name in ("embedding", "unembedding")),
+        *((name, _Linear) for name in ("draft_inner", "draft_outer")),
+        ("draft_eps", c_float),
+    ]
+
+
+class _Drafting(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("states", "scores", "ids", "noise", "parents", "ranks", "depths", "tokens", "likely")),
+        *((name, c_int64) for name in ("nodes", "shortlist", "top_k")),
+        *((name, c_double) for name in ("temperature", "top_p")),
+    ]
+
+
+class _Cache(Structure):
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("batch", c_int64), ("slots", c_int64)]
+
+
+class _Pass(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "states", "logits", "positions", "slots", "sequences", "lengths", "within")),
+        *((name, c_int64) for name in ("rows", "sats", "last")),
+    ]
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The compiled native.cpp; compiles it unless the cache folder has it for this source, compiler and processor."""
+    from .embedded import cache_dir
+
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        raise Unavailable("no C++ compiler was found (c++, g++ or $CXX)")
+    try:
+        version = subprocess.run([compiler, "-v", "-march=native", "-E", "-x", "c++", os.devnull], capture_output=True).stderr
+        name = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(_FLAGS).encode()).hexdigest()[:16]
+        target = cache_dir() / "native" / f"{name}.so"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(target) + ".lock"):
+            if not target.exists():
+                part = target.with_suffix(".part")
+                done = subprocess.run([compiler, *_FLAGS, str(SOURCE), "-o", str(part)], capture_output=True, text=True)
+                if done.returncode:
+                    raise Unavailable(f"{compiler} failed ({(done.stderr.strip().splitlines() or ['no message'])[0]})")
+                part.replace(target)
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise Unavailable(f"native.cpp could not be built ({error})") from None
+
+
+def pack(weight: Tensor, step: int) -> Tensor:
+    """[out, in] -> [out / 32, in / step, 2, 16, step], zeros where a size is not a whole number of blocks or steps."""
+    out, inner = weight.shape
+    weight = nn.functional.pad(weight.detach(), (0, -inner % step, 0, -out % _BLOCK))
+    return weight.view(-1, 2, 16, weight.shape[1] // step, step).permute(0, 3, 1, 2, 4).contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class NativeCache:
+    """Keys and values in native.cpp's order; `length` committed tokens of one sequence. Sized once, written in place."""
+
+    def __init__(self, engine: NativeEngine, num_slots: int):
+        config, slots = engine.struct, -(-num_slots // _KEYS) * _KEYS
+        shape = (config.layers, config.kv_heads, slots, config.dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=engine.dtype) for _ in range(2))
+        self.struct = _Cache(self.keys.data_ptr(), self.values.data_ptr(), 1, slots)
+        self.engine, self.length = engine, 0
+
+    def commit(self, rows: tuple[int, ...]) -> None:
+        """Keep these rows of the last pass, in this order, as the next committed tokens; forget its other rows."""
+        if rows != tuple(range(len(rows))):
+            slots = torch.tensor([self.length + row for row in rows])
+            struct, counts = (
+                self.engine.struct,
+                (c_int64(0), c_int64(self.length), c_void_p(slots.data_ptr()), c_int64(len(rows))),
+            )
+            library().sdsat_move(byref(struct), byref(self.struct), *counts, self.engine.is_bf16)
+        self.length += len(rows)
+
+
+class NativeEngine:
+    """The weights of a model, and of its adapter, in native.cpp's order. The copy takes as much memory as the weights."""
+
+    def __init__(self, model: Any, adapter: SatAdapter | None, max_context: int):
+        config, base = model.config, model.base_model
+        self.dtype = model.get_input_embeddings().weight.dtype
+        if self.dtype not in (torch.bfloat16, torch.float32) or model.device.type != "cpu":
+            raise Unavailable(f"it has no {self.dtype} on {model.device.type}")
+        self.is_bf16 = int(self.dtype == torch.bfloat16)
+        self._step, self._kept, self._adapter = 1 + self.is_bf16, [], adapter
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        sizes = {"hidden": config.hidden_size, "dim": dim, "inner": config.intermediate_size}
+        odd = [f"{name}={size}" for name, size in sizes.items() if size % _BLOCK]
+        if odd:
+            raise Unavailable(f"{', '.join(odd)}: not a multiple of {_BLOCK}")
+        if config.hidden_act != "silu":
+            raise Unavailable(f"activation {config.hidden_act}")
+        library()
+        positions = torch.arange(min(max_context, 2**20))[None]
+        cos, sin = (self._keep(part[0].float()) for part in base.rotary_emb(torch.zeros(1, dtype=self.dtype), positions))
+        layers = (_Layer * config.num_hidden_layers)(*(self._layer(layer) for layer in base.layers))
+        self._kept.append(layers)
+        self.struct = _Model(
+            config.num_hidden_layers, config.hidden_size, config.num_attention_heads, kv_heads, dim,
+            config.intermediate_size, model.get_output_embeddings().weight.shape[0], 1,
+            config.rms_norm_eps, dim**-0.5, cos.data_ptr(), sin.data_ptr(), _pointer(self._keep(base.norm.weight)),
+            self._linear(model.get_output_embeddings().weight, model.get_output_embeddings().bias), layers,
+            *(_pointer(self._keep(part.weight)) for part in (model.get_input_embeddings(), model.get_output_embeddings())),
+            *self._head(adapter), torch.finfo(self.dtype).eps,
+        )  # fmt: skip
+
+    def _head(self, adapter: SatAdapter | None) -> tuple[_Linear, _Linear]:
+        if adapter is None or adapter.head is None:
+            return _Linear(), _Linear()
+        inner, outer = adapter.head.inner.detach(), adapter.head.outer.detach()
+        padding = -inner.shape[0] % _BLOCK
+        inner, outer = nn.functional.pad(inner, (0, 0, 0, padding)), nn.functional.pad(outer, (0, padding))
+        return self._linear(inner), self._linear(outer)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._kept.append(tensor.detach().contiguous())
+        return self._kept[-1]
+
+    def _linear(self, weight: Tensor, bias: Tensor | None = None, name: str = "") -> _Linear:
+        packed = self._keep(pack(weight, self._step))
+        bias = None if bias is None else self._keep(nn.functional.pad(bias, (0, -len(bias) % _BLOCK)))
+        struct = _Linear(_pointer(packed), _pointer(bias), None, None, _BLOCK * len(packed), weight.shape[1], 0)
+        if self._adapter is not None and name in self._adapter.down:
+            down, up = self._adapter.down[name], self._adapter.config.scale * self._adapter.up[name]
+            padding = -down.shape[0] % _BLOCK
+            down, up = nn.functional.pad(down, (0, 0, 0, padding)), nn.functional.pad(up, (0, padding))
+            struct.down, struct.up = (_pointer(self._keep(pack(part, self._step))) for part in (down, up))
+            struct.rank = down.shape[0]
+        return struct
+
+    def _layer(self, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        where = f"model/layers/{attention.layer_idx}"
+        linears = [(getattr(attention, f"{x}_proj"), f"{where}/self_attn/{x}_proj") for x in "qkvo"]
+        linears += [(getattr(mlp, f"{x}_proj"), f"{where}/mlp/{x}_proj") for x in ("gate", "up", "down")]
+        parts = (self._linear(linear.weight, linear.bias, name) for linear, name in linears)
+        return _Layer(*(None if norm is None else _pointer(self._keep(norm.weight)) for norm in norms), *parts)
+
+    def cache(self, num_slots: int) -> NativeCache:
+        return NativeCache(self, num_slots)
+
+    def forward(
+        self, cache: NativeCache, embeddings: Tensor, within: Tensor, offsets: Tensor, sats: int = 0, last: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One pass; commits nothing. embeddings [N, D]; within [N, N] bool: row i sees row j of the pass, as every row
+        sees what is committed; offsets [N]: positions from the cache's length on. The last `sats` rows are SATs.
+
+        Returns (last hidden states [N, D], logits [last, V] of the last rows; None: of all).
+        """
+        rows, last = len(embeddings), len(embeddings) if last is None else last
+        x, states = embeddings.clone(), torch.empty_like(embeddings)
+        logits = torch.empty(last, self.struct.vocabulary, dtype=self.dtype)
+        positions, slots = cache.length + offsets, torch.arange(cache.length, cache.length + rows)
+        sequences, lengths = torch.zeros(rows, dtype=torch.long), torch.full((rows,), cache.length)
+        self.struct.threads = torch.get_num_threads()
+        tensors = (x, states, logits, positions, slots, sequences, lengths, within)
+        struct = _Pass(*(tensor.data_ptr() for tensor in tensors), rows, sats, last)
+        library().sdsat_pass(byref(self.struct), byref(cache.struct), byref(struct), self.is_bf16)
+        return states, logits
+
+    def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` largest logits of each row, largest first, of equals the lower id first: (values [N, count], ids [N, count])."""
+        values, ids = torch.empty(len(logits), count), torch.empty(len(logits), count, dtype=torch.long)
+        sizes = (c_int64(len(logits)), c_int64(logits.shape[-1]), c_int64(count))
+        pointers = (c_void_p(tensor.data_ptr()) for tensor in (logits, ids, values))
+        x, i, v = pointers
+        library().sdsat_largest(x, *sizes, i, v, torch.get_num_threads(), self.is_bf16)
+        return values, ids
+
+    def draft(
+        self, x: int, states: Tensor, scores: Tensor, ids: Tensor, tree: DraftTree, sampling: SamplingConfig, noise: Tensor | None
+    ) -> tuple[list[int], list[float]]:
+        """`draft.draft_tokens` in one call. states [k, D]; scores, ids [k, C]: the SATs' shortlists; noise [k, C] float64 or None."""
+        nodes = len(tree)
+        tokens, likely = torch.full((nodes,), x), torch.ones(nodes)
+        shape = torch.tensor([tree.parents, tree.ranks, tree.depths])
+        tensors = (states, scores, ids, noise, *shape, tokens, likely)
+        numbers = (nodes, ids.shape[1], sampling.top_k, sampling.temperature, sampling.top_p)
+        struct = _Drafting(*map(_pointer, tensors), *numbers)
+        self.struct.threads = torch.get_num_threads()
+        library().sdsat_draft(byref(self.struct), byref(struct), self.is_bf16)
+        return tokens.tolist(), likely.tolist()
