@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import re
@@ -37,27 +35,35 @@ from transformers import AutoTokenizer, GenerationConfig
 import sdsat
 from sdsat.cli import Model, run
 from sdsat.config import DecodeConfig, require
-from sdsat.decode import Generation, probe_rows
+from sdsat.decode import Generation
 from sdsat.embedded import BASE_NAME, NAME, _fetch, base_dir, cache_dir
+from sdsat.engine import probe_rows
 from sdsat.model import SatModel, _load_base
 from sdsat.prompts import Problem, encode_request, humaneval, read_sources
 from sdsat.records import environment, read_json, write_json
 from sdsat.reference import transformers_generate
 from sdsat.report import _bootstrap, _interval, seconds_of
 
-DTYPE, WARM_UP_TOKENS, LOOKUP_TOKENS = "bfloat16", 16, 10
-TRANSFORMERS, LOOKUP, AR = "transformers", "transformers prompt lookup", "ar"
-LLAMA = {"llama.cpp bfloat16": "bfloat16", "llama.cpp 4-bit": "Q4_1"}
-GENERAL, OUT = Path(__file__).parent.parent / "data/general.jsonl", Path("results/reference/smollm2-135m-sdsat/peers.json")
+try:
+    import llama_cpp
+except ImportError:
+    llama_cpp = None
+
+DTYPE, WARM_UP_TOKENS, LOOKUP_TOKENS, AR = "bfloat16", 16, 10, "ar"
+TRANSFORMERS = {"transformers": None, "transformers prompt lookup": LOOKUP_TOKENS}
+LLAMA = {"llama.cpp bfloat16": "bfloat16", "llama.cpp 4-bit": "Q4_1"} if llama_cpp else {}
 INSTALL = 'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-deps llama-cpp-python==0.3.36 diskcache'
+GENERAL, OUT = Path(__file__).parent.parent / "data/general.jsonl", Path("results/reference/smollm2-135m-sdsat/peers.json")
+COLUMNS = ("strategy", "tokens/s", "over ar", "over transformers", "tokens/pass", "as ar", "peak MiB", "less imports")
 Decoder = Callable[[list[int], int], Generation]  # (prompt ids, new tokens at most)
 
 
-def decode_config(strategy: str, max_new_tokens: int, stop_ids: tuple[int, ...]) -> DecodeConfig:
-    """The settings of one of our strategies: 'ar', 'two-step:5', 'one-pass:5', 'auto'."""
+def decode_config(strategy: str, model: SatModel, max_new_tokens: int) -> DecodeConfig:
+    """The settings of one of our strategies: 'ar', or NAME:K as in 'one-pass:5'; without K, the depth that was trained."""
     name, _, k = strategy.partition(":")
-    more: dict[str, Any] = {} if name in (AR, "two-step") else {"strategy": name}
-    return DecodeConfig(int(k or 0), max_new_tokens, stop_ids=stop_ids, **more)
+    require(k.isdecimal() or k == "", f"--ours={strategy}: expected NAME:K with a number K")
+    depth = 0 if strategy == AR or model.sat is None else int(k or model.sat.k)
+    return DecodeConfig(depth, max_new_tokens, stop_ids=model.stop_ids, strategy="two-step" if strategy == AR else name)
 
 
 @cache
@@ -70,7 +76,7 @@ def own_model(name: str) -> SatModel:
 
 @cache
 def plain_base() -> SatModel:
-    """The base as transformers loads it: no adapter, no packed layers. Both of transformers' strategies share it."""
+    """The base as transformers loads it: no adapter, no packed layers."""
     return SatModel(*_load_base(BASE_NAME, getattr(torch, DTYPE), torch.device("cpu")), BASE_NAME)
 
 
@@ -82,7 +88,7 @@ def transformers_decoder(lookup: int | None) -> Decoder:
     def decode(ids: list[int], limit: int) -> Generation:
         passes[0] = 0
         plain.model.generation_config.prompt_lookup_num_tokens = lookup  # `generate` takes from it what a call leaves open
-        out = transformers_generate(plain, ids, decode_config(AR, limit, plain.stop_ids))
+        out = transformers_generate(plain, ids, decode_config(AR, plain, limit))
         out.num_passes = max(1, passes[0] - 1)  # without the prompt's
         return out
 
@@ -94,26 +100,21 @@ def gguf(kind: str) -> Path:
     target = cache_dir() / f"{BASE_NAME}.{kind}.gguf"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-            made = _fetch(Path(folder)) if kind == "Q4_1" else _as_bfloat16(gguf("Q4_1"), Path(folder) / "made.gguf")
+            made = Path(folder) / "made.gguf"
+            if kind == "Q4_1":
+                made = _fetch(Path(folder))
+            else:
+                logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+                settings = llama_cpp.llama_model_quantize_default_params()
+                settings.ftype, settings.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_BF16, True
+                code = llama_cpp.llama_model_quantize(bytes(gguf("Q4_1")), bytes(made), ctypes.byref(settings))
+                require(code == 0, f"{target}: llama.cpp cannot make it (code {code})")
             made.replace(target)
     return target
 
 
-def _as_bfloat16(source: Path, target: Path) -> Path:
-    import llama_cpp
-
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_BF16, True
-    code = llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(settings))
-    require(code == 0, f"{source}: llama.cpp cannot convert it (code {code})")
-    return target
-
-
-def llama_decoder(kind: str, context: int, stop_ids: tuple[int, ...]) -> Decoder:
+def llama_decoder(kind: str, context: int, stop_id: int) -> Decoder:
     """llama.cpp fed with token ids; the next token is the largest logit. context: tokens of the longest prompt and answer."""
-    import llama_cpp
-
     threads = torch.get_num_threads()
     llama = llama_cpp.Llama(str(gguf(kind)), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
 
@@ -126,7 +127,7 @@ def llama_decoder(kind: str, context: int, stop_ids: tuple[int, ...]) -> Decoder
             tokens = [int(logits.argmax())]
             out.prefill_seconds = out.prefill_seconds or time.perf_counter() - began
             out.token_ids += tokens
-            out.finish = "stop_id" if tokens[0] in stop_ids else "length" if len(out.token_ids) == limit else ""
+            out.finish = "stop_id" if tokens[0] == stop_id else "length" if len(out.token_ids) == limit else ""
         out.decode_seconds = time.perf_counter() - began - out.prefill_seconds
         out.num_passes = max(1, len(out.token_ids) - 1)
         return out
@@ -136,14 +137,12 @@ def llama_decoder(kind: str, context: int, stop_ids: tuple[int, ...]) -> Decoder
 
 def make_decoder(strategy: str, name: str, context: int) -> Decoder:
     """Loads what the strategy needs, and nothing else."""
-    stop = GenerationConfig.from_pretrained(base_dir()).eos_token_id
-    stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
-    if strategy in (TRANSFORMERS, LOOKUP):
-        return transformers_decoder(LOOKUP_TOKENS if strategy == LOOKUP else None)
+    if strategy in TRANSFORMERS:
+        return transformers_decoder(TRANSFORMERS[strategy])
     if strategy in LLAMA:
-        return llama_decoder(LLAMA[strategy], context, stop_ids)
+        return llama_decoder(LLAMA[strategy], context, GenerationConfig.from_pretrained(base_dir()).eos_token_id)
     model = own_model(name)
-    return lambda ids, limit: sdsat.generate(model, ids, decode_config(strategy, limit, stop_ids))
+    return lambda ids, limit: sdsat.generate(model, ids, decode_config(strategy, model, limit))
 
 
 def read_prompts(data_limit: int, general: int) -> list[Problem]:
@@ -154,17 +153,14 @@ def read_prompts(data_limit: int, general: int) -> list[Problem]:
 
 
 def peak_mib() -> int:
-    """This process's own peak of resident memory; ru_maxrss would hold its parent's too, from before the exec."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) // 1024
+    """This process's own peak of resident memory; ru_maxrss would also hold that of the process that started it."""
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) // 1024
 
 
 def memory_of(strategy: str, arguments: list[str]) -> dict[str, int]:
     """What `--memory-of` prints in a fresh process."""
-    command = [sys.executable, __file__, *arguments, "--memory-of", strategy]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    require(done.returncode == 0, f"{strategy}: could not be run in a process of its own; the lines above say why")
+    done = subprocess.run([sys.executable, __file__, *arguments, "--memory-of", strategy], stdout=subprocess.PIPE, text=True)
+    require(done.returncode == 0, f"{strategy}: failed in a process of its own; the lines above say why")
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -172,123 +168,120 @@ def memory_of(strategy: str, arguments: list[str]) -> dict[str, int]:
 def measure(prompt: Problem, decoders: dict[str, Decoder], limit: int, turn: int) -> dict[str, Any]:
     """Every strategy once on one prompt, in an order that rotates with `turn`."""
     names, runs = list(decoders), {}
-    for place in range(len(names)):
-        name = names[(place + turn) % len(names)]
+    for name in (names[(place + turn) % len(names)] for place in range(len(names))):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k beyond the trained depth
             out = decoders[name](list(prompt.prompt_ids), limit)
-        runs[name] = {
-            "prefill_seconds": round(out.prefill_seconds, 6),
-            "decode_seconds": round(out.decode_seconds, 6),
-            "num_passes": out.num_passes,
-            "num_new_tokens": out.num_new_tokens,
-            "finish": out.finish,
+        runs[name] = {key: round(getattr(out, key), 6) for key in ("prefill_seconds", "decode_seconds")} | {
+            **{key: getattr(out, key) for key in ("num_passes", "num_new_tokens", "finish")},
             "output_sha256": hashlib.sha256(" ".join(map(str, out.token_ids)).encode()).hexdigest(),
         }
-    runs = {name: runs[name] for name in names}
-    return {"id": prompt.task_id, "place_in_run": turn, "num_prompt_tokens": len(prompt.prompt_ids), "runs": runs}
+    return {"id": prompt.task_id, "num_prompt_tokens": len(prompt.prompt_ids), "runs": runs}
 
 
-def summarize(prompts: list[dict[str, Any]], strategies: list[str]) -> list[dict[str, Any]]:
-    """One object for each prompt set and strategy."""
-    summary = []
-    for group in dict.fromkeys(prompt["id"].split("/")[0] for prompt in prompts):
-        held = [prompt["runs"] for prompt in prompts if prompt["id"].startswith(group)]
-        for strategy in strategies:
-            columns = [[(r[s]["num_new_tokens"], seconds_of(r[s])) for r in held] for s in (strategy, AR, TRANSFORMERS)]
-            summary.append({"prompts": group, "strategy": strategy, "num_prompts": len(held)} | _speeds(np.hstack(columns)))
-            summary[-1]["tokens_per_pass"] = round(sum(c[0] for c in columns[0]) / sum(r[strategy]["num_passes"] for r in held), 4)
-            summary[-1]["identical_outputs"] = sum(r[strategy]["output_sha256"] == r[AR]["output_sha256"] for r in held)
-    return summary
+def speedup(sums: np.ndarray) -> np.ndarray:
+    """sums [..., 4]: tokens and seconds of a strategy and of another -> [...]."""
+    return sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3])
 
 
-def _speeds(rows: np.ndarray) -> dict[str, Any]:
-    """rows [prompts, 6]: new tokens and seconds of a strategy, of ar and of transformers."""
-    found: dict[str, Any] = {"tokens_per_second": round(float(rows[:, 0].sum() / rows[:, 1].sum()), 4)}
-    for key, base in (("speedup", 2), ("speedup_over_transformers", 4)):
+def summarize(group: str, strategy: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of a strategy over the prompts of one set; runs: {strategy: run} of each prompt."""
+    names = (strategy, AR, "transformers")
+    own, ar, peer = (np.array([[run[name]["num_new_tokens"], seconds_of(run[name])] for run in runs]) for name in names)
+    return {
+        "prompts": group,
+        "strategy": strategy,
+        "num_prompts": len(runs),
+        "tokens_per_second": round(float(own[:, 0].sum() / own[:, 1].sum()), 4),
+        "speedup": round(float(speedup(np.hstack([own, ar]).sum(0))), 4),
+        "speedup_ci95": _bootstrap(np.hstack([own, ar]), speedup),
+        "speedup_over_transformers": round(float(speedup(np.hstack([own, peer]).sum(0))), 4),
+        "speedup_over_transformers_ci95": _bootstrap(np.hstack([own, peer]), speedup),
+        "tokens_per_pass": round(float(own[:, 0].sum() / sum(run[strategy]["num_passes"] for run in runs)), 4),
+        "identical_outputs": sum(run[strategy]["output_sha256"] == run[AR]["output_sha256"] for run in runs),
+    }
 
-        def ratio(sums: np.ndarray, base: int = base) -> np.ndarray:
-            return sums[..., 0] / sums[..., 1] / (sums[..., base] / sums[..., base + 1])
 
-        found |= {key: round(float(ratio(rows.sum(0))), 4), f"{key}_ci95": _bootstrap(rows, ratio)}
-    return found
+def summarize_all(document: dict[str, Any], asked: set[str]) -> list[dict[str, Any]]:
+    """A summary for each prompt set and strategy, over the prompts that were asked for."""
+    runs = [(prompt["id"].split("/")[0], prompt["runs"]) for prompt in document["prompts"] if prompt["id"] in asked]
+    groups = {group: [run for of, run in runs if of == group] for group, _ in runs}
+    return [summarize(group, name, held) for group, held in groups.items() for name in document["settings"]["strategies"]]
 
 
-def open_document(out: Path, settings: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """A new document, or the one that an interrupted run of the same settings left in the same environment."""
-    new = {"schema_version": 1, "environment": found, "settings": settings, "memory": {}, "summary": [], "prompts": []}
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return new
-    held: dict[str, Any] = read_json(out)
+def new_document(model: SatModel, strategies: list[str], max_new_tokens: int) -> dict[str, Any]:
+    probe_rows(model)  # so that the environment knows the row policy
+    engines = {"engine": model.engine_name, "llama_cpp_python": llama_cpp and llama_cpp.__version__}
+    settings = {"model": model.name, "dtype": DTYPE, "strategies": strategies, "max_new_tokens": max_new_tokens}
+    settings |= {"prompt_lookup_num_tokens": LOOKUP_TOKENS, "general_sha256": hashlib.sha256(GENERAL.read_bytes()).hexdigest()}
+    head = {"schema_version": 1, "environment": environment(model) | engines, "settings": settings}
+    return {**head, "memory": {}, "summary": [], "prompts": []}
+
+
+def open_document(out: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """`new`, or what an interrupted run of the same settings left in the same environment."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    held: dict[str, Any] = read_json(out) if out.exists() else new
     for part in ("environment", "settings"):
         for key, value in new[part].items():
             before = held.get(part, {}).get(key)
-            require(before == value, f"{out}: was begun with {key}={before}, now it is {value}; delete it or choose another --out")
+            require(before == value, f"{out}: begun with {key}={before}, now it is {value}; delete it or choose another --out")
     return held
 
 
-def table(document: dict[str, Any]) -> Table:
-    shown = Table(title=f"{document['settings']['model']}, greedy, {document['environment']['device_name']}", title_justify="left")
-    for column in ("prompts", "strategy", "tokens/s", "over ar", "over transformers", "tokens/pass", "as ar", "peak MiB", "- imports"):
-        shown.add_column(column, justify="left" if column in ("prompts", "strategy") else "right")
-    for row in document["summary"]:
-        memory = document["memory"][row["strategy"]]
-        shown.add_row(
-            row["prompts"], row["strategy"], f"{row['tokens_per_second']:.1f}", _interval(row["speedup"], row["speedup_ci95"]),
-            _interval(row["speedup_over_transformers"], row["speedup_over_transformers_ci95"]), f"{row['tokens_per_pass']:.2f}",
-            f"{row['identical_outputs']}/{row['num_prompts']}", str(memory["peak_mib"]),
-            str(memory["peak_mib"] - memory["imports_mib"]), end_section=row["strategy"] == document["settings"]["strategies"][-1],
-        )  # fmt: skip
-    return shown
+def show(document: dict[str, Any]) -> None:
+    console, summary = Console(), document["summary"]
+    console.width = max(console.width, 130)
+    for group in dict.fromkeys(row["prompts"] for row in summary):
+        rows = [row for row in summary if row["prompts"] == group]
+        device = document["environment"]["device_name"]
+        table = Table(*COLUMNS, title=f"{group}, {rows[0]['num_prompts']} prompts, greedy, {device}", title_justify="left")
+        for row in rows:
+            speed, memory = f"{row['tokens_per_second']:.1f}", document["memory"][row["strategy"]]
+            ratios = [_interval(row[key], row[f"{key}_ci95"]) for key in ("speedup", "speedup_over_transformers")]
+            passes, same = f"{row['tokens_per_pass']:.2f}", f"{row['identical_outputs']}/{row['num_prompts']}"
+            table.add_row(row["strategy"], speed, *ratios, passes, same, *map(str, memory.values()))
+        console.print(table)
 
 
 def main(
     model: Model = NAME,
     ours: Annotated[list[str] | None, typer.Option(help="'two-step:5', ...; repeat for more.")] = None,
-    data_limit: Annotated[int, typer.Option(min=0, help="How many HumanEval problems.")] = 12,
-    general: Annotated[int, typer.Option(min=0, help="How many requests without code.")] = 12,
+    data_limit: Annotated[int, typer.Option(min=1, help="How many HumanEval problems.")] = 12,
+    general: Annotated[int, typer.Option(min=1, help="How many requests without code.")] = 12,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     out: Path = OUT,
     alone: Annotated[str, typer.Option("--memory-of", hidden=True)] = "",
 ) -> None:
     """Measure, print a table, and write --out after every prompt."""
     prompts = read_prompts(data_limit, general)
-    require(len(prompts) > 0, "data_limit=0, general=0: no prompt")
     context = max(len(prompt.prompt_ids) for prompt in prompts) + max_new_tokens
     if alone:
-        before = peak_mib()
+        imports = peak_mib()
         make_decoder(alone, model, context)(list(prompts[0].prompt_ids), max_new_tokens)
-        print(json.dumps({"imports_mib": before, "peak_mib": peak_mib()}))
+        print(json.dumps({"peak_mib": peak_mib(), "peak_less_imports_mib": peak_mib() - imports}))
         return
-    with_llama = importlib.util.find_spec("llama_cpp") is not None
-    if not with_llama:
+    if not llama_cpp:
         print(f"llama.cpp is left out, for it is not installed: {INSTALL}")
-    strategies = [TRANSFORMERS, LOOKUP, AR, *(ours or ["two-step:5"]), *(LLAMA if with_llama else ())]
+    strategies = [*TRANSFORMERS, AR, *(ours or ["two-step:5"]), *LLAMA]
+    for strategy in ours or ():
+        decode_config(strategy, own_model(model), max_new_tokens)  # refuses bad ones before anything is measured
     decoders = {strategy: make_decoder(strategy, model, context) for strategy in strategies}
-    probe_rows(own_model(model))
-    versions = {"llama_cpp_python": importlib.metadata.version("llama_cpp_python") if with_llama else None}
-    digest = hashlib.sha256(GENERAL.read_bytes()).hexdigest()
-    settings = {
-        "model": model, "dtype": DTYPE, "strategies": strategies, "max_new_tokens": max_new_tokens,
-        "prompt_lookup_num_tokens": LOOKUP_TOKENS, "general_sha256": digest,
-    }  # fmt: skip
-    document = open_document(out, settings, environment(own_model(model)) | versions)
-    options = {"--data-limit": data_limit, "--general": general, "--max-new-tokens": max_new_tokens}
+    document = open_document(out, new_document(own_model(model), strategies, max_new_tokens))
+    options = [f"--data-limit={data_limit}", f"--general={general}", f"--max-new-tokens={max_new_tokens}"]
     for strategy in strategies:
         if strategy not in document["memory"]:
-            arguments = [model, *(str(part) for option in options.items() for part in option)]
-            document["memory"][strategy] = memory_of(strategy, arguments)
+            document["memory"][strategy] = memory_of(strategy, [model, *options])
+            write_json(out, document)
     done = {prompt["id"] for prompt in document["prompts"]}
     measure(prompts[0], decoders, min(WARM_UP_TOKENS, max_new_tokens), 0)
     for turn, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
         if prompt.task_id not in done:
             document["prompts"].append(measure(prompt, decoders, max_new_tokens, turn))
             write_json(out, document)
-    asked = {prompt.task_id for prompt in prompts}
-    document["summary"] = summarize([p for p in document["prompts"] if p["id"] in asked], strategies)
+    document["summary"] = summarize_all(document, {prompt.task_id for prompt in prompts})
     write_json(out, document)
-    Console().print(table(document))
+    show(document)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class DecodeConfig:
 
     strategy: 'two-step' (the paper's), 'one-pass' or 'auto': see planner.py. All give the same output.
     k: SATs a group; for 'auto' at most so many. budget: rows of a pass that 'one-pass' and 'auto' may use.
-    lookup: how many tokens to look up in the text so far as further drafts; 0 for none.
+    lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None: 12 for 'auto', else none.
     tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list with one width a depth.
     stop_ids: token ids that end the output; the id itself is kept as the last token, as `transformers` does.
     stop_strings: the output ends with the token that completes one; `Generation.text` is cut before it.
@@ -85,20 +85,26 @@ class DecodeConfig:
     stop_strings: tuple[str, ...] = ()
     strategy: str = "two-step"
     budget: int = 16
-    lookup: int = 0
+    lookup: int | None = None
 
     def __post_init__(self) -> None:
         require(self.k >= 0, f"k={self.k}: expected 0 (AR) or a positive number of SATs")
         require(self.strategy in STRATEGIES, f"strategy={self.strategy}: expected one of {', '.join(STRATEGIES)}")
         require(2 <= self.budget <= MAX_ROWS, f"budget={self.budget}: expected a number of rows from 2 to {MAX_ROWS}")
-        require(0 <= self.lookup <= 32, f"lookup={self.lookup}: expected 0 (off) to 32 tokens")
+        if self.lookup is None:
+            object.__setattr__(self, "lookup", 12 if self.strategy == "auto" and self.k else 0)
+        require(0 <= self.num_lookup <= 32, f"lookup={self.lookup}: expected 0 (off) to 32 tokens")
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: expected 1 or more")
         require(all(self.stop_strings), "stop_strings: an empty string would stop at once; leave it out")
 
     @property
     def depth(self) -> int:
         """How many drafts a pass can accept at most."""
-        return max(self.k, self.lookup)
+        return max(self.k, self.num_lookup)
+
+    @property
+    def num_lookup(self) -> int:
+        return self.lookup or 0
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,9 @@ class Generation:
     def accepted_per_loop(self) -> float:
         return sum(self.accepted_lengths) / max(1, len(self.accepted_lengths))
 
-    def count(self, depth: int, accepted: int, kept: int) -> None:
-        """Enter one pass's drafts, down to `depth`; kept: how many of its tokens lie before the end of the output."""
-        proposed = min(depth, kept)
+    def count(self, depth: int, accepted: int, kept: int | None) -> None:
+        """Enter one pass's drafts, down to `depth`; kept: how many of its tokens lie before the end of the output, None for all."""
+        proposed = depth if kept is None else min(depth, kept)
         accepted = min(accepted, proposed)
         self.accepted_lengths.append(accepted)
         for i in range(proposed):
@@ -139,20 +139,6 @@ def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None
         require(width < vocabulary, f"tree={config.tree}: {width} candidates, but the vocabulary has {vocabulary} tokens")
 
 
-@dataclass
-class _Group:
-    """The SATs at the place where a walk ended: their last hidden states [k, D] and logits [k, V]."""
-
-    states: Tensor
-    logits: Tensor
-
-    def drafts(self, model: SatModel, x: int, index: int, config: DecodeConfig) -> Drafts:
-        """The tree below x; index: emitted index of the token after x."""
-        tree = _truncated(config.tree, config.k, len(self.states))
-        tokens, likely = draft_tokens(model, x, self.states, self.logits, index, tree, config.sampling)
-        return Drafts(tree, tokens, likely, [False] * len(tree), by_sats=True)
-
-
 def next_tokens(model: SatModel, logits: Tensor, index: Tensor, sampling: SamplingConfig) -> Tensor:
     """[N] the model's own next token for logits [N, V] at emitted indices [N]."""
     count = 1 if sampling.greedy else min(sampling.top_k, logits.shape[-1])
@@ -181,11 +167,11 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     prefilled = time.perf_counter()
-    lookup = Lookup(prompt_ids, config.lookup) if config.lookup else None
-    x, group, finish = prompt_ids[-1], None, ""
+    lookup = Lookup(prompt_ids, config.num_lookup) if config.num_lookup else None
+    x, drafted, finish = prompt_ids[-1], None, ""
     while not finish:
         emitted, started = len(out.token_ids), time.perf_counter()
-        drafts = group.drafts(model, x, emitted, config) if group else Drafts.none(x)
+        drafts = drafted or Drafts.none(x)
         if lookup:
             drafts = drafts.with_chain(lookup.drafts(), LOOKED_UP)
         plan = planner.plan(drafts, config.max_new_tokens - emitted, len(prompt_ids) + emitted)
@@ -193,19 +179,20 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
         sats = [sat_id] * sum(size for _, size in plan.groups)
         states, logits = forward(model, cache, torch.tensor(drafts.tokens + sats, device=device), tree, plan.groups)
         nodes, depths = len(tree), tree.depths
-        index = emitted + torch.tensor(depths, device=device)
-        targets = next_tokens(model, logits[:nodes], index, config.sampling).tolist()
-        path = tree.walk(drafts.tokens, targets)
+        targets = next_tokens(model, logits[:nodes], emitted + torch.tensor(depths, device=device), config.sampling)
+        below = _drafts_below(model, config, tree, plan.groups, targets, states[nodes:], logits[nodes:], emitted)
+        values = torch.cat([targets.double(), *(found.flatten() for _, found in below.values())]).tolist()  # the one host read
+        target_ids = [int(value) for value in values[:nodes]]
+        path = tree.walk(drafts.tokens, target_ids)
         cache.commit(tuple(path))
+        x, drafted = target_ids[path[-1]], _drafts_at(path[-1], below, values[nodes:])
         planner.observe(drafts, plan, path, len(prompt_ids) + emitted, time.perf_counter() - started)
         out.num_passes += 1
         out.num_plain_passes += nodes == 1 and not sats
-        x = targets[path[-1]]
-        group = _group_at(path[-1], nodes, plan.groups, states, logits)
         block = [drafts.tokens[node] for node in path[1:]] + [x]
         kept, finish = _cut(model, prompt_ids[-1], out.token_ids, block, config)
         if nodes > 1:
-            out.count(max(depths), len(path) - 1, kept)
+            out.count(max(depths), len(path) - 1, kept if finish else None)
         block = block[:kept]
         out.token_ids += block
         if lookup:
@@ -218,12 +205,37 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
     return out
 
 
-def _group_at(node: int, first: int, groups: tuple[tuple[int, int], ...], states: Tensor, logits: Tensor) -> _Group | None:
-    """The group at `node`, None where it has none. first: the row of the first SAT of a pass."""
-    for at, size in groups:
-        if at == node:
-            return _Group(states[first : first + size], logits[first : first + size])
+def _drafts_below(
+    model: SatModel,
+    config: DecodeConfig,
+    tree: DraftTree,
+    groups: tuple[tuple[int, int], ...],
+    targets: Tensor,
+    states: Tensor,
+    logits: Tensor,
+    emitted: int,
+) -> dict[int, tuple[DraftTree, Tensor]]:
+    """{node: (tree, `draft_tokens`)}: what the SATs at a node draft after the token that follows there, for every group.
+
+    targets [N]: the model's own next token at every node; states [M, D], logits [M, V]: of all SATs of the pass, group by group.
+    """
+    below, first = {}, 0
+    for node, size in groups:
+        shape, part = _truncated(config.tree, config.k, size), slice(first, first + size)
+        index = emitted + tree.depths[node] + 1
+        x = targets[node : node + 1]
+        below[node] = shape, draft_tokens(model, x, states[part], logits[part], index, shape, config.sampling)
         first += size
+    return below
+
+
+def _drafts_at(end: int, below: dict[int, tuple[DraftTree, Tensor]], values: list[float]) -> Drafts | None:
+    """The drafts below the node where the walk ended, out of the values of all groups; None where it had no SATs."""
+    first = 0
+    for node, (shape, found) in below.items():
+        if node == end:
+            return Drafts.of_sats(shape, values[first : first + found.numel()])
+        first += found.numel()
     return None
 
 

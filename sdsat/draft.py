@@ -38,6 +38,12 @@ class Drafts:
     def none(cls, x: int) -> Drafts:
         return cls(_ROOT, [x], [1.0], [False])
 
+    @classmethod
+    def of_sats(cls, tree: DraftTree, values: list[float]) -> Drafts:
+        """values: what `draft_tokens` gave, flat."""
+        nodes = len(tree)
+        return cls(tree, [int(value) for value in values[:nodes]], values[nodes:], [False] * nodes, by_sats=True)
+
     def with_chain(self, tokens: list[int], likely: float) -> Drafts:
         """The tree with a looked-up chain added below x; where it says what a draft says already, that draft is in both."""
         parents, ranks = list(self.tree.parents), list(self.tree.ranks)
@@ -81,28 +87,27 @@ def _levels(tree: DraftTree, device: torch.device) -> list[tuple[Tensor, Tensor,
 
 
 def draft_tokens(
-    model: SatModel, x: int, states: Tensor, logits: Tensor, index: int, tree: DraftTree, sampling: SamplingConfig
-) -> tuple[list[int], list[float]]:
-    """The tokens of the tree's nodes, x at the root and the SATs' candidates below, and how likely each seems.
+    model: SatModel, x: Tensor, states: Tensor, logits: Tensor, index: int, tree: DraftTree, sampling: SamplingConfig
+) -> Tensor:
+    """[2, N] float64: the tokens of the tree's nodes, x [1] at the root and the SATs' candidates below, and how likely each seems.
 
     states [k, D], logits [k, V]: last hidden states and logits of the SATs; index: emitted index of the first draft. Without a
     head, all nodes of a depth draw from the same candidates; with one, the children of a node are the best given that node's
-    token. Likely: the token's share among the SHORTLIST best of its SAT.
+    token. Likely: the token's share among the SHORTLIST best of its SAT. Nothing is read by the host.
     """
     scores, ids = top(model, logits, min(SHORTLIST, logits.shape[-1]))
     if model.native:
-        at = torch.arange(index, index + len(ids))
-        noise = None if sampling.greedy else gumbel_noise(sampling.seed, at, ids)
+        noise = None if sampling.greedy else gumbel_noise(sampling.seed, torch.arange(index, index + len(ids)), ids)
         return model.native.draft(x, states, scores, ids, tree, sampling, noise)
     rows = model.model.get_output_embeddings().weight[ids].to(states.dtype) if model.head else None  # [k, C, D]
-    tokens = torch.full((len(tree),), x, device=logits.device)
-    likely = torch.ones(len(tree), device=logits.device)
-    for i, (parents, nodes, places, ranks, width) in enumerate(_levels(tree, logits.device)):
+    tokens, likely = x.repeat(len(tree)), torch.ones(len(tree), dtype=torch.float64, device=x.device)
+    for i, (parents, nodes, places, ranks, width) in enumerate(_levels(tree, x.device)):
         given = scores[i].expand(len(parents), -1)
         if model.head is not None and rows is not None:
             before = model.model.get_input_embeddings()(tokens[parents])
-            given = given + (model.head(states[i].expand_as(before), before) @ rows[i].T).float()
-        places_of = choose_columns(given, torch.full((len(parents),), index + i, device=logits.device), sampling, width, ids[i])
-        tokens[nodes] = ids[i][places_of][places, ranks]
-        likely[nodes] = given.softmax(-1).gather(-1, places_of)[places, ranks]
-    return tokens.tolist(), likely.tolist()
+            given = given + model.head(states[i].expand_as(before), before) @ rows[i].T
+        at = torch.full((len(parents),), index + i, device=x.device)
+        columns = choose_columns(given, at, sampling, width, ids[i])
+        tokens[nodes] = ids[i][columns][places, ranks]
+        likely[nodes] = given.double().softmax(-1).gather(-1, columns)[places, ranks]
+    return torch.stack([tokens.double(), likely])

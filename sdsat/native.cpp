@@ -226,24 +226,31 @@ static void attend(const T* q, int dim, const T* keys, const T* values, const st
     for (int j = 0; j < padded; j += LANES) store(p + j, load(s + j) * factor);
   }
   // Keys go S at a time: those before `whole` as they lie in the cache, the others gathered.
-  int whole = length / S * S;
-  for (int d = 0; d < dim; d += LANES) {
-    for (int j = whole; j < seen; j++) {
-      int slot = j < length ? j : own[j - length];
-      const T* v = values + (int64_t(slot) / S * dim + d) * S + slot % S;
-      T* to = gathered + (j - whole) / S * S * LANES + (j - whole) % S;
-      for (int i = 0; i < LANES; i++) to[i * S] = v[i * S];
-    }
-    if (S == 2 && (seen - whole) % 2)  // the last one's partner: nothing
-      for (int i = 0; i < LANES; i++) gathered[(seen - whole) / S * S * LANES + i * S + 1] = 0;
-    f32x a[H] = {};
-    for (int j = 0; j < seen; j += S) {
-      const T* v = j < whole ? values + (int64_t(j) / S * dim + d) * S : gathered + (j - whole) * LANES;
-#pragma GCC unroll 3
-      for (int h = 0; h < H; h++) a[h] = step(a[h], v, (const T*)(scores + h * width) + j);
-    }
-    for (int h = 0; h < H; h++) store(out + h * dim + d, a[h]);
+  int whole = length / S * S, rest = seen - whole;
+  for (int j = 0; j < rest; j++) {
+    int slot = whole + j < length ? whole + j : own[whole + j - length];
+    const T* v = values + int64_t(slot) / S * S * dim + slot % S;
+    T* to = gathered + j / S * S * dim + j % S;
+    for (int d = 0; d < dim; d++) to[d * S] = v[d * S];
   }
+  if (S == 2 && rest % 2)  // the last one's partner: nothing
+    for (int d = 0; d < dim; d++) gathered[rest / S * S * dim + d * S + 1] = 0;
+  auto weighted = [&](int d, auto chunks) {
+    constexpr int C = decltype(chunks)::value;
+    f32x a[H][C] = {};
+    for (int j = 0; j < seen; j += S) {
+      const T* v = (j < whole ? values + int64_t(j) * dim : gathered + int64_t(j - whole) * dim) + d * S;
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++)
+#pragma GCC unroll 3
+        for (int h = 0; h < H; h++) a[h][c] = step(a[h][c], v + c * LANES * S, (const T*)(scores + h * width) + j);
+    }
+    for (int h = 0; h < H; h++)
+      for (int c = 0; c < C; c++) store(out + h * dim + d + c * LANES, a[h][c]);
+  };
+  int d = 0;
+  for (; d + 4 * LANES <= dim; d += 4 * LANES) weighted(d, std::integral_constant<int, 4>());
+  for (; d < dim; d += 2 * LANES) weighted(d, std::integral_constant<int, 2>());
 }
 
 template <class T> static void run(const Model& m, const Cache& cache, const Pass& pass) {
@@ -261,7 +268,7 @@ template <class T> static void run(const Model& m, const Cache& cache, const Pas
 #pragma omp parallel num_threads(int(m.threads))
   {
     std::vector<float> y(n * BLOCK), y2(n * BLOCK), more(sats * BLOCK), scores(std::min(group, 3) * cache.slots);
-    std::vector<T> xn(n * m.hidden), low(sats * rank), low2(sats * rank), gathered((n + S) * LANES);
+    std::vector<T> xn(n * m.hidden), low(sats * rank), low2(sats * rank), gathered((n + S) * m.dim);
     std::vector<int> own;
     auto normed = [&](const void* weight) {  // every thread for itself: cheaper than waiting for each other
       for (int r = 0; r < n; r++) norm<T>(h + r * m.hidden, weight, m.hidden, m.eps, xn.data() + r * m.hidden);

@@ -237,15 +237,22 @@ class NativeEngine:
         return values, ids
 
     def draft(
-        self, x: int, states: Tensor, scores: Tensor, ids: Tensor, tree: DraftTree, sampling: SamplingConfig, noise: Tensor | None
-    ) -> tuple[list[int], list[float]]:
+        self,
+        x: Tensor,
+        states: Tensor,
+        scores: Tensor,
+        ids: Tensor,
+        tree: DraftTree,
+        sampling: SamplingConfig,
+        noise: Tensor | None,
+    ) -> Tensor:
         """`draft.draft_tokens` in one call. states [k, D]; scores, ids [k, C]: the SATs' shortlists; noise [k, C] float64 or None."""
         nodes = len(tree)
-        tokens, likely = torch.full((nodes,), x), torch.ones(nodes)
+        tokens, likely = x.repeat(nodes), torch.ones(nodes)
         shape = torch.tensor([tree.parents, tree.ranks, tree.depths])
         tensors = (states, scores, ids, noise, *shape, tokens, likely)
         numbers = (nodes, ids.shape[1], sampling.top_k, sampling.temperature, sampling.top_p)
         struct = _Drafting(*map(_pointer, tensors), *numbers)
         self.struct.threads = torch.get_num_threads()
         library().sdsat_draft(byref(self.struct), byref(struct), self.is_bf16)
-        return tokens.tolist(), likely.tolist()
+        return torch.stack([tokens.double(), likely.double()])

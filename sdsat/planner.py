@@ -78,7 +78,7 @@ class FixedPlanner:
         size = min(k, left - 2)
         if size > 0 and not drafts.by_sats:  # time to draft
             return Plan([0], ((0, size),))
-        if self.strategy == "two-step" or room < k:
+        if self.strategy == "two-step" or not 0 < k <= room:
             return Plan(nodes)
         tree = drafts.tree.kept(nodes)
         ending = ends(tree, reach(tree, [drafts.likely[node] for node in nodes]))

@@ -14,7 +14,8 @@ from tokenizers import decoders
 
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
 from sdsat.decode import generate
-from sdsat.model import RowPolicy, SatModel
+from sdsat.engine import RowPolicy
+from sdsat.model import SatModel
 
 PROMPT = [1, 5, 9, 2, 7]
 GREEDY, SAMPLED = SamplingConfig(), SamplingConfig(1.0, seed=6)
@@ -113,8 +114,8 @@ def test_counts_are_those_of_the_script(
     assert out.acceptance_rate == sum(accepted_by_depth) / max(1, sum(proposed_by_depth))
     assert out.tokens_per_pass == num_tokens / num_passes
     assert [token for tokens, _ in calls for token in tokens] == out.token_ids
-    loops = [[False, *[True] * n, False] for n in accepted]
-    assert [flags for _, flags in calls] == loops + [[False]] * (num_passes - 2 * len(loops))
+    loops = [flags for n in accepted for flags in ([False], [*[True] * n, False])]  # a draft pass, a verify pass
+    assert [flags for _, flags in calls] == loops + [[False]] * (num_passes - len(loops))
 
 
 @pytest.mark.parametrize("k", range(7))
@@ -163,10 +164,10 @@ def test_stop_id_at_every_place_of_a_block(truths, offset):
     config = DecodeConfig(5, 40, "chain", SAMPLED, stop_ids=(truth[15], truth[offset]))
     out = generate(scripted(truth, always), PROMPT, config, lambda *call: calls.append(call))
     assert (out.token_ids, out.finish) == (truth[: offset + 1], "stop_id")
-    accepted = [5] * (offset // 7) + [min(5, offset % 7)]
+    accepted = [5] * (offset // 7) + [min(5, offset % 7)] * (offset % 7 > 0)  # a stop in a draft pass leaves nothing to verify
     assert out.accepted_lengths == accepted
     assert out.proposed_by_depth == out.accepted_by_depth == [sum(n > depth for n in accepted) for depth in range(5)]
-    assert out.num_passes == 2 * len(accepted)
+    assert out.num_passes == 2 * len(accepted) + (offset % 7 == 0)
     assert [token for tokens, _ in calls for token in tokens] == out.token_ids
     assert sum(sum(flags) for _, flags in calls) == sum(accepted)
     for other in (never, sometimes):
@@ -298,19 +299,21 @@ def test_one_token_prompt(truths):
     assert generate(with_adapter(lm), [7], DecodeConfig(3, 12, (2,))).token_ids == want
 
 
+@pytest.mark.parametrize("strategy", ["two-step", "one-pass"])
 @pytest.mark.parametrize(("k", "tree"), [(0, "chain"), (3, "chain"), (3, (2, 2))], ids=str)
-def test_one_host_synchronisation_a_loop(monkeypatch, k, tree):
+def test_one_host_synchronisation_a_pass(monkeypatch, k, tree, strategy):
     model = with_adapter(tiny_llama())
-    generate(model, PROMPT, DecodeConfig(k, 20, tree))  # probing and laying out the tree are done once
+    config = DecodeConfig(k, 20, tree, strategy=strategy)
+    generate(model, PROMPT, config)  # probing and laying out the tree are done once
     reads = []
     for name in ("tolist", "item", "__int__", "__float__", "__bool__", "__index__", "cpu", "numpy"):
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(
             torch.Tensor, name, lambda self, *args, real=real, name=name: (reads.append(name), real(self, *args))[1]
         )
-    loops = []
-    generate(model, PROMPT, DecodeConfig(k, 20, tree), lambda *call: loops.append(call))
-    assert len(reads) == len(loops), reads
+    passes = []
+    generate(model, PROMPT, config, lambda *call: passes.append(call))
+    assert len(reads) == len(passes), reads
 
 
 def test_text_keeps_the_space_it_begins_with(truths):

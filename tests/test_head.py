@@ -8,11 +8,12 @@ from conftest import VOCAB, random_sequences, tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdsat import draft
 from sdsat import head as heads
 from sdsat.adapter import load
 from sdsat.config import SamplingConfig, TrainConfig
 from sdsat.data import Sequence
-from sdsat.head import draft_tokens
+from sdsat.draft import draft_tokens
 from sdsat.loss import predict, sat_batch, sat_states
 from sdsat.model import SatModel
 from sdsat.sampling import choose
@@ -42,12 +43,12 @@ def test_every_node_gets_the_best_given_its_parent(seed, widths, branching, samp
     states = torch.randn(len(widths), model.model.config.hidden_size, generator=generator, dtype=torch.float64)
     logits, index = model.model.get_output_embeddings()(states), torch.arange(3, 3 + len(widths))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heads, "SHORTLIST", 12)
-        tokens = draft_tokens(model, torch.tensor([9]), states, logits, index, tree, sampling).tolist()
-    assert tokens[0] == 9
+        patch.setattr(draft, "SHORTLIST", 12)
+        tokens, likely = draft_tokens(model, torch.tensor([9]), states, logits, 3, tree, sampling).tolist()
+    assert (tokens[0], likely[0]) == (9, 1)
     for node in range(1, len(tree)):
         i = tree.depths[node] - 1
-        parent = tokens[tree.parents[node]]
+        parent = int(tokens[tree.parents[node]])
         best = children_of(model, states[i], logits[i], parent, index[i], sampling, tree.ranks[node] + 1, 12)
         assert tokens[node] == best[tree.ranks[node]]
 
@@ -89,17 +90,18 @@ def test_predictions_are_the_drafts_and_their_chances():
     (sequence,) = random_sequences([12])
     batch = sat_batch([sequence], 3, 4, 1.0, [torch.Generator().manual_seed(0)])
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(heads, "SHORTLIST", 12)
+        for module in (heads, draft):
+            patch.setattr(module, "SHORTLIST", 12)
         got = predict(model, batch)
         states, _ = sat_states(model, batch)
         own = model.model.get_output_embeddings()(states)
         for i, before in enumerate(batch.before.tolist()):
             tree = from_widths((1,))
-            drafted = draft_tokens(
-                model, torch.tensor([before]), states[i : i + 1], own[i : i + 1], torch.tensor([0]), tree, SamplingConfig()
-            )
-            assert got[i].argmax() == drafted[1]
+            given = (torch.tensor([before]), states[i : i + 1], own[i : i + 1], 0, tree, SamplingConfig())
+            tokens, likely = draft_tokens(model, *given)
+            assert got[i].argmax() == tokens[1]
             short = own[i].topk(12).indices
+            torch.testing.assert_close(likely[1], got[i][short].softmax(-1).max())
             p, q = own[i].softmax(-1), got[i].softmax(-1)
             torch.testing.assert_close(q[short].sum(), p[short].sum())
             rest = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, short, False)

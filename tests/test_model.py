@@ -14,8 +14,9 @@ from sdsat import adapter as adapters
 from sdsat.adapter import AdapterConfig, SatAdapter, sample_weights
 from sdsat.cache import SlotCache, pass_mask
 from sdsat.config import DecodeConfig, SatConfig
-from sdsat.decode import generate, probe_rows
-from sdsat.model import RowPolicy, SatModel, load, pick_device
+from sdsat.decode import generate
+from sdsat.engine import RowPolicy, probe_rows
+from sdsat.model import SatModel, load, pick_device
 from sdsat.records import read_json
 
 PIECES = ["<unk>", *(f"t{n} " for n in range(1, VOCAB))]

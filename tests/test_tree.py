@@ -8,12 +8,13 @@ from conftest import one_line_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdsat.tree import MAX_NODES, PAPER_WIDTHS, from_branching, make_tree, parse_tree
+from sdsat.config import MAX_ROWS
+from sdsat.tree import PAPER_WIDTHS, from_branching, make_tree, parse_tree
 
 BRANCHINGS = (
     st.lists(st.integers(1, 4), max_size=5)
     .map(tuple)
-    .filter(lambda branching: sum(itertools.accumulate(branching, operator.mul)) < MAX_NODES)
+    .filter(lambda branching: sum(itertools.accumulate(branching, operator.mul)) < MAX_ROWS)
 )
 
 
@@ -84,7 +85,7 @@ def test_branching_trees(branching):
 @pytest.mark.parametrize(("k", "nodes"), [(5, 28), (7, 36), (9, 46), (11, 60), (13, 76)])
 def test_paper_trees(k, nodes):
     tree = make_tree("paper", k)
-    assert len(tree) == 1 + nodes <= MAX_NODES
+    assert len(tree) == 1 + nodes <= MAX_ROWS
     widths = [tree.depths.count(depth) for depth in range(1, k + 1)]
     assert widths[:3] == [4, 8, 8]
     assert widths[-1] in (2, 3)
@@ -152,7 +153,7 @@ def test_parse_tree_refuses(text):
         ((2, 0, 1), 3, "tree=(2, 0, 1)"),
         ((-1,), 1, "tree=(-1,)"),
         ((10, 10), 2, "tree=(10, 10)"),
-        ("chain", MAX_NODES, f"{MAX_NODES} nodes"),
+        ("chain", MAX_ROWS, f"{MAX_ROWS} nodes"),
     ],
     ids=str,
 )
@@ -162,4 +163,4 @@ def test_make_tree_refuses(spec, k, named):
 
 
 def test_largest_tree():
-    assert len(make_tree("chain", MAX_NODES - 1)) == MAX_NODES
+    assert len(make_tree("chain", MAX_ROWS - 1)) == MAX_ROWS
