@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from . import model as models
-from .config import DecodeConfig, InputError, SamplingConfig, require
+from .config import STRATEGIES, DecodeConfig, InputError, SamplingConfig, require
 from .decode import Generation, generate
 from .model import SatModel
 from .prompts import Problem, humaneval, humaneval_problems
@@ -40,13 +40,15 @@ class BenchConfig:
     """What is measured. Everything but data_limit must be the same for a results folder to be resumed.
 
     method: 'greedy' or 'nucleus'; temperature, top_k and top_p hold for nucleus only.
-    k_list: the k to measure; AR (0) is always among them. data_limit: first so many problems, None for all.
-    with_generate: also time transformers' own greedy `generate` on the same weights.
+    k_list: the k to measure; AR (0) is always among them. strategies: each at every k of k_list, but auto once, with the largest.
+    data_limit: first so many problems, None for all.
+    engine: see model.load. with_generate: also time transformers' own greedy `generate` on the same weights.
     """
 
     model: str
     method: str = "greedy"
     k_list: tuple[int, ...] = (0, 1, 3, 5, 7)
+    strategies: tuple[str, ...] = ("two-step", "auto")
     tree: str = "chain"
     temperature: float = 1.0
     top_k: int = 10
@@ -57,6 +59,7 @@ class BenchConfig:
     max_new_tokens: int = 256
     dtype: str = "bfloat16"
     with_generate: bool = False
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         require(self.method in ("greedy", "nucleus"), f"method={self.method}: expected greedy or nucleus")
@@ -71,10 +74,22 @@ class BenchConfig:
         models.check_dtype(self.dtype)
         require(self.data_limit is None or self.data_limit >= 1, f"data_limit={self.data_limit}: expected 1 or more")
         object.__setattr__(self, "k_list", tuple(sorted({0, *self.k_list})))
-        for k in self.k_list:
-            self.decode_config(k, ())
+        require(
+            len(set(self.strategies)) == len(self.strategies) > 0, f"strategies={','.join(self.strategies)}: one is there twice"
+        )
+        for strategy, k in self.keys:
+            self.decode_config(strategy, k, ())
             if k:
                 make_tree(parse_tree(self.tree), k)
+
+    @property
+    def keys(self) -> list[tuple[str, int]]:
+        """(strategy, k) of everything that is measured on each problem."""
+        keys = [("transformers", 0)] * self.with_generate + [("ar", 0)]
+        drafting = [k for k in self.k_list if k]
+        for strategy in self.strategies:
+            keys += [(strategy, k) for k in (drafting[-1:] if strategy == "auto" else drafting)]
+        return keys
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -82,8 +97,9 @@ class BenchConfig:
             return SamplingConfig()
         return SamplingConfig(self.temperature, self.top_k, self.top_p, self.seed)
 
-    def decode_config(self, k: int, stop_ids: tuple[int, ...]) -> DecodeConfig:
-        return DecodeConfig(k, self.max_new_tokens, parse_tree(self.tree), self.sampling, stop_ids)
+    def decode_config(self, strategy: str, k: int, stop_ids: tuple[int, ...]) -> DecodeConfig:
+        strategy = strategy if k else STRATEGIES[0]
+        return DecodeConfig(k, self.max_new_tokens, parse_tree(self.tree), self.sampling, stop_ids, strategy=strategy)
 
     @property
     def folder(self) -> str:
@@ -93,7 +109,7 @@ class BenchConfig:
 
 
 def _run_record(strategy: str, k: int, out: Generation) -> dict[str, Any]:
-    histogram = [0] * (k + 1)
+    histogram = [0] * (len(out.proposed_by_depth) + 1)
     for accepted in out.accepted_lengths:
         histogram[accepted] += 1
     return {
@@ -102,6 +118,7 @@ def _run_record(strategy: str, k: int, out: Generation) -> dict[str, Any]:
         "prefill_seconds": round(out.prefill_seconds, 6),
         "decode_seconds": round(out.decode_seconds, 6),
         "num_passes": out.num_passes,
+        "num_plain_passes": out.num_plain_passes,
         "num_new_tokens": out.num_new_tokens,
         "finish": out.finish,
         "proposed_by_depth": out.proposed_by_depth,
@@ -113,11 +130,10 @@ def _run_record(strategy: str, k: int, out: Generation) -> dict[str, Any]:
 
 def measure_problem(model: SatModel, problem: Problem, config: BenchConfig, turn: int) -> dict[str, Any]:
     """Every strategy and k once on one problem, in an order that rotates with `turn`."""
-    keys = [("transformers", 0)] * config.with_generate + [("ar" if k == 0 else "two-step", k) for k in config.k_list]
-    runs = {}
+    keys, runs = config.keys, {}
     for place in range(len(keys)):
         strategy, k = keys[(place + turn) % len(keys)]
-        decode = config.decode_config(k, model.stop_ids)
+        decode = config.decode_config(strategy, k, model.stop_ids)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k beyond the trained depth: said once, when the run starts
             run = transformers_generate if strategy == "transformers" else generate
@@ -138,7 +154,7 @@ def _worker(config: BenchConfig, device: str, label: str, todo: list[str], folde
     """A worker process: load, warm up, measure its problems; sends the runs of each finished problem, or an error line."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        model = models.load(config.model, config.dtype, device)
+        model = models.load(config.model, config.dtype, device, engine=config.engine)
         if model.sat and max(config.k_list) > model.sat.k:
             tqdm.write(f"warning: k={max(config.k_list)} is beyond the depth k={model.sat.k} that {config.model} was trained for")
         problems = [problem for problem in humaneval(model.tokenizer) if problem.task_id in set(todo)]
@@ -212,7 +228,7 @@ def _locked(folder: Path) -> Any:
 
 
 class _Progress:
-    """A progress bar with the running speed-up of the best k."""
+    """A progress bar with the running speed-up of the best strategy and k."""
 
     def __init__(self, finished: list[dict[str, Any]], total: int):
         self.sums: dict[tuple[str, int], list[float]] = {}
@@ -226,10 +242,10 @@ class _Progress:
             sums[0] += run["num_new_tokens"]
             sums[1] += seconds_of(run)
         speed = {key: tokens / seconds for key, (tokens, seconds) in self.sums.items()}
-        drafted = {k: speed[name, k] / speed["ar", 0] for name, k in speed if name == "two-step"}
+        drafted = {key: speed[key] / speed["ar", 0] for key in speed if key[1]}
         if drafted:
-            best = max(drafted, key=lambda k: drafted[k])
-            self.bar.set_postfix_str(f"AR {speed['ar', 0]:.1f} tokens/s, k={best} {drafted[best]:.2f}x")
+            best = max(drafted, key=lambda key: drafted[key])
+            self.bar.set_postfix_str(f"AR {speed['ar', 0]:.1f} tokens/s, {best[0]} k={best[1]} {drafted[best]:.2f}x")
         self.bar.update()
 
 

@@ -31,6 +31,8 @@ Model = Annotated[str, typer.Argument(help="Hub id, model directory, adapter dir
 Dtype = Annotated[str, typer.Option(envvar="DTYPE", help="float32, bfloat16, float16, or auto for the checkpoint's own.")]
 Device = Annotated[str, typer.Option(help="cpu or a GPU number; empty: GPU 0 where there is one, else the CPU.")]
 Tree = Annotated[str, typer.Option(envvar="TREE", help="Draft tree: chain, paper, or a branching list such as 2,1,1.")]
+Strategies = Annotated[str, typer.Option(envvar="STRATEGIES", help="Of two-step, one-pass and auto, with commas between.")]
+Engine = Annotated[str, typer.Option(help="native, transformers, or auto: native where it can be had.")]
 SatId = Annotated[int | None, typer.Option(help="Id of the SAT, where the checkpoint doesn't say.")]
 ModelOption = Annotated[str, typer.Option("--model", help="Hub id, model directory, adapter directory, or an embedded name.")]
 _SOURCE_HELP = (
@@ -62,8 +64,13 @@ def generate(
     ] = "chat",
     k: Annotated[
         int | None,
-        typer.Option("-k", "--k", help="SATs per draft; 0 is plain decoding. Default: 5, at most the trained k."),
+        typer.Option("-k", "--k", help="SATs per draft; 0 is plain decoding. Default: the trained k, which auto goes up to."),
     ] = None,
+    strategy: Annotated[str, typer.Option(help="auto, one-pass, or two-step, the paper's; the text is the same.")] = "auto",
+    lookup: Annotated[
+        int | None, typer.Option(help="Tokens to look up in the text so far as further drafts. Default: 12 for auto, else 0.")
+    ] = None,
+    budget: Annotated[int, typer.Option(help="Rows of a pass that one-pass and auto may use.")] = 16,
     tree: Tree = "chain",
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -74,6 +81,7 @@ def generate(
     dtype: Dtype = "bfloat16",
     device: Device = "",
     sat_token_id: SatId = None,
+    engine: Engine = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Also run AR, and say whether the text is the same.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Save the coloured text as a picture.")] = None,
 ) -> None:
@@ -83,10 +91,12 @@ def generate(
     sampling = SamplingConfig(temperature, top_k, top_p, seed)
     from .tree import parse_tree
 
-    decode = DecodeConfig(k or 0, max_new_tokens, parse_tree(tree), sampling, (), tuple(stop or ()))
+    decode = DecodeConfig(
+        1 if k is None else k, max_new_tokens, parse_tree(tree), sampling, (), tuple(stop or ()), strategy, budget, lookup
+    )
     require(style in ("chat", "code", "raw"), f"--as={style}: expected chat, code or raw")
     require(svg is None or svg.absolute().parent.is_dir(), f"--svg={svg}: no such folder")
-    show.generate_in_terminal(prompt, model, style, k, decode, dtype, device, sat_token_id, compare, svg)
+    show.generate_in_terminal(prompt, model, style, k, decode, dtype, device, sat_token_id, engine, compare, svg)
 
 
 @app.command()
@@ -98,6 +108,7 @@ def bench(
     ] = "",
     temperature: Annotated[str, typer.Argument(help="For nucleus.")] = "1.0",
     k_list: Annotated[str, typer.Option(envvar="K_LIST", help="Values of k; AR (0) is always measured.")] = "0,1,3,5,7",
+    strategies: Strategies = "two-step,auto",
     tree: Tree = "chain",
     data_limit: Annotated[str, typer.Option(envvar="DATA_LIMIT", help="How many problems, or 'all'.")] = "",
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 256,
@@ -107,6 +118,7 @@ def bench(
     dtype: Dtype = "bfloat16",
     results: Annotated[Path, typer.Option(envvar="RESULTS_DIR")] = Path("results"),
     with_generate: Annotated[bool, typer.Option("--with-generate", help="Also time transformers' own greedy generate.")] = False,
+    engine: Engine = "auto",
 ) -> None:
     """Measure AR and SDSAT on HumanEval, interleaved; writes JSON, a table and plots."""
     import torch
@@ -121,6 +133,7 @@ def bench(
         model=model or embedded.NAME,
         method=method,
         k_list=_numbers("k_list", k_list),
+        strategies=tuple(strategies.split(",")),
         tree=tree,
         temperature=_numbers("temperature", temperature, float)[0],
         top_k=top_k,
@@ -130,6 +143,7 @@ def bench(
         max_new_tokens=max_new_tokens,
         dtype=dtype,
         with_generate=with_generate,
+        engine=engine,
     )
     folder, dead = run(config, devices, results)
     summary = reports.report(folder)
@@ -156,6 +170,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A results folder with wo
 def verify(
     model: Model = embedded.NAME,
     k_list: Annotated[str, typer.Option(envvar="K_LIST")] = "1,3,5,7",
+    strategies: Strategies = "two-step,one-pass,auto",
     tree: Annotated[list[str] | None, typer.Option(help="Draft tree; repeat for more.")] = None,
     temperature: Annotated[str, typer.Option(help="Comma-separated; 0 is greedy, and compared with transformers too.")] = "0",
     seeds: Annotated[str, typer.Option(help="Comma-separated; for temperatures above 0.")] = "0",
@@ -166,6 +181,7 @@ def verify(
     dtype: Dtype = "float32",
     device: Device = "",
     sat_token_id: SatId = None,
+    engine: Engine = "auto",
     out: Annotated[Path | None, typer.Option(help="JSON file for every comparison; an interrupted audit resumes.")] = None,
 ) -> None:
     """Audit exactness: SDSAT against AR, and AR against transformers' generate; exit code 1 on an unexplained difference."""
@@ -180,6 +196,7 @@ def verify(
     trees = tuple(tree or ["chain"])
     config = VerifyConfig(
         _numbers("k_list", k_list),
+        tuple(strategies.split(",")),
         trees,
         temperatures,
         _numbers("seeds", seeds),
@@ -188,7 +205,7 @@ def verify(
         data_limit,
         max_new_tokens,
     )
-    document = run(models.load(model, dtype, device, sat_token_id), config, out)
+    document = run(models.load(model, dtype, device, sat_token_id, engine), config, out)
     columns = ("against", "temperature", "seed", "k", "tree", "identical", "largest_margin", "explained")
     table = Table(*columns, title=f"{model}, {dtype}: outputs equal to AR's")
     for row in document["summary"]:
@@ -285,7 +302,7 @@ def distill(
 
     levels = _numbers("temperatures", temperatures, float)
     manifest = data.distill(
-        models.load(model, dtype, device or _own_gpu()),
+        models.load(model, dtype, device or _own_gpu(), engine="transformers"),
         source or prompts.default_sources(),
         out,
         limit,
@@ -357,7 +374,7 @@ def train(
         eval_every=eval_every,
         held_out=held_out,
     )
-    loaded = models.load(model, dtype if mode == "adapter" else "float32", device or _own_gpu())
+    loaded = models.load(model, dtype if mode == "adapter" else "float32", device or _own_gpu(), engine="transformers")
     run(loaded, corpora.read_sequences(data, loaded.tokenizer), out, config)
     if _is_first():
         print(f'{out}: saved; try `sdsat generate "..." --model {out}`')

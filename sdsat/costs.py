@@ -116,7 +116,7 @@ def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
         "k": model.sat and model.sat.k,
         **sizes,
     }
-    found |= {"dtype": str(model.dtype), "engine": model.engine_name, "shape": shape}
+    found |= {"dtype": str(model.dtype), "shape": shape}
     name = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
     file = cache_dir() / "costs" / f"{name}.json"
     if file.is_file() and not anew:

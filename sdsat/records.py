@@ -73,6 +73,7 @@ def environment(model: SatModel) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(model.device) if cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
+        "engine": model.engine_name,
         "row_policy": asdict(model.row_policy) if model.row_policy else None,
     }
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from .config import InputError, require
+from .config import STRATEGIES, InputError, require
 from .records import write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _RESAMPLES = 10_000
 Rows = np.ndarray  # [problems, columns]
 
@@ -59,8 +59,8 @@ def _run_summary(problems: list[dict[str, Any]], key: tuple[str, int], settings:
     base, runs = [a for a, _ in pairs], [b for _, b in pairs]
     seconds = [seconds_of(run) for run in runs]
     base_seconds = [seconds_of(run) for run in base]
-    accepted = np.array([run["accepted_by_depth"] for run in runs]).reshape(len(runs), k)
-    proposed = np.array([run["proposed_by_depth"] for run in runs]).reshape(len(runs), k)
+    accepted = np.array([run["accepted_by_depth"] for run in runs]).reshape(len(runs), -1)
+    proposed = np.array([run["proposed_by_depth"] for run in runs]).reshape(len(runs), -1)
     loops = [sum(run["accepted_histogram"]) for run in runs]
     table = np.array(
         [[run["num_new_tokens"] for run in runs], seconds, [run["num_new_tokens"] for run in base], base_seconds,
@@ -80,6 +80,7 @@ def _run_summary(problems: list[dict[str, Any]], key: tuple[str, int], settings:
         "num_problems": len(problems),
         "num_new_tokens": int(tokens),
         "num_passes": int(passes),
+        "num_plain_passes": sum(run["num_plain_passes"] for run in runs),
         "seconds": round(spent, 4),
         "prefill_seconds": round(sum(run["prefill_seconds"] for run in runs), 4),
         "tokens_per_second": round(tokens / spent, 4),
@@ -115,7 +116,7 @@ def summarize(documents: list[dict[str, Any]]) -> dict[str, Any]:
     require(len(problems) > 0, "results: no finished problem")
     settings = documents[0]["settings"]
     keys = [(run["strategy"], run["k"]) for run in problems[0]["runs"]]
-    keys.sort(key=lambda key: (("transformers", "ar").index(key[0]) if key[0] != "two-step" else 2, key[1]))
+    keys.sort(key=lambda key: (("transformers", "ar", *STRATEGIES).index(key[0]), key[1]))
     return {
         "schema_version": SCHEMA_VERSION,
         "environment": documents[0]["environment"],
@@ -170,38 +171,49 @@ def markdown_table(summary: dict[str, Any]) -> str:
 
 
 def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw tokens/s, speed-up and acceptance rate against k, and acceptance by depth; returns the files."""
-    runs = [run for run in summary["runs"] if run["strategy"] in ("ar", "two-step")]
-    drafted = [run for run in runs if run["k"]]
-    base = next(run for run in runs if run["strategy"] == "ar")
-    plots = {"tokens_per_second": runs, "speedup": runs, "acceptance_rate": drafted}
-    labels = {
-        "tokens_per_second": "tokens per second",
-        "speedup": "speed-up over AR",
-        "acceptance_rate": "acceptance rate",
-    }
+    """Draw tokens/s, speed-up and acceptance rate against k, and acceptance by depth; returns the files.
+
+    A strategy that was measured at several k is a line that begins at AR, one at a single k a level line. Beside the speed-up of
+    two-step stands its bound, (k + 2) / 2.
+    """
+    base = next(run for run in summary["runs"] if run["strategy"] == "ar")
+    drafted = [run for run in summary["runs"] if run["k"]]
+    lines = {name: [run for run in drafted if run["strategy"] == name] for name in STRATEGIES}
+    lines = {name: runs for name, runs in lines.items() if runs}
+    labels = {"tokens_per_second": "tokens per second", "speedup": "speed-up over AR", "acceptance_rate": "acceptance rate"}
     files = []
-    for name, shown in plots.items():
-        if not shown:
+    for name, label in labels.items():
+        first = [] if name == "acceptance_rate" else [base]
+        if not drafted and not first:
             continue
-        figure, axes = _axes(_title(summary), "k, semantic adaptive tokens per draft", labels[name])
-        values = [run[name] for run in shown]
-        bounds = [run[f"{name}_ci95"] or [run[name]] * 2 for run in shown]
-        errors = np.abs(np.array(bounds).T - values)
-        axes.errorbar([run["k"] for run in shown], values, yerr=errors, marker="o", capsize=3, label="measured, 95 % interval")
-        if name != "acceptance_rate":
+        figure, axes = _axes(_title(summary), "k, semantic adaptive tokens per draft", label)
+        for strategy, runs in lines.items() or {"AR": []}.items():
+            if len(runs) == 1 and len(lines) > 1:
+                axes.axhline(runs[0][name], linestyle="--", color="tab:green", label=f"{strategy}, k up to {runs[0]['k']}")
+                continue
+            shown = first + runs
+            values = [run[name] for run in shown]
+            errors = np.abs(np.array([run[f"{name}_ci95"] or [run[name]] * 2 for run in shown]).T - values)
+            ks = [run["k"] for run in shown]
+            axes.errorbar(ks, values, yerr=errors, marker="o", capsize=3, label=f"{strategy}, 95 % interval")
+            axes.set_xticks(ks)
+            if name == "speedup" and strategy == "two-step":
+                axes.plot(
+                    ks[1:], [(k + 2) / 2 for k in ks[1:]], color="grey", linestyle=":", label="two-step's bound, (k + 2) / 2"
+                )
+        if first:
             axes.axhline(base[name], color="grey", linewidth=0.8, label="AR (k = 0)")
-        axes.set_xticks([run["k"] for run in shown])
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize=8)
         files.append(_save(figure, folder / f"{name}.png"))
     if drafted:
         figure, axes = _axes(_title(summary), "draft depth", "accepted, given it was proposed")
         for run in drafted:
-            axes.plot(range(1, run["k"] + 1), run["acceptance_by_depth"], marker="o", label=f"k = {run['k']}")
+            depths = range(1, len(run["acceptance_by_depth"]) + 1)
+            axes.plot(depths, run["acceptance_by_depth"], marker="o", label=f"{run['strategy']}, k = {run['k']}")
         axes.set_ylim(0, 1)
-        axes.set_xticks(range(1, max(run["k"] for run in drafted) + 1))
-        axes.legend(frameon=False)
+        axes.set_xticks(range(1, max(len(run["acceptance_by_depth"]) for run in drafted) + 1))
+        axes.legend(frameon=False, fontsize=8)
         files.append(_save(figure, folder / "acceptance_by_depth.png"))
     return files
 

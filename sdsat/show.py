@@ -54,7 +54,9 @@ def figures(out: Generation, k: int) -> str:
     """The closing line."""
     line = f"{out.num_new_tokens} tokens, {out.tokens_per_second:.1f} tokens/s, {out.tokens_per_pass:.2f} tokens per pass"
     if k:
-        line += f", {out.acceptance_rate:.0%} of drafts accepted ({out.accepted_per_loop:.2f} of {k} a loop)"
+        line += f", {out.accepted_per_loop:.2f} drafts accepted a verify pass ({out.acceptance_rate:.0%})"
+        if 2 * out.num_plain_passes > out.num_passes:
+            line += "; drafts do not pay here: mostly plain decoding"
     return line
 
 
@@ -67,15 +69,16 @@ def generate_in_terminal(
     dtype: str,
     device: str,
     sat_token_id: int | None,
+    engine: str,
     compare: bool,
     svg: Path | None,
 ) -> None:
-    """Stream the answer, then its figures; see `sdsat generate --help` for the arguments. k None: 5, or the trained k if less."""
+    """Stream the answer, then its figures; see `sdsat generate --help` for the arguments. k None: the trained k."""
     require(prompt != "", "prompt: empty; expected some text")
-    model = models.load(name, dtype, device, sat_token_id)
+    model = models.load(name, dtype, device, sat_token_id, engine)
     assert model.tokenizer is not None
     if k is None:
-        k = min(5, model.sat.k) if model.sat else 0
+        k = model.sat.k if model.sat else 0
     decode = replace(decode, k=k, stop_ids=model.stop_ids)
     prompt_ids = encode(model.tokenizer, prompt, style)
     generate(model, prompt_ids, replace(decode, max_new_tokens=min(8, decode.max_new_tokens)))  # warm-up, for fair figures

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ EXPLAINED = {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0}
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """What is compared: every k and tree, greedy where temperatures holds 0, else every temperature with every seed."""
+    """What is compared: every strategy, k and tree, greedy where temperatures holds 0, else every temperature with every seed."""
 
     k_list: tuple[int, ...] = (1, 3, 5, 7)
+    strategies: tuple[str, ...] = ("two-step",)
     trees: tuple[str, ...] = ("chain",)
     temperatures: tuple[float, ...] = (0.0,)
     seeds: tuple[int, ...] = (0,)
@@ -48,6 +50,8 @@ class VerifyConfig:
         for tree in self.trees:
             for k in self.k_list:
                 make_tree(parse_tree(tree), max(1, k))
+        for strategy in self.strategies:
+            DecodeConfig(1, strategy=strategy)
 
     def samplings(self) -> list[SamplingConfig]:
         nucleus = [t for t in self.temperatures if t > 0]
@@ -103,13 +107,14 @@ def _compare(model: SatModel, prompt_ids: list[int], config: VerifyConfig) -> li
             divergence = first_divergence(model, prompt_ids, ar, theirs, base)
             comparisons.append({"against": "transformers", **facts, "k": 0, "tree": None, "divergence": divergence})
         for tree in config.trees:
-            for k in config.k_list:
-                decode = DecodeConfig(k, config.max_new_tokens, parse_tree(tree), sampling, model.stop_ids)
+            for strategy, k in product(config.strategies, config.k_list):
+                settings = (k, config.max_new_tokens, parse_tree(tree), sampling, model.stop_ids)
+                decode = DecodeConfig(*settings, strategy=strategy)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # depth beyond the trained one changes speed, not the output
                     tokens = generate(model, prompt_ids, decode).token_ids
                 divergence = first_divergence(model, prompt_ids, ar, tokens, decode)
-                comparisons.append({"against": "two-step", **facts, "k": k, "tree": tree, "divergence": divergence})
+                comparisons.append({"against": strategy, **facts, "k": k, "tree": tree, "divergence": divergence})
     return comparisons
 
 
