@@ -1,7 +1,4 @@
-"""The cost curve: seconds that a pass of n rows takes on this machine with this model, measured once and kept in the cache folder.
-
-sdsat costs [MODEL]      print it, measured anew
-"""
+"""The cost curve: seconds that a pass of n rows takes here with this model, measured once and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -30,8 +27,8 @@ _TURNS = 7
 
 @dataclass(frozen=True)
 class CostCurve:
-    """verify[c][i]: seconds of a pass of COUNTS[i] standard rows at CONTEXTS[c]; draft[c][i]: of one of which all but the first are
-    SATs. drafting: seconds to turn one SAT's logits into a draft.
+    """verify[c][i]: seconds of a pass of COUNTS[i] standard rows at CONTEXTS[c]; draft[c][i]: of one whose rows but the first
+    are SATs. drafting: seconds to turn one SAT's logits into a draft.
     """
 
     verify: list[list[float]]

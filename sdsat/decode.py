@@ -5,9 +5,9 @@ walk ended. One pass:
 
     x, drafts kept by the plan, SATs where the plan wants them   (planner.py)
 
-gives the model's own next token at x and at every draft. Walk from x while a draft is that token; the token at which the walk stops
-is the next x, and the SATs at that place draft what comes after it. A pass emits 1 + accepted tokens. The paper's two-step loop
-is the plan that alternates between [x, SATs] and [x, drafts]; AR is the plan without SATs. Every token is the model's own
+gives the model's own next token at x and at every draft. Walk from x while a draft is that token; the token at which the walk
+stops is the next x, and the SATs at that place draft what comes after it. A pass emits 1 + accepted tokens. The paper's two-step
+loop is the plan that alternates between [x, SATs] and [x, drafts]; AR is the plan without SATs. Every token is the model's own
 choice given true tokens only, so the output equals AR's: at temperature 0 and, because the noise belongs to the emitted position
 (sampling.py), for any seed; to the last bit of a logit in half precision too where the engine keeps its promise (engine.py).
 """
@@ -85,7 +85,7 @@ class Generation:
         return sum(self.accepted_lengths) / max(1, len(self.accepted_lengths))
 
     def count(self, depth: int, accepted: int, kept: int | None) -> None:
-        """Enter one pass's drafts, down to `depth`; kept: how many of its tokens lie before the end of the output, None for all."""
+        """Enter one pass's drafts, down to `depth`; kept: how many of its tokens are before the end of the output, None for all."""
         proposed = depth if kept is None else min(depth, kept)
         accepted = min(accepted, proposed)
         self.accepted_lengths.append(accepted)

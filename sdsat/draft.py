@@ -89,7 +89,7 @@ def _levels(tree: DraftTree, device: torch.device) -> list[tuple[Tensor, Tensor,
 def draft_tokens(
     model: SatModel, x: Tensor, states: Tensor, logits: Tensor, index: int, tree: DraftTree, sampling: SamplingConfig
 ) -> Tensor:
-    """[2, N] float64: the tokens of the tree's nodes, x [1] at the root and the SATs' candidates below, and how likely each seems.
+    """[2, N] float64: tokens of the tree's nodes, x [1] at the root and the SATs' candidates below, and how likely each seems.
 
     states [k, D], logits [k, V]: last hidden states and logits of the SATs; index: emitted index of the first draft. Without a
     head, all nodes of a depth draw from the same candidates; with one, the children of a node are the best given that node's

@@ -1,7 +1,7 @@
 """Prompt lookup: what followed the last tokens when they stood earlier in the text, as drafts that cost nothing.
 
-Copied spans (names, signatures, quoted text) are then verified many tokens a pass, beside what SATs draft. The idea is transformers'
-`prompt_lookup_num_tokens` (A. Saxena's prompt lookup decoding); here its drafts join the tree of the SATs'.
+Copied spans (names, signatures, quoted text) are then verified many tokens a pass, beside what SATs draft. The idea is
+A. Saxena's prompt lookup decoding (transformers' `prompt_lookup_num_tokens`); here its drafts join the tree of the SATs'.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Lookup:
             self.ids.append(token)
 
     def drafts(self) -> list[int]:
-        """Up to num_tokens tokens that followed the latest earlier occurrence of the text's last tokens; [] where there is none."""
+        """Up to num_tokens tokens that followed the latest earlier occurrence of the last tokens; [] where there is none."""
         for size in range(LONGEST, 1, -1):
             place = self._after.get(tuple(self.ids[-size:])) if len(self.ids) >= size else None
             if place is not None:

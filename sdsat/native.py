@@ -228,7 +228,7 @@ class NativeEngine:
         return states, logits
 
     def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` largest logits of each row, largest first, of equals the lower id first: (values [N, count], ids [N, count])."""
+        """The `count` largest logits of each row, of equals the lower id first: (values [N, count], ids [N, count])."""
         values, ids = torch.empty(len(logits), count), torch.empty(len(logits), count, dtype=torch.long)
         sizes = (c_int64(len(logits)), c_int64(logits.shape[-1]), c_int64(count))
         pointers = (c_void_p(tensor.data_ptr()) for tensor in (logits, ids, values))
@@ -246,7 +246,7 @@ class NativeEngine:
         sampling: SamplingConfig,
         noise: Tensor | None,
     ) -> Tensor:
-        """`draft.draft_tokens` in one call. states [k, D]; scores, ids [k, C]: the SATs' shortlists; noise [k, C] float64 or None."""
+        """`draft.draft_tokens` in one call. states [k, D]; scores, ids [k, C]: shortlists; noise [k, C] float64 or None."""
         nodes = len(tree)
         tokens, likely = x.repeat(nodes), torch.ones(nodes)
         shape = torch.tensor([tree.parents, tree.ranks, tree.depths])

@@ -120,9 +120,11 @@ def _size_class(rows: int) -> int:
 class AutoPlanner:
     """Maximises expected tokens - rate * expected seconds, where rate is the tokens per second that this policy makes.
 
-    A group at the node where the walk ends saves the next pass a separate draft pass, which costs t(1 + k) and emits one token:
-    it is worth rate * t(1 + k) - 1 tokens, less what a smaller group drafts less. A draft is worth the probability of reaching it. Both
-    pay for the rows they add. Seconds are the cost curve's, corrected by what passes of that many rows take as it runs.
+    A group at the node where the walk ends saves a draft pass, which costs t(1 + k) and emits one token: it is worth
+    rate * t(1 + k) - 1 tokens, less what a smaller group drafts less, and more or less by how good drafts from such a place
+    were (after a rejected draft they are worse than at a fresh x, after an accepted chain better). A draft is worth the
+    probability of reaching it. Both pay for the rows they add. Seconds are the cost curve's, corrected by what passes of that
+    many rows take as it runs.
     """
 
     def __init__(self, config: DecodeConfig, costs: CostCurve, k: int, accuracy: Sequence[float]):
