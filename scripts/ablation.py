@@ -21,13 +21,13 @@ import typer
 import sdsat
 from sdsat.adapter import SatAdapter
 from sdsat.adapter import load as load_adapter
-from sdsat.cache import SlotCache
 from sdsat.cli import run
 from sdsat.config import SamplingConfig, TrainConfig, require
 from sdsat.data import Sequence, read_sequences
-from sdsat.decode import forward, num_slots, prefill, probe_rows
+from sdsat.decode import num_slots
+from sdsat.draft import draft_tokens
 from sdsat.embedded import BASE_NAME
-from sdsat.head import draft_tokens
+from sdsat.engine import forward, new_cache, prefill
 from sdsat.records import environment, write_json
 from sdsat.train import train
 from sdsat.tree import make_tree
@@ -71,12 +71,11 @@ def _shape(adapter: SatAdapter) -> tuple[Any, ...]:
 
 def draft_milliseconds(adapters: dict[str, Path]) -> dict[str, float]:
     """What a draft step costs with each adapter, its SATs and head included: medians of turns that all take one after another."""
-    model, times = sdsat.load(BASE_NAME), {name: [] for name in adapters}
+    model, times = sdsat.load(BASE_NAME, engine="transformers"), {name: [] for name in adapters}
     loaded = {name: load_adapter(model.model, path).fuse() for name, path in adapters.items()}
     tokens = torch.arange(CONTEXT) * 7919 % 49152
-    cache = SlotCache(model.model.config.num_hidden_layers, num_slots(CONTEXT, 256))
+    cache = new_cache(model, num_slots(CONTEXT, 256))
     prefill(model, cache, tokens)
-    policy = probe_rows(model)
     with torch.inference_mode():
         for turn in range(TURNS + 2):
             for name, adapter in loaded.items():
@@ -84,8 +83,8 @@ def draft_milliseconds(adapters: dict[str, Path]) -> dict[str, float]:
                 model.adapter, model.sat, k = adapter, adapter.config.sat, adapter.config.sat.k
                 began = time.perf_counter()
                 row = torch.cat([tokens[:1], torch.full((k,), model.sat.token_id)])
-                states, logits = forward(model, cache, policy, row, make_tree("chain", k), sats=k)
-                draft_tokens(model, row[:1], states[1:], logits[1:], torch.arange(k), make_tree("chain", k), SamplingConfig())
+                states, logits = forward(model, cache, row, make_tree("chain", 0), ((0, k),))
+                draft_tokens(model, row[:1], states[1:], logits[1:], 0, make_tree("chain", k), SamplingConfig())
                 if turn > 1:
                     times[name].append(1000 * (time.perf_counter() - began))
                 adapter.detach()
@@ -126,7 +125,12 @@ def main(
         settings = dict(VARIANTS[name])
         choice = settings.pop("data", None)
         if not (out / name / "adapter_config.json").exists():
-            train(sdsat.load(BASE_NAME), sequences(choice, own, code), out / name, replace(BASE, steps=steps, **settings))
+            train(
+                sdsat.load(BASE_NAME, engine="transformers"),
+                sequences(choice, own, code),
+                out / name,
+                replace(BASE, steps=steps, **settings),
+            )
 
 
 if __name__ == "__main__":

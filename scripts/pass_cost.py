@@ -1,8 +1,9 @@
-"""What a forward pass of n tokens costs: verifying, drafting, and both with the base's linear layers as they are, not packed.
+"""What a forward pass of n tokens costs: verifying and drafting, in the native engine and through transformers' modules.
 
     python scripts/pass_cost.py [MODEL] [--dtype DTYPE] [--out FILE.json]
 
-All variants take turns, so that noise hits all alike; medians of 20 turns, in milliseconds, after 300 tokens of context.
+Counts of rows take turns, and at each count both engines, so that noise hits all alike; medians of 20 turns, in milliseconds,
+after contexts of 256 to 4096 tokens. Beside them the memory-bandwidth floor: the time to read as many bytes as the weights have.
 """
 
 from __future__ import annotations
@@ -16,65 +17,89 @@ from rich.console import Console
 from rich.table import Table
 
 import sdsat
-from sdsat.cache import SlotCache
 from sdsat.cli import Device, Dtype, Model, run
-from sdsat.decode import forward, num_slots, prefill, probe_rows
-from sdsat.embedded import NAME
-from sdsat.model import RowPolicy
+from sdsat.engine import forward, new_cache, prefill
+from sdsat.model import SatModel
 from sdsat.records import environment, write_json
 from sdsat.tree import make_tree
 
-COUNTS, CONTEXT, TURNS = (1, 2, 4, 6, 8, 12, 16, 24, 36, 64), 300, 20
+COUNTS, CONTEXTS, TURNS = (1, 2, 4, 6, 8, 12, 16, 24, 36, 64), (256, 1024, 4096), 20
+Times = dict[str, dict[int, float]]  # {variant: {n: milliseconds}}
 
 
 @torch.inference_mode()
-def measure(model: sdsat.SatModel) -> dict[str, dict[int, float]]:
-    """{variant: {n: median milliseconds}}."""
-    vocabulary = model.model.get_input_embeddings().weight.shape[0]
-    tokens = (torch.arange(CONTEXT + max(COUNTS), device=model.device) * 7919 + 11) % vocabulary
-    cache = SlotCache(model.model.config.num_hidden_layers, num_slots(CONTEXT, 256))
-    prefill(model, cache, tokens[:CONTEXT])
-    unpadded = RowPolicy(1, 1)
+def measure(models: dict[str, SatModel], context: int, counts: tuple[int, ...]) -> Times:
+    """Medians for every engine, after `context` tokens."""
+    times: dict[tuple[str, int], list[float]] = {}
+    caches = {}
+    for name, model in models.items():
+        vocabulary = model.model.get_input_embeddings().weight.shape[0]
+        tokens = (torch.arange(context + max(counts), device=model.device) * 7919 + 11) % vocabulary
+        caches[name] = new_cache(model, context + max(counts) + 16)
+        prefill(model, caches[name], tokens[:context])
 
-    def once(count: int, sats: int) -> float:
+    def once(name: str, count: int, sats: int) -> float:
+        model, part = models[name], tokens[context : context + count].clone()
+        if sats and model.sat:
+            part[1:] = model.sat.token_id
         began = time.perf_counter()
-        forward(model, cache, unpadded, tokens[CONTEXT : CONTEXT + count], make_tree("chain", count - 1), sats)
+        forward(model, caches[name], part, make_tree("chain", count - 1 - sats), ((0, sats),) if sats else ())
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         return 1000 * (time.perf_counter() - began)
 
-    found: dict[str, dict[int, float]] = {}
-    for count in COUNTS:
-        times: dict[str, list[float]] = {}
-        for turn in range(TURNS + 2):
-            for packed in (True, False) if model.packed else (False,):
-                if model.packed:
-                    model.packed.attach() if packed else model.packed.detach()
+    for turn in range(TURNS + 2):
+        for count in counts:
+            for name, model in models.items():
                 for sats in (0, count - 1) if model.sat and count > 1 else (0,):
-                    name = ("draft" if sats else "verify") + ("" if packed or not model.packed else ", plain layers")
-                    taken = once(count, sats)
+                    taken = once(name, count, sats)
                     if turn > 1:
-                        times.setdefault(name, []).append(taken)
-        for name, values in times.items():
-            found.setdefault(name, {})[count] = round(statistics.median(values), 2)
-    if model.packed:
-        model.packed.attach()
+                        times.setdefault((f"{'draft' if sats else 'verify'}, {name}", count), []).append(taken)
+    found: Times = {}
+    for (variant, count), values in sorted(times.items(), key=lambda item: item[0][1]):
+        found.setdefault(variant, {})[count] = round(statistics.median(values), 2)
     return found
 
 
-def main(model: Model = NAME, dtype: Dtype = "bfloat16", device: Device = "", out: Path | None = None) -> None:
-    """Measure MODEL, print a table, and write it to --out."""
-    loaded = sdsat.load(model, dtype, device)
-    probe_rows(loaded)
-    found = measure(loaded)
-    table = Table(title=f"milliseconds a pass, {model}, {dtype}, {loaded.device}")
-    for column in ("tokens", *found):
-        table.add_column(column, justify="right")
-    for count in COUNTS:
-        table.add_row(str(count), *(f"{costs[count]:.1f}" if count in costs else "" for costs in found.values()))
-    Console().print(table)
+def floor_milliseconds(model: SatModel) -> tuple[int, float]:
+    """(bytes of the weights that a pass reads, milliseconds to read as many: the fastest of ten sums over one tensor)."""
+    head = model.model.get_output_embeddings().weight
+    inner = [p for name, p in model.model.base_model.named_parameters() if "embed" not in name]
+    size = sum(p.numel() * p.element_size() for p in [head, *inner])
+    block = torch.ones(size // 8, dtype=torch.int64, device=model.device)
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        block.sum()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        best = min(best, time.perf_counter() - began)
+    return size, round(1000 * best, 2)
+
+
+def main(model: Model = "smollm2-135m-sdsat", dtype: Dtype = "bfloat16", device: Device = "", out: Path | None = None) -> None:
+    """Measure MODEL, print a table for each context, and write all to --out."""
+    models = {"transformers": sdsat.load(model, dtype, device, engine="transformers")}
+    native = sdsat.load(model, dtype, device)
+    if native.native:
+        models = {"native": native, **models}
+    first = next(iter(models.values()))
+    weights, floor = floor_milliseconds(first)
+    contexts = []
+    for context in CONTEXTS:
+        counts = COUNTS if context == CONTEXTS[0] else COUNTS[:6]
+        found = measure(models, context, counts)
+        contexts.append({"context": context, "milliseconds": found})
+        table = Table(title=f"milliseconds a pass after {context} tokens, {model}, {dtype}, {first.device}", title_justify="left")
+        for column in ("tokens", *found):
+            table.add_column(column, justify="right")
+        for count in counts:
+            table.add_row(str(count), *(f"{costs[count]:.1f}" if count in costs else "" for costs in found.values()))
+        Console().print(table)
+    print(f"memory-bandwidth floor: {weights / 1e6:.0f} MB of weights, {floor:.1f} ms")
     if out:
-        write_json(out, {"schema_version": 1, "environment": environment(loaded), "context": CONTEXT, "milliseconds": found})
+        head = {"schema_version": 2, "environment": environment(first), "weight_bytes": weights, "floor_milliseconds": floor}
+        write_json(out, {**head, "contexts": contexts})
 
 
 if __name__ == "__main__":

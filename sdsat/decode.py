@@ -85,7 +85,7 @@ class Generation:
         return sum(self.accepted_lengths) / max(1, len(self.accepted_lengths))
 
     def count(self, depth: int, accepted: int, kept: int | None) -> None:
-        """Enter one pass's drafts, down to `depth`; kept: how many of its tokens are before the end of the output, None for all."""
+        """Enter one pass's drafts, down to `depth`; kept: how many of its tokens come before the output's end, None for all."""
         proposed = depth if kept is None else min(depth, kept)
         accepted = min(accepted, proposed)
         self.accepted_lengths.append(accepted)
