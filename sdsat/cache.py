@@ -10,28 +10,36 @@ The length of the tensors never changes (exactness: attention over a longer or s
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values, [B, heads, T, D] each, allocated when the first rows arrive."""
+    """One layer's keys and values, [B, heads, T, D] each, allocated when the first rows arrive.
 
-    def __init__(self, owner: SlotCache):
-        super().__init__()
-        self.owner = owner
+    owner: the cache that has the layer now, a weak reference: layers can outlive it (graphs.py).
+    """
+
+    owner: SlotCache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, _ = key_states.shape
-        self.keys = key_states.new_zeros(batch, heads, self.owner.num_slots, key_states.shape[-1])
-        self.values = value_states.new_zeros(batch, heads, self.owner.num_slots, value_states.shape[-1])
+        with torch.inference_mode(False):  # such tensors may be written in any mode
+            self.keys = key_states.new_zeros(batch, heads, self.owner.num_slots, key_states.shape[-1])
+            self.values = value_states.new_zeros(batch, heads, self.owner.num_slots, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.owner.row_slots is not None:  # a batch: every sequence writes at its own place
+        if self.owner.row_slots is not None and len(self.owner.row_slots) == 1:
+            self.keys.index_copy_(2, self.owner.row_slots[0], key_states)
+            self.values.index_copy_(2, self.owner.row_slots[0], value_states)
+        elif self.owner.row_slots is not None:  # a batch: every sequence writes at its own place
             batch, slots = torch.arange(key_states.shape[0], device=key_states.device)[:, None], self.owner.row_slots
             self.keys[batch, :, slots] = key_states.transpose(1, 2)
             self.values[batch, :, slots] = value_states.transpose(1, 2)
@@ -54,16 +62,19 @@ class _SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """`num_slots` slots for `num_layers` layers; `length` committed tokens. Pass it as `past_key_values`.
 
-    row_slots: [B, S] slots that the next pass writes, for a batch whose sequences differ in length; None means
-    `length` onward for all. visible: how many slots attention reads; all of them unless speed matters more than
-    bit-equality (self-distillation).
+    row_slots: [B, S] slots that the next pass writes, for a batch whose sequences differ in length and for graphs; None
+    means `length` onward for all. visible: how many slots attention reads; all of them unless speed matters more than
+    bit-equality (self-distillation). layers: of an earlier cache, to write in. graphs: made for these layers, see graphs.py.
     """
 
-    def __init__(self, num_layers: int, num_slots: int):
+    def __init__(self, num_layers: int, num_slots: int, layers: list[Any] | None = None):
         self.num_slots = self.visible = num_slots
         self.length = 0
         self.row_slots: Tensor | None = None
-        super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
+        self.graphs: dict[Any, Any] | None = None
+        super().__init__(layers=layers or [_SlotLayer() for _ in range(num_layers)])
+        for layer in self.layers:
+            layer.owner = weakref.proxy(self)
 
     def commit(self, rows: tuple[int, ...]) -> None:
         """Keep these rows of the last pass, in this order, as the next committed tokens; forget its other rows."""
@@ -102,17 +113,17 @@ class SharedPrefix(Cache):
         return keys, torch.cat([layer.values[:, :, :length], value_states], dim=2)
 
 
-def pass_mask(cache: SlotCache, within: Tensor) -> Tensor:
+def pass_mask(cache: SlotCache, within: Tensor, length: int | Tensor | None = None) -> Tensor:
     """[1, 1, S, T] bool mask of a pass: every row sees all committed slots, and the pass's own rows as `within` says.
 
-    within: [S, S] bool, true where row i may attend to row j of the same pass. True means attend.
+    within: [S, S] bool, true where row i may attend to row j of the same pass. True means attend. length: the committed
+    slots, a [1] tensor where a graph records the pass; None: the cache's.
 
         length 3, within  1      mask  1 1 1 1 0 0 0 0
                           1 1          1 1 1 1 1 0 0 0
                           1 0 1        1 1 1 1 0 1 0 0
     """
-    rows = within.shape[0]
-    mask = torch.zeros(1, 1, rows, cache.num_slots, dtype=torch.bool, device=within.device)
-    mask[..., : cache.length] = True
-    mask[..., cache.length : cache.length + rows] = within
-    return mask
+    length = cache.length if length is None else length
+    mask = (torch.arange(cache.num_slots, device=within.device) < length).repeat(len(within), 1)
+    mask[:, length + torch.arange(len(within), device=within.device)] = within
+    return mask[None, None]

@@ -8,17 +8,19 @@ max_new_tokens alone, and passes are padded as a `RowPolicy` says, which `probe_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .cache import SlotCache, pass_mask
+from .graphs import padded
 from .native import NativeCache, NativeEngine
 from .tree import DraftTree, make_tree, pass_layout
 
 if TYPE_CHECKING:
+    from .cache import _SlotLayer
     from .model import SatModel
 
 PREFILL_ROWS = 256  # of one pass of the native engine
@@ -47,7 +49,8 @@ def new_cache(model: SatModel, num_slots: int) -> SlotCache | NativeCache:
     """An empty cache for one sequence."""
     if isinstance(model.native, NativeEngine):
         return model.native.cache(num_slots)
-    return SlotCache(model.model.config.num_hidden_layers, num_slots)
+    make = model.graphs.cache if model.graphs else SlotCache
+    return make(model.model.config.num_hidden_layers, num_slots)
 
 
 def forward(
@@ -68,16 +71,41 @@ def forward(
         within, offsets = pass_layout(tree, groups, count, model.device)
         states, logits = model.native.forward(cache, model.embed(tokens[None])[0], within, offsets, sats)
         return states, model.legal(logits)
-    within, offsets = pass_layout(tree, groups, (policy or probe_rows(model)).rows(count), model.device)
-    tokens = torch.nn.functional.pad(tokens, (0, len(offsets) - count))
-    with model.sat_rows(count - sats, count):
+    rows = (policy or probe_rows(model)).rows(count if cache.graphs is None else padded(count))
+    within, offsets = pass_layout(tree, groups, rows, model.device)
+    tokens = torch.nn.functional.pad(tokens, (0, rows - count))
+    if model.graphs and cache.graphs is not None:
+        first = count - sats if sats and model.adapter else rows  # padding behind SATs counts as SATs: fewer shapes
+        step = partial(_pass_at, model, cache.layers, first)
+        length = torch.full((1,), cache.length, device=model.device)
+        states, logits = model.graphs.run(cache.graphs, (rows, first), step, tokens, within, offsets, length)
+        cache.row_slots = None
+    else:
+        states, logits = _pass(model, cache, count - sats, count, tokens, within, offsets, cache.length)
+    return states[:count], logits[:count]
+
+
+def _pass(
+    model: SatModel, cache: SlotCache, first: int, end: int, tokens: Tensor, within: Tensor, offsets: Tensor, length: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """(states, logits) of all rows; those from `first` to before `end` are SATs. length: committed slots."""
+    with model.sat_rows(first, end):
         states = model.model.base_model(
             inputs_embeds=model.embed(tokens[None]),
-            attention_mask=model.mask(pass_mask(cache, within)),
-            position_ids=(cache.length + offsets)[None],
+            attention_mask=model.mask(pass_mask(cache, within, length)),
+            position_ids=(length + offsets)[None],
             past_key_values=cache,
         ).last_hidden_state[0]
-    return states[:count], model.legal(model.model.get_output_embeddings()(states)[:count])
+    return states, model.legal(model.model.get_output_embeddings()(states))
+
+
+def _pass_at(
+    model: SatModel, layers: list[_SlotLayer], first: int, tokens: Tensor, within: Tensor, offsets: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same as a graph can record it: nothing depends on `length` but through the tensor. Whoever has the layers runs it."""
+    cache = layers[0].owner
+    cache.row_slots = (length + torch.arange(len(tokens), device=tokens.device))[None]
+    return _pass(model, cache, first, len(tokens), tokens, within, offsets, length)
 
 
 def prefill(model: SatModel, cache: SlotCache | NativeCache, tokens: Tensor) -> None:

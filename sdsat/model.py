@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from . import adapter as adapters
 from . import attention, embedded
 from .config import InputError, SatConfig, require
+from .graphs import CudaCapture, Graphs
 from .head import DraftHead
 from .native import NativeEngine, Unavailable
 from .packed import PackedLinears, can_pack
@@ -42,7 +43,7 @@ class SatModel:
 
     sat is None for a plain model: it decodes with k = 0 only. native: the CPU engine, None where passes go through
     transformers' modules; then packed may hold their linear layers' weights in the processor's own order. row_policy: see
-    engine.probe_rows; costs: see costs.py; planners: what `auto` has learned, by settings.
+    engine.probe_rows; costs: see costs.py; planners: what `auto` has learned, by settings. graphs: see graphs.py, None off GPUs.
     """
 
     model: PreTrainedModel
@@ -55,10 +56,11 @@ class SatModel:
     native: NativeEngine | None = None
     costs: CostCurve | None = None
     planners: dict[Any, AutoPlanner] = field(default_factory=dict)
+    graphs: Graphs | None = None
 
     @property
     def engine_name(self) -> str:
-        return "native" if self.native else "transformers"
+        return "native" if self.native else "cuda graphs" if self.graphs and self.graphs.works else "transformers"
 
     @property
     def device(self) -> torch.device:
@@ -170,7 +172,7 @@ def _load_base(name: str, dtype: torch.dtype | str, device: torch.device) -> tup
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _with_engine(model: SatModel, engine: str) -> SatModel:
+def _with_engine(model: SatModel, engine: str, graphs: bool) -> SatModel:
     """The model with what its passes run on."""
     if engine != "transformers":
         try:
@@ -182,6 +184,8 @@ def _with_engine(model: SatModel, engine: str) -> SatModel:
                 warnings.warn(f"passes go through transformers' modules, which is slower: {reason}", stacklevel=3)
     if can_pack(model.device, model.dtype):
         model.packed = PackedLinears(model.model).attach()
+    if graphs and model.device.type == "cuda":
+        model.graphs = Graphs(CudaCapture(model.device))
     return model
 
 
@@ -201,12 +205,14 @@ def load(
     device: str | None = None,
     sat_token_id: int | None = None,
     engine: str = "auto",
+    graphs: bool = True,
 ) -> SatModel:
     """Load a model by hub id, directory, adapter directory or embedded name.
 
     dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own. device: see `pick_device`.
     sat_token_id: overrides what the checkpoint says. engine: 'native', 'transformers', or 'auto' for native where it can be
-    had (a CPU, float32 or bfloat16, a C++ compiler). Raises InputError, one line, for anything that can't be loaded.
+    had (a CPU, float32 or bfloat16, a C++ compiler). graphs: on a GPU, passes are recorded as CUDA graphs (graphs.py).
+    Raises InputError, one line, for anything that can't be loaded.
     """
     check_dtype(dtype)
     require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
@@ -217,7 +223,7 @@ def load(
         base = adapters.read_config(directory).base_model
         model, tokenizer = _load_base(base, torch_dtype, torch_device)
         adapter = adapters.load(model, directory).fuse().attach(model)
-        return _with_engine(SatModel(model, tokenizer, name, adapter.config.sat, adapter), engine)
+        return _with_engine(SatModel(model, tokenizer, name, adapter.config.sat, adapter), engine, graphs)
     model, tokenizer = _load_base(name, torch_dtype, torch_device)
     sat = _sat_of_checkpoint(name, model.config)
     if sat_token_id is not None:
@@ -227,4 +233,4 @@ def load(
         sat is None or sat.token_id < vocabulary,
         f"sat_token_id={sat and sat.token_id}: the model's vocabulary ends at {vocabulary - 1}",
     )
-    return _with_engine(SatModel(model, tokenizer, name, sat), engine)
+    return _with_engine(SatModel(model, tokenizer, name, sat), engine, graphs)

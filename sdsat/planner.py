@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 _BINS = 8  # of confidence
 _PRIOR = 4.0  # how many observations the prior counts for
-_KINDS = ("root", "leaf", "inner")  # where a group stood: at x alone, at a last draft, at a draft with others below
+_KINDS = ("root", "leaf", "inner", "none")  # where drafts come from: SATs at x alone, at a last draft, at an inner one; nowhere
 _SIZES = (1, 4, 8, 12, 16, 32)  # classes of rows whose cost is corrected together
+_MARGIN = 0.1  # tokens that SATs must promise beyond what they cost: the best of many estimates is an optimistic one
 _MEMORY = 0.98  # what an observed pass still counts for one pass later
 _PLAIN_PASSES = 32  # how long plain decoding lasts before drafting is tried again
 
@@ -133,7 +134,7 @@ class AutoPlanner:
         self.by_confidence = _Rates([(i + 0.5) / _BINS for i in range(_BINS)])
         self.by_lookup = _Rates([0.5, 0.8])  # the first token, the others
         self.scores: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in _KINDS}  # sum and weight
-        self.kind = ""  # of the group that the drafts come from
+        self.kind = "none"  # of the SATs that the drafts come from
         self.corrections = dict.fromkeys(_SIZES, 1.0)
         self.plain_left = self.num_cycles = 0
         self.size = k
@@ -152,7 +153,8 @@ class AutoPlanner:
         return self.costs.seconds(rows, sats, context) * self.corrections[_size_class(rows)]
 
     def _cycle_seconds(self, k: int, context: int) -> float:
-        return self._cost(1 + k, k, context) + self._cost(1 + k, 0, context)
+        verified = min(k, 2 + int(sum(self._reached(k))))  # doubtful drafts are left out
+        return self._cost(1 + k, k, context) + self._cost(1 + verified, 0, context)
 
     def _two_step(self, k: int, context: int) -> float:
         return (2 + sum(self._reached(k))) / self._cycle_seconds(k, context)
@@ -169,11 +171,16 @@ class AutoPlanner:
         """Tokens per second of the passes of late, or plain decoding's if that is more."""
         return self.tokens / self.seconds
 
-    def _score(self, kind: str) -> float:
+    def _worth(self, kind: str) -> float:
+        """What drafts of this kind are worth, in tokens, over having none."""
         total, weight = self.scores[kind]
-        root, of_root = self.scores["root"]
-        mean = root / max(of_root, 1.0)
-        return (total + _PRIOR * mean) / (weight + _PRIOR)
+        prior = self.rate * self._cost(1 + self.size, self.size, 0) - 1
+        none, of_none = self.scores["none"]
+        return (total + _PRIOR * prior) / (weight + _PRIOR) - none / (of_none + _PRIOR)
+
+    def _learn(self, kind: str, score: float) -> None:
+        held = self.scores[kind]
+        held[0], held[1] = _MEMORY * held[0] + score, _MEMORY * held[1] + 1
 
     def _chance(self, drafts: Drafts, node: int) -> float:
         if drafts.looked_up[node]:
@@ -188,14 +195,15 @@ class AutoPlanner:
             if self.plain_left:
                 self.plain_left -= 1
                 return Plan([0])
+            self._learn("none", 1 - self.rate * self._cost(1 + size, size, context) + self._worth("root"))
             return Plan([0], ((0, size),) if size > 0 else ())
         cost, rate, tree = self._cost, self.rate, drafts.tree
         through = reach(tree, [1.0, *(self._chance(drafts, node) for node in range(1, len(tree)))])
         depths = tree.depths
         order = sorted((n for n in range(1, len(tree)) if depths[n] < left), key=lambda n: -through[n])
-        saved = rate * cost(1 + self.size, self.size, context) - 1 - self._score("root")
         reached = self._reached(self.size)
-        worth = {kind: [saved + self._score(kind) - sum(reached[size:]) for size in range(self.size + 1)] for kind in _KINDS}
+        loss = [sum(reached[size:]) for size in range(self.size + 1)]  # of a smaller group
+        worth = {kind: [self._worth(kind) - less for less in loss] for kind in ("leaf", "inner")}
         best: tuple[float, int, tuple[tuple[int, int], ...]] = (-1e9, 0, ())
         ending, kept_value, inner = {0: 1.0}, 0.0, set[int]()
         for count in range(len(order) + 1):
@@ -214,7 +222,7 @@ class AutoPlanner:
                     (ending[node] * values[size] - rate * cost(rows + sats + size, sats + size, context) + spent, size)
                     for size in range(1, room + 1)
                 ]
-                if not gains or max(gains)[0] <= 0:
+                if not gains or max(gains)[0] <= _MARGIN:
                     break
                 size = max(gains)[1]
                 groups.append((node, size))
@@ -222,9 +230,7 @@ class AutoPlanner:
                 spent = rate * cost(rows + sats, sats, context)
             if value - spent > best[0]:
                 best = (value - spent, count, tuple(groups))
-        if self.kind:
-            held = self.scores[self.kind]
-            held[0], held[1] = _MEMORY * held[0] + best[0], _MEMORY * held[1] + 1
+        self._learn(self.kind, 1 + best[0])
         nodes = sorted([0, *order[: best[1]]])
         return Plan(nodes, tuple((nodes.index(node), size) for node, size in best[2]))
 
@@ -242,7 +248,7 @@ class AutoPlanner:
                 if tree.depths[node] <= self.k and not tree.ranks[node]:
                     self.by_depth.add(tree.depths[node] - 1, hit)
         here = [node for node, _ in plan.groups if node == path[-1]]
-        self.kind = "" if not here else "root" if len(tree) == 1 else "inner" if path[-1] in tree.parents else "leaf"
+        self.kind = "none" if not here else "root" if len(tree) == 1 else "inner" if path[-1] in tree.parents else "leaf"
         sats = sum(size for _, size in plan.groups)
         rows = len(tree) + sats
         ratio = seconds / self.costs.seconds(rows, sats, context)
