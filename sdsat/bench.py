@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from . import model as models
-from .config import STRATEGIES, DecodeConfig, InputError, SamplingConfig, require
+from .config import STRATEGIES, DecodeConfig, InputError, SamplingConfig, plain_warnings, require
 from .decode import Generation, generate
 from .model import SatModel
 from .prompts import Problem, humaneval, humaneval_problems
@@ -153,6 +153,7 @@ def _warm_up(model: SatModel, problem: Problem, config: BenchConfig) -> None:
 def _worker(config: BenchConfig, device: str, label: str, todo: list[str], folder: Path, pipe: Connection) -> None:
     """A worker process: load, warm up, measure its problems; sends the runs of each finished problem, or an error line."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    plain_warnings()
     try:
         model = models.load(config.model, config.dtype, device, engine=config.engine)
         if model.sat and max(config.k_list) > model.sat.k:

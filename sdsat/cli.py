@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from . import embedded
-from .config import TARGETS, DecodeConfig, InputError, SamplingConfig, TrainConfig, require
+from .config import TARGETS, DecodeConfig, InputError, SamplingConfig, TrainConfig, plain_warnings, require
 
 _INTERRUPTED = "interrupted; what was finished is kept, and the same command resumes"
 UsageError: Any = typer.BadParameter.__base__  # typer carries a click of its own, without a public name for it
@@ -402,6 +402,7 @@ def run(command: Callable[..., None]) -> None:
 
 def main(application: typer.Typer = app) -> None:
     """Entry point: run the app and turn every expected failure into one line and an exit code."""
+    plain_warnings()
     try:
         code = application(standalone_mode=False)
         if code == 130:  # how typer reports an interrupt

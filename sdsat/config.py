@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from dataclasses import dataclass
 
 STRATEGIES = ("two-step", "one-pass", "auto")
@@ -18,6 +20,11 @@ def require(condition: bool, message: str) -> None:
     """Raise `InputError(message)` unless `condition` holds."""
     if not condition:
         raise InputError(message)
+
+
+def plain_warnings() -> None:
+    """Warnings as one line each, as every other message of the command line."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

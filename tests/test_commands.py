@@ -90,13 +90,15 @@ def wait_for_problems(folder, count):
 def test_start_scripts(start, method, arguments, folder):
     out, _ = start(method, *arguments)
     summary = json.loads((start.results / folder / "summary.json").read_text())
-    assert summary["schema_version"] == 1
+    assert summary["schema_version"] == 2
     assert summary["environment"]["torch"] and summary["settings"]["seed"] == 0
-    assert [(run["strategy"], run["k"]) for run in summary["runs"]] == [("ar", 0), ("two-step", 2), ("two-step", 5)]
+    assert [(run["strategy"], run["k"]) for run in summary["runs"]] == [
+        ("ar", 0), ("two-step", 2), ("two-step", 5), ("auto", 5),
+    ]  # fmt: skip
     for run in summary["runs"]:
         assert run.keys() >= RUN_KEYS
         assert run["num_problems"] == run["identical_outputs"] == 3
-        assert len(run["acceptance_by_depth"]) == run["k"]
+        assert len(run["acceptance_by_depth"]) == (12 if run["strategy"] == "auto" else run["k"])  # auto looks 12 tokens up
     for plot in ("tokens_per_second", "speedup", "acceptance_rate", "acceptance_by_depth"):
         assert (start.results / folder / f"{plot}.png").exists()
     assert "two-step" in out and str(start.results / folder) in out
@@ -155,7 +157,7 @@ def test_a_new_users_path_as_the_readme_has_it(start, tmp_path):
     assert process.returncode == 0, errors
     assert script == "start_greedy.sh"
     summary = json.loads((tmp_path / "results/adapter/greedy/summary.json").read_text())
-    assert [run["identical_outputs"] for run in summary["runs"]] == [3, 3, 3]
+    assert [run["identical_outputs"] for run in summary["runs"]] == [3, 3, 3, 3]
 
 
 def test_dead_worker_is_named_and_the_others_finish(start):
@@ -265,18 +267,29 @@ def test_generate_compares_and_draws(command, tmp_path):
 
 
 def test_generate_warns_beyond_the_trained_depth(command):
-    with pytest.warns(UserWarning, match="k=9 is beyond the depth k=5"):
-        code, _, _ = command("generate", "hello", "--model", "TINY", "-k", "9", "--dtype", "float32", "--max-new-tokens", "5")
+    code, _, errors = command("generate", "hello", "--model", "TINY", "-k", "9", "--dtype", "float32", "--max-new-tokens", "5")
     assert code == 0
+    assert any(line.startswith("warning: k=9 is beyond the depth k=5") for line in errors.splitlines())
 
 
 def test_verify_compares_everything_and_resumes(command, tmp_path):
     audit = ["verify", "TINY", "--data-limit", "2", "--max-new-tokens", "8", "--temperature", "0,1.0", "--seeds", "0,1"]
-    audit += ["--k-list", "2,5", "--tree", "chain", "--tree", "2,2", "--out", str(tmp_path / "audit.json")]
+    audit += [
+        "--strategies",
+        "two-step,one-pass",
+        "--k-list",
+        "2,5",
+        "--tree",
+        "chain",
+        "--tree",
+        "2,2",
+        "--out",
+        str(tmp_path / "audit.json"),
+    ]
     code, _, _ = command(*audit)
     document = json.loads((tmp_path / "audit.json").read_text())
     assert code == 0
-    assert len(document["summary"]) == 1 + 3 * 2 * 2  # generate; (greedy, two seeds) x k x tree
+    assert len(document["summary"]) == 1 + 3 * 2 * 2 * 2  # generate; (greedy, two seeds) x strategy x k x tree
     assert all(row["identical"] == row["num_problems"] == 2 for row in document["summary"])
     document["problems"].pop()
     (tmp_path / "audit.json").write_text(json.dumps(document))

@@ -14,6 +14,7 @@ SETTINGS = {"model": "tiny", "dataset": "humaneval", "method": "greedy", "dtype"
 def run(strategy, k, tokens, seconds, passes, proposed=(), accepted=(), histogram=(0,), sha="same"):
     return {
         "strategy": strategy, "k": k, "prefill_seconds": 0.5, "decode_seconds": seconds - 0.5, "num_passes": passes,
+        "num_plain_passes": 0,
         "num_new_tokens": tokens, "finish": "length", "proposed_by_depth": list(proposed), "accepted_by_depth": list(accepted),
         "accepted_histogram": list(histogram), "output_sha256": sha,
     }  # fmt: skip
@@ -21,7 +22,7 @@ def run(strategy, k, tokens, seconds, passes, proposed=(), accepted=(), histogra
 
 def document(problems, device="cpu"):
     return {
-        "schema_version": 1, "device": device, "environment": {"device_name": "test CPU"}, "settings": SETTINGS,
+        "schema_version": 2, "device": device, "environment": {"device_name": "test CPU"}, "settings": SETTINGS,
         "problems": [{"task_id": f"{device}/{i}", "num_prompt_tokens": 3, "runs": runs} for i, runs in enumerate(problems)],
     }  # fmt: skip
 
@@ -74,7 +75,7 @@ def test_report_of_a_single_problem_has_no_interval(documents, tmp_path):
     [
         ("{", "not a worker document"),
         ("[]", "not a worker document"),
-        ('{"schema_version": 0, "problems": []}', "schema_version 0, expected 1"),
+        ('{"schema_version": 0, "problems": []}', "schema_version 0, expected 2"),
     ],
 )
 def test_report_refuses_what_it_cannot_read(content, message, tmp_path):

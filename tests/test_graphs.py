@@ -1,0 +1,210 @@
+"""Recorded passes, by stand-ins for CUDA's recording that run on a CPU: the same tokens as without, whatever the caches held."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from conftest import CHARACTERS, tiny_llama, tiny_tokenizer, with_adapter
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import sdsat
+from sdsat import graphs as recording
+from sdsat.cache import SlotCache
+from sdsat.config import DecodeConfig, SamplingConfig
+from sdsat.costs import CONTEXTS, COUNTS, CostCurve
+from sdsat.decode import generate, next_logits
+from sdsat.engine import forward, new_cache, prefill
+from sdsat.graphs import MAX_CACHES, SLOTS, Graphs, eager, padded
+from sdsat.tree import make_tree
+
+PROMPTS = ([1, 5, 9, 2, 7], [3], [8, 4, 4, 11, 60, 2, 9, 33, 17, 5, 6])
+NUCLEUS = SamplingConfig(temperature=1.0, top_k=10, top_p=0.95, seed=3)
+CONFIGS = (
+    *(dict(k=k, tree=tree) for k, tree in ((0, "chain"), (1, "chain"), (5, "chain"), (3, (2, 2, 1)), (5, "paper"))),
+    *(dict(k=k, strategy="one-pass", budget=24, tree=tree) for k, tree in ((3, "chain"), (5, "chain"), (3, (2, 1, 1)))),
+    dict(k=4, strategy="auto"),
+    dict(k=3, lookup=6),
+)
+
+
+def traced(step):
+    """As strict as CUDA's recording: the tensor operations of one run, with every Python number as it was then."""
+    recorded = make_fx(step)()
+    return lambda: recorded()
+
+
+class Counting:
+    def __init__(self, capture):
+        self.capture, self.count = capture, 0
+
+    def __call__(self, step):
+        self.count += 1
+        return self.capture(step)
+
+
+def recorded_model(capture=eager, **settings):
+    model = with_adapter(tiny_llama(), k=5, **settings)
+    model.graphs = Graphs(Counting(capture))
+    return model
+
+
+@pytest.fixture
+def model():
+    return recorded_model(head=6)
+
+
+def config(num_tokens=24, **settings):
+    return DecodeConfig(**settings, max_new_tokens=num_tokens)
+
+
+def storage(model):
+    (kept,) = model.graphs.free
+    return kept
+
+
+@pytest.mark.parametrize("head", [0, 6], ids=["no head", "head"])
+@pytest.mark.parametrize("capture", [eager, traced])
+def test_many_generations_on_one_cache_equal_those_without_graphs(capture, head):
+    plain, model = with_adapter(tiny_llama(), k=5, head=head), recorded_model(capture, head=head)
+    model.costs = CostCurve(*([[1 + n / 8 for n in COUNTS] for _ in CONTEXTS] for _ in range(2)), 0.01)
+    for sampling in (SamplingConfig(), NUCLEUS):
+        for prompt in PROMPTS:
+            want = generate(plain, prompt, config(sampling=sampling)).token_ids
+            for settings in CONFIGS:
+                assert generate(model, prompt, config(sampling=sampling, **settings)).token_ids == want, (prompt, settings)
+    kept = storage(model)
+    assert kept.num_slots == kept.layers[0].keys.shape[2] == SLOTS
+    assert len(kept.graphs) == model.graphs.capture.count < 60
+
+
+def test_a_full_model_without_adapter():
+    settings = dict(k=3, strategy="one-pass")
+    plain, model = with_adapter(tiny_llama(), k=5), recorded_model()
+    for each in (plain, model):
+        each.adapter.detach()
+        each.adapter, each.sat = None, sdsat.model.SatConfig(40, 5)
+    for prompt in PROMPTS:
+        assert generate(model, prompt, config(**settings)).token_ids == generate(plain, prompt, config()).token_ids
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e9])
+def test_what_a_cache_held_before_does_not_leak(model, poison):
+    settings = config(k=3, strategy="one-pass")
+    want = [generate(model, prompt, settings).token_ids for prompt in PROMPTS]
+    for prompt, tokens in zip(PROMPTS, want, strict=True):
+        for layer in storage(model).layers:
+            layer.keys.fill_(poison)
+            layer.values.fill_(poison)
+        assert generate(model, prompt, settings).token_ids == tokens
+
+
+def test_logits_have_the_same_bits_on_a_new_cache_and_on_a_used_one(model):
+    ids, settings = [1, 5, 9, 2, 7, 3], config()
+    first = next_logits(model, ids, 3, settings)
+    kept = first.clone()
+    generate(model, PROMPTS[2], config(k=5, tree="paper"))
+    again = next_logits(model, ids, 3, settings)
+    assert torch.equal(first, kept)  # a result is not overwritten by later passes
+    assert torch.equal(first, again)
+
+
+def test_a_generation_inside_another_has_a_cache_of_its_own(model):
+    want, inner = generate(model, PROMPTS[0], config()).token_ids, []
+
+    def on_tokens(tokens, accepted):
+        inner.append(generate(model, PROMPTS[2], config(8, k=3)).token_ids)
+
+    assert generate(model, PROMPTS[0], config(k=3), on_tokens).token_ids == want
+    assert all(tokens == inner[0] for tokens in inner)
+    assert len(model.graphs.free) == 2
+
+
+def test_caches_are_bounded_and_reused(model):
+    gc.disable()  # giving back must not wait for it
+    try:
+        for length in range(1, 7):
+            new_cache(model, length * SLOTS - 32)
+        assert [kept.num_slots for kept in model.graphs.free] == [n * SLOTS for n in range(3, 7)]
+        assert len(model.graphs.free) == MAX_CACHES
+        cache = new_cache(model, 4 * SLOTS - 100)
+        assert [kept.num_slots // SLOTS for kept in model.graphs.free] == [3, 5, 6]
+        assert cache.num_slots == 4 * SLOTS
+    finally:
+        gc.enable()
+
+
+def test_graphs_are_bounded_and_the_one_not_used_for_longest_goes(model, monkeypatch):
+    want = generate(model, PROMPTS[0], config()).token_ids
+    storage(model).graphs.clear()
+    monkeypatch.setattr(recording, "MAX_GRAPHS", 2)
+    for settings in CONFIGS[:4]:
+        assert generate(model, PROMPTS[0], config(**settings)).token_ids == want
+        assert len(storage(model).graphs) <= 2
+    count, held = model.graphs.capture.count, storage(model).graphs
+    generate(model, PROMPTS[0], config())  # one shape
+    last = list(held)[-1]
+    assert model.graphs.capture.count <= count + 1
+    generate(model, PROMPTS[0], config(2, k=1))  # others
+    generate(model, PROMPTS[0], config())
+    assert list(held)[-1] == last
+
+
+def test_shapes_are_few():
+    assert [n for n in range(1, 129) if padded(n) == n] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+    assert all(n <= padded(n) <= 2 * n for n in range(1, 129))
+
+
+@pytest.mark.parametrize("sats", [0, 3])
+def test_a_pass_equals_the_one_without_graphs(model, sats):
+    plain, tree = with_adapter(tiny_llama(), k=5, head=6), make_tree((2, 1), 2)
+    tokens = torch.tensor([7, 8, 9, 10, 11, *[model.sat.token_id] * sats])
+    groups, results = ((2, sats),) if sats else (), []
+    with torch.inference_mode():
+        for each in (plain, model, model):
+            cache = new_cache(each, 100)
+            prefill(each, cache, torch.tensor(PROMPTS[2]))
+            forward(each, cache, tokens, tree, groups)
+            cache.commit((0, 3))
+            results.append(forward(each, cache, tokens, tree, groups))
+    for states, logits in results[1:]:
+        torch.testing.assert_close(states, results[0][0])
+        torch.testing.assert_close(logits, results[0][1])
+    assert torch.equal(results[1][1], results[2][1])
+
+
+def test_a_pass_outside_inference_mode(model):
+    with torch.no_grad():
+        want = next_logits.__wrapped__(model, PROMPTS[0], 2, config())
+    assert torch.equal(next_logits(model, PROMPTS[0], 2, config()), want)
+    with torch.no_grad():
+        assert torch.equal(next_logits.__wrapped__(model, PROMPTS[0], 2, config()), want)
+
+
+def test_where_recording_fails_passes_run_without(model):
+    def failing(step):
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
+
+    want = generate(model, PROMPTS[0], config()).token_ids
+    assert model.engine_name == "cuda graphs"
+    model.graphs = Graphs(failing)
+    with pytest.warns(
+        UserWarning, match="CUDA graphs are off, which is slower: operation not permitted when stream is capturing$"
+    ):
+        assert generate(model, PROMPTS[0], config(k=3)).token_ids == want
+    assert model.engine_name == "transformers"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert generate(model, PROMPTS[0], config(k=3)).token_ids == want
+
+
+def test_off_on_a_cpu(tmp_path):
+    tiny_llama(torch.float32).save_pretrained(tmp_path)
+    tiny_tokenizer(CHARACTERS).save_pretrained(tmp_path)
+    model = sdsat.load(str(tmp_path), device="cpu", engine="transformers", graphs=True)
+    assert model.graphs is None
+    cache = new_cache(model, 100)
+    assert isinstance(cache, SlotCache)
+    assert cache.num_slots == 100
+    assert cache.graphs is None
