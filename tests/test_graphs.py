@@ -63,8 +63,7 @@ def storage(model):
     return kept
 
 
-@pytest.mark.parametrize("head", [0, 6], ids=["no head", "head"])
-@pytest.mark.parametrize("capture", [eager, traced])
+@pytest.mark.parametrize(("capture", "head"), [(eager, 0), (eager, 6), (traced, 6)])
 def test_many_generations_on_one_cache_equal_those_without_graphs(capture, head):
     plain, model = with_adapter(tiny_llama(), k=5, head=head), recorded_model(capture, head=head)
     model.costs = CostCurve(*([[1 + n / 8 for n in COUNTS] for _ in CONTEXTS] for _ in range(2)), 0.01)
