@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# The default model's adapter and speed tables on one or more GPUs, without network: distil, train, measure. Every step resumes.
+# The default model's adapter and speed tables on one or more GPUs, without network: distil, train, measure.
+# Every step resumes.
 #
 #   bash scripts/gpu_default.sh pack WHEELS      on a machine with a package index: collect what the GPU machine lacks
 #   bash scripts/gpu_default.sh run WHEELS OUT   on the GPU machine (CUDA torch >= 2.11, transformers, accelerate)
 #
-# Environment: ANSWERS to each prompt (4), STEPS (20000), BATCH sequences per step and GPU (16), ADAPTER_RANK (32), K (9).
+# Environment: ANSWERS to each prompt (4), STEPS (20000), BATCH sequences per step and GPU (16), ADAPTER_RANK (32), K (9);
+# GPU that measures (0), SHAPES of the projection (7b 13b).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ $# -ge 2 ] || { echo "usage: bash scripts/gpu_default.sh pack WHEELS | run WHEELS OUT" >&2; exit 2; }
@@ -41,8 +43,18 @@ on_all_gpus distill --source "$out/corpus" --source "$stdlib" --out "$out/data" 
 on_all_gpus train --data "$out/data" --out "$out/adapter" --steps "${STEPS:-20000}" --batch-size "${BATCH:-16}" \
   --rank "${ADAPTER_RANK:-32}" --k "${K:-9}"
 export RESULTS_DIR="$out/results"
-sdsat bench greedy "$out/adapter" 0 --k-list 0,1,3,5,7,9,11,13 --with-generate
-sdsat bench nucleus "$out/adapter" 0 1.0 --k-list 0,5,7,9,11,13 --tree paper
-sdsat bench nucleus "$out/adapter" 0 0.2 --k-list 0,5,7,9,11,13 --tree paper
-sdsat verify "$out/adapter" --dtype float32 --out "$RESULTS_DIR/exactness_float32.json"
-sdsat verify "$out/adapter" --dtype bfloat16 --tree chain --tree 2,2,1 --out "$RESULTS_DIR/exactness_bfloat16.json"
+gpu="${GPU:-0}" all="two-step,one-pass,auto" failed=0
+step() { "$@" || { echo "failed: $*" >&2 && failed=1; }; }           # one table that cannot be made doesn't keep the others
+once() { [ -f "${*: -1}" ] || step python3 "$root/scripts/$1" "${@:2}"; } # the last argument is the output
+step sdsat bench greedy "$out/adapter" "$gpu" --k-list 0,1,3,5,7,9 --strategies "$all" --with-generate
+for temperature in 1.0 0.2; do
+  step sdsat bench nucleus "$out/adapter" "$gpu" $temperature --k-list 0,3,5,7,9 --strategies "$all"
+  step sdsat bench nucleus "$out/adapter" "$gpu" $temperature --k-list 0,5,7,9,11,13 --tree paper --strategies two-step --results "$out/results_trees"
+done
+once pass_cost.py "$out/adapter" --device "$gpu" --out "$RESULTS_DIR/passes_bfloat16.json"
+for shape in ${SHAPES:-7b 13b}; do
+  once projection.py --shape "$shape" --device "$gpu" --summary "$RESULTS_DIR/adapter/greedy/summary.json" --out "$RESULTS_DIR/projection_$shape.json"
+done
+step sdsat verify "$out/adapter" --device "$gpu" --strategies "$all" --dtype float32 --out "$RESULTS_DIR/exactness_float32.json"
+step sdsat verify "$out/adapter" --device "$gpu" --strategies "$all" --dtype bfloat16 --tree chain --tree 2,2,1 --out "$RESULTS_DIR/exactness_bfloat16.json"
+exit $failed

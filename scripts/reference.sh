@@ -8,20 +8,21 @@ set -euo pipefail
 export RESULTS_DIR="$SDSAT_ROOT/results/reference"
 model=smollm2-135m-sdsat
 mkdir -p "$RESULTS_DIR/$model"
-python "$SDSAT_ROOT/scripts/pass_cost.py" "$model" --out "$RESULTS_DIR/$model/passes_bfloat16.json"
+results="$RESULTS_DIR/$model"
+python "$SDSAT_ROOT/scripts/pass_cost.py" "$model" --out "$results/passes_bfloat16.json"
+python "$SDSAT_ROOT/scripts/profile_passes.py" "$model" --out "$results/profile.json"
+export STRATEGIES=two-step,one-pass,auto
 DATA_LIMIT="${DATA_LIMIT:-16}" sdsat bench greedy "$model" cpu --with-generate
-DATA_LIMIT="${DATA_LIMIT:-10}" sdsat bench nucleus "$model" cpu 1.0 --k-list 0,3,5,7
-DATA_LIMIT="${DATA_LIMIT:-10}" sdsat bench nucleus "$model" cpu 0.2 --k-list 0,3,5,7
-sdsat inspect "$model" --data-limit 8 --out "$RESULTS_DIR/$model/inspect.json"
+DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 1.0 --k-list 0,3,5,7
+DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 0.2 --k-list 0,3,5,7
+python "$SDSAT_ROOT/scripts/peers.py" "$model" --ours two-step:5 --ours one-pass:5 --ours auto --data-limit 8 --general 8 --out "$results/peers.json"
+sdsat inspect "$model" --data-limit 8 --out "$results/inspect.json"
 
-audits="$RESULTS_DIR/$model/exactness"
-mkdir -p "$audits"
-audit() { OMP_NUM_THREADS=1 sdsat verify "$model" --device cpu --data-limit 40 --out "$audits/$1.json" "${@:2}"; }
+mkdir -p "$results/exactness"
+audit() { OMP_NUM_THREADS=1 sdsat verify "$model" --device cpu --data-limit 40 --out "$results/exactness/$1.json" "${@:2}"; }
 for dtype in float32 bfloat16; do
-  (
-    audit "greedy_$dtype" --dtype "$dtype" --max-new-tokens 48
-    audit "nucleus_$dtype" --dtype "$dtype" --max-new-tokens 24 --temperature 0.2,1.0 --seeds 0,1 --k-list 5 --tree chain --tree 2,2,1
-  ) &
+  audit "greedy_$dtype" --dtype "$dtype" --max-new-tokens 48 --k-list 3,7 &
+  audit "nucleus_$dtype" --dtype "$dtype" --max-new-tokens 24 --temperature 0.2,1.0 --seeds 0,1 --k-list 5 --tree chain --tree 2,2,1 &
+  wait
 done
-wait
 audit greedy_trees_bfloat16 --dtype bfloat16 --max-new-tokens 48 --k-list 5 --tree 2,2,1 --tree 3,2,1,1,1

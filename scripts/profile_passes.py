@@ -1,0 +1,122 @@
+"""Where the time goes: within a pass of the native engine (by Linux perf, where it is installed), and within a generation.
+
+python scripts/profile_passes.py [MODEL] [--out FILE.json]
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import sdsat
+from sdsat import decode, planner
+from sdsat.cli import Model, run
+from sdsat.engine import forward, new_cache, prefill
+from sdsat.prompts import humaneval
+from sdsat.records import environment, write_json
+from sdsat.tree import make_tree
+
+CONTEXT, SHAPES = 256, ((1, 0), (6, 0), (6, 5), (16, 0))  # rows, SATs among them
+PARTS = {
+    "linear layers": r"\b(tile|block|outputs|lower)<",
+    "attention, rotary embedding, activations, cache": r"\b(run|attend|rotate)<",
+    "norms": r"\bnorm<",
+    "waiting for the other threads": r"0x[0-9a-f]{16}|gomp",
+}
+
+
+@torch.inference_mode()
+def shares_of_pass(model: sdsat.SatModel, rows: int, sats: int) -> dict[str, float]:
+    """The share of samples in each part, over two seconds of passes."""
+    tokens = (torch.arange(CONTEXT + rows) * 7919 + 11) % model.model.config.vocab_size
+    cache = new_cache(model, CONTEXT + rows)
+    prefill(model, cache, tokens[:CONTEXT])
+    part, tree, groups = tokens[CONTEXT:].clone(), make_tree("chain", rows - 1 - sats), ((rows - 1 - sats, sats),) if sats else ()
+    if sats and model.sat:
+        part[rows - sats :] = model.sat.token_id
+    with tempfile.NamedTemporaryFile() as file:
+        record = ["perf", "record", "-q", "-o", file.name, "-p", str(os.getpid())]
+        with subprocess.Popen(record, stderr=subprocess.DEVNULL) as perf:
+            end = time.perf_counter() + 3
+            while time.perf_counter() < end:
+                forward(model, cache, part, tree, groups)
+            perf.terminate()
+        report = ["perf", "report", "-i", file.name, "--no-children", "--sort", "dso,symbol", "--percent-limit", "0.05"]
+        text = subprocess.run(report, capture_output=True, text=True).stdout
+    shares = dict.fromkeys([*PARTS, "Python, torch and the system"], 0.0)
+    for line in text.splitlines():
+        if found := re.match(r"\s+([\d.]+)%\s+(.*)", line):
+            name = next((name for name, pattern in PARTS.items() if re.search(pattern, found[2])), "Python, torch and the system")
+            shares[name] += float(found[1]) / 100
+    return {name: round(share, 3) for name, share in shares.items()}
+
+
+def shares_of_generation(model: sdsat.SatModel, prompt: list[int], config: sdsat.DecodeConfig) -> dict[str, float]:
+    """The share of decode seconds spent in each of decode.generate's steps."""
+    spent: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            out = function(*args, **kwargs)
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
+            return out
+
+        return call
+
+    steps = {"forward": "passes", "draft_tokens": "draft head", "next_tokens": "choosing tokens"}
+    real = {name: getattr(decode, name) for name in steps}
+    plans = {kind: kind.plan for kind in (planner.FixedPlanner, planner.AutoPlanner)}
+    try:
+        for name, label in steps.items():
+            setattr(decode, name, timed(label, real[name]))
+        for kind, plan in plans.items():
+            kind.plan = timed("planning", plan)
+        out = sdsat.generate(model, prompt, config)
+    finally:
+        for name, function in real.items():
+            setattr(decode, name, function)
+        for kind, plan in plans.items():
+            kind.plan = plan
+    shares = {name: round(seconds / out.decode_seconds, 3) for name, seconds in spent.items()}
+    return {**shares, "the loop itself": round(1 - sum(spent.values()) / out.decode_seconds, 3)}
+
+
+def main(model: Model = "smollm2-135m-sdsat", out: Path | None = None) -> None:
+    """Profile MODEL in bfloat16 on the CPU, print two tables, and write them to --out."""
+    loaded = sdsat.load(model, "bfloat16", "cpu")
+    document: dict[str, Any] = {"schema_version": 1, "environment": environment(loaded), "context": CONTEXT}
+    prompt = list(humaneval(loaded.tokenizer, 1)[0].prompt_ids)
+    found = {}
+    for name, k in (("ar", 0), ("two-step", 5), ("auto", 7)):
+        config = sdsat.DecodeConfig(k, 200, strategy=name if k else "two-step")
+        sdsat.generate(loaded, prompt, config)
+        found[name] = shares_of_generation(loaded, prompt, config)
+    document["generation"] = found
+    if loaded.native and shutil.which("perf"):
+        document["pass"] = {f"{rows} rows, {sats} SATs": shares_of_pass(loaded, rows, sats) for rows, sats in SHAPES}
+    else:
+        print("no native engine, or no Linux perf: shares within a pass are left out")
+    for title in ("generation", "pass"):
+        columns = document.get(title, {})
+        table = Table("share of", *columns, title=title, title_justify="left")
+        for row in dict.fromkeys(key for shares in columns.values() for key in shares):
+            table.add_row(row, *(f"{shares[row]:.1%}" if row in shares else "" for shares in columns.values()))
+        Console().print(table)
+    if out:
+        write_json(out, document)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,444 @@
+"""The native engine: transformers' logits, one row's bits whatever its pass looks like, and a plain word where it can't be had."""
+
+import copy
+import ctypes
+import platform
+import subprocess
+import sys
+import warnings
+from functools import cache
+
+import pytest
+import torch
+from conftest import one_line_error, tiny_llama, tiny_tokenizer, with_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from sdsat import attention, cli, draft, native
+from sdsat.adapter import AdapterConfig, SatAdapter
+from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
+from sdsat.decode import generate
+from sdsat.draft import draft_tokens
+from sdsat.engine import forward, new_cache, prefill, probe_rows
+from sdsat.model import SatModel, load
+from sdsat.native import NativeEngine, Unavailable
+from sdsat.tree import DraftTree, make_tree
+
+VOCAB = 75
+SIZES = dict(hidden_size=64, intermediate_size=96, head_dim=32)
+COMMON = dict(
+    **SIZES, vocab_size=VOCAB, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+    initializer_range=0.2, eos_token_id=None, bos_token_id=1, pad_token_id=None,
+)  # fmt: skip
+ROPE = dict(rope_theta=10000.0, original_max_position_embeddings=32)
+LLAMA3 = dict(**ROPE, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+CONFIGS = {
+    "llama": LlamaConfig(**COMMON),
+    "tied": LlamaConfig(**COMMON, tie_word_embeddings=True),
+    "biases": LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True),
+    "groups of 4": LlamaConfig(**{**COMMON, "num_key_value_heads": 1}),
+    "groups of 5": LlamaConfig(**{**COMMON, "hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 1}),
+    "head dim 96": LlamaConfig(**{**COMMON, "head_dim": 96, "num_attention_heads": 2}),
+    "llama 3 rope": LlamaConfig(**COMMON, rope_parameters=LLAMA3),
+    "yarn rope": LlamaConfig(**COMMON, rope_parameters={**ROPE, "rope_type": "yarn", "factor": 4.0}),
+    "mistral": MistralConfig(**COMMON, sliding_window=None),
+    "qwen2": Qwen2Config(**{**COMMON, "hidden_size": 128}),
+    "qwen2, tied": Qwen2Config(**{**COMMON, "hidden_size": 128}, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**COMMON),
+}
+FLOAT, HALF = torch.float32, torch.bfloat16
+each_dtype = pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+TOKENS = torch.randint(VOCAB, (400,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def random_lm(name, dtype=FLOAT):
+    """A random model of CONFIGS whose norms and biases are no ones and zeros either."""
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(CONFIGS[name]).eval().requires_grad_(False)
+    for key, parameter in lm.named_parameters():
+        if parameter.dim() == 1:
+            parameter.normal_(1.0 if key.endswith("norm.weight") else 0.0, 0.3)
+    return lm.to(dtype)
+
+
+@cache
+def model_of(name, dtype, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), head=0):
+    """A native model with an adapter whose rank, like its head's size, is no multiple of 32."""
+    lm = random_lm(name, dtype)
+    lm.set_attn_implementation(attention.NAME)
+    adapter = SatAdapter(lm, AdapterConfig(name, SatConfig(VOCAB, 4), rank=5, scale=0.5, targets=targets, head=head))
+    for parameter in (*adapter.up.values(), *([adapter.head.outer] if head else [])):
+        torch.nn.init.normal_(parameter, std=0.3)
+    adapter.requires_grad_(False).attach(lm)
+    model = SatModel(lm, None, name, adapter.config.sat, adapter)
+    model.native = NativeEngine(lm, adapter, model.max_context)
+    return model
+
+
+def without_native(model):
+    """The same model on transformers' modules."""
+    plain = copy.copy(model)
+    plain.native = plain.row_policy = None
+    return plain
+
+
+def chain(count):
+    return make_tree("chain", count - 1)
+
+
+def in_passes(model, tokens, sizes):
+    """[S, V] logits of passes of so many tokens in turn, each committed; sizes[0] is the prefill's, which gives none."""
+    cache, parts = new_cache(model, len(tokens) + 1), tokens.split(sizes)
+    prefill(model, cache, parts[0])
+    logits = []
+    for part in parts[1:]:
+        logits.append(forward(model, cache, part, chain(len(part)))[1])
+        cache.commit(tuple(range(len(part))))
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_transformers(name):
+    lm, tokens = random_lm(name), TOKENS[:150]
+    lm.set_attn_implementation("sdpa")
+    want = lm(tokens[None]).logits[0]
+    for sizes in ([0, 150], [37, 1, 2, 30, 80], [128, 22]):
+        model = SatModel(lm, None, name)
+        model.native = NativeEngine(lm, None, model.max_context)
+        torch.testing.assert_close(in_passes(model, tokens, sizes), want[sizes[0] :], rtol=1e-4, atol=1e-4)
+    lm = random_lm(name, HALF)
+    lm.set_attn_implementation("sdpa")
+    model = SatModel(lm, None, name)
+    model.native = NativeEngine(lm, None, model.max_context)
+    got, theirs = in_passes(model, tokens, [0, 90, 60]).float(), lm(tokens[None]).logits[0].float()
+    exact = lm.float()(tokens[None]).logits[0]  # of the same, rounded weights
+    assert (got - exact).pow(2).mean() <= 2 * (theirs - exact).pow(2).mean()
+    assert (got - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+@pytest.mark.parametrize("factor", [20, 200])
+def test_logits_with_large_gates(factor):
+    """Gates far below zero: silu is 0 there, though exp(-gate) is beyond float."""
+    lm = random_lm("llama")
+    for layer in lm.model.layers:
+        layer.mlp.gate_proj.weight.mul_(factor)
+    model = SatModel(lm, None, "llama")
+    model.native = NativeEngine(lm, None, model.max_context)
+    lm.set_attn_implementation("sdpa")
+    want = lm(TOKENS[None, :40]).logits[0]
+    torch.testing.assert_close(in_passes(model, TOKENS[:40], [0, 40]), want, rtol=1e-3, atol=1e-3)
+
+
+@st.composite
+def passes(draw, max_nodes=20):
+    """(tree of random parents, SAT groups at some of its nodes)."""
+    count = draw(st.integers(1, max_nodes))
+    parents = [-1, *(draw(st.integers(max(0, node - draw(st.integers(1, 8))), node - 1)) for node in range(1, count))]
+    at = draw(st.lists(st.integers(0, count - 1), max_size=3, unique=True))
+    return DraftTree(tuple(parents), (0,) * count), tuple((node, draw(st.integers(1, 4))) for node in at)
+
+
+def path_to(tree, node):
+    return [node] if node == 0 else [*path_to(tree, tree.parents[node]), node]
+
+
+class OneByOne:
+    """The oracle of bits: a cache of its own that is fed one token a pass, from the first on."""
+
+    def __init__(self, model, context):
+        self.model, self.cache = model, new_cache(model, len(context) + 300)
+        for token in context:
+            self.feed([token])
+
+    def feed(self, tokens, groups=()):
+        """Logits after the last of the tokens, and of SATs that stand there; keeps the tokens."""
+        for token in tokens[:-1]:
+            self.feed([token])
+        sats = [VOCAB] * sum(size for _, size in groups)
+        logits = forward(self.model, self.cache, torch.tensor([tokens[-1], *sats]), chain(1), groups)[1]
+        self.cache.commit((0,))
+        return logits
+
+    def peek(self, tokens, groups=()):
+        length = self.cache.length
+        logits = self.feed(tokens, groups)
+        self.cache.length = length
+        return logits
+
+
+def assert_bits(model, context, rounds, generator, slots=300):
+    """Passes over trees, after each of which a path is kept: every row has the bits of `OneByOne`."""
+    cache, oracle = new_cache(model, len(context) + slots), OneByOne(model, context.tolist())
+    prefill(model, cache, context)
+    for tree, groups in rounds:
+        tokens = torch.randint(VOCAB, (len(tree),), generator=generator)
+        sats = torch.full((sum(size for _, size in groups),), VOCAB)
+        logits = forward(model, cache, torch.cat([tokens, sats]), tree, groups)[1]
+        for node in range(len(tree)):
+            assert torch.equal(logits[node], oracle.peek(tokens[path_to(tree, node)].tolist())[0])
+        first = len(tree)
+        for node, size in groups:
+            alone = oracle.peek(tokens[path_to(tree, node)].tolist(), ((0, size),))
+            assert torch.equal(logits[first : first + size], alone[1:])
+            first += size
+        path = path_to(tree, int(torch.randint(len(tree), (), generator=generator)))
+        cache.commit(tuple(path))
+        oracle.feed(tokens[path].tolist())
+    assert cache.length == oracle.cache.length
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(["llama", "biases", "groups of 4", "groups of 5", "head dim 96", "qwen3"]),
+    dtype=st.sampled_from([FLOAT, HALF]),
+    targets=st.sampled_from([("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), ("v_proj", "down_proj")]),
+    context=st.one_of(st.integers(1, 140), st.sampled_from([15, 16, 63, 64, 65, 127, 128])),
+    rounds=st.lists(passes(), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_a_row_has_the_bits_that_it_has_alone(name, dtype, targets, context, rounds, seed):
+    generator = torch.Generator().manual_seed(seed)
+    context = torch.randint(VOCAB, (context,), generator=generator)
+    assert_bits(model_of(name, dtype, targets), context, rounds, generator)
+
+
+@each_dtype
+@pytest.mark.parametrize("context", [255, 256, 257])
+def test_the_same_bits_across_passes_of_the_prefill(dtype, context):
+    tree = DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
+    assert_bits(model_of("llama", dtype), TOKENS[:context], [(tree, ((7, 2), (0, 3)))] * 2, torch.Generator().manual_seed(1))
+
+
+@each_dtype
+def test_the_same_bits_for_any_number_of_rows_and_threads(dtype):
+    model, threads = model_of("groups of 5", dtype), torch.get_num_threads()
+    want = in_passes(model, TOKENS[:97], [1] * 97)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for rows in (*range(2, 17), 29, 96):
+                sizes = [1, *[rows] * (96 // rows), *([96 % rows] if 96 % rows else [])]
+                assert torch.equal(in_passes(model, TOKENS[:97], sizes), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_small_context_is_probed_within_its_positions():
+    """The probe looks at 160 positions; a model of 100 has no table for the others, so its passes must not touch them."""
+    lm = tiny_llama(FLOAT, vocab=VOCAB, max_position_embeddings=100, **SIZES)
+    model = SatModel(lm, None, "tiny")
+    model.native = NativeEngine(lm, None, model.max_context)
+    reached = []
+    plain = model.native.forward
+    model.native.forward = lambda cache, embeddings, within, offsets, *rest, **named: (
+        reached.append(int(cache.length + offsets.max())) or plain(cache, embeddings, within, offsets, *rest, **named)
+    )
+    probe_rows(model)
+    assert max(reached) < 100
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    name=st.sampled_from(["llama", "biases", "groups of 5", "head dim 96", "qwen3"]),
+    targets=st.sampled_from([("q_proj", "gate_proj"), ("o_proj", "k_proj", "up_proj", "down_proj"), ("v_proj",)]),
+    one_pass=passes(),
+    context=st.integers(1, 90),
+)
+def test_sat_rows_are_those_of_transformers(name, targets, one_pass, context):
+    (tree, groups), model = one_pass, model_of(name, FLOAT, targets)
+    tokens = torch.cat([TOKENS[context : context + len(tree)], torch.full((sum(size for _, size in groups),), VOCAB)])
+    found = []
+    for either in (model, without_native(model)):
+        cache = new_cache(either, context + 200)
+        prefill(either, cache, TOKENS[:context])
+        found.append(forward(either, cache, tokens, tree, groups))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from([FLOAT, HALF]),
+    rows=st.integers(1, 4),
+    size=st.integers(1, 300),
+    kinds=st.sampled_from([1, 2, 9, 1000]),
+    seed=st.integers(0, 999),
+    data=st.data(),
+)
+def test_top_is_a_sort_with_the_lower_id_first(dtype, rows, size, kinds, seed, data):
+    count = data.draw(st.integers(1, min(size, 70)))
+    logits = (torch.randint(kinds, (rows, size), generator=torch.Generator().manual_seed(seed)) - kinds / 2).to(dtype) / 7
+    logits[:, data.draw(st.integers(0, size - 1))] = float("-inf")
+    values, ids = model_of("llama", dtype).native.top(logits, count)
+    for row, got_values, got_ids in zip(logits.tolist(), values.tolist(), ids.tolist(), strict=True):
+        want = sorted(range(size), key=lambda i, row=row: (-row[i], i))[:count]
+        assert got_ids == want
+        assert got_values == [row[i] for i in want]
+
+
+@st.composite
+def candidate_trees(draw):
+    """Trees of up to four depths in any topological order; the children of a node have the ranks 0, 1 and 2."""
+    parents, ranks, depths = [-1], [0], [0]
+    for _ in range(draw(st.integers(1, 14))):
+        open_nodes = [node for node in range(len(parents)) if depths[node] < 4 and parents.count(node) < 3]
+        parent = draw(st.sampled_from(open_nodes))
+        ranks.append(parents.count(parent))
+        depths.append(depths[parent] + 1)
+        parents.append(parent)
+    return DraftTree(tuple(parents), tuple(ranks))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tree=candidate_trees(),
+    head=st.sampled_from([0, 7, 40]),
+    sampling=st.sampled_from([SamplingConfig(), SamplingConfig(0.7, seed=5), SamplingConfig(1.0, 6, 0.9, 2), SamplingConfig(2.0, 9)]),
+    shortlist=st.sampled_from([12, 64]),
+    seed=st.integers(0, 99),
+)
+def test_drafts_are_those_of_the_torch_code(tree, head, sampling, shortlist, seed):
+    model, generator = model_of("llama", FLOAT, ("v_proj",), head), torch.Generator().manual_seed(seed)
+    states = 0.6 * torch.randn(max(tree.depths), 64, generator=generator)
+    given_ = (torch.tensor([seed % VOCAB]), states, model.model.get_output_embeddings()(states), 3, tree, sampling)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft, "SHORTLIST", shortlist)
+        (tokens, likely), (want_tokens, want_likely) = draft_tokens(model, *given_), draft_tokens(without_native(model), *given_)
+    assert tokens.tolist() == want_tokens.tolist()
+    torch.testing.assert_close(likely, want_likely, rtol=1e-4, atol=1e-4)
+    assert tokens[0] == seed % VOCAB and likely[0] == 1
+
+
+# ---- where it can't be had ----
+
+
+@pytest.fixture
+def fresh_library(monkeypatch, tmp_path):
+    """An empty cache folder, and no library from before."""
+    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    yield monkeypatch
+    native.library.cache_clear()
+
+
+def unavailable(lm, *parts):
+    with pytest.raises(Unavailable) as caught:
+        NativeEngine(lm, None, 512)
+    assert "\n" not in str(caught.value)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_without_a_compiler(fresh_library):
+    fresh_library.delenv("CXX", raising=False)
+    fresh_library.setattr(native.shutil, "which", lambda name: None)
+    unavailable(random_lm("llama"), "no C++ compiler was found")
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [("/bin/false", "/bin/false failed"), ("/no/such/c++", "/no/such/c++")])
+def test_with_a_compiler_that_fails(fresh_library, compiler, reason):
+    fresh_library.setenv("CXX", compiler)
+    unavailable(random_lm("llama"), reason)
+
+
+def test_with_a_compiler_that_says_why(fresh_library, tmp_path):
+    (tmp_path / "c++").write_text("#!/bin/sh\necho 'no such flag' >&2\necho more >&2\nexit 1\n")
+    (tmp_path / "c++").chmod(0o755)
+    fresh_library.setenv("CXX", str(tmp_path / "c++"))
+    unavailable(random_lm("llama"), "c++ failed (no such flag)")
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_a_cache_folder_that_cannot_be_written(fresh_library, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    unavailable(random_lm("llama"), "could not be built", "cache")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_size": 48}, "hidden=48: not a multiple of 32"),
+        ({"head_dim": 16}, "dim=16: not a multiple of 32"),
+        ({"intermediate_size": 100}, "inner=100: not a multiple of 32"),
+        ({"hidden_size": 48, "intermediate_size": 100}, "hidden=48, inner=100: not a multiple of 32"),
+        ({"hidden_act": "gelu"}, "activation gelu"),
+        ({"dtype": torch.float16}, "no torch.float16 on cpu"),
+        ({"dtype": torch.float64}, "no torch.float64 on cpu"),
+    ],
+    ids=str,
+)
+def test_models_it_was_not_written_for(changes, reason):
+    unavailable(tiny_llama(**{"dtype": FLOAT, "vocab": VOCAB, **SIZES, **changes}), reason)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Checkpoints of a size that the native engine takes, and of one that it doesn't."""
+    out = {}
+    for name, sizes in (("whole", SIZES), ("odd", {})):
+        out[name] = tmp_path_factory.mktemp(name)
+        tiny_llama(FLOAT, vocab=VOCAB, **sizes).save_pretrained(out[name])
+        tiny_tokenizer([f"<{i}>" for i in range(VOCAB)]).save_pretrained(out[name])
+    return out
+
+
+def test_load_takes_the_engine_asked_for(folders):
+    want = None
+    for engine, name in (("native", "native"), ("auto", "native"), ("transformers", "transformers")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = load(str(folders["whole"]), "float32", "cpu", engine=engine)
+        assert model.engine_name == name and (model.native is None) == (name == "transformers")
+        out = generate(model, [1, 5, 9], DecodeConfig(0, 20)).token_ids
+        want = want or out
+        assert out == want
+    assert load(str(folders["whole"]), "float16", "cpu").engine_name == "transformers"  # as asked: no warning
+
+
+def test_load_says_why_there_is_no_native_engine(folders, fresh_library, capsys):
+    odd, reason = str(folders["odd"]), "hidden=32"
+    tiny_llama(FLOAT, vocab=VOCAB, **{**SIZES, "hidden_size": 80}).save_pretrained(folders["odd"])
+    reason = "hidden=80: not a multiple of 32"
+    with one_line_error(f"engine=native: not to be had for {odd}", reason, "expected auto"):
+        load(odd, "float32", "cpu", engine="native")
+    with pytest.warns(UserWarning, match=reason):
+        model = load(odd, "float32", "cpu", engine="auto")
+    assert len(generate(model, [1, 5, 9], DecodeConfig(0, 20)).token_ids) == 20
+    fresh_library.setenv("CXX", "/bin/false")
+    with pytest.warns(UserWarning, match="/bin/false failed"):
+        assert load(str(folders["whole"]), "bfloat16", "cpu").native is None
+    for engine in ("nonsense", "", "Native"):
+        with one_line_error(f"engine={engine}: expected one of auto, native, transformers"):
+            load(odd, "float32", "cpu", engine=engine)
+    fresh_library.setattr(sys, "argv", ["sdsat", "generate", "x", "--model", odd, "--device", "cpu", "--engine", "native"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2 and errors.startswith("error: engine=native") and errors.count("\n") == 1
+
+
+if platform.machine() in ("x86_64", "AMD64"):
+
+    @pytest.fixture(scope="module")
+    def narrow(tmp_path_factory):
+        """native.cpp for a processor without AVX-512, and so without its bfloat16 instructions."""
+        target = tmp_path_factory.mktemp("narrow") / "native.so"
+        flags = ["-O1", "-march=x86-64-v3", *native._FLAGS[2:], "-Wno-psabi"]
+        subprocess.run(["c++", *flags, str(native.SOURCE), "-o", str(target)], check=True)
+        return ctypes.CDLL(str(target))
+
+    @each_dtype
+    def test_a_processor_without_wide_vectors(dtype, narrow, monkeypatch):
+        model, tree = model_of("groups of 5", dtype), DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
+        want = in_passes(model, TOKENS[:120], [40, 7, 73])
+        monkeypatch.setattr(native, "library", lambda: narrow)
+        got = in_passes(model, TOKENS[:120], [40, 7, 73])
+        error, exact = (got.float() - want.float()).abs().max(), want.float().abs().max()
+        assert error <= (1e-5 if dtype == FLOAT else 0.05) * exact
+        assert_bits(model, TOKENS[:67], [(tree, ((7, 2), (0, 3)))] * 2, torch.Generator().manual_seed(1))
