@@ -44,7 +44,8 @@ on_all_gpus train --data "$out/data" --out "$out/adapter" --steps "${STEPS:-2000
   --rank "${ADAPTER_RANK:-32}" --k "${K:-9}"
 export RESULTS_DIR="$out/results"
 gpu="${GPU:-0}" all="two-step,one-pass,auto" failed=0
-step() { "$@" || { echo "failed: $*" >&2 && failed=1; }; }           # one table that cannot be made doesn't keep the others
+# One table that cannot be made doesn't keep the others from it; an interrupt (130) does.
+step() { "$@" || { [ $? != 130 ] || exit 130; echo "failed: $*" >&2 && failed=1; }; }
 once() { [ -f "${*: -1}" ] || step python3 "$root/scripts/$1" "${@:2}"; } # the last argument is the output
 step sdsat bench greedy "$out/adapter" "$gpu" --k-list 0,1,3,5,7,9 --strategies "$all" --with-generate
 for temperature in 1.0 0.2; do

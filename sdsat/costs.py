@@ -66,7 +66,7 @@ def measure_costs(model: SatModel) -> CostCurve:
     tokens = (torch.arange(max(CONTEXTS) + max(COUNTS), device=model.device) * 7919 + 11) % vocabulary
     verify, draft = [], []
     for context in CONTEXTS:
-        context = min(context, model.max_context - max(COUNTS))
+        context = max(1, min(context, model.max_context - max(COUNTS)))
         cache = new_cache(model, context + max(COUNTS) + 1)
         prefill(model, cache, tokens[:context])
 

@@ -51,7 +51,7 @@ class Drafts:
         node = 0
         for token in tokens:
             same = [j for j in range(len(parents)) if parents[j] == node and out.tokens[j] == token]
-            if not same and len(parents) == MAX_ROWS // 2:
+            if not same and len(parents) >= MAX_ROWS:
                 break
             if not same:
                 parents.append(node)

@@ -23,6 +23,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from .config import MAX_ROWS
+
 if TYPE_CHECKING:
     from .adapter import SatAdapter
     from .config import SamplingConfig
@@ -158,14 +160,15 @@ class NativeEngine:
         if config.hidden_act != "silu":
             raise Unavailable(f"activation {config.hidden_act}")
         library()
-        positions = torch.arange(min(max_context, 2**20))[None]
+        self._positions = min(max_context, 2**20) + 2 * MAX_ROWS  # drafts and the probe look ahead
+        positions = torch.arange(self._positions)[None]
         cos, sin = (self._keep(part[0].float()) for part in base.rotary_emb(torch.zeros(1, dtype=self.dtype), positions))
         layers = (_Layer * config.num_hidden_layers)(*(self._layer(layer) for layer in base.layers))
         self._kept.append(layers)
         self.struct = _Model(
             config.num_hidden_layers, config.hidden_size, config.num_attention_heads, kv_heads, dim,
             config.intermediate_size, model.get_output_embeddings().weight.shape[0], 1,
-            config.rms_norm_eps, dim**-0.5, cos.data_ptr(), sin.data_ptr(), _pointer(self._keep(base.norm.weight)),
+            config.rms_norm_eps, base.layers[0].self_attn.scaling, cos.data_ptr(), sin.data_ptr(), _pointer(self._keep(base.norm.weight)),
             self._linear(model.get_output_embeddings().weight, model.get_output_embeddings().bias), layers,
             *(_pointer(self._keep(part.weight)) for part in (model.get_input_embeddings(), model.get_output_embeddings())),
             *self._head(adapter), torch.finfo(self.dtype).eps,
@@ -220,6 +223,7 @@ class NativeEngine:
         x, states = embeddings.clone(), torch.empty_like(embeddings)
         logits = torch.empty(last, self.struct.vocabulary, dtype=self.dtype)
         positions, slots = cache.length + offsets, torch.arange(cache.length, cache.length + rows)
+        assert cache.length + rows <= cache.struct.slots and int(positions.max()) < self._positions  # what C++ will not check
         sequences, lengths = torch.zeros(rows, dtype=torch.long), torch.full((rows,), cache.length)
         self.struct.threads = torch.get_num_threads()
         tensors = (x, states, logits, positions, slots, sequences, lengths, within)

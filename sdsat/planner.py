@@ -135,7 +135,7 @@ class AutoPlanner:
         self.by_lookup = _Rates([0.5, 0.8])  # the first token, the others
         self.scores: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in _KINDS}  # sum and weight
         self.kind = "none"  # of the SATs that the drafts come from
-        self.corrections = dict.fromkeys(_SIZES, 1.0)
+        self.corrections, self.num_timed = dict.fromkeys(_SIZES, 1.0), dict.fromkeys(_SIZES, 0)
         self.plain_left = self.num_cycles = 0
         self.size = k
         self.tokens, self.seconds = 0.0, 1e-9
@@ -146,7 +146,7 @@ class AutoPlanner:
         best = max(range(1, self.k + 1), key=lambda k: self._two_step(k, context))
         self.size = best
         if not self.tokens:
-            self.seconds = 10 * self._cycle_seconds(best, context)
+            self.seconds = _PRIOR * self._cycle_seconds(best, context)
             self.tokens = self.seconds * self._two_step(best, context)
 
     def _cost(self, rows: int, sats: int, context: int) -> float:
@@ -194,6 +194,9 @@ class AutoPlanner:
             size = min(self.size, left - 2)
             if self.plain_left:
                 self.plain_left -= 1
+                return Plan([0])
+            if self.num_cycles % _PLAIN_PASSES == _PLAIN_PASSES // 2:  # now and then, to know what plain decoding costs
+                self.num_cycles += 1
                 return Plan([0])
             self._learn("none", 1 - self.rate * self._cost(1 + size, size, context) + self._worth("root"))
             return Plan([0], ((0, size),) if size > 0 else ())
@@ -252,7 +255,9 @@ class AutoPlanner:
         sats = sum(size for _, size in plan.groups)
         rows = len(tree) + sats
         ratio = seconds / self.costs.seconds(rows, sats, context)
-        self.corrections[_size_class(rows)] += 0.05 * (min(2.0, ratio) - self.corrections[_size_class(rows)])
+        timed = _size_class(rows)
+        self.num_timed[timed] += 1
+        self.corrections[timed] += max(0.05, 1 / (3 + self.num_timed[timed])) * (min(2.0, ratio) - self.corrections[timed])
         if rows == 1:
             return
         self.tokens = _MEMORY * self.tokens + len(path)

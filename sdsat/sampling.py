@@ -16,6 +16,9 @@ from .config import SamplingConfig
 _M1, _M2, _GOLDEN = -4658895280553007687, -7723592293110705685, -7046029254386353131  # splitmix64, as signed 64-bit
 
 
+_LIKELY = 512  # tokens that top-p alone sorts, as long as they reach top_p
+
+
 def _mix(z: Tensor) -> Tensor:
     """splitmix64's finaliser on int64 (wrapping); Steele, Lea and Flood 2014. Same bits on every device."""
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _M1
@@ -47,12 +50,19 @@ def support(logits: Tensor, sampling: SamplingConfig, at_least: int = 1) -> tupl
     logits = logits.float() / sampling.temperature
     if not sampling.top_k and sampling.top_p == 1:
         return torch.arange(logits.shape[-1], device=logits.device).expand_as(logits), logits.log_softmax(-1)
-    size = min(max(sampling.top_k, at_least), logits.shape[-1]) if sampling.top_k else logits.shape[-1]
-    logits, columns = logits.topk(size, dim=-1)
+    size = min(max(sampling.top_k or _LIKELY, at_least), logits.shape[-1])
+    every, (logits, columns) = logits, logits.topk(size, dim=-1)
     if sampling.top_k:
         logits[:, sampling.top_k :] = float("-inf")
+        share = logits.softmax(-1)
+    else:
+        shares = every.softmax(-1)  # of the whole vocabulary, so that a row's are the same however many are sorted
+        share = shares.gather(-1, columns)
+        if size < every.shape[-1] and bool((share.double().sum(-1) < sampling.top_p).any()):
+            logits, columns = every.sort(-1, descending=True)
+            share = shares.gather(-1, columns)
     if sampling.top_p < 1:
-        before = logits.softmax(-1).cumsum(-1).roll(1, -1)
+        before = share.double().cumsum(-1).roll(1, -1)
         before[:, 0] = 0
         logits = logits.masked_fill(before >= sampling.top_p, float("-inf"))
     return columns, logits.log_softmax(-1)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from sdsat import sampling as sampling_module
 from sdsat.config import SamplingConfig
 from sdsat.sampling import choose, gumbel_noise, support
 
@@ -52,6 +53,23 @@ def test_support_equals_transformers(sampling, at_least):
     got, want = spread(logits, sampling, at_least=at_least), filtered(logits, sampling)
     assert torch.equal(got > 0, want > 0)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [0.1, 1, 5])
+@pytest.mark.parametrize("top_p", [0.3, 0.95])
+def test_top_p_alone_is_the_same_however_many_tokens_it_sorts(monkeypatch, strength, top_p):
+    """Flat distributions need more tokens than it sorts at first, and rows of both kinds stand beside each other."""
+    logits, sampling = (
+        torch.randn(6, 2000, generator=torch.Generator().manual_seed(1)) * strength,
+        SamplingConfig(1.0, top_p=top_p),
+    )
+    logits[::2] *= 5
+    got = spread(logits, sampling)
+    torch.testing.assert_close(got, filtered(logits, sampling), rtol=1e-3, atol=1e-7)
+    for row in range(6):  # and beside whatever rows
+        assert torch.equal(spread(logits[row : row + 1], sampling)[0] > 0, got[row] > 0)
+    monkeypatch.setattr(sampling_module, "_LIKELY", 2000)
+    assert torch.equal(spread(logits, sampling) > 0, got > 0)
 
 
 @settings(deadline=None)
