@@ -93,7 +93,7 @@ def measure_costs(model: SatModel) -> CostCurve:
     spent = []
     for _ in range(_TURNS):
         began = time.perf_counter()
-        draft_tokens(model, tokens[1:2], states[1:], logits[1:], 0, make_tree("chain", k), SamplingConfig())
+        draft_tokens(model, tokens[1:2], states[1:], logits[1:], 0, make_tree("chain", k), SamplingConfig()).tolist()
         spent.append(time.perf_counter() - began)
     return CostCurve(verify, draft, statistics.median(spent) / k)
 

@@ -1,4 +1,4 @@
-"""The native engine: transformers' logits, one row's bits whatever its pass looks like, and a plain word where it can't be had."""
+"""The native engine: transformers' logits, a row's bits whatever its pass is, and a plain reason where it can't be had."""
 
 import copy
 import ctypes
@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import one_line_error, tiny_llama, tiny_tokenizer, with_adapter
+from conftest import one_line_error, tiny_llama, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -68,6 +68,12 @@ def random_lm(name, dtype=FLOAT):
     return lm.to(dtype)
 
 
+def natively(lm, adapter=None):
+    model = SatModel(lm, None, "tiny", adapter and adapter.config.sat, adapter)
+    model.native = NativeEngine(lm, adapter, model.max_context)
+    return model
+
+
 @cache
 def model_of(name, dtype, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), head=0):
     """A native model with an adapter whose rank, like its head's size, is no multiple of 32."""
@@ -77,9 +83,7 @@ def model_of(name, dtype, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate
     for parameter in (*adapter.up.values(), *([adapter.head.outer] if head else [])):
         torch.nn.init.normal_(parameter, std=0.3)
     adapter.requires_grad_(False).attach(lm)
-    model = SatModel(lm, None, name, adapter.config.sat, adapter)
-    model.native = NativeEngine(lm, adapter, model.max_context)
-    return model
+    return natively(lm, adapter)
 
 
 def without_native(model):
@@ -109,31 +113,29 @@ def test_logits_are_those_of_transformers(name):
     lm, tokens = random_lm(name), TOKENS[:150]
     lm.set_attn_implementation("sdpa")
     want = lm(tokens[None]).logits[0]
-    for sizes in ([0, 150], [37, 1, 2, 30, 80], [128, 22]):
-        model = SatModel(lm, None, name)
-        model.native = NativeEngine(lm, None, model.max_context)
-        torch.testing.assert_close(in_passes(model, tokens, sizes), want[sizes[0] :], rtol=1e-4, atol=1e-4)
-    lm = random_lm(name, HALF)
+    for sizes in ([0, 96, 54], [37, 1, 2, 30, 80], [128, 22]):
+        torch.testing.assert_close(in_passes(natively(lm), tokens, sizes), want[sizes[0] :], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_is_as_near_to_the_exact_as_transformers_bfloat16(name):
+    lm, tokens = random_lm(name, HALF), TOKENS[:150]
     lm.set_attn_implementation("sdpa")
-    model = SatModel(lm, None, name)
-    model.native = NativeEngine(lm, None, model.max_context)
-    got, theirs = in_passes(model, tokens, [0, 90, 60]).float(), lm(tokens[None]).logits[0].float()
+    got, theirs = in_passes(natively(lm), tokens, [0, 96, 54]).float(), lm(tokens[None]).logits[0].float()
     exact = lm.float()(tokens[None]).logits[0]  # of the same, rounded weights
-    assert (got - exact).pow(2).mean() <= 2 * (theirs - exact).pow(2).mean()
+    assert (got - exact).pow(2).mean() <= 1.5 * (theirs - exact).pow(2).mean()
     assert (got - exact).abs().max() <= 2 * (theirs - exact).abs().max()
 
 
 @pytest.mark.parametrize("factor", [20, 200])
-def test_logits_with_large_gates(factor):
-    """Gates far below zero: silu is 0 there, though exp(-gate) is beyond float."""
+def test_gates_far_below_zero(factor):
+    """silu is 0 there, though exp(-gate) is more than a float can be."""
     lm = random_lm("llama")
     for layer in lm.model.layers:
         layer.mlp.gate_proj.weight.mul_(factor)
-    model = SatModel(lm, None, "llama")
-    model.native = NativeEngine(lm, None, model.max_context)
     lm.set_attn_implementation("sdpa")
-    want = lm(TOKENS[None, :40]).logits[0]
-    torch.testing.assert_close(in_passes(model, TOKENS[:40], [0, 40]), want, rtol=1e-3, atol=1e-3)
+    got, want = in_passes(natively(lm), TOKENS[:40], [0, 40]), lm(TOKENS[None, :40]).logits[0]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
 @st.composite
@@ -198,7 +200,9 @@ def assert_bits(model, context, rounds, generator, slots=300):
 @given(
     name=st.sampled_from(["llama", "biases", "groups of 4", "groups of 5", "head dim 96", "qwen3"]),
     dtype=st.sampled_from([FLOAT, HALF]),
-    targets=st.sampled_from([("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), ("v_proj", "down_proj")]),
+    targets=st.sampled_from(
+        [("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), ("v_proj", "down_proj")]
+    ),
     context=st.one_of(st.integers(1, 140), st.sampled_from([15, 16, 63, 64, 65, 127, 128])),
     rounds=st.lists(passes(), min_size=1, max_size=3),
     seed=st.integers(0, 99),
@@ -231,17 +235,18 @@ def test_the_same_bits_for_any_number_of_rows_and_threads(dtype):
 
 
 def test_a_small_context_is_probed_within_its_positions():
-    """The probe looks at 160 positions; a model of 100 has no table for the others, so its passes must not touch them."""
-    lm = tiny_llama(FLOAT, vocab=VOCAB, max_position_embeddings=100, **SIZES)
-    model = SatModel(lm, None, "tiny")
-    model.native = NativeEngine(lm, None, model.max_context)
-    reached = []
-    plain = model.native.forward
-    model.native.forward = lambda cache, embeddings, within, offsets, *rest, **named: (
-        reached.append(int(cache.length + offsets.max())) or plain(cache, embeddings, within, offsets, *rest, **named)
-    )
-    probe_rows(model)
-    assert max(reached) < 100
+    """Every pass of the probe of a model of 100 positions gives what the same model of 512 gives."""
+    small, large = (natively(tiny_llama(FLOAT, vocab=VOCAB, max_position_embeddings=n, **SIZES)) for n in (100, 512))
+    plain, other = small.native.forward, large.native.cache(512)
+
+    def both(cache, *inputs, **named):
+        other.length = cache.length
+        found, wanted = plain(cache, *inputs, **named), large.native.forward(other, *inputs, **named)
+        assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
+        return found
+
+    small.native.forward = both
+    assert probe_rows(small).stable
 
 
 @settings(max_examples=30, deadline=None)
@@ -300,7 +305,9 @@ def candidate_trees(draw):
 @given(
     tree=candidate_trees(),
     head=st.sampled_from([0, 7, 40]),
-    sampling=st.sampled_from([SamplingConfig(), SamplingConfig(0.7, seed=5), SamplingConfig(1.0, 6, 0.9, 2), SamplingConfig(2.0, 9)]),
+    sampling=st.sampled_from(
+        [SamplingConfig(), SamplingConfig(0.7, seed=5), SamplingConfig(1.0, 6, 0.9, 2), SamplingConfig(2.0, 9)]
+    ),
     shortlist=st.sampled_from([12, 64]),
     seed=st.integers(0, 99),
 )
@@ -381,7 +388,7 @@ def test_models_it_was_not_written_for(changes, reason):
 def folders(tmp_path_factory):
     """Checkpoints of a size that the native engine takes, and of one that it doesn't."""
     out = {}
-    for name, sizes in (("whole", SIZES), ("odd", {})):
+    for name, sizes in (("whole", SIZES), ("odd", {**SIZES, "hidden_size": 80})):
         out[name] = tmp_path_factory.mktemp(name)
         tiny_llama(FLOAT, vocab=VOCAB, **sizes).save_pretrained(out[name])
         tiny_tokenizer([f"<{i}>" for i in range(VOCAB)]).save_pretrained(out[name])
@@ -402,9 +409,7 @@ def test_load_takes_the_engine_asked_for(folders):
 
 
 def test_load_says_why_there_is_no_native_engine(folders, fresh_library, capsys):
-    odd, reason = str(folders["odd"]), "hidden=32"
-    tiny_llama(FLOAT, vocab=VOCAB, **{**SIZES, "hidden_size": 80}).save_pretrained(folders["odd"])
-    reason = "hidden=80: not a multiple of 32"
+    odd, reason = str(folders["odd"]), "hidden=80: not a multiple of 32"
     with one_line_error(f"engine=native: not to be had for {odd}", reason, "expected auto"):
         load(odd, "float32", "cpu", engine="native")
     with pytest.warns(UserWarning, match=reason):
