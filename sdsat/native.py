@@ -165,12 +165,14 @@ class NativeEngine:
         cos, sin = (self._keep(part[0].float()) for part in base.rotary_emb(torch.zeros(1, dtype=self.dtype), positions))
         layers = (_Layer * config.num_hidden_layers)(*(self._layer(layer) for layer in base.layers))
         self._kept.append(layers)
+        head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
         self.struct = _Model(
             config.num_hidden_layers, config.hidden_size, config.num_attention_heads, kv_heads, dim,
-            config.intermediate_size, model.get_output_embeddings().weight.shape[0], 1,
-            config.rms_norm_eps, base.layers[0].self_attn.scaling, cos.data_ptr(), sin.data_ptr(), _pointer(self._keep(base.norm.weight)),
-            self._linear(model.get_output_embeddings().weight, model.get_output_embeddings().bias), layers,
-            *(_pointer(self._keep(part.weight)) for part in (model.get_input_embeddings(), model.get_output_embeddings())),
+            config.intermediate_size, head.weight.shape[0], 1,
+            config.rms_norm_eps, base.layers[0].self_attn.scaling,
+            cos.data_ptr(), sin.data_ptr(), _pointer(self._keep(base.norm.weight)),
+            self._linear(head.weight, head.bias), layers,
+            _pointer(self._keep(tokens.weight)), _pointer(self._keep(head.weight)),
             *self._head(adapter), torch.finfo(self.dtype).eps,
         )  # fmt: skip
 
