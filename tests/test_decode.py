@@ -1,18 +1,26 @@
 """The decoder against a naive one: no cache, no drafts, one plain forward over the whole sequence per token."""
 
+from functools import cache
+
 import pytest
 import torch
 from conftest import VOCAB, tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdsat.config import DecodeConfig, SamplingConfig
+from sdsat.config import STRATEGIES, DecodeConfig, SamplingConfig
+from sdsat.costs import COUNTS, CostCurve
 from sdsat.decode import generate
-from sdsat.sampling import choose
+from sdsat.model import SatModel
+from sdsat.native import NativeEngine
+from sdsat.sampling import choose, gumbel_noise
 
 PROMPT = [1, 5, 9, 2, 7]
+WHOLE = dict(hidden_size=64, intermediate_size=96, head_dim=32)  # sizes that the native engine takes
 SHAPES = [(5, "paper"), *((k, tree) for k in (0, 1, 2, 3, 5) for tree in ("chain", (2,), (3, 2, 1), (1, 1, 4)))]
 NUCLEUS = SamplingConfig(temperature=1.0, top_k=10, top_p=0.95, seed=3)
+# What a pass of so many rows is said to take: as good as nothing, so that `auto` tries much, or much, so that it tries little.
+CURVES = [CostCurve([[t * n + 1 for n in COUNTS]] * 2, [[t * n + 1 for n in COUNTS]] * 2, 0.0) for t in (1e-3, 0.5)]
 
 
 def naive(model, prompt, num_tokens, sampling, forbidden=None):
@@ -27,35 +35,116 @@ def naive(model, prompt, num_tokens, sampling, forbidden=None):
     return ids[len(prompt) :]
 
 
+@cache
+def naive_of_plain(sampling):
+    """Of the model that `model` has an adapter for."""
+    return naive(SatModel(tiny_llama(), None, "plain"), PROMPT, 23, sampling)
+
+
+def drafting(lm, costs=CURVES[0], native=False, **adapter):
+    """A model with an adapter, whose passes are said to take what `costs` says."""
+    model = with_adapter(lm, **adapter)
+    model.costs = costs
+    if native:
+        model.native = NativeEngine(lm, model.adapter, model.max_context)
+    return model
+
+
 @pytest.fixture(scope="module", params=[0, 6], ids=["", "head"])
 def model(request):
-    return with_adapter(tiny_llama(), k=5, head=request.param)
+    return drafting(tiny_llama(), k=5, head=request.param)
 
 
-@pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS, SamplingConfig(1.0, seed=9)], ids=["greedy", "nucleus", "all"])
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [("two-step", {}), ("one-pass", {"lookup": 5, "budget": 12}), ("auto", {"lookup": 5, "budget": 32})],
+    ids=STRATEGIES,
+)
+@pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS], ids=["greedy", "nucleus"])
 @pytest.mark.parametrize(("k", "tree"), SHAPES, ids=str)
-def test_equals_naive_decoding(model, sampling, tree, k):
-    want = naive(model, PROMPT, 23, sampling)
-    out = generate(model, PROMPT, DecodeConfig(k, 23, tree, sampling))
-    assert out.token_ids == want
+def test_equals_naive_decoding(model, sampling, tree, k, strategy, settings):
+    out = generate(model, PROMPT, DecodeConfig(k, 23, tree, sampling, strategy=strategy, **settings))
+    assert out.token_ids == naive_of_plain(sampling)
     assert out.finish == "length"
+
+
+DRAFTING = dict(
+    seed=st.integers(0, 50),
+    k=st.integers(0, 6),
+    tree=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9),
+    repeated=st.integers(1, 3),  # for the lookup
+    num_tokens=st.integers(1, 12),
+    head=st.sampled_from([0, 5]),
+    strategy=st.sampled_from(STRATEGIES),
+    lookup=st.sampled_from([0, 5]),
+    budget=st.integers(4, 32),
+    costs=st.sampled_from(CURVES),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]), **DRAFTING)
+def test_equals_naive_decoding_on_random_models(
+    seed, k, tree, temperature, prompt, repeated, num_tokens, head, strategy, lookup, budget, costs
+):
+    prompt = prompt * repeated
+    model = drafting(tiny_llama(seed=seed), costs, k=6, seed=seed, head=head)
+    sampling = SamplingConfig(temperature, seed=seed)
+    config = DecodeConfig(k, num_tokens, tree, sampling, strategy=strategy, lookup=lookup, budget=budget)
+    assert generate(model, prompt, config).token_ids == naive(model, prompt, num_tokens, sampling)
+
+
+def assert_own_choices(lm, prompt, tokens, sampling):
+    """Every token is the best by one uncached pass of transformers over the whole text, up to float32's rounding."""
+    logits = lm(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].double()
+    scores = logits
+    if not sampling.greedy:
+        scores = logits / sampling.temperature + gumbel_noise(sampling.seed, torch.arange(len(tokens)), torch.arange(VOCAB))
+    least = logits.topk(sampling.top_k).values[:, -1:] if sampling.top_k else logits.amin(-1, keepdim=True)
+    chosen = torch.tensor(tokens)[:, None]
+    assert (logits.gather(-1, chosen) >= least - 1e-3).all()
+    assert (scores.gather(-1, chosen) >= scores.masked_fill(logits < least, float("-inf")).amax(-1, keepdim=True) - 1e-3).all()
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 50),
-    k=st.integers(0, 6),
-    tree=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
-    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
-    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9),
-    num_tokens=st.integers(1, 12),
-    head=st.sampled_from([0, 5]),
+    sampling=st.sampled_from([SamplingConfig(), SamplingConfig(1.0, seed=3), SamplingConfig(0.7, 10, seed=4)]),
+    **DRAFTING,
 )
-def test_equals_naive_decoding_on_random_models(seed, k, tree, temperature, prompt, num_tokens, head):
-    model = with_adapter(tiny_llama(seed=seed), k=6, seed=seed, head=head)
-    sampling = SamplingConfig(temperature, seed=seed)
-    out = generate(model, prompt, DecodeConfig(k, num_tokens, tree, sampling))
-    assert out.token_ids == naive(model, prompt, num_tokens, sampling)
+def test_native_passes_choose_what_transformers_chooses(
+    seed, k, tree, sampling, prompt, repeated, num_tokens, head, strategy, lookup, budget, costs
+):
+    lm, prompt = tiny_llama(torch.float32, seed=seed % 5, **WHOLE), prompt * repeated
+    model = drafting(lm, costs, native=True, k=6, seed=seed, head=head)
+    config = DecodeConfig(k, num_tokens, tree, sampling, strategy=strategy, lookup=lookup, budget=budget)
+    tokens = generate(model, prompt, config).token_ids
+    assert tokens == generate(model, prompt, DecodeConfig(0, num_tokens, sampling=sampling)).token_ids
+    lm.set_attn_implementation("sdpa")
+    assert_own_choices(lm, prompt, tokens, sampling)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS], ids=["greedy", "nucleus"])
+@pytest.mark.parametrize("head", [0, 6], ids=["", "head"])
+def test_native_bfloat16_drafts_equal_ar(head, sampling, strategy):
+    model = drafting(tiny_llama(torch.bfloat16, **WHOLE), native=True, k=5, head=head)
+    want = generate(model, PROMPT, DecodeConfig(0, 60, sampling=sampling)).token_ids
+    assert model.row_policy.stable and len(set(want)) > 5
+    for k, tree in SHAPES[::2]:
+        for lookup, budget in ((0, 16), (5, 32)):
+            config = DecodeConfig(k, 60, tree, sampling, strategy=strategy, lookup=lookup, budget=budget)
+            assert generate(model, PROMPT, config).token_ids == want
+
+
+@pytest.mark.parametrize(("k", "strategy"), [(0, "two-step"), *((3, strategy) for strategy in STRATEGIES)])
+def test_a_text_that_repeats_itself_is_looked_up(k, strategy):
+    model = drafting(tiny_llama(seed=3, initializer_range=0.02), k=3)  # it goes round in a circle of five tokens
+    want = naive(model, PROMPT, 50, SamplingConfig())
+    assert len(set(want)) < 10
+    out = generate(model, PROMPT, DecodeConfig(k, 50, strategy=strategy, lookup=5))
+    assert out.token_ids == want
+    assert sum(out.accepted_by_depth) >= 25
 
 
 def test_equals_transformers_generate(model):

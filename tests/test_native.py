@@ -80,8 +80,10 @@ def model_of(name, dtype, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate
     lm = random_lm(name, dtype)
     lm.set_attn_implementation(attention.NAME)
     adapter = SatAdapter(lm, AdapterConfig(name, SatConfig(VOCAB, 4), rank=5, scale=0.5, targets=targets, head=head))
-    for parameter in (*adapter.up.values(), *([adapter.head.outer] if head else [])):
+    for parameter in adapter.up.values():
         torch.nn.init.normal_(parameter, std=0.3)
+    if adapter.head is not None:
+        torch.nn.init.normal_(adapter.head.outer, std=0.1)
     adapter.requires_grad_(False).attach(lm)
     return natively(lm, adapter)
 
@@ -224,12 +226,13 @@ def test_the_same_bits_across_passes_of_the_prefill(dtype, context):
 def test_the_same_bits_for_any_number_of_rows_and_threads(dtype):
     model, threads = model_of("groups of 5", dtype), torch.get_num_threads()
     want = in_passes(model, TOKENS[:97], [1] * 97)
+    for rows in (*range(2, 33), 47, 48, 95, 96):
+        sizes = [1, *[rows] * (96 // rows), *([96 % rows] if 96 % rows else [])]
+        assert torch.equal(in_passes(model, TOKENS[:97], sizes), want)
     try:
-        for count in (1, 2, 3):
+        for count in (2, 3):
             torch.set_num_threads(count)
-            for rows in (*range(2, 17), 29, 96):
-                sizes = [1, *[rows] * (96 // rows), *([96 % rows] if 96 % rows else [])]
-                assert torch.equal(in_passes(model, TOKENS[:97], sizes), want)
+            assert torch.equal(in_passes(model, TOKENS[:97], [1, 16, 1, 79]), want)
     finally:
         torch.set_num_threads(threads)
 
@@ -313,7 +316,7 @@ def candidate_trees(draw):
 )
 def test_drafts_are_those_of_the_torch_code(tree, head, sampling, shortlist, seed):
     model, generator = model_of("llama", FLOAT, ("v_proj",), head), torch.Generator().manual_seed(seed)
-    states = 0.6 * torch.randn(max(tree.depths), 64, generator=generator)
+    states = 0.3 * torch.randn(max(tree.depths), 64, generator=generator)  # flat, so that top-p leaves three tokens
     given_ = (torch.tensor([seed % VOCAB]), states, model.model.get_output_embeddings()(states), 3, tree, sampling)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(draft, "SHORTLIST", shortlist)

@@ -1,0 +1,403 @@
+"""Plans against brute force, the rules that they keep, what `auto` makes of a known world, and the cost curve."""
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from conftest import tiny_llama, with_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdsat import costs as costing
+from sdsat.config import MAX_ROWS, STRATEGIES, DecodeConfig
+from sdsat.costs import CONTEXTS, COUNTS, CostCurve, measured_costs
+from sdsat.decode import generate
+from sdsat.draft import Drafts
+from sdsat.planner import AutoPlanner, FixedPlanner, Plan, ends, make_planner, reach
+from sdsat.tree import DraftTree, make_tree
+
+
+def curve(seconds, drafting=0.0):
+    """A cost curve whose passes of n rows take seconds(n), SATs or not, at every context."""
+    times = [[seconds(n) for n in COUNTS]] * 2
+    return CostCurve(times, times, drafting)
+
+
+FLAT, LINEAR, STEEP = curve(lambda n: 1.0), curve(lambda n: 1 + 0.15 * n), curve(lambda n: 1.0 * n)
+CURVES = {"flat": FLAT, "mild": curve(lambda n: 1 + 0.05 * n), "linear": LINEAR, "steep": STEEP}
+
+
+@st.composite
+def trees(draw, most):
+    count = draw(st.integers(1, most))
+    parents = (-1, *(draw(st.integers(0, node - 1)) for node in range(1, count)))
+    return DraftTree(parents, (0,) * count)
+
+
+def outcomes(tree, likely):
+    """(probability, node where the walk ends) of every way in which each node's true child, or none of them, can turn out."""
+    choices = [[(likely[child], child) for child in children] for children in tree.children()]
+    for options in choices:
+        options.append((1 - sum(p for p, _ in options), None))
+    for turned_out in itertools.product(*choices):
+        node, probability = 0, 1.0
+        for p, _ in turned_out:
+            probability *= p
+        while turned_out[node][1] is not None:
+            node = turned_out[node][1]
+        yield probability, node
+
+
+@settings(max_examples=40, deadline=None)
+@given(trees(7), st.randoms(use_true_random=False))
+def test_reach_and_ends_are_those_of_all_outcomes(tree, chance):
+    likely = [1.0] * len(tree)
+    for children in tree.children():
+        shares = [0.01 + chance.random() for _ in range(len(children) + 1)]  # the last one's is that of no child at all
+        for child, share in zip(children, shares, strict=False):
+            likely[child] = share / sum(shares)
+    through, ending = [0.0] * len(tree), [0.0] * len(tree)
+    for probability, node in outcomes(tree, likely):
+        ending[node] += probability
+        while node >= 0:
+            through[node] += probability
+            node = tree.parents[node]
+    assert reach(tree, likely) == pytest.approx(through)
+    assert ends(tree, through) == pytest.approx(ending)
+
+
+def test_ends_are_never_negative():
+    """Two guesses from different sources may be likely at once, more than one in all."""
+    tree = DraftTree((-1, 0, 0), (0, 0, 0))
+    assert ends(tree, reach(tree, [1.0, 0.9, 0.6])) == [0.0, 0.9, 0.6]
+
+
+@st.composite
+def some_drafts(draw, depth=20):
+    """A tree that SATs drafted, with looked-up drafts in it; or a chain of looked-up drafts; or x alone."""
+    chance = draw(st.randoms(use_true_random=False))
+    by_sats = draw(st.booleans())
+    tree = draw(trees(24)) if by_sats else make_tree("chain", draw(st.integers(0, depth)))
+    looked_up = [False, *(not by_sats or chance.random() < 0.3 for _ in range(len(tree) - 1))]
+    likely = [1.0, *(chance.random() for _ in range(len(tree) - 1))]
+    return Drafts(tree, list(range(len(tree))), likely, looked_up, by_sats and len(tree) > 1)
+
+
+def assert_sound(plan, drafts, left, k):
+    tree, nodes = drafts.tree, plan.nodes
+    assert nodes == sorted(set(nodes)) and nodes[0] == 0 and nodes[-1] < len(tree)
+    assert all(tree.parents[node] in nodes for node in nodes[1:])
+    depths = [tree.depths[node] for node in nodes]
+    assert max(depths) + 1 <= left  # an accepted draft of depth d makes d + 1 tokens
+    assert len({node for node, _ in plan.groups}) == len(plan.groups)
+    for node, size in plan.groups:
+        assert 0 <= node < len(nodes) and 1 <= size <= k
+        still = left - (depths[node] + 1)  # of which the pass that verifies the group's drafts makes one of its own
+        assert size <= still - 1
+
+
+def rows_of(plan):
+    return len(plan.nodes) + sum(size for _, size in plan.groups)
+
+
+CASES = dict(
+    drafts=some_drafts(),
+    left=st.integers(1, 24),
+    k=st.integers(1, 6),
+    budget=st.integers(2, 40),
+    strategy=st.sampled_from(["two-step", "one-pass"]),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(**CASES)
+def test_fixed_plans_are_sound(drafts, left, k, budget, strategy):
+    plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy=strategy), strategy).plan(drafts, left, 100)
+    assert_sound(plan, drafts, left, k)
+    if not drafts.by_sats and left > 2:
+        assert plan == Plan([0], ((0, min(k, left - 2)),))  # time to draft
+    elif strategy == "two-step":
+        assert plan.groups == ()
+    if drafts.by_sats:
+        assert plan.nodes == [node for node, depth in enumerate(drafts.tree.depths) if depth < left]
+
+
+@settings(max_examples=40, deadline=None)
+@given(**CASES)
+def test_one_pass_drafts_on_where_the_walk_most_likely_ends(drafts, left, k, budget, strategy):
+    plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy="one-pass"), "one-pass").plan(drafts, left, 100)
+    if not drafts.by_sats:
+        return
+    kept = drafts.kept(plan.nodes)
+    ending = ends(kept.tree, reach(kept.tree, kept.likely))
+    chosen = {node for node, _ in plan.groups}
+    too_late = {node for node, depth in enumerate(kept.tree.depths) if depth > left - 3}
+    assert all(ending[node] >= ending[other] for node in chosen for other in range(len(ending)) if other not in chosen | too_late)
+    room = (budget - len(plan.nodes)) // k
+    if too_late == set():
+        assert len(chosen) == max(0, min(room, len(plan.nodes)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(**{**CASES, "strategy": st.just("one-pass")})
+def test_one_pass_keeps_to_its_budget(drafts, left, k, budget, strategy):
+    plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy=strategy), strategy).plan(drafts, left, 100)
+    assert rows_of(plan) <= budget
+
+
+def random_path(tree, chance):
+    path = [0]
+    while (children := tree.children()[path[-1]]) and chance.random() < 0.7:
+        path.append(chance.choice(children))
+    return path
+
+
+def auto(k, costs=FLAT, budget=16, accuracy=(), **settings):
+    return AutoPlanner(DecodeConfig(k, strategy="auto", budget=budget, **settings), costs, k, accuracy)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rounds=st.lists(some_drafts(), min_size=1, max_size=12),
+    left=st.integers(1, 24),
+    k=st.integers(1, 6),
+    budget=st.integers(2, 40),
+    costs=st.sampled_from(list(CURVES.values())),
+    chance=st.randoms(use_true_random=False),
+)
+@pytest.mark.parametrize("rule", ["sound", "budget"])
+def test_auto_plans_are_sound_whatever_has_been_seen(rule, rounds, left, k, budget, costs, chance):
+    planner = auto(k, costs, budget)
+    for drafts in rounds:
+        plan = planner.plan(drafts, left, 100)
+        if rule == "budget":
+            assert rows_of(plan) <= budget
+        else:
+            assert_sound(plan, drafts, left, k)
+        kept = drafts.kept(plan.nodes)
+        planner.observe(kept, plan, random_path(kept.tree, chance), 100, chance.random() * 10)
+
+
+class World:
+    """Decoding without a model: SATs draft a chain, each draft right as often as it claims, and passes take what a curve says."""
+
+    def __init__(self, costs, claims, seed=0):
+        self.costs, self.claims, self.chance = costs, claims, random.Random(seed)
+        self.tokens = self.passes = self.plain = 0
+        self.seconds = 0.0
+
+    def run(self, planner, tokens):
+        drafts, right = Drafts.none(0), [True]
+        while self.tokens < tokens:
+            plan = planner.plan(drafts, 10**6, 100)
+            kept, right = drafts.kept(plan.nodes), [right[node] for node in plan.nodes]
+            path = [0]
+            while found := [child for child in kept.tree.children()[path[-1]] if right[child]]:
+                path.append(found[0])
+            sats = sum(size for _, size in plan.groups)
+            seconds = self.costs.seconds(len(plan.nodes) + sats, sats, 100)
+            planner.observe(kept, plan, path, 100, seconds)
+            self.tokens, self.seconds, self.passes = self.tokens + len(path), self.seconds + seconds, self.passes + 1
+            self.plain += rows_of(plan) == 1
+            drafts, right = Drafts.none(0), [True]
+            for size in [size for node, size in plan.groups if node == path[-1]]:
+                likely = [1.0, *(self.chance.uniform(*self.claims) for _ in range(size))]
+                drafts = Drafts(make_tree("chain", size), [0] * (size + 1), likely, [False] * (size + 1), True)
+                right = [self.chance.random() < p for p in likely]
+        return self
+
+    @property
+    def rate(self):
+        return self.tokens / self.seconds
+
+
+CLAIMS = {"never": (0.0, 0.0), "seldom": (0.0, 0.2), "mixed": (0.0, 1.0), "often": (0.8, 1.0), "always": (1.0, 1.0)}
+
+
+@pytest.mark.parametrize("claims", CLAIMS)
+@pytest.mark.parametrize("costs", CURVES)
+def test_auto_is_nearly_as_fast_as_the_best_of_the_others(costs, claims):
+    got = World(CURVES[costs], CLAIMS[claims]).run(auto(5), 2500).rate
+    others = [DecodeConfig(0), *(DecodeConfig(k, strategy=name) for k in (1, 3, 5) for name in ("two-step", "one-pass"))]
+    rates = [World(CURVES[costs], CLAIMS[claims]).run(FixedPlanner(c, c.strategy), 2500).rate for c in others]
+    assert got >= (0.5 if costs == "steep" else 0.9) * max(rates)  # steep: what trying again costs at least
+
+
+def test_auto_gives_up_drafts_that_never_pay_and_tries_again():
+    world = World(STEEP, CLAIMS["seldom"]).run(auto(5), 2000)
+    assert 0.8 * world.passes < world.plain < world.passes
+    world = World(FLAT, CLAIMS["often"]).run(auto(5), 2000)
+    assert world.plain < 0.1 * world.passes
+
+
+@pytest.mark.parametrize(("costs", "pays"), [(FLAT, True), (STEEP, False)], ids=["flat", "steep"])
+def test_auto_drafts_in_a_generation_where_it_pays(costs, pays, monkeypatch):
+    def observe(self, drafts, plan, path, context, seconds):
+        sats = sum(size for _, size in plan.groups)
+        plain(self, drafts, plan, path, context, costs.seconds(rows_of(plan), sats, context))
+
+    plain = AutoPlanner.observe
+    monkeypatch.setattr(AutoPlanner, "observe", observe)
+    model = with_adapter(tiny_llama(), k=4)
+    model.costs = costs
+    want = generate(model, [1, 5, 9], DecodeConfig(0, 150)).token_ids
+    out = generate(model, [1, 5, 9], DecodeConfig(4, 150, strategy="auto", lookup=0))
+    assert out.token_ids == want
+    assert sum(out.proposed_by_depth) > 0
+    assert (out.num_plain_passes > 60) == (not pays) and out.num_plain_passes < out.num_passes
+    assert not pays or out.num_plain_passes < 20
+
+
+def seen(planner, drafts, hits, kept=None):
+    """Let the planner see drafts of depth 1 accepted and rejected, as `hits` says."""
+    for hit in hits:
+        planner.observe(drafts, Plan(list(range(len(drafts.tokens)))), [0, 1] if hit else [0], 100, 1.0)
+
+
+def one_draft(likely, looked_up=False):
+    return Drafts(make_tree("chain", 1), [0, 0], [1.0, likely], [False, looked_up], True)
+
+
+@pytest.mark.parametrize("looked_up", [False, True])
+@pytest.mark.parametrize(("likely", "share"), [(0.1, 0.9), (0.9, 0.1), (0.5, 0.5), (0.95, 1.0), (0.05, 0.0)])
+def test_chances_go_to_what_is_observed(likely, share, looked_up):
+    planner, drafts, other = auto(3), one_draft(likely, looked_up), one_draft(0.3, False)
+    before, untouched = planner._chance(drafts, 1), planner._chance(other, 1)
+    hits = [i % 20 < 20 * share for i in range(200)]
+    seen(planner, drafts, hits[:20])
+    between = planner._chance(drafts, 1)
+    seen(planner, drafts, hits[20:])
+    assert abs(planner._chance(drafts, 1) - share) < 0.1
+    assert abs(planner._chance(drafts, 1) - share) <= abs(before - share) + 0.02
+    assert min(before, share) - 0.02 <= between <= max(before, share) + 0.02
+    assert planner._chance(other, 1) == untouched
+    after = planner._chance(one_draft(likely, not looked_up), 1)
+    assert after == auto(3)._chance(one_draft(likely, not looked_up), 1)  # the two are counted apart
+
+
+def test_drafts_below_a_rejected_one_say_nothing():
+    planner, drafts = auto(3), Drafts(make_tree("chain", 3), [0] * 4, [1.0, 0.9, 0.6, 0.3], [False] * 4, True)
+    before = [planner._chance(drafts, node) for node in (1, 2, 3)]
+    planner.observe(drafts, Plan([0, 1, 2, 3]), [0, 1], 100, 1.0)
+    after = [planner._chance(drafts, node) for node in (1, 2, 3)]
+    assert after[0] > before[0] and after[1] < before[1] and after[2] == before[2]
+
+
+@pytest.mark.parametrize(("factor", "sign"), [(1.5, 1), (0.5, -1), (1.0, 0)])
+def test_costs_go_to_what_is_observed(factor, sign):
+    planner = auto(3, LINEAR)
+    plan, drafts = Plan([0, 1, 2, 3]), Drafts(make_tree("chain", 3), [0] * 4, [1.0] * 4, [False] * 4, True)
+    before, far = planner._cost(4, 0, 100), planner._cost(32, 0, 100)
+    for _ in range(200):
+        planner.observe(drafts, plan, [0], 100, factor * before)
+    assert planner._cost(4, 0, 100) == pytest.approx(factor * before, rel=0.02)
+    assert planner._cost(32, 0, 100) == far
+
+
+def test_planners_are_made_for_the_settings_and_auto_is_kept():
+    model = with_adapter(tiny_llama(), k=4)
+    model.costs = FLAT
+    for strategy, k in itertools.product(STRATEGIES, (0, 3)):
+        planner = make_planner(model, DecodeConfig(k, strategy=strategy))
+        assert isinstance(planner, AutoPlanner) == (strategy == "auto" and k > 0)
+        again = make_planner(model, DecodeConfig(k, strategy=strategy, max_new_tokens=9))
+        assert (again is planner) == isinstance(planner, AutoPlanner)
+    assert make_planner(model, DecodeConfig(2, strategy="auto")) is not make_planner(model, DecodeConfig(3, strategy="auto"))
+
+
+# ---- the cost curve ----
+
+
+@st.composite
+def measured(draw):
+    """Times that grow with the rows, SATs' no less than others', and with the context."""
+    steps = st.lists(st.floats(0, 1), min_size=len(COUNTS), max_size=len(COUNTS))
+    near, sats, context = (list(itertools.accumulate(draw(steps))) for _ in range(3))
+    verify = [[1 + t for t in near], [1 + t + more for t, more in zip(near, context, strict=True)]]
+    return verify, [[t + more for t, more in zip(times, sats, strict=True)] for times in verify], draw(st.floats(0, 0.1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(measured())
+def test_the_curve_goes_through_what_was_measured(times):
+    verify, draft, drafting = times
+    costs = CostCurve(*times)
+    for c, context in enumerate(CONTEXTS):
+        for i, count in enumerate(COUNTS):
+            assert costs.seconds(count, 0, context) == pytest.approx(verify[c][i])
+            if count > 1:
+                assert costs.seconds(count, count - 1, context) == pytest.approx(draft[c][i] + drafting * min(count - 1, 16))
+    middle = sum(CONTEXTS) // 2
+    assert costs.seconds(8, 0, middle) == pytest.approx(sum(costs.seconds(8, 0, context) for context in CONTEXTS) / 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(measured(), st.integers(*CONTEXTS))
+def test_more_rows_never_take_less(times, context):
+    costs = CostCurve(*times)
+    plain = [costs.seconds(rows, 0, context) for rows in range(1, MAX_ROWS + 1)]
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(plain))
+    assert plain[63] > 1.5 * plain[31]  # beyond what was measured it goes on growing
+    for sats in (1, 5, 16):
+        with_sats = [costs.seconds(rows, sats, context) for rows in range(sats + 1, MAX_ROWS + 1)]
+        assert all(a <= b + 1e-9 for a, b in itertools.pairwise(with_sats))
+        assert all(a <= b + 1e-9 for a, b in zip(plain[sats:], with_sats, strict=True))
+
+
+def test_a_slip_of_the_clock_is_no_dip():
+    """A larger pass that was measured faster than a smaller one counts as no faster."""
+    times = [[1, 2, 1.5, 3, 3, 3, 3, 3, 3]] * 2
+    assert [CostCurve(times, times, 0.0).seconds(rows, 0, 128) for rows in (1, 2, 4, 5, 6)] == [1, 2, 2, 2.5, 3]
+
+
+def refuse(model):
+    raise AssertionError("measured again")
+
+
+def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
+    first = measured_costs(with_adapter(tiny_llama(torch.float32), k=3))
+    times = [time for part in (*first.verify, *first.draft) for time in part]
+    assert all(len(part) == len(COUNTS) for part in (*first.verify, *first.draft)) and len(first.verify) == len(CONTEXTS)
+    assert min(times) > 0 and first.drafting > 0
+    (file,) = (tmp_path / "costs").iterdir()
+    assert json.loads(file.read_text())["verify"] == first.verify
+    monkeypatch.setattr(costing, "measure_costs", refuse)
+    again = with_adapter(tiny_llama(torch.float32, seed=9), k=3)
+    assert measured_costs(again) == first  # other weights, the same shape
+    assert measured_costs(again) is again.costs
+    assert len(list((tmp_path / "costs").iterdir())) == 1
+
+
+def test_one_file_for_each_dtype_and_shape(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
+    counter = itertools.count(1)
+    monkeypatch.setattr(costing, "measure_costs", lambda model: curve(lambda n: 1.0, drafting=next(counter)))
+    shapes = [
+        (tiny_llama(torch.float32), dict(k=3)),
+        (tiny_llama(torch.bfloat16), dict(k=3)),
+        (tiny_llama(torch.float32), dict(k=3, rank=5)),
+        (tiny_llama(torch.float32), dict(k=3, head=6)),
+        (tiny_llama(torch.float32), dict(k=2)),
+        (tiny_llama(torch.float32, intermediate_size=64), dict(k=3)),
+    ]
+    for turn in (1, 2):  # the second reads what the first wrote
+        for i, (lm, adapter) in enumerate(shapes, 1):
+            model = with_adapter(lm, **adapter)
+            assert measured_costs(model).drafting == i
+            assert len(list((tmp_path / "costs").iterdir())) == (i if turn == 1 else len(shapes))
+            model.adapter.detach()
+    assert measured_costs(model, anew=True).drafting == len(shapes) + 1
+    assert len(list((tmp_path / "costs").iterdir())) == len(shapes)
+
+
+def test_generate_measures_with_auto_only(monkeypatch, tmp_path):
+    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
+    monkeypatch.setattr(costing, "measure_costs", refuse)
+    model = with_adapter(tiny_llama(), k=3)
+    for strategy, k in (("two-step", 3), ("one-pass", 3), ("auto", 0)):
+        generate(model, [1, 5], DecodeConfig(k, 4, strategy=strategy))
+    with pytest.raises(AssertionError, match="measured again"):
+        generate(model, [1, 5], DecodeConfig(3, 4, strategy="auto"))
