@@ -67,7 +67,7 @@ static inline f32x step(f32x acc, const bf16* w, const bf16* x) {
 }
 
 static inline f32x exp16(f32x x) {
-  x = x < all(-87.f) ? all(-87.f) : x;
+  x = x < all(-87.f) ? all(-87.f) : x > all(88.f) ? all(88.f) : x;
   f32x n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // the magic number rounds to a whole one
   f32x r = x - n * 0.693359375f + n * 2.12194440e-4f;
   f32x p = all(1.9875691500e-4f);

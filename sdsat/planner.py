@@ -74,8 +74,10 @@ class FixedPlanner:
 
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
         """left: tokens still to come, this pass's included. context: tokens so far."""
-        nodes, k = shallow(drafts.tree, left - 1), self.config.k
-        room = self.config.budget - len(nodes)
+        nodes, k, budget = shallow(drafts.tree, left - 1), self.config.k, self.config.budget
+        if self.strategy == "one-pass":
+            nodes, k = nodes[:budget], min(k, budget - 1)
+        room = budget - len(nodes)
         size = min(k, left - 2)
         if size > 0 and not drafts.by_sats:  # time to draft
             return Plan([0], ((0, size),))
@@ -191,7 +193,7 @@ class AutoPlanner:
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
         """See FixedPlanner.plan."""
         if len(drafts.tokens) == 1:
-            size = min(self.size, left - 2)
+            size = min(self.size, left - 2, self.config.budget - 1)
             if self.plain_left:
                 self.plain_left -= 1
                 return Plan([0])
@@ -209,7 +211,7 @@ class AutoPlanner:
         worth = {kind: [self._worth(kind) - less for less in loss] for kind in ("leaf", "inner")}
         best: tuple[float, int, tuple[tuple[int, int], ...]] = (-1e9, 0, ())
         ending, kept_value, inner = {0: 1.0}, 0.0, set[int]()
-        for count in range(len(order) + 1):
+        for count in range(min(len(order), self.config.budget - 1) + 1):
             if count:
                 node = order[count - 1]
                 ending[node] = through[node]
