@@ -53,7 +53,7 @@ class CostCurve:
         tables: Any = self
         rows, more = min(rows, MAX_ROWS), sats > 0
         low, high = (tables._rows[c][rows] + more * tables._sats[c][min(sats, MAX_ROWS)] for c in (0, 1))
-        return low + max(-1.0, share) * (high - low) + (self.drafting * min(sats, 16) if more else 0.0)
+        return low + max(0.0, share) * (high - low) + (self.drafting * min(sats, 16) if more else 0.0)
 
 
 @torch.inference_mode()
@@ -105,7 +105,7 @@ def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
 
     if model.costs is not None and not anew:
         return model.costs
-    found = {key: value for key, value in environment(model).items() if key not in ("commit", "platform", "python")}
+    found = {key: value for key, value in environment(model).items() if key not in ("commit", "platform", "python", "row_policy")}
     adapter = model.adapter.config if model.adapter else None
     sizes = {key: value for key, value in sorted(model.model.config.to_dict().items()) if isinstance(value, (int, float))}
     shape = {

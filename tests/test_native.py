@@ -41,7 +41,7 @@ CONFIGS = {
     "groups of 5": LlamaConfig(**{**COMMON, "hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 1}),
     "head dim 96": LlamaConfig(**{**COMMON, "head_dim": 96, "num_attention_heads": 2}),
     "llama 3 rope": LlamaConfig(**COMMON, rope_parameters=LLAMA3),
-    "yarn rope": LlamaConfig(**COMMON, rope_parameters={**ROPE, "rope_type": "yarn", "factor": 4.0}),
+    "yarn rope": LlamaConfig(**COMMON, rope_parameters={**ROPE, "rope_type": "yarn", "factor": 16.0}),
     "mistral": MistralConfig(**COMMON, sliding_window=None),
     "qwen2": Qwen2Config(**{**COMMON, "hidden_size": 128}),
     "qwen2, tied": Qwen2Config(**{**COMMON, "hidden_size": 128}, tie_word_embeddings=True),
@@ -309,7 +309,7 @@ def candidate_trees(draw):
     tree=candidate_trees(),
     head=st.sampled_from([0, 7, 40]),
     sampling=st.sampled_from(
-        [SamplingConfig(), SamplingConfig(0.7, seed=5), SamplingConfig(1.0, 6, 0.9, 2), SamplingConfig(2.0, 9)]
+        [SamplingConfig(), SamplingConfig(0.7, seed=5), SamplingConfig(1.0, 6, 0.9, 2), SamplingConfig(1.0, 0, 0.75, 7)]
     ),
     shortlist=st.sampled_from([12, 64]),
     seed=st.integers(0, 99),

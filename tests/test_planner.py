@@ -104,9 +104,9 @@ def rows_of(plan):
 
 CASES = dict(
     drafts=some_drafts(),
-    left=st.integers(1, 24),
+    left=st.integers(1, 9),
     k=st.integers(1, 6),
-    budget=st.integers(2, 40),
+    budget=st.integers(2, 60),
     strategy=st.sampled_from(["two-step", "one-pass"]),
 )
 
@@ -162,15 +162,16 @@ def auto(k, costs=FLAT, budget=16, accuracy=(), **settings):
 @settings(max_examples=40, deadline=None)
 @given(
     rounds=st.lists(some_drafts(), min_size=1, max_size=12),
-    left=st.integers(1, 24),
+    left=st.integers(1, 9),
     k=st.integers(1, 6),
-    budget=st.integers(2, 40),
+    budget=st.integers(2, 24),
     costs=st.sampled_from(list(CURVES.values())),
+    accuracy=st.sampled_from([0.2, 0.9]),
     chance=st.randoms(use_true_random=False),
 )
 @pytest.mark.parametrize("rule", ["sound", "budget"])
-def test_auto_plans_are_sound_whatever_has_been_seen(rule, rounds, left, k, budget, costs, chance):
-    planner = auto(k, costs, budget)
+def test_auto_plans_are_sound_whatever_has_been_seen(rule, rounds, left, k, budget, costs, accuracy, chance):
+    planner = auto(k, costs, budget, [accuracy] * k)
     for drafts in rounds:
         plan = planner.plan(drafts, left, 100)
         if rule == "budget":
@@ -178,7 +179,8 @@ def test_auto_plans_are_sound_whatever_has_been_seen(rule, rounds, left, k, budg
         else:
             assert_sound(plan, drafts, left, k)
         kept = drafts.kept(plan.nodes)
-        planner.observe(kept, plan, random_path(kept.tree, chance), 100, chance.random() * 10)
+        seconds = costs.seconds(rows_of(plan), 0, 100) * (0.5 + chance.random())
+        planner.observe(kept, plan, random_path(kept.tree, chance), 100, seconds)
 
 
 class World:
@@ -342,6 +344,13 @@ def test_a_slip_of_the_clock_is_no_dip():
     """A larger pass that was measured faster than a smaller one counts as no faster."""
     times = [[1, 2, 1.5, 3, 3, 3, 3, 3, 3]] * 2
     assert [CostCurve(times, times, 0.0).seconds(rows, 0, 128) for rows in (1, 2, 4, 5, 6)] == [1, 2, 2, 2.5, 3]
+
+
+def test_short_contexts_cost_what_the_shortest_measured_does():
+    """However steeply the cost grows with context, a line through both points is not followed below the first."""
+    near, far = ([1.0] * len(COUNTS), [20.0] * len(COUNTS))
+    costs = CostCurve([near, far], [near, far], 0.0)
+    assert costs.seconds(1, 0, 1) == costs.seconds(1, 0, CONTEXTS[0]) == 1
 
 
 def refuse(model):
