@@ -119,6 +119,7 @@ def _run_record(strategy: str, k: int, out: Generation) -> dict[str, Any]:
         "decode_seconds": round(out.decode_seconds, 6),
         "num_passes": out.num_passes,
         "num_plain_passes": out.num_plain_passes,
+        "num_rounded_passes": out.num_rounded_passes,
         "num_new_tokens": out.num_new_tokens,
         "finish": out.finish,
         "proposed_by_depth": out.proposed_by_depth,

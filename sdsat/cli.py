@@ -31,7 +31,9 @@ Model = Annotated[str, typer.Argument(help="Hub id, model directory, adapter dir
 Dtype = Annotated[str, typer.Option(envvar="DTYPE", help="float32, bfloat16, float16, or auto for the checkpoint's own.")]
 Device = Annotated[str, typer.Option(help="cpu or a GPU number; empty: GPU 0 where there is one, else the CPU.")]
 Tree = Annotated[str, typer.Option(envvar="TREE", help="Draft tree: chain, paper, or a branching list such as 2,1,1.")]
-Strategies = Annotated[str, typer.Option(envvar="STRATEGIES", help="Of two-step, one-pass and auto, with commas between.")]
+Strategies = Annotated[
+    str, typer.Option(envvar="STRATEGIES", help="Of two-step, rounded, one-pass and auto, with commas between.")
+]
 Engine = Annotated[str, typer.Option(help="native, transformers, or auto: native where it can be had.")]
 SatId = Annotated[int | None, typer.Option(help="Id of the SAT, where the checkpoint doesn't say.")]
 ModelOption = Annotated[str, typer.Option("--model", help="Hub id, model directory, adapter directory, or an embedded name.")]
@@ -66,7 +68,9 @@ def generate(
         int | None,
         typer.Option("-k", "--k", help="SATs per draft; 0 is plain decoding. Default: the trained k, which auto goes up to."),
     ] = None,
-    strategy: Annotated[str, typer.Option(help="auto, one-pass, or two-step, the paper's; the text is the same.")] = "auto",
+    strategy: Annotated[
+        str, typer.Option(help="auto, rounded, one-pass, or two-step, the paper's; the text is the same.")
+    ] = "auto",
     lookup: Annotated[
         int | None, typer.Option(help="Tokens to look up in the text so far as further drafts. Default: 12 for auto, else 0.")
     ] = None,

@@ -60,16 +60,19 @@ def forward(
     tree: DraftTree,
     groups: tuple[tuple[int, int], ...] = (),
     policy: RowPolicy | None = None,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One pass over a draft tree and SAT groups (node, k). tokens [R]: one a node, then the SATs. Commits nothing.
 
-    policy: padding for transformers' modules, the model's own by default. Returns (last hidden states [R, D], logits [R, V]).
+    policy: padding for transformers' modules, the model's own by default. rounded: linear layers in 8 bits (native engine only).
+    Returns (last hidden states [R, D], logits [R, V]).
     """
     sats, count = sum(size for _, size in groups), tokens.shape[0]
     if isinstance(cache, NativeCache):
-        assert model.native is not None
+        native = model.rounded if rounded else model.native
+        assert native is not None
         within, offsets = pass_layout(tree, groups, count, model.device)
-        states, logits = model.native.forward(cache, model.embed(tokens[None])[0], within, offsets, sats)
+        states, logits = native.forward(cache, model.embed(tokens[None])[0], within, offsets, sats)
         return states, model.legal(logits)
     rows = (policy or probe_rows(model)).rows(count if cache.graphs is None else padded(count))
     within, offsets = pass_layout(tree, groups, rows, model.device)

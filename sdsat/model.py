@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,11 @@ class SatModel:
     costs: CostCurve | None = None
     planners: dict[Any, AutoPlanner] = field(default_factory=dict)
     graphs: Graphs | None = None
+
+    @cached_property
+    def rounded(self) -> NativeEngine | None:
+        """The CPU engine in 8 bits for passes that only draft, made when first asked for; None without a CPU engine."""
+        return NativeEngine(self.model, self.adapter, self.max_context, rounded=True) if self.native else None
 
     @property
     def engine_name(self) -> str:

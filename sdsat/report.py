@@ -16,7 +16,7 @@ from rich.table import Table
 from .config import STRATEGIES, InputError, require
 from .records import write_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _RESAMPLES = 10_000
 Rows = np.ndarray  # [problems, columns]
 
@@ -81,6 +81,7 @@ def _run_summary(problems: list[dict[str, Any]], key: tuple[str, int], settings:
         "num_new_tokens": int(tokens),
         "num_passes": int(passes),
         "num_plain_passes": sum(run["num_plain_passes"] for run in runs),
+        "num_rounded_passes": sum(run["num_rounded_passes"] for run in runs),
         "seconds": round(spent, 4),
         "prefill_seconds": round(sum(run["prefill_seconds"] for run in runs), 4),
         "tokens_per_second": round(tokens / spent, 4),

@@ -15,6 +15,7 @@ def run(strategy, k, tokens, seconds, passes, proposed=(), accepted=(), histogra
     return {
         "strategy": strategy, "k": k, "prefill_seconds": 0.5, "decode_seconds": seconds - 0.5, "num_passes": passes,
         "num_plain_passes": 0,
+        "num_rounded_passes": 0,
         "num_new_tokens": tokens, "finish": "length", "proposed_by_depth": list(proposed), "accepted_by_depth": list(accepted),
         "accepted_histogram": list(histogram), "output_sha256": sha,
     }  # fmt: skip
