@@ -90,7 +90,7 @@ def wait_for_problems(folder, count):
 def test_start_scripts(start, method, arguments, folder):
     out, _ = start(method, *arguments)
     summary = json.loads((start.results / folder / "summary.json").read_text())
-    assert summary["schema_version"] == 2
+    assert summary["schema_version"] == 3
     assert summary["environment"]["torch"] and summary["settings"]["seed"] == 0
     assert [(run["strategy"], run["k"]) for run in summary["runs"]] == [
         ("ar", 0), ("two-step", 2), ("two-step", 5), ("auto", 5),

@@ -23,7 +23,7 @@ def run(strategy, k, tokens, seconds, passes, proposed=(), accepted=(), histogra
 
 def document(problems, device="cpu"):
     return {
-        "schema_version": 2, "device": device, "environment": {"device_name": "test CPU"}, "settings": SETTINGS,
+        "schema_version": 3, "device": device, "environment": {"device_name": "test CPU"}, "settings": SETTINGS,
         "problems": [{"task_id": f"{device}/{i}", "num_prompt_tokens": 3, "runs": runs} for i, runs in enumerate(problems)],
     }  # fmt: skip
 
@@ -76,7 +76,7 @@ def test_report_of_a_single_problem_has_no_interval(documents, tmp_path):
     [
         ("{", "not a worker document"),
         ("[]", "not a worker document"),
-        ('{"schema_version": 0, "problems": []}', "schema_version 0, expected 2"),
+        ('{"schema_version": 0, "problems": []}', "schema_version 0, expected 3"),
     ],
 )
 def test_report_refuses_what_it_cannot_read(content, message, tmp_path):
