@@ -99,7 +99,7 @@ def main(model: Model = "smollm2-135m-sdsat", out: Path | None = None) -> None:
     document: dict[str, Any] = {"schema_version": 1, "environment": environment(loaded), "context": CONTEXT}
     prompt = list(humaneval(loaded.tokenizer, 1)[0].prompt_ids)
     found = {}
-    for name, k in (("ar", 0), ("two-step", 5), ("auto", 7)):
+    for name, k in (("ar", 0), ("two-step", 5), ("rounded", 5), ("auto", 7)):
         config = sdsat.DecodeConfig(k, 200, strategy=name if k else "two-step")
         sdsat.generate(loaded, prompt, config)
         found[name] = shares_of_generation(loaded, prompt, config)
