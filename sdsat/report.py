@@ -151,9 +151,10 @@ def describe(summary: dict[str, Any]) -> str:
     """One line that says what was measured, on what."""
     settings, environment = summary["settings"], summary["environment"]
     method = "greedy" if settings["method"] == "greedy" else f"nucleus, temperature {settings['temperature']}"
+    dtype = environment.get("dtype", settings["dtype"])
     return (
         f"{settings['model']}, {settings['dataset']}, {summary['runs'][0]['num_problems']} problems, {method}, "
-        f"{settings['dtype']}, up to {settings['max_new_tokens']} new tokens, {environment['device_name']}"
+        f"{dtype}, up to {settings['max_new_tokens']} new tokens, {environment['device_name']}"
     )
 
 
