@@ -244,9 +244,10 @@ def load(
 ) -> SatModel:
     """Load a model by hub id, directory, adapter directory or embedded name.
 
-    dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own. device: see `pick_device`.
-    sat_token_id, trained_k: override what the checkpoint says; k is 5 where neither does. engine: 'native', 'transformers', or
-    'auto' for native where it can be had (a CPU, float32 or bfloat16, a C++ compiler). graphs: on a GPU, passes are recorded as CUDA graphs (graphs.py).
+    dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own, which is read without a second copy in memory.
+    device: see `pick_device`. sat_token_id, trained_k: override what the checkpoint says; k is 5 where neither does.
+    engine: 'native', 'transformers', or 'auto' for native where it can be had (a CPU, float32 or bfloat16, a C++ compiler).
+    graphs: on a GPU, passes are recorded as CUDA graphs (graphs.py).
     Raises InputError, one line, for anything that can't be loaded.
     """
     check_dtype(dtype)
