@@ -117,7 +117,7 @@ class BenchConfig:
 
 
 def paper_settings(method: str, dataset: str) -> dict[str, Any]:
-    """What the paper measures (arXiv 2403.18647, section 4), as fields of BenchConfig; weights in their own dtype."""
+    """What the paper measures (arXiv 2403.18647), as fields of BenchConfig; weights in their own dtype."""
     greedy, infilling = method == "greedy", dataset in (INFILLING, INFILLING_PSM)
     return {
         "k_list": tuple(range(14)) if greedy else (0, *PAPER_WIDTHS),

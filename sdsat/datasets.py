@@ -75,7 +75,7 @@ def humaneval_problems(limit: Limit = None) -> list[dict[str, str]]:
 
 
 def masked_lines() -> list[Task]:
-    """Single-line infilling (arXiv 2204.05999, section 4.1) out of HumanEval: each non-empty line of each solution is masked.
+    """Single-line infilling (arXiv 2204.05999) out of HumanEval: each non-empty line of each solution is masked.
 
     The line break before the masked line ends the prompt, the one after it begins the suffix: 1033 problems.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,11 +205,13 @@ def _sat_of_checkpoint(name: str, config: Any, token_id: int | None, k: int | No
             known = SatConfig(own["sat_token_id"], own["k"])
         except (KeyError, TypeError):
             raise InputError(f"model {name}: config.json's key 'sdsat' needs sat_token_id and k, not {own!r}") from None
-    if token_id is None and k is None:
+    if token_id is not None:
+        known = SatConfig(token_id, known.k if known else 5)
+    if k is None:
         return known
-    require(known is not None or token_id is not None, f"trained_k={k}: model {name} has no SAT; expected sat_token_id too")
-    token_id = token_id if token_id is not None or known is None else known.token_id
-    return SatConfig(token_id, k if k is not None else known.k if known else 5)  # type: ignore[arg-type]
+    if known is None:
+        raise InputError(f"trained_k={k}: model {name} has no SAT; expected sat_token_id too")
+    return replace(known, k=k)
 
 
 def is_adapter(name: str) -> bool:

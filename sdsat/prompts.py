@@ -47,7 +47,7 @@ def encode_task(tokenizer: PreTrainedTokenizerBase, task: Task, dataset: str) ->
 
 
 def encode_infilling(tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: str, suffix_first: bool) -> tuple[list[int], int]:
-    """(token ids of CodeLlama's infilling prompt (arXiv 2308.12950, section 2.3), id of the token that ends the answer).
+    """(token ids of CodeLlama's infilling prompt (arXiv 2308.12950), id of the token that ends the answer).
 
     suffix_first: `<PRE> <SUF>suffix <MID> prefix`, else `<PRE> prefix <SUF>suffix <MID>`. The suffix gets no space in front,
     as CodeLlama was trained; CodeLlamaTokenizer of transformers 5 puts one there.

@@ -257,10 +257,10 @@ BAD_INPUT = [
         ),
         (
             ["nucleus", "ainergy/CodeLlama-SDSAT_L7_13B", "0", "0.2"],
-            {"DATASET": "infilling-psm", "K_LIST": "0,5", "TREE": "chain", "DATA_LIMIT": "all", "DTYPE": "float16", "TRAINED_K": "6"},
+            {"DATASET": "infilling-psm", "K_LIST": "0,5", "TREE": "chain", "DATA_LIMIT": "all", "TRAINED_K": "6"},
             [
                 dict(
-                    method="nucleus", temperature=0.2, dataset="infilling-psm", max_new_tokens=50, k_list=(0, 5), dtype="float16",
+                    method="nucleus", temperature=0.2, dataset="infilling-psm", max_new_tokens=50, k_list=(0, 5), dtype="auto",
                     trained_k=6,
                 )
             ],
@@ -269,7 +269,7 @@ BAD_INPUT = [
     ids=["embedded", "adapter", "published", "published but otherwise"],
 )  # fmt: skip
 def test_what_is_measured_by_default(command, monkeypatch, tiny, tmp_path, arguments, settings, expected):
-    """The small run for the embedded default, the paper's settings for its checkpoints, and what the environment says over both."""
+    """The small run for the embedded default, the paper's settings for its checkpoints; the environment overrides both."""
     measured = []
     monkeypatch.setattr("sdsat.bench.bench", lambda config, *_: (measured.append(config) or tmp_path, []))
     monkeypatch.setattr("sdsat.report.report", lambda _: {"runs": [{"num_problems": 1}]})
