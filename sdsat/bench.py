@@ -14,7 +14,8 @@ import signal
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from tqdm import tqdm
 
 from . import model as models
 from .config import STRATEGIES, DecodeConfig, InputError, SamplingConfig, plain_warnings, require
+from .datasets import HUMANEVAL, INFILLING, INFILLING_PSM, Limit, Task, check_dataset, check_limit, limited, read_tasks
 from .decode import Generation, generate
 from .model import SatModel
-from .prompts import Problem, humaneval, humaneval_problems
+from .prompts import Problem, encode_task
 from .records import environment, plain, write_json
 from .reference import transformers_generate
 from .report import SCHEMA_VERSION, read_workers, seconds_of
-from .tree import make_tree, parse_tree
+from .tree import PAPER_WIDTHS, make_tree, parse_tree
 
 _WARM_UP_TOKENS = 16
 
@@ -41,8 +43,9 @@ class BenchConfig:
 
     method: 'greedy' or 'nucleus'; temperature, top_k and top_p hold for nucleus only.
     k_list: the k to measure; AR (0) is always among them. strategies: each at every k of k_list, but auto once, with the largest.
-    data_limit: first so many problems, None for all.
-    engine: see model.load. with_generate: also time transformers' own greedy `generate` on the same weights.
+    dataset: see datasets.read_tasks; source: what that returns, entered by `bench`. data_limit: see datasets.limited.
+    engine, sat_token_id, trained_k: see model.load.
+    with_generate: also time transformers' own greedy `generate` on the same weights.
     """
 
     model: str
@@ -54,12 +57,15 @@ class BenchConfig:
     top_k: int = 10
     top_p: float = 0.95
     seed: int = 0
-    dataset: str = "humaneval"
-    data_limit: int | None = None
+    dataset: str = HUMANEVAL
+    data_limit: Limit = None
     max_new_tokens: int = 256
     dtype: str = "bfloat16"
     with_generate: bool = False
     engine: str = "auto"
+    sat_token_id: int | None = None
+    trained_k: int | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         require(self.method in ("greedy", "nucleus"), f"method={self.method}: expected greedy or nucleus")
@@ -72,7 +78,8 @@ class BenchConfig:
             "with_generate: transformers' generate draws other random numbers; use it with greedy only",
         )
         models.check_dtype(self.dtype)
-        require(self.data_limit is None or self.data_limit >= 1, f"data_limit={self.data_limit}: expected 1 or more")
+        check_dataset(self.dataset)
+        check_limit(self.data_limit)
         object.__setattr__(self, "k_list", tuple(sorted({0, *self.k_list})))
         require(
             len(set(self.strategies)) == len(self.strategies) > 0, f"strategies={','.join(self.strategies)}: one is there twice"
@@ -103,9 +110,22 @@ class BenchConfig:
 
     @property
     def folder(self) -> str:
-        """Where the results go below the results folder: <model>/<greedy | nucleus_t1.0>."""
+        """Where the results go below the results folder: <model>/<greedy | nucleus_t1.0>[_<data set other than HumanEval>]."""
         method = "greedy" if self.method == "greedy" else f"nucleus_t{self.temperature}"
-        return f"{Path(self.model).name}/{method}"
+        dataset = "" if self.dataset == HUMANEVAL else f"_{Path(self.dataset).stem}"
+        return f"{Path(self.model).name}/{method}{dataset}"
+
+
+def paper_settings(method: str, dataset: str) -> dict[str, Any]:
+    """What the paper measures (arXiv 2403.18647), as fields of BenchConfig; weights in their own dtype."""
+    greedy, infilling = method == "greedy", dataset in (INFILLING, INFILLING_PSM)
+    return {
+        "k_list": tuple(range(14)) if greedy else (0, *PAPER_WIDTHS),
+        "tree": "chain" if greedy else "paper",
+        "data_limit": Fraction(3, 100) if infilling else Fraction(1, 2) if dataset == HUMANEVAL else None,
+        "max_new_tokens": 50 if infilling else 512,
+        "dtype": "auto",
+    }
 
 
 def _run_record(strategy: str, k: int, out: Generation) -> dict[str, Any]:
@@ -134,7 +154,7 @@ def measure_problem(model: SatModel, problem: Problem, config: BenchConfig, turn
     keys, runs = config.keys, {}
     for place in range(len(keys)):
         strategy, k = keys[(place + turn) % len(keys)]
-        decode = config.decode_config(strategy, k, model.stop_ids)
+        decode = config.decode_config(strategy, k, model.stop_ids + problem.stop_ids)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k beyond the trained depth: said once, when the run starts
             run = transformers_generate if strategy == "transformers" else generate
@@ -151,15 +171,16 @@ def _warm_up(model: SatModel, problem: Problem, config: BenchConfig) -> None:
     measure_problem(model, problem, short, 0)
 
 
-def _worker(config: BenchConfig, device: str, label: str, todo: list[str], folder: Path, pipe: Connection) -> None:
+def _worker(config: BenchConfig, device: str, label: str, todo: list[Task], folder: Path, pipe: Connection) -> None:
     """A worker process: load, warm up, measure its problems; sends the runs of each finished problem, or an error line."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     plain_warnings()
     try:
-        model = models.load(config.model, config.dtype, device, engine=config.engine)
+        model = models.load(config.model, config.dtype, device, config.sat_token_id, config.engine, trained_k=config.trained_k)
         if model.sat and max(config.k_list) > model.sat.k:
             tqdm.write(f"warning: k={max(config.k_list)} is beyond the depth k={model.sat.k} that {config.model} was trained for")
-        problems = [problem for problem in humaneval(model.tokenizer) if problem.task_id in set(todo)]
+        assert model.tokenizer is not None
+        problems = [encode_task(model.tokenizer, task, config.dataset) for task in todo]
         _warm_up(model, problems[0], config)
         document = _open_document(folder, label, config, environment(model))
         for turn, problem in enumerate(problems):
@@ -260,18 +281,20 @@ def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path,
     for device in devices:
         models.pick_device(device)
     with _locked(folder):
-        names = [problem["task_id"] for problem in humaneval_problems(config.data_limit)]
+        tasks, source = read_tasks(config.dataset)
+        tasks, config = limited(tasks, config.data_limit), replace(config, source=source)
+        names = {task.task_id for task in tasks}
         finished = [p for p in _finished(folder, config) if p["task_id"] in names]
         done = {problem["task_id"] for problem in finished}
-        todo = [name for name in names if name not in done]
-        progress = _Progress(finished, len(names))
+        todo = [task for task in tasks if task.task_id not in done]
+        progress = _Progress(finished, len(tasks))
         if not todo:
-            tqdm.write(f"{folder}: all {len(names)} problems were measured before; delete it or set RESULTS_DIR to measure anew")
+            tqdm.write(f"{folder}: all {len(tasks)} problems were measured before; delete it or set RESULTS_DIR to measure anew")
             return folder, []
         return folder, _run_workers(config, devices, todo, folder, progress)
 
 
-def _run_workers(config: BenchConfig, devices: list[str], todo: list[str], folder: Path, progress: _Progress) -> list[str]:
+def _run_workers(config: BenchConfig, devices: list[str], todo: list[Task], folder: Path, progress: _Progress) -> list[str]:
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, tuple[str, Any]] = {}
     for i, (device, label) in enumerate(zip(devices, _labels(devices), strict=True)):

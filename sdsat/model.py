@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from .engine import RowPolicy
     from .planner import AutoPlanner
 
-# The two published checkpoints (arXiv 2403.18647) say nothing of their SAT in config.json.
+# The two published checkpoints (arXiv 2403.18647) say nothing of their SAT in config.json, and plain CodeLlama looks the same.
 PUBLISHED = {
     "CodeLlama-SDSAT_L5_7B": SatConfig(token_id=32011, k=5),
     "CodeLlama-SDSAT_L7_13B": SatConfig(token_id=32011, k=7),
 }
+CODELLAMA_VOCABULARY = 32016
 # Checked against `transformers` generate in tests/test_families.py.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -195,14 +196,49 @@ def _with_engine(model: SatModel, engine: str, graphs: bool) -> SatModel:
     return model
 
 
-def _sat_of_checkpoint(name: str, config: Any) -> SatConfig | None:
-    own = getattr(config, "sdsat", None)
+def _published(name: str) -> SatConfig | None:
+    """The SAT of a published checkpoint: a hub id, a directory of its name, or a snapshot in the hub's cache folder."""
+    folder = Path(name).resolve() if Path(name).is_dir() else Path(name)
+    snapshot = folder.parent.name == "snapshots"  # models--ainergy--NAME/snapshots/<commit>
+    return PUBLISHED.get(folder.parent.parent.name.rpartition("--")[2] if snapshot else folder.name)
+
+
+def _sat_of_checkpoint(name: str, config: Any, token_id: int | None, k: int | None) -> SatConfig | None:
+    """What the options say, then config.json's key `sdsat`, then what is known of the published checkpoints."""
+    own, known = getattr(config, "sdsat", None), _published(name)
     if own is not None:
         try:
-            return SatConfig(own["sat_token_id"], own["k"])
+            known = SatConfig(own["sat_token_id"], own["k"])
         except (KeyError, TypeError):
             raise InputError(f"model {name}: config.json's key 'sdsat' needs sat_token_id and k, not {own!r}") from None
-    return PUBLISHED.get(Path(name).name)
+    if token_id is not None:
+        known = SatConfig(token_id, known.k if known else 5)
+    if k is None:
+        return known
+    if known is None:
+        raise InputError(f"trained_k={k}: model {name} has no SAT; expected sat_token_id too")
+    return replace(known, k=k)
+
+
+def is_adapter(name: str) -> bool:
+    return name == embedded.NAME or (Path(name) / adapters.CONFIG_FILE).is_file()
+
+
+def in_papers_form(name: str, sat_token_id: int | None = None, trained_k: int | None = None) -> bool:
+    """Whether this is a full SDSAT checkpoint of CodeLlama's form, as the paper's are; only config.json is read.
+
+    False, too, for what can't be loaded: `load` says why.
+    """
+    if is_adapter(name) or name == embedded.BASE_NAME:
+        return False
+    if _published(name):
+        return True
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+    except Exception:  # as in _load_base
+        return False
+    codellama = (config.model_type, getattr(config, "vocab_size", None)) == ("llama", CODELLAMA_VOCABULARY)
+    return codellama and _sat_of_checkpoint(name, config, sat_token_id, trained_k) is not None
 
 
 def load(
@@ -212,28 +248,30 @@ def load(
     sat_token_id: int | None = None,
     engine: str = "auto",
     graphs: bool = True,
+    trained_k: int | None = None,
 ) -> SatModel:
     """Load a model by hub id, directory, adapter directory or embedded name.
 
-    dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own. device: see `pick_device`.
-    sat_token_id: overrides what the checkpoint says. engine: 'native', 'transformers', or 'auto' for native where it can be
-    had (a CPU, float32 or bfloat16, a C++ compiler). graphs: on a GPU, passes are recorded as CUDA graphs (graphs.py).
+    dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own, which is read without a second copy in memory.
+    device: see `pick_device`. sat_token_id, trained_k: override what the checkpoint says; k is 5 where neither does.
+    engine: 'native', 'transformers', or 'auto' for native where it can be had (a CPU, float32 or bfloat16, a C++ compiler).
+    graphs: on a GPU, passes are recorded as CUDA graphs (graphs.py).
     Raises InputError, one line, for anything that can't be loaded.
     """
     check_dtype(dtype)
     require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
     torch_device, torch_dtype = pick_device(device), DTYPES.get(dtype, "auto")
     directory = embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
-    if (directory / adapters.CONFIG_FILE).is_file():
-        require(sat_token_id is None, f"sat_token_id={sat_token_id}: {name} is an adapter and brings its own SAT")
+    if is_adapter(name):
+        given = {"sat_token_id": sat_token_id, "trained_k": trained_k}
+        strange = [f"{option}={value}" for option, value in given.items() if value is not None]
+        require(not strange, f"{', '.join(strange)}: {name} is an adapter and brings its own SAT")
         base = adapters.read_config(directory).base_model
         model, tokenizer = _load_base(base, torch_dtype, torch_device)
         adapter = adapters.load(model, directory).fuse().attach(model)
         return _with_engine(SatModel(model, tokenizer, name, adapter.config.sat, adapter), engine, graphs)
     model, tokenizer = _load_base(name, torch_dtype, torch_device)
-    sat = _sat_of_checkpoint(name, model.config)
-    if sat_token_id is not None:
-        sat = SatConfig(sat_token_id, sat.k if sat else 5)
+    sat = _sat_of_checkpoint(name, model.config, sat_token_id, trained_k)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     require(
         sat is None or sat.token_id < vocabulary,

@@ -71,6 +71,14 @@ def test_report_of_a_single_problem_has_no_interval(documents, tmp_path):
     assert report(tmp_path)["runs"][1]["speedup_ci95"] is None
 
 
+def test_report_of_a_strategy_that_never_drafted(documents, tmp_path):
+    """`auto` may find plain passes best throughout: no acceptance rate, and all plots all the same."""
+    documents[0]["problems"][0]["runs"].append(run("auto", 2, 8, 4.0, 8, (0, 0), (0, 0), (0, 0, 0)))
+    write_json(tmp_path / "worker_cpu.json", documents[0])
+    assert report(tmp_path)["runs"][2]["acceptance_rate"] is None
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
