@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,24 +38,23 @@ class CostCurve:
     drafting: float
     rounded: list[list[float]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        parts = [self.verify, self.draft, self.rounded]
-        grown = [[_by_rows(times) for times in part] for part in parts]
-        extra = [np.maximum(0, np.append(d[1:], d[-1]) - np.append(v[1:], v[-1])) for v, d in zip(*grown[:2], strict=True)]
-        object.__setattr__(self, "_rows", [times.tolist() for times in grown[0]])
-        object.__setattr__(self, "_sats", [times.tolist() for times in extra])
-        object.__setattr__(self, "_rounded", [times.tolist() for times in grown[2]])
+    @cached_property
+    def _tables(self) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
+        """By context: seconds of a pass for each number of rows, what each number of SATs adds, and passes in 8 bits."""
+        verify, draft, rounded = ([_by_rows(times) for times in part] for part in (self.verify, self.draft, self.rounded))
+        extra = [np.maximum(0, np.append(d[1:], d[-1]) - np.append(v[1:], v[-1])) for v, d in zip(verify, draft, strict=True)]
+        return [times.tolist() for times in verify], [times.tolist() for times in extra], [times.tolist() for times in rounded]
 
     def seconds(self, rows: int, sats: int, context: int) -> float:
         """Of a pass of `rows` rows, `sats` of them SATs, after `context` tokens, with the drafting of one group."""
-        tables: Any = self
+        by_rows, by_sats, _ = self._tables
         rows, more = min(rows, MAX_ROWS), sats > 0
-        low, high = (tables._rows[c][rows] + more * tables._sats[c][min(sats, MAX_ROWS)] for c in (0, 1))
+        low, high = (by_rows[c][rows] + more * by_sats[c][min(sats, MAX_ROWS)] for c in (0, 1))
         return _between(low, high, context) + (self.drafting * min(sats, 16) if more else 0.0)
 
     def rounded_seconds(self, sats: int, context: int) -> float:
         """Of a pass in 8 bits of one row and `sats` SATs, with their drafting."""
-        low, high = (times[min(1 + sats, MAX_ROWS)] for times in vars(self)["_rounded"])
+        low, high = (times[min(1 + sats, MAX_ROWS)] for times in self._tables[2])
         return _between(low, high, context) + self.drafting * sats
 
 

@@ -222,10 +222,10 @@ def _rounded_drafts(
 ) -> Drafts:
     """Drafts by a pass in 8 bits over x and `size` SATs; it leaves nothing in the cache."""
     assert model.sat is not None
-    tokens, index = torch.tensor([x, *[model.sat.token_id] * size]), torch.tensor([emitted])
-    states, logits = forward(model, cache, tokens, make_tree("chain", 0), ((0, size),), rounded=True)
-    first, shape = next_tokens(model, logits[:1], index, config.sampling), _truncated(config.tree, config.k, size)
-    values = draft_tokens(model, first, states[1:], logits[1:], emitted + 1, shape, config.sampling)
+    tokens, tree, groups = torch.tensor([x, *[model.sat.token_id] * size]), make_tree("chain", 0), ((0, size),)
+    states, logits = forward(model, cache, tokens, tree, groups, rounded=True)
+    first = next_tokens(model, logits[:1], torch.tensor([emitted]), config.sampling)
+    shape, values = _drafts_below(model, config, tree, groups, first, states[1:], logits[1:], emitted)[0]
     return Drafts.of_rounded(x, shape, values.flatten().tolist())
 
 

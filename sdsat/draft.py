@@ -57,10 +57,14 @@ class Drafts:
         below = cls.of_sats(tree, values)
         parents = (-1, *(parent + 1 for parent in tree.parents))
         likely = [1.0, OWN, *below.likely[1:]]
-        return cls(DraftTree(parents, (0, *tree.ranks)), [x, *below.tokens], likely, [False] * len(parents), True, True)
+        return cls(
+            DraftTree(parents, (0, *tree.ranks)), [x, *below.tokens], likely, [False] * len(parents), by_sats=True, rounded=True
+        )
 
     def with_chain(self, tokens: list[int], likely: float) -> Drafts:
         """The tree with a looked-up chain added below x; where it says what a draft says already, that draft is in both."""
+        if not tokens:
+            return self
         parents, ranks = list(self.tree.parents), list(self.tree.ranks)
         out = Drafts(self.tree, list(self.tokens), list(self.likely), list(self.looked_up), self.by_sats, self.rounded)
         node = 0

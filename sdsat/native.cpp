@@ -35,13 +35,13 @@ static inline f32x as_f32(u32x v) { f32x r; memcpy(&r, &v, 64); return r; }
 static inline u32x as_u32(f32x v) { u32x r; memcpy(&r, &v, 64); return r; }
 static inline float sum(f32x v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
 
-static inline float largest(f32x v) {
+static inline float most(f32x v) {
 #ifdef __AVX512F__
   return _mm512_reduce_max_ps((__m512)v);
 #else
-  float most = v[0];
-  for (int i = 1; i < LANES; i++) most = std::max(most, v[i]);
-  return most;
+  float found = v[0];
+  for (int i = 1; i < LANES; i++) found = std::max(found, v[i]);
+  return found;
 #endif
 }
 
@@ -78,9 +78,11 @@ static inline f32x step(f32x acc, const bf16* w, const bf16* x) {
 #endif
 }
 
+static inline f32x nearest(f32x v) { return (v + 12582912.f) - 12582912.f; }  // whole numbers, by a magic one
+
 static inline f32x exp16(f32x x) {
   x = x < all(-87.f) ? all(-87.f) : x > all(88.f) ? all(88.f) : x;
-  f32x n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // the magic number rounds to a whole one
+  f32x n = nearest(x * 1.44269504f);
   f32x r = x - n * 0.693359375f + n * 2.12194440e-4f;
   f32x p = all(1.9875691500e-4f);
   for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
@@ -180,12 +182,12 @@ template <class T> struct Rounder {
     for (int r = 0; r < rows && !bytes.empty(); r++) {
       f32x total = {};
       for (int64_t at = r * size; at < (r + 1) * size; at += GROUP) {
-        f32x a = load(x + at), b = load(x + at + LANES), most = a > -a ? a : -a, other = b > -b ? b : -b;
-        most = most > other ? most : other;
-        float top = std::max(1e-20f, largest(most));
+        f32x a = load(x + at), b = load(x + at + LANES);
+        a = a > -a ? a : -a, b = b > -b ? b : -b;
+        float top = std::max(1e-20f, most(a > b ? a : b));
         scales[at / GROUP] = top / 127;
         for (int h = 0; h < GROUP; h += LANES) {
-          f32x whole = (load(x + at + h) * (127 / top) + 12582912.f) - 12582912.f;  // the magic number rounds
+          f32x whole = nearest(load(x + at + h) * (127 / top));
           total += whole * (top / 127);
           i8x small = __builtin_convertvector(__builtin_convertvector(whole, i32x), i8x);
           memcpy(bytes.data() + at + h, &small, LANES);
@@ -309,8 +311,8 @@ static void attend(const T* q, int dim, const T* keys, const T* values, const st
     for (int j = seen; j < padded; j++) s[j] = -std::numeric_limits<float>::infinity();
     f32x top = load(s), total = {};
     for (int j = LANES; j < padded; j += LANES) top = load(s + j) > top ? load(s + j) : top;
-    float most = largest(top);
-    for (int j = 0; j < padded; j += LANES) store(s + j, exp16(load(s + j) - most));
+    float highest = most(top);
+    for (int j = 0; j < padded; j += LANES) store(s + j, exp16(load(s + j) - highest));
     for (int j = seen; j < padded; j++) s[j] = 0;
     for (int j = 0; j < padded; j += LANES) total += load(s + j);
     float factor = 1.f / sum(total);

@@ -211,14 +211,15 @@ class NativeEngine:
 
     def _packed(self, *weights: Tensor) -> list[_Matrix]:
         """Matrices with as many outputs, block by block beside each other in memory."""
-        parts: list[Tensor | None] = []
-        for weight in weights:
-            parts += pack8(weight) if self._rounded else (pack(weight, self._step), None)
         blocks = -(-weights[0].shape[0] // _BLOCK)
-        held = [torch.empty(blocks, 0, dtype=torch.uint8) if p is None else p.view(blocks, -1).view(torch.uint8) for p in parts]
-        together = self._keep(torch.cat(held, 1))
-        at = [together.data_ptr() + sum(part.shape[1] for part in held[:i]) for i in range(len(held))]
-        return [_Matrix(at[i], at[i + 1] if self._rounded else None, together.shape[1]) for i in range(0, len(at), 2)]
+        packed = [pack8(weight) if self._rounded else (pack(weight, self._step),) for weight in weights]
+        held = [[part.view(blocks, -1).view(torch.uint8) for part in parts] for parts in packed]  # bytes, and scales in 8 bits
+        together = self._keep(torch.cat([part for parts in held for part in parts], 1))
+        at, matrices = together.data_ptr(), []
+        for parts in held:
+            matrices.append(_Matrix(at, at + parts[0].shape[1] if self._rounded else None, together.shape[1]))
+            at += sum(part.shape[1] for part in parts)
+        return matrices
 
     def _linear(self, weight: Tensor, bias: Tensor | None = None, name: str = "") -> _Linear:
         out, inner = weight.shape

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _BINS = 8  # of confidence
 _PRIOR = 4.0  # how many observations the prior counts for
-_KINDS = ("root", "leaf", "inner", "rounded", "none")  # where drafts come from: SATs at x alone, at a last draft, at an inner
-# one, in a pass in 8 bits; or nowhere
+# Where drafts come from: SATs at x alone, at a last draft, at an inner one, in a pass in 8 bits; or nowhere.
+_KINDS = ("root", "leaf", "inner", "rounded", "none")
 _SIZES = (1, 4, 8, 12, 16, 32)  # classes of rows whose cost is corrected together
 _MARGIN = 0.1  # tokens that SATs must promise beyond what they cost: the best of many estimates is an optimistic one
 _MEMORY = 0.98  # what an observed pass still counts for one pass later
@@ -149,9 +149,9 @@ class AutoPlanner:
         self.kind = "none"  # of the SATs that the drafts come from
         self.corrections, self.num_timed = dict.fromkeys((*_SIZES, "rounded"), 1.0), dict.fromkeys((*_SIZES, "rounded"), 0)
         self.num_plain = self.num_drafting = 0  # passes in a row
-        self._start(0)
+        self._settle(0)
 
-    def _start(self, context: int) -> None:
+    def _settle(self, context: int) -> None:
         """Set the group size, and the rate, from what loops with each k would make by all that is known."""
         self.size = max(range(1, self.k + 1), key=lambda k: self._loop(k, context))
         self.rate = max(self._loop(self.size, context), 1 / self._cost(1, 0, context))
@@ -180,9 +180,14 @@ class AutoPlanner:
 
     def _score(self, kind: str) -> float:
         """What a place with drafts of this kind is worth, in tokens, on the scale on which `_learn` is told."""
-        prior = {"none": 0.0, "rounded": self.rate * self._rounded_cost(self.size, 0) if self.costs.rounded else 0.0}
+        if kind == "none":
+            prior = 0.0
+        elif kind == "rounded":
+            prior = self.rate * self._rounded_cost(self.size, 0)
+        else:
+            prior = self.rate * self._cost(1 + self.size, self.size, 0) - 1
         total, weight = self.scores[kind]
-        return (total + _PRIOR * prior.get(kind, self.rate * self._cost(1 + self.size, self.size, 0) - 1)) / (weight + _PRIOR)
+        return (total + _PRIOR * prior) / (weight + _PRIOR)
 
     def _worth(self, kind: str) -> float:
         """The same over a place with no drafts."""
@@ -288,7 +293,7 @@ class AutoPlanner:
         self._time(_size_class(rows), seconds / self.costs.seconds(rows, sats, context))
         plain = rows == 1 and not drafts.by_sats
         self.num_plain, self.num_drafting = (self.num_plain + 1, 0) if plain else (0, self.num_drafting + 1)
-        self._start(context)
+        self._settle(context)
 
     def _time(self, kind: int | str, ratio: float) -> None:
         """ratio: a pass's seconds over the cost curve's."""
