@@ -116,7 +116,7 @@ class SatModel:
         is_sat = tokens == self.sat.token_id
         plain = embeddings(tokens.masked_fill(is_sat, 0))
         own = self.adapter.sat_embedding.to(plain.dtype) * getattr(embeddings, "embed_scale", 1)
-        return torch.where(is_sat[..., None], own.to(plain.dtype), plain)
+        return torch.where(is_sat[..., None], own, plain)
 
     def sat_rows(self, start: int, end: int) -> AbstractContextManager[None]:
         """Within this context, rows start..end-1 of a pass are SATs."""
