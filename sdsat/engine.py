@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cache import SlotCache, pass_mask
+from .cache import SlotCache, pass_mask, slot_positions
 from .graphs import padded
 from .native import NativeCache, NativeEngine
 from .tree import DraftTree, make_tree, pass_layout
@@ -92,14 +92,15 @@ def _pass(
     model: SatModel, cache: SlotCache, first: int, end: int, tokens: Tensor, within: Tensor, offsets: Tensor, length: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """(states, logits) of all rows; those from `first` to before `end` are SATs. length: committed slots."""
+    positions = (length + offsets)[None]
     with model.sat_rows(first, end):
         states = model.model.base_model(
             inputs_embeds=model.embed(tokens[None]),
-            attention_mask=model.mask(pass_mask(cache, within, length)),
-            position_ids=(length + offsets)[None],
+            attention_mask=model.mask(pass_mask(cache, within, length), positions, slot_positions(cache, offsets, length)[None]),
+            position_ids=positions,
             past_key_values=cache,
         ).last_hidden_state[0]
-    return states, model.legal(model.model.get_output_embeddings()(states))
+    return states, model.legal(model.logits(states))
 
 
 def _pass_at(
@@ -128,7 +129,7 @@ def prefill(model: SatModel, cache: SlotCache | NativeCache, tokens: Tensor) -> 
     cache.visible = count
     model.model.base_model(
         inputs_embeds=model.embed(tokens),
-        attention_mask=model.mask((rows <= rows[:, None]).expand(len(tokens), 1, count, count)),
+        attention_mask=model.mask((rows <= rows[:, None]).expand(len(tokens), 1, count, count), rows[None], rows[None]),
         position_ids=rows[None],
         past_key_values=cache,
     )

@@ -33,7 +33,7 @@ PUBLISHED = {
 }
 CODELLAMA_VOCABULARY = 32016
 # Checked against `transformers` generate in tests/test_families.py.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ENGINES = ("auto", "native", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,11 +89,20 @@ class SatModel:
             return ()
         return tuple(eos) if isinstance(eos, list) else (eos,)
 
-    def mask(self, attend: torch.Tensor) -> torch.Tensor:
-        """A pass's [1, 1, S, T] bool mask in the form that every layer's attention uses as it is."""
+    def mask(self, attend: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """A pass's bool mask in the form that every layer's attention uses as it is; arguments as of `attention.layer_masks`."""
         config = self.model.config
         groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        return attention.folded_mask(attend, groups, self.dtype)
+        masks = attention.layer_masks(config, attend, rows, columns)
+        if isinstance(masks, dict):
+            return {kind: attention.folded_mask(mask, groups, self.dtype) for kind, mask in masks.items()}
+        return attention.folded_mask(masks, groups, self.dtype)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [..., D] -> logits [..., V], as the model's own forward makes them."""
+        logits = self.model.get_output_embeddings()(states)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def legal(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [..., V], changed in place so that the SAT, where it is in the vocabulary, is never chosen."""
@@ -103,18 +112,18 @@ class SatModel:
 
     @property
     def max_context(self) -> int:
-        """Positions the model can take; a sliding window ends it too, since our mask shows every row the whole past."""
-        config = self.model.config
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        return min(getattr(config, "max_position_embeddings", None) or 2**31, window or 2**31)
+        """Positions the model can take."""
+        return getattr(self.model.config, "max_position_embeddings", None) or 2**31
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[1, S] token ids -> [1, S, D] input embeddings; the SAT's id takes the adapter's embedding."""
+        """[1, S] token ids -> [1, S, D] input embeddings; the SAT's id takes the adapter's embedding, scaled as all (Gemma)."""
+        embeddings = self.model.get_input_embeddings()
         if self.adapter is None or self.sat is None:
-            return self.model.get_input_embeddings()(tokens)
+            return embeddings(tokens)
         is_sat = tokens == self.sat.token_id
-        plain = self.model.get_input_embeddings()(tokens.masked_fill(is_sat, 0))
-        return torch.where(is_sat[..., None], self.adapter.sat_embedding.to(plain.dtype), plain)
+        plain = embeddings(tokens.masked_fill(is_sat, 0))
+        own = self.adapter.sat_embedding.to(plain.dtype) * getattr(embeddings, "embed_scale", 1)
+        return torch.where(is_sat[..., None], own, plain)
 
     def sat_rows(self, start: int, end: int) -> AbstractContextManager[None]:
         """Within this context, rows start..end-1 of a pass are SATs."""
@@ -129,9 +138,27 @@ def check_family(config: Any, name: str) -> None:
     """Refuse, with the reason, an architecture or a setting that the decoder isn't known to decode exactly."""
     kind = getattr(config, "model_type", None)
     require(kind in FAMILIES, f"model {name}: architecture {kind!r} is not supported; expected one of {', '.join(FAMILIES)}")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    # The others rescale all positions once a sequence is long: drafts, which look ahead, would do so before AR does.
-    require(rope in ROPE_TYPES, f"model {name}: rope_type {rope!r} is not supported; expected one of {', '.join(ROPE_TYPES)}")
+    quantized = getattr(config, "quantization_config", None) is not None
+    require(not quantized, f"model {name}: quantized weights are not supported; expected a checkpoint of {', '.join(DTYPES)}")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for settings in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):  # Gemma 3: one a type of layer
+        rope, share = settings.get("rope_type", "default"), settings.get("partial_rotary_factor") or 1
+        require(
+            rope in ROPE_TYPES,
+            f"model {name}: rope_type {rope!r} is not supported; expected one of {', '.join(ROPE_TYPES)} "
+            "(dynamic and longrope scale all positions by the furthest one of a pass, and drafts look ahead)",
+        )
+        require(share == 1, f"model {name}: partial_rotary_factor={share} is not supported; expected 1")
+    both_ways = getattr(config, "use_bidirectional_attention", None)
+    require(not both_ways, f"model {name}: use_bidirectional_attention={both_ways} is not supported; expected false")
+    if kind in attention.TYPED_LAYERS:
+        known = ["full_attention", *(["sliding_attention"] if config.sliding_window else [])]
+        strange = [layer for layer in config.layer_types if layer not in known]
+        require(
+            not strange,
+            f"model {name}: layer type {''.join(strange[:1])!r} with sliding_window={config.sliding_window} is not supported; "
+            f"expected {' or '.join(known)}",
+        )
 
 
 def pick_device(device: str | None) -> torch.device:

@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from .attention import sliding_window
 from .config import MAX_ROWS
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+_FORMS = ("llama", "mistral", "qwen2", "qwen3")  # native.cpp has all that their modules in transformers compute, and no more
 _BLOCK, _KEYS = 32, 64  # outputs of a linear layer, and keys, that native.cpp takes together
 
 
@@ -167,6 +169,11 @@ class NativeEngine:
 
     def __init__(self, model: Any, adapter: SatAdapter | None, max_context: int, rounded: bool = False):
         config, base = model.config, model.base_model
+        if config.model_type not in _FORMS:
+            raise Unavailable(f"architecture {config.model_type}")
+        window = sliding_window(config)
+        if window is not None and window < max_context:
+            raise Unavailable(f"sliding_window={window}, and the context goes on to {max_context}")
         self.dtype = model.get_input_embeddings().weight.dtype
         if self.dtype not in (torch.bfloat16, torch.float32) or model.device.type != "cpu":
             raise Unavailable(f"it has no {self.dtype} on {model.device.type}")
