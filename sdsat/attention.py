@@ -4,6 +4,7 @@ transformers' own SDPA path repeats keys and values for every query head wheneve
 one key/value head become extra query rows instead, so that the cache is read once and copied never.
 
 Which keys a row may see is its pass's mask, and for layers with a sliding window also how far back they lie (`layer_masks`).
+The same model also runs without this package's loop, in `model(**inputs)` and plain `generate`: then the mask is transformers'.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 NAME = "sdsat"
 # Whose layers have types, each with a mask of its own; Mistral's layers all have its window, and other families have none.
@@ -85,4 +87,14 @@ def layer_masks(config: Any, attend: Tensor, rows: Tensor, columns: Tensor) -> T
     return {"full_attention": attend, "sliding_attention": near} if config.model_type in TYPED_LAYERS else near
 
 
+def whole_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """[B, 1, S, T] bool as transformers' `sdpa_mask` makes it from a padding mask, but never left out.
+
+    A row of padding, which may see nothing, sees everything: otherwise its values would be NaN, and spoil what is not padding.
+    """
+    mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return mask | ~mask.any(-1, keepdim=True)
+
+
 AttentionInterface.register(NAME, grouped_attention)
+AttentionMaskInterface.register(NAME, whole_mask)

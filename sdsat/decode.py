@@ -37,6 +37,7 @@ from .sampling import choose
 from .tree import DraftTree, make_tree
 
 OnTokens = Callable[[list[int], list[bool]], None]
+Chooser = Callable[[Tensor], tuple[int, bool]]
 LOOKED_UP = 0.6  # how likely a looked-up token is taken to be before anything is known
 
 
@@ -45,8 +46,9 @@ class Generation:
     """What one `generate` call produced and what it cost.
 
     token_ids: emitted tokens, a stop id included. text: decoded without special tokens, cut before a stop string.
-    finish: 'stop_id', 'stop_string' or 'length'. num_passes: forward passes after the prefill's one; num_plain_passes: those of
-    them with neither drafts nor SATs. accepted_lengths: accepted drafts of each pass that verified any, 0..depth.
+    finish: 'stop_id', 'stop_string', 'length', or 'chooser' where a `Chooser` ended it. num_passes: forward passes
+    after the prefill's one; num_plain_passes: those of them with neither drafts nor SATs. accepted_lengths: accepted drafts of each
+    pass that verified any, 0..depth.
     proposed_by_depth, accepted_by_depth: [depth] counts; drafts beyond the end of the output are not counted.
     """
 
@@ -156,11 +158,39 @@ def next_tokens(model: SatModel, logits: Tensor, index: Tensor, sampling: Sampli
     return ids[:, 0] if sampling.greedy else choose(values, index, sampling, ids=ids)[:, 0]
 
 
+def choose_along(
+    chooser: Chooser, tree: DraftTree, tokens: list[int], logits: Tensor, stop_ids: tuple[int, ...]
+) -> tuple[Tensor, bool]:
+    """What `chooser` says at the nodes that the walk visits: ([N] its tokens, -1 at the others; whether it ended the output).
+
+    It is asked once for each emitted position, in order, as in AR: so it may keep state, and nothing is asked behind the end.
+    Where a draft is the last token, the walk ends at that draft, and nothing follows it: -1.
+    logits [N, V]: of the tree's nodes, which hold `tokens`; the tree is no deeper than what is still to come.
+    """
+    children, node = tree.children(), 0
+    targets = torch.full((len(tree),), -1, dtype=torch.long)
+    while True:
+        token, ended = chooser(logits[node])
+        targets[node] = token
+        follows = [child for child in children[node] if tokens[child] == token]
+        if ended or token in stop_ids or not follows:
+            return targets.to(logits.device), ended
+        node = follows[0]
+
+
 @torch.inference_mode()
-def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_tokens: OnTokens | None = None) -> Generation:
+def generate(
+    model: SatModel,
+    prompt_ids: list[int],
+    config: DecodeConfig,
+    on_tokens: OnTokens | None = None,
+    chooser: Chooser | None = None,
+) -> Generation:
     """Continue `prompt_ids`. The output is the same for every strategy, k and tree.
 
     on_tokens: called after each pass with the new tokens and, for each, whether it was an accepted draft.
+    chooser: (logits [V] after all tokens so far) -> (the next token, whether the output ends with it), see `choose_along`. It
+    then chooses instead of config.sampling, which only drafts go by.
     Raises InputError where the prompt, the settings and the model do not fit together.
     """
     _check(model, prompt_ids, config)
@@ -193,8 +223,13 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
         sats = [sat_id] * sum(size for _, size in plan.groups)
         states, logits = forward(model, cache, torch.tensor(drafts.tokens + sats, device=device), tree, plan.groups)
         nodes, depths = len(tree), tree.depths
-        targets = next_tokens(model, logits[:nodes], emitted + torch.tensor(depths, device=device), config.sampling)
-        below = _drafts_below(model, config, tree, plan.groups, targets, states[nodes:], logits[nodes:], emitted)
+        ended = False
+        if chooser is None:
+            targets = next_tokens(model, logits[:nodes], emitted + torch.tensor(depths, device=device), config.sampling)
+        else:
+            targets, ended = choose_along(chooser, tree, drafts.tokens, logits[:nodes], config.stop_ids)
+        seen = targets.clamp_min(0)  # SATs at nodes off the walk draft below some token, and nobody looks
+        below = _drafts_below(model, config, tree, plan.groups, seen, states[nodes:], logits[nodes:], emitted)
         values = torch.cat([targets.double(), *(found.flatten() for _, found in below.values())]).tolist()  # the one host read
         target_ids = [int(value) for value in values[:nodes]]
         path = tree.walk(drafts.tokens, target_ids)
@@ -203,8 +238,9 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
         planner.observe(drafts, plan, path, context, time.perf_counter() - started)
         out.num_passes += 1
         out.num_plain_passes += nodes == 1 and not sats
-        block = [drafts.tokens[node] for node in path[1:]] + [x]
+        block = [drafts.tokens[node] for node in path[1:]] + [x] * (x >= 0)
         kept, finish = _cut(model, prompt_ids[-1], out.token_ids, block, config)
+        finish = finish if finish == "stop_id" or not ended else "chooser"
         if nodes > 1:
             out.count(max(depths), len(path) - 1, kept if finish else None)
         block = block[:kept]

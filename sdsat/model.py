@@ -176,6 +176,15 @@ def pick_device(device: str | None) -> torch.device:
     return torch.device(f"cuda:{device}")
 
 
+def check_model(model: Any, name: str) -> None:
+    """Refuse a model that transformers has loaded in a way in which passes can't run."""
+    check_family(model.config, name)
+    places = sorted({str(parameter.device) for parameter in model.parameters()})
+    require(len(places) == 1 and places != ["meta"], f"model {name}: its weights are on {', '.join(places)}; expected one device")
+    dtype = model.get_input_embeddings().weight.dtype
+    require(dtype in DTYPES.values(), f"model {name}: its weights are {dtype}; expected one of {', '.join(DTYPES)}")
+
+
 def _load_base(name: str, dtype: torch.dtype | str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = str(embedded.base_dir()) if name == embedded.BASE_NAME else name
     if local := Path(path).is_dir():
@@ -286,18 +295,42 @@ def load(
     Raises InputError, one line, for anything that can't be loaded.
     """
     check_dtype(dtype)
-    require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
+    check_options(name, sat_token_id, engine, trained_k)
     torch_device, torch_dtype = pick_device(device), DTYPES.get(dtype, "auto")
-    directory = embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
+    base = adapters.read_config(_adapter_directory(name)).base_model if is_adapter(name) else name
+    model, tokenizer = _load_base(base, torch_dtype, torch_device)
+    return equip(model, tokenizer, name, sat_token_id, engine, graphs, trained_k)
+
+
+def check_options(name: str, sat_token_id: int | None, engine: str, trained_k: int | None) -> None:
+    """Refuse options that don't go together, before weights are read."""
+    require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
+    given = {"sat_token_id": sat_token_id, "trained_k": trained_k}
+    strange = [f"{option}={value}" for option, value in given.items() if value is not None and is_adapter(name)]
+    require(not strange, f"{', '.join(strange)}: {name} is an adapter and brings its own SAT")
+
+
+def _adapter_directory(name: str) -> Path:
+    return embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
+
+
+def equip(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    name: str,
+    sat_token_id: int | None = None,
+    engine: str = "auto",
+    graphs: bool = True,
+    trained_k: int | None = None,
+) -> SatModel:
+    """A loaded base model with what `name` adds: an adapter (directory or embedded name), or the SAT of its own checkpoint.
+
+    Options, already checked, and errors as those of `load`. The model's attention becomes `attention.NAME`.
+    """
+    model.set_attn_implementation(attention.NAME)
     if is_adapter(name):
-        given = {"sat_token_id": sat_token_id, "trained_k": trained_k}
-        strange = [f"{option}={value}" for option, value in given.items() if value is not None]
-        require(not strange, f"{', '.join(strange)}: {name} is an adapter and brings its own SAT")
-        base = adapters.read_config(directory).base_model
-        model, tokenizer = _load_base(base, torch_dtype, torch_device)
-        adapter = adapters.load(model, directory).fuse().attach(model)
+        adapter = adapters.load(model, _adapter_directory(name)).fuse().attach(model)
         return _with_engine(SatModel(model, tokenizer, name, adapter.config.sat, adapter), engine, graphs)
-    model, tokenizer = _load_base(name, torch_dtype, torch_device)
     sat = _sat_of_checkpoint(name, model.config, sat_token_id, trained_k)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     require(
