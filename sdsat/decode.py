@@ -46,9 +46,9 @@ class Generation:
     """What one `generate` call produced and what it cost.
 
     token_ids: emitted tokens, a stop id included. text: decoded without special tokens, cut before a stop string.
-    finish: 'stop_id', 'stop_string', 'length', or 'chooser' where a `Chooser` ended it. num_passes: forward passes
-    after the prefill's one; num_plain_passes: those of them with neither drafts nor SATs. accepted_lengths: accepted drafts of each
-    pass that verified any, 0..depth.
+    finish: 'stop_id', 'stop_string', 'length', or 'chooser' where a `Chooser` ended it. num_passes: forward passes after the
+    prefill's one; num_plain_passes: those of them with neither drafts nor SATs. accepted_lengths: accepted drafts of each pass
+    that verified any, 0..depth.
     proposed_by_depth, accepted_by_depth: [depth] counts; drafts beyond the end of the output are not counted.
     """
 

@@ -356,7 +356,7 @@ class _Chooser:
             if self.all.keep_logits:
                 self.logits.append(scores.clone())
             if own:
-                scores = own(so_far, scores)
+                scores = self.all.sat.legal(own(so_far, scores))  # some processors make more of a SAT's -inf
                 chosen = scores.argmax(-1) if self.sampling.greedy else choose(scores, index, self.sampling)[:, 0]
             else:
                 chosen = next_tokens(self.all.sat, logits[None], index, self.sampling)
