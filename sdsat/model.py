@@ -224,7 +224,7 @@ def _with_engine(model: SatModel, engine: str, graphs: bool) -> SatModel:
         except Unavailable as reason:
             require(engine == "auto", f"engine=native: not to be had for {model.name} ({reason}); expected auto")
             if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float32):
-                warnings.warn(f"passes go through transformers' modules, which is slower: {reason}", stacklevel=3)
+                warnings.warn(f"passes go through transformers' modules, which is slower: {reason}", stacklevel=4)
     if can_pack(model.device, model.dtype):
         model.packed = PackedLinears(model.model).attach()
     if graphs and model.device.type == "cuda":
