@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import DecodeConfig, InputError, SamplingConfig
-    from .decode import Generation, generate
+    from .decode import Generation, generate, generate_batch
     from .model import SatModel, load
 
 __version__ = "0.1.0"
-__all__ = ["DecodeConfig", "Generation", "InputError", "SamplingConfig", "SatModel", "generate", "load"]
+__all__ = ["DecodeConfig", "Generation", "InputError", "SamplingConfig", "SatModel", "generate", "generate_batch", "load"]
 
-_HOMES = {"Generation": ".decode", "generate": ".decode", "SatModel": ".model", "load": ".model"}
+_HOMES = {**dict.fromkeys(("Generation", "generate", "generate_batch"), ".decode"), "SatModel": ".model", "load": ".model"}
 
 
 def __getattr__(name: str) -> Any:

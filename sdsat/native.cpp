@@ -222,9 +222,9 @@ struct Model {
   float draft_eps;
 };
 
-struct Cache {  // keys [layers, B, kv_heads, T / 16, dim / step, 16, step], values [layers, B, kv_heads, T / step, dim, step]
+struct Cache {  // of one sequence: keys [layers, kv_heads, T / 16, dim / step, 16, step], values [layers, kv_heads, T / step, dim, step]
   void *keys, *values;
-  int64_t batch, slots;
+  int64_t slots;
 };
 
 struct Drafting {  // see native.py
@@ -289,10 +289,10 @@ template <class T> static void rotate(T* x, const float* cos, const float* sin, 
 // ---- attention of one row, H query heads of one key/value head ----
 
 template <class T, int H>
-static void attend(const T* q, int dim, const T* keys, const T* values, const std::vector<int>& own, int length, float scale,
+static void attend(const T* q, int dim, const T* keys, const T* values, const int* own, int owned, int length, float scale,
                    float* scores, int64_t width, T* gathered, T* out) {
   constexpr int S = Pairs<T>::step;
-  int last = own.back() + 1, seen = length + int(own.size());
+  int last = own[owned - 1] + 1, seen = length + owned;
   for (int t = 0; t < last; t += KEYS) {
     f32x a[H][4] = {};
     const T* k = keys + int64_t(t) * dim;
@@ -307,7 +307,7 @@ static void attend(const T* q, int dim, const T* keys, const T* values, const st
   int padded = (seen + LANES - 1) / LANES * LANES;
   for (int h = 0; h < H; h++) {
     float* s = scores + h * width;
-    for (int j = 0; j < int(own.size()); j++) s[length + j] = s[own[j]];  // own slots ascend: none is overwritten before it is read
+    for (int j = 0; j < owned; j++) s[length + j] = s[own[j]];  // own slots ascend: none is overwritten before it is read
     for (int j = seen; j < padded; j++) s[j] = -std::numeric_limits<float>::infinity();
     f32x top = load(s), total = {};
     for (int j = LANES; j < padded; j += LANES) top = load(s + j) > top ? load(s + j) : top;
@@ -347,7 +347,7 @@ static void attend(const T* q, int dim, const T* keys, const T* values, const st
   for (; d < dim; d += 2 * LANES) weighted(d, std::integral_constant<int, 2>());
 }
 
-template <class T> static void run(const Model& m, const Cache& cache, const Pass& pass) {
+template <class T> static void run(const Model& m, const Cache* caches, const Pass& pass) {
   constexpr int S = Pairs<T>::step;
   const int n = pass.rows, sats = pass.sats, first = n - sats;
   const int width_q = m.heads * m.dim, width_kv = m.kv_heads * m.dim, group = m.heads / m.kv_heads;
@@ -357,13 +357,19 @@ template <class T> static void run(const Model& m, const Cache& cache, const Pas
       rank = std::max(rank, l->rank);
   T* h = (T*)pass.x;
   std::vector<T> q(n * width_q), k(n * width_kv), v(n * width_kv), mixed(n * width_q), mid(n * m.inner);
-  const int64_t head_size = cache.slots * m.dim;
+  int64_t width = 0;
+  std::vector<int> own, before(n + 1);  // slots of the pass's own rows that a row sees: own[before[r]] .. own[before[r + 1] - 1]
+  for (int r = 0; r < n; r++) {
+    width = std::max(width, caches[pass.sequences[r]].slots);
+    for (int j = 0; j < n; j++)
+      if (pass.within[int64_t(r) * n + j]) own.push_back(pass.slots[j]);
+    before[r + 1] = own.size();
+  }
 
 #pragma omp parallel num_threads(int(m.threads))
   {
-    std::vector<float> y(n * BLOCK), y2(n * BLOCK), more(sats * BLOCK), scores(std::min(group, 3) * cache.slots);
+    std::vector<float> y(n * BLOCK), y2(n * BLOCK), more(sats * BLOCK), scores(std::min(group, 3) * width);
     std::vector<T> xn(n * m.hidden), low(sats * rank), low2(sats * rank), gathered((n + S) * m.dim);
-    std::vector<int> own;
     const int in_8_bits = m.head.weight.scale ? 1 : 0;
     Rounder<T> rows(in_8_bits * n, std::max({m.hidden, m.inner, int64_t(width_q)})), few(in_8_bits * sats, rank), few2(in_8_bits * sats, rank);
     Rows<T> x{}, small{}, small2{};
@@ -408,12 +414,13 @@ template <class T> static void run(const Model& m, const Cache& cache, const Pas
           if (layer.norm_q) norm<T>(x, layer.norm_q, m.dim, m.eps, x);
           rotate<T>(x, cos, sin, m.dim);
         }
+        const Cache& cache = caches[pass.sequences[r]];
         int64_t slot = pass.slots[r];
         for (int a = 0; a < m.kv_heads; a++) {
           T* x = k.data() + r * width_kv + a * m.dim;
           if (layer.norm_k) norm<T>(x, layer.norm_k, m.dim, m.eps, x);
           rotate<T>(x, cos, sin, m.dim);
-          int64_t at = ((i * cache.batch + pass.sequences[r]) * m.kv_heads + a) * head_size;
+          int64_t at = (i * m.kv_heads + a) * cache.slots * m.dim;
           T* to = (T*)cache.keys + at + slot / LANES * LANES * m.dim + slot % LANES * S;
           for (int d = 0; d < m.dim; d += S) memcpy(to + d * LANES, x + d, S * sizeof(T));
           T* value = (T*)cache.values + at + slot / S * S * m.dim + slot % S;
@@ -423,16 +430,14 @@ template <class T> static void run(const Model& m, const Cache& cache, const Pas
 #pragma omp for schedule(dynamic)
       for (int item = 0; item < n * int(m.kv_heads); item++) {
         int r = item / m.kv_heads, a = item % m.kv_heads;
-        own.clear();
-        for (int j = 0; j < n; j++)
-          if (pass.within[int64_t(r) * n + j]) own.push_back(pass.slots[j]);
-        int64_t at = ((i * cache.batch + pass.sequences[r]) * m.kv_heads + a) * head_size;
+        const Cache& cache = caches[pass.sequences[r]];
+        int64_t at = (i * m.kv_heads + a) * cache.slots * m.dim;
         const T *keys = (const T*)cache.keys + at, *values = (const T*)cache.values + at;
         for (int b = 0; b < group; b += 3) {
           int64_t offset = int64_t(r) * width_q + (a * group + b) * m.dim;
           auto args = [&](auto heads) {
-            attend<T, decltype(heads)::value>(q.data() + offset, m.dim, keys, values, own, pass.lengths[r], m.scale,
-                                              scores.data(), cache.slots, gathered.data(), mixed.data() + offset);
+            attend<T, decltype(heads)::value>(q.data() + offset, m.dim, keys, values, own.data() + before[r],
+                                              before[r + 1] - before[r], pass.lengths[r], m.scale, scores.data(), width, gathered.data(), mixed.data() + offset);
           };
           if (group - b >= 3) args(std::integral_constant<int, 3>());
           else if (group - b == 2) args(std::integral_constant<int, 2>());
@@ -474,11 +479,11 @@ template <class T> static void run(const Model& m, const Cache& cache, const Pas
 }
 
 // Keep rows at `from` slots as the slots length, length + 1, ..: the walk of a tree, made contiguous.
-template <class T> static void move(const Model& m, const Cache& cache, int64_t sequence, int64_t length, const int64_t* from, int64_t count) {
+template <class T> static void move(const Model& m, const Cache& cache, int64_t length, const int64_t* from, int64_t count) {
   constexpr int S = Pairs<T>::step;
 #pragma omp parallel for num_threads(int(m.threads)) schedule(static)
   for (int i = 0; i < m.layers * m.kv_heads; i++) {
-    int64_t at = ((i / m.kv_heads * cache.batch + sequence) * m.kv_heads + i % m.kv_heads) * cache.slots * m.dim;
+    int64_t at = i * cache.slots * m.dim;
     T *keys = (T*)cache.keys + at, *values = (T*)cache.values + at;
     for (int64_t j = 0; j < count; j++) {
       int64_t to = length + j;
@@ -616,11 +621,11 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
 
 extern "C" {
 void sdsat_draft(const Model* m, const Drafting* d, int is_bf16) { is_bf16 ? draft<bf16>(*m, *d) : draft<float>(*m, *d); }
-void sdsat_pass(const Model* m, const Cache* cache, const Pass* pass, int is_bf16) {
-  is_bf16 ? run<bf16>(*m, *cache, *pass) : run<float>(*m, *cache, *pass);
+void sdsat_pass(const Model* m, const Cache* caches, const Pass* pass, int is_bf16) {
+  is_bf16 ? run<bf16>(*m, caches, *pass) : run<float>(*m, caches, *pass);
 }
-void sdsat_move(const Model* m, const Cache* cache, int64_t sequence, int64_t length, const int64_t* from, int64_t count, int is_bf16) {
-  is_bf16 ? move<bf16>(*m, *cache, sequence, length, from, count) : move<float>(*m, *cache, sequence, length, from, count);
+void sdsat_move(const Model* m, const Cache* cache, int64_t length, const int64_t* from, int64_t count, int is_bf16) {
+  is_bf16 ? move<bf16>(*m, *cache, length, from, count) : move<float>(*m, *cache, length, from, count);
 }
 void sdsat_largest(const void* x, int64_t rows, int64_t size, int64_t count, int64_t* ids, float* values, int threads, int is_bf16) {
   is_bf16 ? largest((const bf16*)x, rows, size, count, ids, values, threads)
