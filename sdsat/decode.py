@@ -372,8 +372,10 @@ def _run(
     targets = _targets(model, sequences, parts, logits[:nodes], index.to(logits.device))
     first, node, below = nodes, 0, []
     for sequence, part in zip(sequences, parts, strict=True):
-        rows, own = slice(first, first + part.sats), targets[node : node + len(part.tokens)]
-        groups = _drafts_below(model, sequence.config, part.tree, part.groups, own, states[rows], logits[rows], sequence.emitted)
+        groups: dict[int, tuple[DraftTree, Tensor]] = {}
+        if part.groups:
+            rows, own = slice(first, first + part.sats), targets[node : node + len(part.tokens)]
+            groups = _drafts_below(model, sequence.config, part, own, states[rows], logits[rows], sequence.emitted)
         below.append(groups)
         first, node = first + part.sats, node + len(part.tokens)
     every = [targets.double(), *(found.flatten() for groups in below for _, found in groups.values())]
@@ -407,8 +409,7 @@ def _targets(model: SatModel, sequences: list[_Sequence], parts: list[Part], log
 def _drafts_below(
     model: SatModel,
     config: DecodeConfig,
-    tree: DraftTree,
-    groups: tuple[tuple[int, int], ...],
+    part: Part,
     targets: Tensor,
     states: Tensor,
     logits: Tensor,
@@ -416,14 +417,14 @@ def _drafts_below(
 ) -> dict[int, tuple[DraftTree, Tensor]]:
     """{node: (tree, `draft_tokens`)}: what the SATs at a node draft after the token that follows there, for every group.
 
-    targets [N]: the model's own next token at every node; states [M, D], logits [M, V]: of all SATs of the pass, group by group.
+    targets [N]: the model's own next token at every node; states [M, D], logits [M, V]: of the part's SATs, group by group.
     """
     below, first = {}, 0
-    for node, size in groups:
-        shape, part = _truncated(config.tree, config.k, size), slice(first, first + size)
-        index = emitted + tree.depths[node] + 1
+    for node, size in part.groups:
+        shape, rows = _truncated(config.tree, config.k, size), slice(first, first + size)
+        index = emitted + part.tree.depths[node] + 1
         x = targets[node : node + 1]
-        below[node] = shape, draft_tokens(model, x, states[part], logits[part], index, shape, config.sampling)
+        below[node] = shape, draft_tokens(model, x, states[rows], logits[rows], index, shape, config.sampling)
         first += size
     return below
 

@@ -7,9 +7,9 @@ max_new_tokens alone, and passes are padded as a `RowPolicy` says, which `probe_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ PREFILL_ROWS = 256  # of one pass of the native engine
 AnyCache = SlotCache | SlotPlace | NativeCache  # of one sequence
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
     """What one sequence brings into a pass: the tokens of a draft tree's nodes, x first, and SAT groups (node, size) at some."""
 
@@ -38,10 +38,10 @@ class Part:
     tokens: list[int]
     tree: DraftTree
     groups: tuple[tuple[int, int], ...] = ()
+    sats: int = field(init=False)
 
-    @property
-    def sats(self) -> int:
-        return sum(size for _, size in self.groups)
+    def __post_init__(self) -> None:
+        self.sats = sum(size for _, size in self.groups)
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def forward_batch(model: SatModel, parts: list[Part], rounded: bool = False) -> 
     caches = [part.cache for part in parts]
     first = caches[0]
     if isinstance(first, NativeCache):
-        return _native_pass(model, [cache for cache in caches if isinstance(cache, NativeCache)], tokens, shapes, sats, rounded)
+        return _native_pass(model, cast(list[NativeCache], caches), tokens, shapes, sats, rounded)
     if isinstance(first, SlotPlace):
-        return _shared_pass(model, [cache for cache in caches if isinstance(cache, SlotPlace)], tokens, shapes, sats)
+        return _shared_pass(model, cast(list[SlotPlace], caches), tokens, shapes, sats)
     return forward(model, first, tokens, *shapes[0])
 
 
@@ -138,8 +138,7 @@ def _shared_pass(
     """
     cache, count, device = places[0].shared, len(tokens), model.device
     layout = batch_layout(shapes, probe_rows(model).rows(count), device)
-    rows, sizes = len(layout.places), [len(tree) + sum(size for _, size in groups) for tree, groups in shapes]
-    width = max(*sizes, sizes[-1] + rows - count)
+    rows, width = len(layout.places), layout.width
     lengths = [0] * len(places)
     for place in places:
         lengths[place.number] = place.length
@@ -240,7 +239,7 @@ def prefill(model: SatModel, cache: SlotCache | NativeCache, tokens: Tensor) -> 
         assert model.native is not None
         for part in tokens.split(PREFILL_ROWS) if count else ():
             rows = torch.arange(len(part))
-            layout = Layout(rows <= rows[:, None], rows, torch.zeros_like(rows), rows)
+            layout = Layout(rows <= rows[:, None], rows, torch.zeros_like(rows), rows, len(part))
             model.native.forward([cache], model.embed(part[None])[0], layout, last=0)
             cache.commit(tuple(range(len(part))))
         return

@@ -264,15 +264,16 @@ class NativeEngine:
         rows, last = len(embeddings), len(embeddings) if last is None else last
         x, states = embeddings.clone(), torch.empty_like(embeddings)
         logits = torch.empty(last, self.struct.vocabulary, dtype=self.dtype)
-        lengths = torch.tensor([cache.length for cache in caches])[layout.sequences]
+        held = [cache.length for cache in caches]
+        lengths = torch.full((rows,), held[0]) if len(caches) == 1 else torch.tensor(held)[layout.sequences]
         positions, slots = lengths + layout.offsets, lengths + layout.places
         room = min(cache.struct.slots - cache.length for cache in caches)
-        assert int(layout.places.max()) < room and int(positions.max()) < self._positions  # what C++ will not check
+        assert layout.width <= room and int(positions.max()) < self._positions  # what C++ will not check
         self.struct.threads = torch.get_num_threads()
         tensors = (x, states, logits, positions, slots, layout.sequences, lengths, layout.within)
         struct = _Pass(*(tensor.data_ptr() for tensor in tensors), rows, sats, last)
-        held = (_Cache * len(caches))(*(cache.struct for cache in caches))
-        library().sdsat_pass(byref(self.struct), held, byref(struct), self.is_bf16)
+        structs = (_Cache * len(caches))(*(cache.struct for cache in caches))
+        library().sdsat_pass(byref(self.struct), structs, byref(struct), self.is_bf16)
         return states, logits
 
     def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -170,13 +170,15 @@ class Layout:
     """Where the R rows of a pass over one or more sequences stand: all nodes, then all SATs, then padding.
 
     within [R, R] bool: which rows of the pass a row sees. For each row [R]: sequences, whose it is; offsets, its position from
-    that sequence's length on; places, its slot from there on, which is its number among the sequence's own rows.
+    that sequence's length on; places, its slot from there on, which is its number among the sequence's own rows. width: how many
+    rows a sequence has at most.
     """
 
     within: Tensor
     offsets: Tensor
     sequences: Tensor
     places: Tensor
+    width: int
 
 
 Shape = tuple[DraftTree, tuple[tuple[int, int], ...]]  # what one sequence brings into a pass: nodes, and SAT groups
@@ -191,11 +193,11 @@ def batch_layout(shapes: list[Shape], rows: int, device: torch.device) -> Layout
                   1                   1             0            0
                   1 1                 1             1            1
     """
+    if len(shapes) == 1:
+        return _layout_of_one(*shapes[0], rows, device)
     counts = [len(tree) + sum(size for _, size in groups) for tree, groups in shapes]
     held = [*counts[:-1], rows - sum(counts[:-1])]
     parts = [pass_layout(tree, groups, size, device) for (tree, groups), size in zip(shapes, held, strict=True)]
-    if len(shapes) == 1:
-        return Layout(*parts[0], torch.zeros(rows, dtype=torch.long, device=device), torch.arange(rows, device=device))
     kinds: tuple[list[int], list[int], list[int]] = [], [], []  # numbers, sequence by sequence, of nodes, SATs and padding
     places, sequences, first = list[int](), list[int](), 0
     for number, ((tree, _), count, size) in enumerate(zip(shapes, counts, held, strict=True)):
@@ -208,7 +210,14 @@ def batch_layout(shapes: list[Shape], rows: int, device: torch.device) -> Layout
     order = torch.tensor([number for kind in kinds for number in kind], device=device)
     within = torch.block_diag(*(within for within, _ in parts)).bool()[order][:, order]
     offsets = torch.cat([offsets for _, offsets in parts])[order]
-    return Layout(within, offsets, *(torch.tensor(part, device=device)[order] for part in (sequences, places)))
+    whose, where = (torch.tensor(part, device=device)[order] for part in (sequences, places))
+    return Layout(within, offsets, whose, where, max(held))
+
+
+@lru_cache(maxsize=1024)
+def _layout_of_one(tree: DraftTree, groups: tuple[tuple[int, int], ...], rows: int, device: torch.device) -> Layout:
+    numbers = torch.arange(rows, device=device)
+    return Layout(*pass_layout(tree, groups, rows, device), torch.zeros_like(numbers), numbers, rows)
 
 
 @cache

@@ -1,7 +1,10 @@
 """Batches: every output, and what it cost, is what that prompt alone gives, whatever stands beside it, enters and leaves."""
 
+import importlib.util
+import json
 from dataclasses import asdict, replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from sdsat.planner import AutoPlanner
 from sdsat.tree import batch_layout, make_tree
 
 VOCAB, SAT, K = 64, 64, 4
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 ENGINES = {
     "native, float32": (True, torch.float32),
     "native, bfloat16": (True, torch.bfloat16),
@@ -288,3 +292,74 @@ def test_sequences_of_one_batch_share_what_auto_learns():
     generate_batch(model, PROMPTS, DecodeConfig(K, 12, strategy="auto"))
     (planner,) = model.planners.values()
     assert planner.num_timed and sum(planner.num_timed.values()) > 3
+
+
+# ---- scripts/batch_throughput.py ----
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("batch_throughput", SCRIPTS / "batch_throughput.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_throughput_script(script, tmp_path, monkeypatch, capsys):
+    model_of("native, float32")  # the engine is compiled before the cache folder, for the cost curve, is another
+    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path / "cache"))
+    folder, out = tmp_path / "tiny", tmp_path / "results" / "batch.json"
+    tiny_llama(torch.float32, max_position_embeddings=4096, **WHOLE).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sdsat": {"sat_token_id": 63, "k": 3}}))
+    tiny_tokenizer(CHARACTERS).save_pretrained(folder)
+
+    def measure(**changes):
+        options = dict(sizes="2,1", strategy=["two-step:2", "auto"], prompts=3, max_new_tokens=5, turns=1, dtype="float32")
+        script.main(str(folder), **{**options, **changes}, device="cpu", out=out)
+        return json.loads(out.read_text())
+
+    document = measure()
+    assert [(run["batch_size"], run["strategy"]) for run in document["runs"]] == [
+        *((1, name) for name in ("ar", "two-step:2", "auto")), *((2, name) for name in ("two-step:2", "auto", "ar")),
+    ]  # fmt: skip
+    rows = document["summary"]["rows"]
+    assert [(row["batch_size"], row["strategy"]) for row in rows] == [
+        (n, s) for n in (1, 2) for s in ("ar", "two-step:2", "auto")
+    ]
+    assert all(row["identical_outputs"] == 3 and row["tokens_per_second"] > 0 for row in rows)
+    assert rows[0]["over_ar"] == rows[3]["over_ar"] == rows[0]["over_first_ar"] == 1
+    assert set(document["summary"]["stops_paying_at"]) == {"two-step:2", "auto"}
+    assert document["environment"]["engine"] == "native" and "two-step:2" in capsys.readouterr().out
+    assert measure() == document  # nothing is measured again
+    with one_line_error(out, "max_new_tokens=5, now it is 6"):
+        measure(max_new_tokens=6)
+    for changes, words in (
+        (dict(sizes="1,0"), "--sizes=1,0"),
+        (dict(strategy=["two-step:x"]), "strategy=two-step:x: expected ar or NAME:K"),
+        (dict(strategy=["ar"]), "--strategy=ar: one is there twice, or is ar"),
+    ):
+        with one_line_error(words):
+            measure(**changes)
+
+
+def test_where_strategies_stop_paying_is_read_off_the_figures(script):
+    seconds = {
+        ("ar", 1): 1.0,
+        ("ar", 4): 0.5,
+        ("two-step:3", 1): 0.5,
+        ("two-step:3", 4): 0.625,
+        ("auto", 1): 0.5,
+        ("auto", 4): 0.4,
+    }
+    runs = [
+        {"turn": turn, "batch_size": size, "strategy": name, "seconds": taken * (1 + turn), "num_new_tokens": 10, "num_passes": 5,
+         "outputs_sha256": ["a", "b" if name == "ar" else "c"]}
+        for (name, size), taken in seconds.items() for turn in (0, 1)
+    ]  # fmt: skip
+    found = script.summarize({"settings": {"sizes": [1, 4], "strategies": ["ar", "two-step:3", "auto"]}, "runs": runs})
+    assert found["stops_paying_at"] == {"two-step:3": 4, "auto": None}
+    rows = {(row["strategy"], row["batch_size"]): row for row in found["rows"]}
+    assert rows["two-step:3", 4]["over_ar"] == pytest.approx(0.8) and rows["two-step:3", 4]["over_first_ar"] == pytest.approx(1.6)
+    assert rows["ar", 4]["tokens_per_second"] == pytest.approx(20 / 1.5, abs=0.01)
+    assert [rows[name, 4]["identical_outputs"] for name in ("ar", "auto")] == [2, 1]
