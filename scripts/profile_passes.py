@@ -76,7 +76,7 @@ def shares_of_generation(model: SatModel, prompt: list[int], config: DecodeConfi
 
         return call
 
-    steps = {"forward": "passes", "draft_tokens": "draft head", "next_tokens": "choosing tokens"}
+    steps = {"forward_batch": "passes", "draft_tokens": "draft head", "next_tokens": "choosing tokens"}
     real = {name: getattr(decode, name) for name in steps}
     kinds = (planner.FixedPlanner, planner.AutoPlanner)
     plans = {(kind, name): getattr(kind, name) for kind in kinds for name in ("draft_first", "plan")}

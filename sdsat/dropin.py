@@ -3,7 +3,7 @@
 transformers prepares everything (prompts, generation config, logits processors, stopping criteria) and hands it over; here each
 sequence becomes a generation of decode.py. What decode.py does itself (temperature, top-k, top-p, ends at token ids or at a
 length) goes into its `DecodeConfig`. Everything else acts through a `Chooser`, which decode.py asks once for each emitted
-position, in order, with the model's logits after true tokens only. So processors and criteria get, one sequence at a time, the
+position, in order, with the model's logits after true tokens only. So processors and criteria get, each sequence by itself, the
 very calls that plain `generate` makes: the output equals its output when greedy, and AR's with the same seed when sampling.
 What can't be honoured is refused, by name.
 """
@@ -25,8 +25,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from . import embedded
 from . import model as models
 from .config import DecodeConfig, SamplingConfig, require
-from .decode import Generation, next_tokens
-from .decode import generate as decode
+from .decode import Generation, generate_batch, next_tokens
 from .model import SatModel
 from .sampling import choose
 from .tree import parse_tree
@@ -44,7 +43,7 @@ _ELSEWHERE = ("offloaded", "quantized")  # caches that are kept elsewhere or oth
 _PREPARED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
 # In the order in which transformers applies them, which is that of SamplingConfig.
 _NATIVE = (processors.TemperatureLogitsWarper, processors.TopKLogitsWarper, processors.TopPLogitsWarper)
-# Functions of (tokens so far, logits) alone: sequences of a batch may come one after another.
+# Functions of (tokens so far, logits) alone: sequences of a batch may come one by one.
 _STATELESS = (
     *_NATIVE,
     processors.EpsilonLogitsWarper,
@@ -209,11 +208,13 @@ def _refuse(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
 
 
 def _refuse_in_batch(steps: list[Any], streamer: Any) -> None:
-    require(streamer is None, f"streamer={type(streamer).__name__}: sequences are decoded apart; expected a single one")
+    require(
+        streamer is None, f"streamer={type(streamer).__name__}: each sequence of a batch goes on by itself; expected a single one"
+    )
     for step in steps:
         require(
             type(step) in (*_STATELESS, EosTokenCriteria, MaxLengthCriteria),
-            f"{type(step).__name__}: it may keep state of a batch, and sequences are decoded apart; expected a single one",
+            f"{type(step).__name__}: it may keep state, and each sequence of a batch goes on by itself; expected a single one",
         )
 
 
@@ -301,14 +302,13 @@ class _Sequences:
         k, tree, strategy, budget, lookup = settings
         tree = parse_tree(tree) if isinstance(tree, str) else tuple(tree)
         plain = not (self.own or self.criteria or self.keep_scores or self.keep_logits)
-        generations = []
-        for row, prompt in enumerate(prompts):
-            chooser = _Chooser(self, row)
-            self.choosers.append(chooser)
-            config = DecodeConfig(k, self.max_new_tokens, tree, chooser.drafting, self.stop_ids, (), strategy, budget, lookup)
-            on_tokens = None if streamer is None else partial(_stream, streamer)
-            generations.append(decode(self.sat, prompt, config, on_tokens, None if plain else chooser))
-        return generations
+        self.choosers = [_Chooser(self, row) for row in range(len(prompts))]
+        configs = [
+            DecodeConfig(k, self.max_new_tokens, tree, chooser.drafting, self.stop_ids, (), strategy, budget, lookup)
+            for chooser in self.choosers
+        ]
+        on_tokens = None if streamer is None else partial(_stream, streamer)
+        return generate_batch(self.sat, prompts, configs, on_tokens, len(prompts), None if plain else self.choosers)
 
     def output(self, generations: list[Generation]) -> Tensor | SdsatOutput:
         longest = max(generation.num_new_tokens for generation in generations)
@@ -369,6 +369,6 @@ class _Chooser:
         return int(chosen), ended
 
 
-def _stream(streamer: Any, tokens: list[int], drafted: list[bool]) -> None:
+def _stream(streamer: Any, number: int, tokens: list[int], drafted: list[bool]) -> None:
     for token in tokens:
         streamer.put(torch.tensor([token]))
