@@ -36,11 +36,12 @@ class _SlotLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.owner.row_slots is not None and len(self.owner.row_slots) == 1:
-            self.keys.index_copy_(2, self.owner.row_slots[0], key_states)
-            self.values.index_copy_(2, self.owner.row_slots[0], value_states)
-        elif self.owner.row_slots is not None:  # a batch: every sequence writes at its own place
-            batch, slots = torch.arange(key_states.shape[0], device=key_states.device)[:, None], self.owner.row_slots
+        slots = None if self.owner.row_slots is None else self.owner.row_slots.to(key_states.device)  # a layer has its own GPU
+        if slots is not None and len(slots) == 1:
+            self.keys.index_copy_(2, slots[0], key_states)
+            self.values.index_copy_(2, slots[0], value_states)
+        elif slots is not None:  # a batch: every sequence writes at its own place
+            batch = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
             self.keys[batch, :, slots] = key_states.transpose(1, 2)
             self.values[batch, :, slots] = value_states.transpose(1, 2)
         else:

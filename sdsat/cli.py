@@ -29,7 +29,12 @@ app = typer.Typer(
 )
 Model = Annotated[str, typer.Argument(help="Hub id, model directory, adapter directory, or the embedded default.")]
 Dtype = Annotated[str, typer.Option(envvar="DTYPE", help="float32, bfloat16, float16, or auto for the checkpoint's own.")]
-Device = Annotated[str, typer.Option(help="cpu or a GPU number; empty: GPU 0 where there is one, else the CPU.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, a GPU number, or 0+1 for a model that one GPU can't hold; empty: GPU 0 where there is one, else the CPU."
+    ),
+]
 Tree = Annotated[str, typer.Option(envvar="TREE", help="Draft tree: chain, paper, or a branching list such as 2,1,1.")]
 Strategies = Annotated[str, typer.Option(envvar="STRATEGIES", help="Of two-step, one-pass and auto, with commas between.")]
 Engine = Annotated[str, typer.Option(help="native, transformers, or auto: native where it can be had.")]
@@ -104,7 +109,10 @@ def bench(
     method: Annotated[str, typer.Argument(help="greedy or nucleus.")],
     model: Model = "",
     gpus: Annotated[
-        str, typer.Argument(help="cpu or 0,1,2,3, one worker each; empty: GPU 0 where there is one, else the CPU.")
+        str,
+        typer.Argument(
+            help="cpu or 0,1,2,3, one worker each; 0+1,2+3: two GPUs a worker; empty: GPU 0 where there is one, else the CPU."
+        ),
     ] = "",
     temperature: Annotated[str, typer.Argument(help="For nucleus.")] = "1.0",
     k_list: Annotated[str, typer.Option(envvar="K_LIST", help="Values of k; AR (0) is always measured.")] = "0,1,3,5,7",
@@ -146,12 +154,13 @@ def bench(
         engine=engine,
     )
     folder, dead = run(config, devices, results)
-    summary = reports.report(folder)
-    Console(width=max(110, Console().width)).print(reports.rich_table(summary))
-    count = summary["runs"][0]["num_problems"]
-    print(f"{count} problems of HumanEval's 164 (DATA_LIMIT=all for a full run); JSON and plots: {folder}")
+    if any(folder.glob("worker_*.json")):
+        summary = reports.report(folder)
+        Console(width=max(110, Console().width)).print(reports.rich_table(summary))
+        count = summary["runs"][0]["num_problems"]
+        print(f"{count} problems of HumanEval's 164 (DATA_LIMIT=all for a full run); JSON and plots: {folder}")
     if dead:
-        raise SystemExit(f"error: worker {', '.join(dead)} died; run the same command again to finish its problems")
+        raise SystemExit(f"error: {', '.join(dead)} died; run the same command again to finish its problems")
 
 
 @app.command()
@@ -178,17 +187,20 @@ def verify(
     top_p: float = 0.95,
     data_limit: Annotated[int, typer.Option(envvar="DATA_LIMIT", help="How many problems.")] = 40,
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 128,
-    dtype: Dtype = "float32",
+    dtype: Annotated[str, typer.Option(envvar="DTYPE", help="Comma-separated: float32, bfloat16, float16.")] = "float32",
     device: Device = "",
     sat_token_id: SatId = None,
     engine: Engine = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON file for every comparison; an interrupted audit resumes.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file for every comparison; an interrupted audit resumes. Several dtypes: OUT_<dtype>.json each."),
+    ] = None,
 ) -> None:
     """Audit exactness: SDSAT against AR, and AR against transformers' generate; exit code 1 on an unexplained difference."""
     from rich.table import Table
 
     from . import model as models
-    from .verify import VerifyConfig
+    from .verify import VerifyConfig, divergences
     from .verify import verify as run
 
     require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
@@ -205,21 +217,35 @@ def verify(
         data_limit,
         max_new_tokens,
     )
-    document = run(models.load(model, dtype, device, sat_token_id, engine), config, out)
-    columns = ("against", "temperature", "seed", "k", "tree", "identical", "largest_margin", "explained")
-    table = Table(*columns, title=f"{model}, {dtype}: outputs equal to AR's")
-    for row in document["summary"]:
-        cells = {**row, "identical": f"{row['identical']}/{row['num_problems']}"}
-        table.add_row(*("" if cells[name] is None else str(cells[name]) for name in columns))
-    Console(width=max(110, Console().width)).print(table)
-    if not all(row["explained"] for row in document["summary"]):
-        raise SystemExit(1)
+    dtypes = dtype.split(",")
+    for name in dtypes:
+        models.check_dtype(name)
+    columns = ("against", "temperature", "seed", "k", "tree", "identical", "share", "largest_margin", "explained")
+    table = Table("dtype", *columns, title=f"{model}: outputs equal to AR's, token for token")
+    lines: list[str] = []
+    explained = True
+    for name in dtypes:
+        loaded = models.load(model, name, device, sat_token_id, engine)
+        file = out.with_name(f"{out.stem}_{name}{out.suffix}") if out is not None and len(dtypes) > 1 else out
+        document = run(loaded, config, file)
+        lines += divergences(document, loaded.tokenizer)
+        for row in document["summary"]:
+            share = f"{row['identical'] / row['num_problems']:.0%}"
+            cells = {**row, "identical": f"{row['identical']}/{row['num_problems']}", "share": share}
+            table.add_row(name, *("" if cells[column] is None else str(cells[column]) for column in columns))
+            explained = explained and row["explained"]
+    Console(width=max(120, Console().width)).print(table)
+    for line in lines:
+        print(line)
+    if not explained:
+        raise SystemExit("error: a difference that rounding can't explain; it is among those above")
 
 
 @app.command("eval")
 def evaluate(
     model: Model = embedded.NAME,
     k_list: Annotated[str, typer.Option(envvar="K_LIST", help="Values of k; AR (0) is always there.")] = "5",
+    strategies: Strategies = "two-step,auto",
     tree: Tree = "chain",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     samples: Annotated[int, typer.Option(help="Answers to each problem, with seeds 0, 1, ...; for temperatures above 0.")] = 1,
@@ -230,6 +256,7 @@ def evaluate(
     dtype: Dtype = "bfloat16",
     device: Device = "",
     sat_token_id: SatId = None,
+    engine: Engine = "auto",
     out: Annotated[Path | None, typer.Option(help="JSON file for every completion; an interrupted run resumes.")] = None,
 ) -> None:
     """Run HumanEval answers of AR and SDSAT against the tests: pass@k side by side. Executes what the model writes."""
@@ -241,12 +268,17 @@ def evaluate(
 
     require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
     limit = _limit(data_limit)
-    config = QualityConfig(_numbers("k_list", k_list), tree, temperature, samples, top_k, top_p, limit, max_new_tokens)
-    document = run(models.load(model, dtype, device, sat_token_id), config, out)
+    ks, names = _numbers("k_list", k_list), tuple(strategies.split(","))
+    config = QualityConfig(ks, names, tree, temperature, samples, top_k, top_p, limit, max_new_tokens)
+    document = run(models.load(model, dtype, device, sat_token_id, engine), config, out)
     table = Table(*document["summary"][0], title=f"{model}, {dtype}: HumanEval")
     for row in document["summary"]:
         table.add_row(*map(str, row.values()))
-    Console().print(table)
+    Console(width=max(120, Console().width)).print(table)
+    drafted = document["summary"][1:]
+    if drafted:
+        same, count = (sum(row[key] for row in drafted) for key in ("identical", "num_completions"))
+        print(f"{same} of SDSAT's {count} completions are AR's, token for token")
 
 
 @app.command()
@@ -374,6 +406,7 @@ def train(
         eval_every=eval_every,
         held_out=held_out,
     )
+    require("+" not in device, f"device={device}: training takes one GPU a process; expected one, or accelerate launch for more")
     loaded = models.load(model, dtype if mode == "adapter" else "float32", device or _own_gpu(), engine="transformers")
     run(loaded, corpora.read_sequences(data, loaded.tokenizer), out, config)
     if _is_first():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from . import adapter as adapters
-from . import attention, embedded
+from . import attention, devices, embedded
 from .config import InputError, SatConfig, require
 from .graphs import CudaCapture, Graphs
 from .head import DraftHead
@@ -65,6 +66,11 @@ class SatModel:
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Every device that holds weights; inputs and logits are on `device`, the first."""
+        return list(dict.fromkeys([self.device, *(parameter.device for parameter in self.model.parameters())]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,48 +133,66 @@ def check_family(config: Any, name: str) -> None:
     require(rope in ROPE_TYPES, f"model {name}: rope_type {rope!r} is not supported; expected one of {', '.join(ROPE_TYPES)}")
 
 
-def pick_device(device: str | None) -> torch.device:
-    """None -> CUDA device 0 where there is one, else the CPU; 'cpu' or a GPU number otherwise."""
-    if device in (None, ""):
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if device == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    known = f"this machine has {count} GPU{'' if count == 1 else 's'}"
-    require(
-        str(device).isdecimal() and int(device) < count,
-        f"GPUS={device}: {known}; expected 'cpu' or a number below {count}",
-    )
-    return torch.device(f"cuda:{device}")
-
-
-def _load_base(name: str, dtype: torch.dtype | str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    path = str(embedded.base_dir()) if name == embedded.BASE_NAME else name
-    if local := Path(path).is_dir():
-        transformers_logging.disable_progress_bar()  # for a download it is worth seeing
+@contextmanager
+def _one_line(name: str, path: str) -> Iterator[None]:
+    """Whatever goes wrong while a model is read, as one InputError."""
     try:
-        check_family(AutoConfig.from_pretrained(path, local_files_only=local), name)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            device_map={"": device},
-            local_files_only=local,
-            output_loading_info=True,
-        )
-        missing = sorted(loaded["missing_keys"])
-        require(not missing, f"model {name}: its checkpoint lacks {len(missing)} tensors, such as {missing[:1]}")
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+        yield
     except InputError:
         raise
     except Exception as error:  # a dozen libraries meet here, each with exceptions of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if name == embedded.BASE_NAME:
             raise InputError(f"cache {path}: damaged ({reason}); delete this folder and run again") from None
-        if local:
+        if Path(path).is_dir():
             raise InputError(f"model {name}: this directory cannot be loaded ({reason})") from None
         hint = f"a hub id, a local model or adapter directory, or {embedded.NAME}"
         raise InputError(f"model {name}: not found ({reason}); expected {hint}") from None
+
+
+def _path_of(base: str) -> str:
+    return str(embedded.base_dir()) if base == embedded.BASE_NAME else base
+
+
+def _adapter_of(name: str) -> Path | None:
+    """The directory of the adapter that `name` means, if it means one."""
+    directory = embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
+    return directory if (directory / adapters.CONFIG_FILE).is_file() else None
+
+
+def sized(name: str, dtype: str) -> devices.Size:
+    """How much memory `load(name, dtype)` takes, for `devices.place`; reads configs only."""
+    check_dtype(dtype)
+    directory = _adapter_of(name)
+    base = adapters.read_config(directory).base_model if directory else name
+    path = _path_of(base)
+    with _one_line(base, path):
+        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
+        check_family(config, base)
+        torch_dtype = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+        weights = directory / adapters.WEIGHTS_FILE if directory else None  # two bytes a number; held as it is and fused
+        adapter = weights.stat().st_size * torch_dtype.itemsize if weights and weights.is_file() else 0
+        return devices.model_size(name, config, torch_dtype, adapter)
+
+
+def _load_base(
+    name: str, dtype: torch.dtype | str, device_map: dict[str, torch.device]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = _path_of(name)
+    if local := Path(path).is_dir():
+        transformers_logging.disable_progress_bar()  # for a download it is worth seeing
+    with _one_line(name, path):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            device_map=device_map,
+            local_files_only=local,
+            output_loading_info=True,
+        )
+        missing = sorted(loaded["missing_keys"])
+        require(not missing, f"model {name}: its checkpoint lacks {len(missing)} tensors, such as {missing[:1]}")
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -184,7 +208,7 @@ def _with_engine(model: SatModel, engine: str, graphs: bool) -> SatModel:
                 warnings.warn(f"passes go through transformers' modules, which is slower: {reason}", stacklevel=3)
     if can_pack(model.device, model.dtype):
         model.packed = PackedLinears(model.model).attach()
-    if graphs and model.device.type == "cuda":
+    if graphs and model.device.type == "cuda" and len(model.devices) == 1:  # a graph records one GPU
         model.graphs = Graphs(CudaCapture(model.device))
     return model
 
@@ -206,25 +230,26 @@ def load(
     sat_token_id: int | None = None,
     engine: str = "auto",
     graphs: bool = True,
+    context: int = 2048,
 ) -> SatModel:
     """Load a model by hub id, directory, adapter directory or embedded name.
 
-    dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own. device: see `pick_device`.
+    dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own. device: see `devices.pick_devices`.
     sat_token_id: overrides what the checkpoint says. engine: 'native', 'transformers', or 'auto' for native where it can be
     had (a CPU, float32 or bfloat16, a C++ compiler). graphs: on a GPU, passes are recorded as CUDA graphs (graphs.py).
+    context: positions of the cache that memory must be left for; a model that can't fit is refused before it is loaded.
     Raises InputError, one line, for anything that can't be loaded.
     """
     check_dtype(dtype)
     require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
-    torch_device, torch_dtype = pick_device(device), DTYPES.get(dtype, "auto")
-    directory = embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
-    if (directory / adapters.CONFIG_FILE).is_file():
+    devices.pick_devices(device)  # a wrong name is said before anything is fetched
+    device_map, torch_dtype = devices.place(sized(name, dtype), device, context), DTYPES.get(dtype, "auto")
+    if directory := _adapter_of(name):
         require(sat_token_id is None, f"sat_token_id={sat_token_id}: {name} is an adapter and brings its own SAT")
-        base = adapters.read_config(directory).base_model
-        model, tokenizer = _load_base(base, torch_dtype, torch_device)
+        model, tokenizer = _load_base(adapters.read_config(directory).base_model, torch_dtype, device_map)
         adapter = adapters.load(model, directory).fuse().attach(model)
         return _with_engine(SatModel(model, tokenizer, name, adapter.config.sat, adapter), engine, graphs)
-    model, tokenizer = _load_base(name, torch_dtype, torch_device)
+    model, tokenizer = _load_base(name, torch_dtype, device_map)
     sat = _sat_of_checkpoint(name, model.config)
     if sat_token_id is not None:
         sat = SatConfig(sat_token_id, sat.k if sat else 5)
