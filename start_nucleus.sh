@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Measure nucleus decoding, AR against SDSAT, on HumanEval: a table here, JSON and plots in results/.
+# Measure nucleus decoding, AR against SDSAT: a table here, JSON and plots in results/.
 #
 #   bash start_nucleus.sh [MODEL] [GPUS] [TEMPERATURE]
 #
 # MODEL: hub id, model directory, adapter directory; default: the embedded model. GPUS: cpu, or 0,1,2,3 for one worker each, or
-# 0+1,2+3 for two GPUs a worker; default: GPU 0 where there is one, else the CPU. Environment: K_LIST (0,1,3,5,7), DATA_LIMIT (problems, or all),
-# MAX_NEW_TOKENS, SEED, DTYPE, TREE (chain, paper, 2,1,1), RESULTS_DIR. An interrupted run resumes.
+# 0+1,2+3 for two GPUs a worker; default: GPU 0 where there is one, else the CPU. Environment, an interrupted run resumes:
+#   K_LIST, STRATEGIES (two-step,auto), TREE (chain, paper, 2,1,1), MAX_NEW_TOKENS, SEED, DTYPE, RESULTS_DIR,
+#   DATASET (humaneval, infilling, infilling-psm, a .jsonl of prompts; more with commas between), DATA_LIMIT (16, 3%, all),
+#   SAT_TOKEN_ID and TRAINED_K (whatever the checkpoint says).
+# Defaults: HumanEval up to 256 tokens, K_LIST 0,1,3,5,7, TREE chain, DTYPE bfloat16; on a CPU 6 problems. For an SDSAT checkpoint
+# of CodeLlama's form, as `ainergy/CodeLlama-SDSAT_L5_7B`, the paper's: half of HumanEval up to 512 tokens and 3 % of infilling
+# up to 50, K_LIST 0,5,7,9,11,13, TREE paper, DTYPE auto.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/scripts/setup.sh"
 export RESULTS_DIR="${RESULTS_DIR:-$SDSAT_ROOT/results}"

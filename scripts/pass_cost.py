@@ -38,12 +38,12 @@ def measure(models: dict[str, SatModel], context: int, counts: tuple[int, ...]) 
         caches[name] = new_cache(model, context + max(counts) + 16)
         prefill(model, caches[name], tokens[:context])
 
-    def once(name: str, count: int, sats: int) -> float:
+    def once(name: str, count: int, sats: int, rounded: bool) -> float:
         model, part = models[name], tokens[context : context + count].clone()
         if sats and model.sat:
             part[1:] = model.sat.token_id
         began = time.perf_counter()
-        forward(model, caches[name], part, make_tree("chain", count - 1 - sats), ((0, sats),) if sats else ())
+        forward(model, caches[name], part, make_tree("chain", count - 1 - sats), ((0, sats),) if sats else (), rounded=rounded)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         return 1000 * (time.perf_counter() - began)
@@ -51,10 +51,15 @@ def measure(models: dict[str, SatModel], context: int, counts: tuple[int, ...]) 
     for turn in range(TURNS + 2):
         for count in counts:
             for name, model in models.items():
-                for sats in (0, count - 1) if model.sat and count > 1 else (0,):
-                    taken = once(name, count, sats)
+                kinds = {"verify": (0, False)}
+                if model.sat and count > 1:
+                    kinds["draft"] = (count - 1, False)
+                    if model.rounded:
+                        kinds["draft in 8 bits"] = (count - 1, True)
+                for kind, (sats, rounded) in kinds.items():
+                    taken = once(name, count, sats, rounded)
                     if turn > 1:
-                        times.setdefault((f"{'draft' if sats else 'verify'}, {name}", count), []).append(taken)
+                        times.setdefault((f"{kind}, {name}", count), []).append(taken)
     found: Times = {}
     for (variant, count), values in sorted(times.items(), key=lambda item: item[0][1]):
         found.setdefault(variant, {})[count] = round(statistics.median(values), 2)

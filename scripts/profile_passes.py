@@ -77,18 +77,19 @@ def shares_of_generation(model: sdsat.SatModel, prompt: list[int], config: sdsat
 
     steps = {"forward": "passes", "draft_tokens": "draft head", "next_tokens": "choosing tokens"}
     real = {name: getattr(decode, name) for name in steps}
-    plans = {kind: kind.plan for kind in (planner.FixedPlanner, planner.AutoPlanner)}
+    kinds = (planner.FixedPlanner, planner.AutoPlanner)
+    plans = {(kind, name): getattr(kind, name) for kind in kinds for name in ("draft_first", "plan")}
     try:
         for name, label in steps.items():
             setattr(decode, name, timed(label, real[name]))
-        for kind, plan in plans.items():
-            kind.plan = timed("planning", plan)
+        for (kind, name), plan in plans.items():
+            setattr(kind, name, timed("planning", plan))
         out = sdsat.generate(model, prompt, config)
     finally:
         for name, function in real.items():
             setattr(decode, name, function)
-        for kind, plan in plans.items():
-            kind.plan = plan
+        for (kind, name), plan in plans.items():
+            setattr(kind, name, plan)
     shares = {name: round(seconds / out.decode_seconds, 3) for name, seconds in spent.items()}
     return {**shares, "the loop itself": round(1 - sum(spent.values()) / out.decode_seconds, 3)}
 
@@ -99,7 +100,7 @@ def main(model: Model = "smollm2-135m-sdsat", out: Path | None = None) -> None:
     document: dict[str, Any] = {"schema_version": 1, "environment": environment(loaded), "context": CONTEXT}
     prompt = list(humaneval(loaded.tokenizer, 1)[0].prompt_ids)
     found = {}
-    for name, k in (("ar", 0), ("two-step", 5), ("auto", 7)):
+    for name, k in (("ar", 0), ("two-step", 5), ("rounded", 5), ("auto", 7)):
         config = sdsat.DecodeConfig(k, 200, strategy=name if k else "two-step")
         sdsat.generate(loaded, prompt, config)
         found[name] = shares_of_generation(loaded, prompt, config)

@@ -71,11 +71,12 @@ def measure(layout: str, data: Path, results: Any) -> None:
         causal = (positions <= positions[:, None]).expand(len(batch.tokens), 1, length, length)
         mask = torch.cat([torch.nn.functional.pad(causal, (0, batch.depth.shape[1])), sat_mask(batch)], dim=2)
         ids = torch.cat([batch.tokens, torch.full_like(batch.depth, adapter.config.sat.token_id)], dim=1)
+        places = torch.cat([positions.expand(len(ids), length), batch.anchor + batch.depth], dim=1)
         with model.sat_rows(length, ids.shape[1]):
             states = model.model.base_model(
                 inputs_embeds=model.embed(ids),
-                attention_mask=model.mask(mask),
-                position_ids=torch.cat([positions.expand(len(ids), length), batch.anchor + batch.depth], dim=1),
+                attention_mask=model.mask(mask, places, places),
+                position_ids=places,
                 use_cache=False,
             ).last_hidden_state
         labelled = batch.label != IGNORED

@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ from tqdm import tqdm
 from . import devices as placing
 from . import model as models
 from .config import STRATEGIES, DecodeConfig, InputError, SamplingConfig, require
+from .datasets import HUMANEVAL, INFILLING, INFILLING_PSM, Limit, Task, check_dataset, check_limit, limited, read_tasks
 from .decode import Generation, generate
 from .model import SatModel
-from .prompts import Problem, humaneval, humaneval_problems
+from .prompts import Problem, encode_task
 from .records import check_environment, environment, locked, plain, write_json
 from .reference import transformers_generate
 from .report import SCHEMA_VERSION, read_workers, seconds_of
-from .tree import make_tree, parse_tree
+from .tree import PAPER_WIDTHS, make_tree, parse_tree
 
 _WARM_UP_TOKENS = 16
 _PROMPT_TOKENS = 1024  # of a long prompt: what memory is left for beside the new tokens
@@ -45,8 +47,9 @@ class BenchConfig:
 
     method: 'greedy' or 'nucleus'; temperature, top_k and top_p hold for nucleus only.
     k_list: the k to measure; AR (0) is always among them. strategies: each at every k of k_list, but auto once, with the largest.
-    data_limit: first so many problems, None for all.
-    engine: see model.load. with_generate: also time transformers' own greedy `generate` on the same weights.
+    dataset: see datasets.read_tasks; source: what that returns, entered by `bench`. data_limit: see datasets.limited.
+    engine, sat_token_id, trained_k: see model.load.
+    with_generate: also time transformers' own greedy `generate` on the same weights.
     """
 
     model: str
@@ -58,12 +61,15 @@ class BenchConfig:
     top_k: int = 10
     top_p: float = 0.95
     seed: int = 0
-    dataset: str = "humaneval"
-    data_limit: int | None = None
+    dataset: str = HUMANEVAL
+    data_limit: Limit = None
     max_new_tokens: int = 256
     dtype: str = "bfloat16"
     with_generate: bool = False
     engine: str = "auto"
+    sat_token_id: int | None = None
+    trained_k: int | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         require(self.method in ("greedy", "nucleus"), f"method={self.method}: expected greedy or nucleus")
@@ -76,7 +82,8 @@ class BenchConfig:
             "with_generate: transformers' generate draws other random numbers; use it with greedy only",
         )
         models.check_dtype(self.dtype)
-        require(self.data_limit is None or self.data_limit >= 1, f"data_limit={self.data_limit}: expected 1 or more")
+        check_dataset(self.dataset)
+        check_limit(self.data_limit)
         object.__setattr__(self, "k_list", tuple(sorted({0, *self.k_list})))
         require(
             len(set(self.strategies)) == len(self.strategies) > 0, f"strategies={','.join(self.strategies)}: one is there twice"
@@ -107,9 +114,22 @@ class BenchConfig:
 
     @property
     def folder(self) -> str:
-        """Where the results go below the results folder: <model>/<greedy | nucleus_t1.0>."""
+        """Where the results go below the results folder: <model>/<greedy | nucleus_t1.0>[_<data set other than HumanEval>]."""
         method = "greedy" if self.method == "greedy" else f"nucleus_t{self.temperature}"
-        return f"{Path(self.model).name}/{method}"
+        dataset = "" if self.dataset == HUMANEVAL else f"_{Path(self.dataset).stem}"
+        return f"{Path(self.model).name}/{method}{dataset}"
+
+
+def paper_settings(method: str, dataset: str) -> dict[str, Any]:
+    """What the paper measures (arXiv 2403.18647), as fields of BenchConfig; weights in their own dtype."""
+    greedy, infilling = method == "greedy", dataset in (INFILLING, INFILLING_PSM)
+    return {
+        "k_list": tuple(range(14)) if greedy else (0, *PAPER_WIDTHS),
+        "tree": "chain" if greedy else "paper",
+        "data_limit": Fraction(3, 100) if infilling else Fraction(1, 2) if dataset == HUMANEVAL else None,
+        "max_new_tokens": 50 if infilling else 512,
+        "dtype": "auto",
+    }
 
 
 def _run_record(strategy: str, k: int, out: Generation) -> dict[str, Any]:
@@ -123,6 +143,7 @@ def _run_record(strategy: str, k: int, out: Generation) -> dict[str, Any]:
         "decode_seconds": round(out.decode_seconds, 6),
         "num_passes": out.num_passes,
         "num_plain_passes": out.num_plain_passes,
+        "num_rounded_passes": out.num_rounded_passes,
         "num_new_tokens": out.num_new_tokens,
         "finish": out.finish,
         "proposed_by_depth": out.proposed_by_depth,
@@ -137,7 +158,7 @@ def measure_problem(model: SatModel, problem: Problem, config: BenchConfig, turn
     keys, runs = config.keys, {}
     for place in range(len(keys)):
         strategy, k = keys[(place + turn) % len(keys)]
-        decode = config.decode_config(strategy, k, model.stop_ids)
+        decode = config.decode_config(strategy, k, model.stop_ids + problem.stop_ids)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k beyond the trained depth: said once, when the run starts
             run = transformers_generate if strategy == "transformers" else generate
@@ -154,7 +175,7 @@ def _warm_up(model: SatModel, problem: Problem, config: BenchConfig) -> None:
     measure_problem(model, problem, short, 0)
 
 
-def _worker(config: BenchConfig, device: str, label: str, todo: list[str], folder: Path, pipe: Connection) -> None:
+def _worker(config: BenchConfig, device: str, label: str, todo: list[Task], folder: Path, pipe: Connection) -> None:
     """A worker process: load, warm up, measure its problems. Sends ('problem', the runs of a finished one), ('warning', a line)
     and ('error', a line); all that it prints goes to its log.
     """
@@ -168,10 +189,12 @@ def _worker(config: BenchConfig, device: str, label: str, todo: list[str], folde
     try:
         _log_to(_log(folder, label), f"worker {label}: {len(todo)} problems, {config}")
         warnings.showwarning = warn
-        model = models.load(config.model, config.dtype, device, engine=config.engine, context=_context(config))
+        where, options = (config.model, config.dtype, device), (config.sat_token_id, config.engine)
+        model = models.load(*where, *options, trained_k=config.trained_k, context=_context(config))
         if model.sat and max(config.k_list) > model.sat.k:
             warn(f"k={max(config.k_list)} is beyond the depth k={model.sat.k} that {config.model} was trained for")
-        problems = [problem for problem in humaneval(model.tokenizer) if problem.task_id in set(todo)]
+        assert model.tokenizer is not None
+        problems = [encode_task(model.tokenizer, task, config.dataset) for task in todo]
         _warm_up(model, problems[0], config)
         document = _open_document(folder, label, config, environment(model))
         for turn, problem in enumerate(problems):
@@ -284,21 +307,23 @@ def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path,
         require(device != "", f"GPUS={','.join(devices)}: one is empty; expected cpu, or GPU numbers such as 0,1 or 0+1,2+3")
         placing.pick_devices(device)
     with locked(folder / ".lock", f"results folder {folder}"):
-        names = [problem["task_id"] for problem in humaneval_problems(config.data_limit)]
+        tasks, source = read_tasks(config.dataset)
+        tasks, config = limited(tasks, config.data_limit), replace(config, source=source)
+        names = {task.task_id for task in tasks}
         finished = [p for p in _finished(folder, config) if p["task_id"] in names]
         done = {problem["task_id"] for problem in finished}
-        todo = [name for name in names if name not in done]
+        todo = [task for task in tasks if task.task_id not in done]
         if not todo:
-            tqdm.write(f"{folder}: all {len(names)} problems were measured before; delete it or set RESULTS_DIR to measure anew")
+            tqdm.write(f"{folder}: all {len(tasks)} problems were measured before; delete it or set RESULTS_DIR to measure anew")
             return folder, []
         size, taken = models.sized(config.model, config.dtype), dict[Any, int]()
         for device in devices[: len(todo)]:
             placing.place(size, device, _context(config), taken)
-        progress = _Progress(finished, len(names))
+        progress = _Progress(finished, len(tasks))
         return folder, _run_workers(config, devices, todo, folder, progress)
 
 
-def _run_workers(config: BenchConfig, devices: list[str], todo: list[str], folder: Path, progress: _Progress) -> list[str]:
+def _run_workers(config: BenchConfig, devices: list[str], todo: list[Task], folder: Path, progress: _Progress) -> list[str]:
     """Split `todo` among the workers and wait for all of them, whatever becomes of one. Returns a line for each that died."""
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, tuple[str, Any]] = {}

@@ -114,6 +114,17 @@ class SharedPrefix(Cache):
         return keys, torch.cat([layer.values[:, :, :length], value_states], dim=2)
 
 
+def slot_positions(cache: SlotCache, offsets: Tensor, length: int | Tensor | None = None) -> Tensor:
+    """[T] the position in the text of what each slot holds during a pass: the slot's number, or the pass row's own position.
+
+    offsets: [S] positions of the pass's rows, from `length` on, which is as in `pass_mask`.
+    """
+    length = cache.length if length is None else length
+    slots = torch.arange(cache.num_slots, device=offsets.device)
+    slots[length + torch.arange(len(offsets), device=offsets.device)] = length + offsets
+    return slots
+
+
 def pass_mask(cache: SlotCache, within: Tensor, length: int | Tensor | None = None) -> Tensor:
     """[1, 1, S, T] bool mask of a pass: every row sees all committed slots, and the pass's own rows as `within` says.
 

@@ -5,9 +5,11 @@ Every bad input ends in one line on stderr and exit code 2; an interrupt in exit
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,9 +38,13 @@ Device = Annotated[
     ),
 ]
 Tree = Annotated[str, typer.Option(envvar="TREE", help="Draft tree: chain, paper, or a branching list such as 2,1,1.")]
-Strategies = Annotated[str, typer.Option(envvar="STRATEGIES", help="Of two-step, one-pass and auto, with commas between.")]
+Strategies = Annotated[
+    str, typer.Option(envvar="STRATEGIES", help="Of two-step, rounded, one-pass and auto, with commas between.")
+]
 Engine = Annotated[str, typer.Option(help="native, transformers, or auto: native where it can be had.")]
-SatId = Annotated[int | None, typer.Option(help="Id of the SAT, where the checkpoint doesn't say.")]
+SatId = Annotated[int | None, typer.Option(envvar="SAT_TOKEN_ID", help="Id of the SAT, whatever the checkpoint says.")]
+TrainedK = Annotated[int | None, typer.Option(envvar="TRAINED_K", help="Depth of its training, whatever the checkpoint says.")]
+DataLimit = Annotated[str, typer.Option(envvar="DATA_LIMIT", help="How many problems: a number, a share such as 3%, or 'all'.")]
 ModelOption = Annotated[str, typer.Option("--model", help="Hub id, model directory, adapter directory, or an embedded name.")]
 _SOURCE_HELP = (
     "Folder of Python code, .jsonl (key prompt) or .txt file, or hub:NAME; repeat for more. Default: the Python installed here."
@@ -54,10 +60,14 @@ def _numbers(name: str, text: str, kind: Any = int) -> tuple[Any, ...]:
         raise InputError(f"{name}={text}: expected numbers separated by commas") from None
 
 
-def _limit(data_limit: str) -> int | None:
-    """'all' -> None, '16' -> 16."""
-    require(data_limit == "all" or data_limit.isdecimal(), f"data_limit={data_limit}: expected a number of problems or 'all'")
-    return None if data_limit == "all" else int(data_limit)
+def _limit(data_limit: str) -> int | Fraction | None:
+    """'all' -> None, '16' -> 16, '3%' -> 3/100."""
+    if data_limit == "all":
+        return None
+    try:
+        return Fraction(data_limit[:-1]) / 100 if data_limit.endswith("%") else int(data_limit)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"data_limit={data_limit}: expected a number of problems, a share such as 3%, or 'all'") from None
 
 
 @app.command()
@@ -71,7 +81,9 @@ def generate(
         int | None,
         typer.Option("-k", "--k", help="SATs per draft; 0 is plain decoding. Default: the trained k, which auto goes up to."),
     ] = None,
-    strategy: Annotated[str, typer.Option(help="auto, one-pass, or two-step, the paper's; the text is the same.")] = "auto",
+    strategy: Annotated[
+        str, typer.Option(help="auto, rounded, one-pass, or two-step, the paper's; the text is the same.")
+    ] = "auto",
     lookup: Annotated[
         int | None, typer.Option(help="Tokens to look up in the text so far as further drafts. Default: 12 for auto, else 0.")
     ] = None,
@@ -115,52 +127,77 @@ def bench(
         ),
     ] = "",
     temperature: Annotated[str, typer.Argument(help="For nucleus.")] = "1.0",
-    k_list: Annotated[str, typer.Option(envvar="K_LIST", help="Values of k; AR (0) is always measured.")] = "0,1,3,5,7",
+    k_list: Annotated[str | None, typer.Option(envvar="K_LIST", help="Values of k; AR (0) is always measured.")] = None,
     strategies: Strategies = "two-step,auto",
-    tree: Tree = "chain",
-    data_limit: Annotated[str, typer.Option(envvar="DATA_LIMIT", help="How many problems, or 'all'.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 256,
+    tree: Annotated[str | None, typer.Option(envvar="TREE", help="chain, paper, or a branching list such as 2,1,1.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DATASET", help="humaneval, infilling, infilling-psm or a .jsonl of prompts; more with commas between."
+        ),
+    ] = None,
+    data_limit: DataLimit = "",
+    max_new_tokens: Annotated[int | None, typer.Option(envvar="MAX_NEW_TOKENS")] = None,
     top_k: int = 10,
     top_p: float = 0.95,
     seed: Annotated[int, typer.Option(envvar="SEED")] = 0,
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[str | None, typer.Option(envvar="DTYPE", help="float32, bfloat16, float16, or auto.")] = None,
     results: Annotated[Path, typer.Option(envvar="RESULTS_DIR")] = Path("results"),
     with_generate: Annotated[bool, typer.Option("--with-generate", help="Also time transformers' own greedy generate.")] = False,
     engine: Engine = "auto",
+    sat_token_id: SatId = None,
+    trained_k: TrainedK = None,
 ) -> None:
-    """Measure AR and SDSAT on HumanEval, interleaved; writes JSON, a table and plots."""
+    """Measure AR and SDSAT, interleaved; writes JSON, a table and plots.
+
+    What is left open is as in the paper for CodeLlama-form SDSAT checkpoints: HumanEval's first half, up to 512 new tokens, and
+    the first 3 % of single-line infilling, up to 50; k = 0..13 greedy, 0,5,7,9,11,13 with the paper's trees for nucleus; weights
+    in their own dtype. For other models: HumanEval, all, up to 256; k = 0,1,3,5,7 in chains; bfloat16. On a CPU 6 problems.
+    """
     import torch
 
+    from . import model as models
     from . import report as reports
-    from .bench import BenchConfig
+    from .bench import BenchConfig, paper_settings
     from .bench import bench as run
 
+    model = model or embedded.NAME
     devices = (gpus or ("0" if torch.cuda.is_available() else "cpu")).split(",")
-    limit = _limit(data_limit or ("6" if "cpu" in devices else "all"))
-    config = BenchConfig(
-        model=model or embedded.NAME,
-        method=method,
-        k_list=_numbers("k_list", k_list),
-        strategies=tuple(strategies.split(",")),
-        tree=tree,
-        temperature=_numbers("temperature", temperature, float)[0],
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        data_limit=limit,
-        max_new_tokens=max_new_tokens,
-        dtype=dtype,
-        with_generate=with_generate,
-        engine=engine,
-    )
-    folder, dead = run(config, devices, results)
-    if any(folder.glob("worker_*.json")):
-        summary = reports.report(folder)
-        Console(width=max(110, Console().width)).print(reports.rich_table(summary))
-        count = summary["runs"][0]["num_problems"]
-        print(f"{count} problems of HumanEval's 164 (DATA_LIMIT=all for a full run); JSON and plots: {folder}")
-    if dead:
-        raise SystemExit(f"error: {', '.join(dead)} died; run the same command again to finish its problems")
+    like_paper = models.in_papers_form(model, sat_token_id, trained_k)
+    ks = None if k_list is None else _numbers("k_list", k_list)
+    options = {"k_list": ks, "tree": tree, "max_new_tokens": max_new_tokens, "dtype": dtype}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if data_limit or "cpu" in devices:
+        given["data_limit"] = _limit(data_limit or "6")
+    configs = [
+        BenchConfig(
+            model=model,
+            method=method,
+            strategies=tuple(strategies.split(",")),
+            temperature=_numbers("temperature", temperature, float)[0],
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            dataset=name,
+            with_generate=with_generate,
+            engine=engine,
+            sat_token_id=sat_token_id,
+            trained_k=trained_k,
+            **{**(paper_settings(method, name) if like_paper else {}), **given},
+        )
+        for name in (dataset or ("humaneval,infilling" if like_paper else "humaneval")).split(",")
+    ]
+    died: list[str] = []
+    for config in configs:
+        folder, dead = run(config, devices, results)
+        died += dead
+        if any(folder.glob("worker_*.json")):
+            summary = reports.report(folder)
+            Console(width=max(110, Console().width)).print(reports.rich_table(summary))
+            count = summary["runs"][0]["num_problems"]
+            print(f"{count} problems of {config.dataset} (DATA_LIMIT=all for a full run); JSON and plots: {folder}")
+    if died:
+        raise SystemExit(f"error: {', '.join(died)} died; run the same command again to finish its problems")
 
 
 @app.command()
@@ -185,11 +222,12 @@ def verify(
     seeds: Annotated[str, typer.Option(help="Comma-separated; for temperatures above 0.")] = "0",
     top_k: int = 10,
     top_p: float = 0.95,
-    data_limit: Annotated[int, typer.Option(envvar="DATA_LIMIT", help="How many problems.")] = 40,
+    data_limit: DataLimit = "40",
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 128,
     dtype: Annotated[str, typer.Option(envvar="DTYPE", help="Comma-separated: float32, bfloat16, float16.")] = "float32",
     device: Device = "",
     sat_token_id: SatId = None,
+    trained_k: TrainedK = None,
     engine: Engine = "auto",
     out: Annotated[
         Path | None,
@@ -197,6 +235,7 @@ def verify(
     ] = None,
 ) -> None:
     """Audit exactness: SDSAT against AR, and AR against transformers' generate; exit code 1 on an unexplained difference."""
+    import torch
     from rich.table import Table
 
     from . import model as models
@@ -214,10 +253,10 @@ def verify(
         _numbers("seeds", seeds),
         top_k,
         top_p,
-        data_limit,
+        _limit(data_limit),
         max_new_tokens,
     )
-    dtypes = dtype.split(",")
+    dtypes = list(dict.fromkeys(dtype.split(",")))
     for name in dtypes:
         models.check_dtype(name)
     columns = ("against", "temperature", "seed", "k", "tree", "identical", "share", "largest_margin", "explained")
@@ -225,15 +264,20 @@ def verify(
     lines: list[str] = []
     explained = True
     for name in dtypes:
-        loaded = models.load(model, name, device, sat_token_id, engine)
+        loaded = models.load(model, name, device, sat_token_id, engine, trained_k=trained_k)
         file = out.with_name(f"{out.stem}_{name}{out.suffix}") if out is not None and len(dtypes) > 1 else out
         document = run(loaded, config, file)
         lines += divergences(document, loaded.tokenizer)
         for row in document["summary"]:
             share = f"{row['identical'] / row['num_problems']:.0%}"
             cells = {**row, "identical": f"{row['identical']}/{row['num_problems']}", "share": share}
-            table.add_row(name, *("" if cells[column] is None else str(cells[column]) for column in columns))
+            table.add_row(
+                document["settings"]["dtype"], *("" if cells[column] is None else str(cells[column]) for column in columns)
+            )
             explained = explained and row["explained"]
+        del loaded  # before the next one is loaded
+        gc.collect()
+        torch.cuda.empty_cache()
     Console(width=max(120, Console().width)).print(table)
     for line in lines:
         print(line)
@@ -251,11 +295,12 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="Answers to each problem, with seeds 0, 1, ...; for temperatures above 0.")] = 1,
     top_k: int = 10,
     top_p: float = 0.95,
-    data_limit: Annotated[str, typer.Option(envvar="DATA_LIMIT", help="How many problems, or 'all'.")] = "all",
+    data_limit: DataLimit = "all",
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 256,
     dtype: Dtype = "bfloat16",
     device: Device = "",
     sat_token_id: SatId = None,
+    trained_k: TrainedK = None,
     engine: Engine = "auto",
     out: Annotated[Path | None, typer.Option(help="JSON file for every completion; an interrupted run resumes.")] = None,
 ) -> None:
@@ -270,7 +315,7 @@ def evaluate(
     limit = _limit(data_limit)
     ks, names = _numbers("k_list", k_list), tuple(strategies.split(","))
     config = QualityConfig(ks, names, tree, temperature, samples, top_k, top_p, limit, max_new_tokens)
-    document = run(models.load(model, dtype, device, sat_token_id, engine), config, out)
+    document = run(models.load(model, dtype, device, sat_token_id, engine, trained_k=trained_k), config, out)
     table = Table(*document["summary"][0], title=f"{model}, {dtype}: HumanEval")
     for row in document["summary"]:
         table.add_row(*map(str, row.values()))
@@ -285,23 +330,26 @@ def evaluate(
 def inspect(
     model: Model = embedded.NAME,
     text: Annotated[Path | None, typer.Option(help=".jsonl with prompt and completion. Default: HumanEval.")] = None,
-    data_limit: Annotated[int, typer.Option(envvar="DATA_LIMIT", help="How many prompts.")] = 16,
+    data_limit: DataLimit = "16",
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 128,
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
     dtype: Dtype = "bfloat16",
     device: Device = "",
     sat_token_id: SatId = None,
+    trained_k: TrainedK = None,
 ) -> None:
     """Show draft quality by depth, and why acceptance is what it is."""
     from . import inspection, prompts
     from . import model as models
+    from .datasets import check_limit
     from .records import write_json
 
-    require(data_limit >= 1, f"data_limit={data_limit}: expected 1 or more")
+    limit = _limit(data_limit)
+    check_limit(limit)
     require(text is None or text.is_file(), f"text={text}: no such file")
     require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
-    loaded = models.load(model, dtype, device, sat_token_id)
-    answered = prompts.answered_problems(loaded.tokenizer, text, data_limit)
+    loaded = models.load(model, dtype, device, sat_token_id, trained_k=trained_k)
+    answered = prompts.answered_problems(loaded.tokenizer, text, limit)
     require(len(answered) > 0, f"text={text}: no prompts there")
     document = inspection.inspect(loaded, answered, max_new_tokens)
     if out is not None:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 
-STRATEGIES = ("two-step", "one-pass", "auto")
+STRATEGIES = ("two-step", "rounded", "one-pass", "auto")
 MAX_ROWS = 96  # of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # linear layers that get a low-rank update
 
@@ -76,7 +76,7 @@ class SatConfig:
 class DecodeConfig:
     """One generation. k = 0 is AR: plain autoregressive decoding by the same loop.
 
-    strategy: 'two-step' (the paper's), 'one-pass' or 'auto': see planner.py. All give the same output.
+    strategy: 'two-step' (the paper's), 'rounded', 'one-pass' or 'auto': see planner.py. All give the same output.
     k: SATs a group; for 'auto' at most so many. budget: rows of a pass that 'one-pass' and 'auto' may use.
     lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None: 12 for 'auto', else none.
     tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list with one width a depth.
@@ -107,7 +107,12 @@ class DecodeConfig:
     @property
     def depth(self) -> int:
         """How many drafts a pass can accept at most."""
-        return max(self.k, self.num_lookup)
+        return max(self.k + self.may_round, self.num_lookup)
+
+    @property
+    def may_round(self) -> bool:
+        """Whether passes in 8 bits may draft."""
+        return self.k > 0 and self.strategy in ("rounded", "auto")
 
     @property
     def num_lookup(self) -> int:

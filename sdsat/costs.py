@@ -6,7 +6,8 @@ import hashlib
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,32 +29,46 @@ _TURNS = 7
 @dataclass(frozen=True)
 class CostCurve:
     """verify[c][i]: seconds of a pass of COUNTS[i] standard rows at CONTEXTS[c]; draft[c][i]: of one whose rows but the first
-    are SATs. drafting: seconds to turn one SAT's logits into a draft.
+    are SATs; rounded[c][i]: of the same in 8 bits, [] where there is no such engine. drafting: seconds to turn one SAT's logits
+    into a draft.
     """
 
     verify: list[list[float]]
     draft: list[list[float]]
     drafting: float
+    rounded: list[list[float]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        rows = np.arange(MAX_ROWS + 1)
-        grown = [[np.interp(rows, COUNTS, np.maximum.accumulate(times)) for times in part] for part in (self.verify, self.draft)]
-        slope = [[times[COUNTS[-1]] / COUNTS[-1] for times in part] for part in grown]  # beyond the last count
-        for part, slopes in zip(grown, slope, strict=True):
-            for times, each in zip(part, slopes, strict=True):
-                times[COUNTS[-1] :] = times[COUNTS[-1]] + each * (rows[COUNTS[-1] :] - COUNTS[-1])
-        extra = [np.maximum(0, np.append(d[1:], d[-1]) - np.append(v[1:], v[-1])) for v, d in zip(*grown, strict=True)]
-        object.__setattr__(self, "_rows", [times.tolist() for times in grown[0]])
-        object.__setattr__(self, "_sats", [times.tolist() for times in extra])
+    @cached_property
+    def _tables(self) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
+        """By context: seconds of a pass for each number of rows, what each number of SATs adds, and passes in 8 bits."""
+        verify, draft, rounded = ([_by_rows(times) for times in part] for part in (self.verify, self.draft, self.rounded))
+        extra = [np.maximum(0, np.append(d[1:], d[-1]) - np.append(v[1:], v[-1])) for v, d in zip(verify, draft, strict=True)]
+        return [times.tolist() for times in verify], [times.tolist() for times in extra], [times.tolist() for times in rounded]
 
     def seconds(self, rows: int, sats: int, context: int) -> float:
         """Of a pass of `rows` rows, `sats` of them SATs, after `context` tokens, with the drafting of one group."""
-        near, far = CONTEXTS
-        share = (context - near) / (far - near)
-        tables: Any = self
+        by_rows, by_sats, _ = self._tables
         rows, more = min(rows, MAX_ROWS), sats > 0
-        low, high = (tables._rows[c][rows] + more * tables._sats[c][min(sats, MAX_ROWS)] for c in (0, 1))
-        return low + max(0.0, share) * (high - low) + (self.drafting * min(sats, 16) if more else 0.0)
+        low, high = (by_rows[c][rows] + more * by_sats[c][min(sats, MAX_ROWS)] for c in (0, 1))
+        return _between(low, high, context) + (self.drafting * min(sats, 16) if more else 0.0)
+
+    def rounded_seconds(self, sats: int, context: int) -> float:
+        """Of a pass in 8 bits of one row and `sats` SATs, with their drafting."""
+        low, high = (times[min(1 + sats, MAX_ROWS)] for times in self._tables[2])
+        return _between(low, high, context) + self.drafting * sats
+
+
+def _by_rows(times: list[float]) -> np.ndarray:
+    """Seconds for 0..MAX_ROWS rows out of those for COUNTS: never falling, and a straight line beyond the last count."""
+    grown = np.interp(np.arange(MAX_ROWS + 1), COUNTS, np.maximum.accumulate(times))
+    last = COUNTS[-1]
+    grown[last:] = grown[last] + grown[last] / last * np.arange(MAX_ROWS + 1 - last)
+    return grown
+
+
+def _between(low: float, high: float, context: int) -> float:
+    near, far = CONTEXTS
+    return low + max(0.0, (context - near) / (far - near)) * (high - low)
 
 
 @torch.inference_mode()
@@ -64,28 +79,32 @@ def measure_costs(model: SatModel) -> CostCurve:
     assert model.sat is not None
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     tokens = (torch.arange(max(CONTEXTS) + max(COUNTS), device=model.device) * 7919 + 11) % vocabulary
-    verify, draft = [], []
+    verify, draft, rounded = [], [], []
     for context in CONTEXTS:
         context = max(1, min(context, model.max_context - max(COUNTS)))
         cache = new_cache(model, context + max(COUNTS) + 1)
         prefill(model, cache, tokens[:context])
 
-        def timed(count: int, sats: int, cache: Any = cache, context: int = context) -> float:
+        def timed(count: int, sats: int, in_8_bits: bool, cache: Any = cache, context: int = context) -> float:
             part = tokens[context : context + count].clone()
             part[count - sats :] = model.sat.token_id if model.sat else 0
             began = time.perf_counter()
-            forward(model, cache, part, make_tree("chain", count - sats - 1), ((count - sats - 1, sats),) if sats else ())
+            groups = ((count - sats - 1, sats),) if sats else ()
+            forward(model, cache, part, make_tree("chain", count - sats - 1), groups, rounded=in_8_bits)
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
             return time.perf_counter() - began
 
-        shapes = [(count, sats) for count in COUNTS for sats in {0, count - 1}]
-        times: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+        shapes = [(count, sats, False) for count in COUNTS for sats in {0, count - 1}]
+        shapes += [(count, count - 1, True) for count in COUNTS if model.rounded]
+        times: dict[tuple[int, int, bool], list[float]] = {shape: [] for shape in shapes}
         for _ in range(_TURNS):
             for shape in shapes:
                 times[shape].append(timed(*shape))
-        verify.append([statistics.median(times[count, 0]) for count in COUNTS])
-        draft.append([statistics.median(times[count, count - 1]) for count in COUNTS])
+        verify.append([statistics.median(times[count, 0, False]) for count in COUNTS])
+        draft.append([statistics.median(times[count, count - 1, False]) for count in COUNTS])
+        if model.rounded:
+            rounded.append([statistics.median(times[count, count - 1, True]) for count in COUNTS])
     k = model.sat.k
     part = torch.full((1 + k,), model.sat.token_id, device=model.device)
     part[0] = tokens[0]
@@ -95,7 +114,7 @@ def measure_costs(model: SatModel) -> CostCurve:
         began = time.perf_counter()
         draft_tokens(model, tokens[1:2], states[1:], logits[1:], 0, make_tree("chain", k), SamplingConfig()).tolist()
         spent.append(time.perf_counter() - began)
-    return CostCurve(verify, draft, statistics.median(spent) / k)
+    return CostCurve(verify, draft, statistics.median(spent) / k, rounded)
 
 
 def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
@@ -113,15 +132,14 @@ def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
         "k": model.sat and model.sat.k,
         **sizes,
     }
-    found |= {"dtype": str(model.dtype), "shape": shape}
+    found |= {"dtype": str(model.dtype), "shape": shape, "form": 2}
     name = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
     file = cache_dir() / "costs" / f"{name}.json"
     if file.is_file() and not anew:
         held = json.loads(file.read_text())
-        model.costs = CostCurve(held["verify"], held["draft"], held["drafting"])
+        model.costs = CostCurve(**held["curve"])
     else:
         model.costs = measure_costs(model)
         file.parent.mkdir(parents=True, exist_ok=True)
-        curve = {"verify": model.costs.verify, "draft": model.costs.draft, "drafting": model.costs.drafting}
-        write_json(file, {"counts": COUNTS, "contexts": CONTEXTS, **curve, "environment": found})
+        write_json(file, {"counts": COUNTS, "contexts": CONTEXTS, "curve": asdict(model.costs), "environment": found})
     return model.costs

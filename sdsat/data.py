@@ -85,7 +85,8 @@ def answer_batch(
         last = torch.tensor([row.ids[-1] if row else 0 for row in rows], device=model.device)[:, None]
         length = torch.tensor([len(row.ids) - 1 if row else 0 for row in rows], device=model.device)[:, None]
         cache.row_slots, cache.visible = length, int(length.max()) + 1
-        mask = model.mask((columns[: cache.visible] <= length)[:, None, None])
+        seen = columns[: cache.visible]
+        mask = model.mask((seen <= length)[:, None, None], length, seen[None])
         logits = model.model(input_ids=last, attention_mask=mask, position_ids=length, past_key_values=cache).logits[:, -1]
         for place, token in enumerate(_choose_rows(model.legal(logits), rows, seed)):
             row = rows[place]

@@ -7,9 +7,10 @@ walk ended. One pass:
 
 gives the model's own next token at x and at every draft. Walk from x while a draft is that token; the token at which the walk
 stops is the next x, and the SATs at that place draft what comes after it. A pass emits 1 + accepted tokens. The paper's two-step
-loop is the plan that alternates between [x, SATs] and [x, drafts]; AR is the plan without SATs. Every token is the model's own
-choice given true tokens only, so the output equals AR's: at temperature 0 and, because the noise belongs to the emitted position
-(sampling.py), for any seed; to the last bit of a logit in half precision too where the engine keeps its promise (engine.py).
+loop is the plan that alternates between [x, SATs] and [x, drafts]; AR is the plan without SATs. Where the plan wants it, a pass
+in 8 bits over [x, SATs] drafts first (draft.py). Every token is the model's own choice given true tokens only, so the output
+equals AR's: at temperature 0 and, because the noise belongs to the emitted position (sampling.py), for any seed; to the last bit
+of a logit in half precision too where the engine keeps its promise (engine.py).
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache import SlotCache
 from .config import MAX_ROWS, DecodeConfig, SamplingConfig, require
 from .draft import Drafts, draft_tokens
 from .engine import forward, new_cache, prefill, probe_rows, top
 from .lookup import Lookup
 from .model import SatModel
+from .native import NativeCache
 from .planner import make_planner
 from .sampling import choose
 from .tree import DraftTree, make_tree
@@ -52,6 +55,7 @@ class Generation:
     finish: str = "length"
     num_passes: int = 0
     num_plain_passes: int = 0
+    num_rounded_passes: int = 0
     accepted_lengths: list[int] = field(default_factory=list)
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
@@ -135,6 +139,10 @@ def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None
         )
         if model.sat and config.k > model.sat.k:
             warnings.warn(f"k={config.k} is beyond the depth k={model.sat.k} that {model.name} was trained for", stacklevel=3)
+        require(
+            config.strategy != "rounded" or model.native is not None,
+            f"strategy=rounded: {model.name} runs through transformers' modules here, which have no 8 bits; expected another",
+        )
         width = make_tree(config.tree, config.k).width
         require(width < vocabulary, f"tree={config.tree}: {width} candidates, but the vocabulary has {vocabulary} tokens")
 
@@ -158,6 +166,8 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
     _check(model, prompt_ids, config)
     probe_rows(model)
     planner, device = make_planner(model, config), model.device
+    if config.may_round:
+        _ = model.rounded  # is made now, before seconds count
     sat_id = model.sat.token_id if model.sat else 0
     out = Generation(proposed_by_depth=[0] * config.depth, accepted_by_depth=[0] * config.depth)
     began = time.perf_counter()
@@ -171,10 +181,14 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
     x, drafted, finish = prompt_ids[-1], None, ""
     while not finish:
         emitted, started = len(out.token_ids), time.perf_counter()
-        drafts = drafted or Drafts.none(x)
-        if lookup:
-            drafts = drafts.with_chain(lookup.drafts(), LOOKED_UP)
-        plan = planner.plan(drafts, config.max_new_tokens - emitted, len(prompt_ids) + emitted)
+        left, context, found = config.max_new_tokens - emitted, len(prompt_ids) + emitted, lookup.drafts() if lookup else []
+        drafts = (drafted or Drafts.none(x)).with_chain(found, LOOKED_UP)
+        if size := planner.draft_first(drafts, left, context):
+            drafts = _rounded_drafts(model, cache, x, size, config, emitted).with_chain(found, LOOKED_UP)
+            out.num_passes, out.num_rounded_passes = out.num_passes + 1, out.num_rounded_passes + 1
+            planner.observe_drafting(size, context, time.perf_counter() - started)
+            started = time.perf_counter()
+        plan = planner.plan(drafts, left, context)
         drafts, tree = drafts.kept(plan.nodes), drafts.tree.kept(plan.nodes)
         sats = [sat_id] * sum(size for _, size in plan.groups)
         states, logits = forward(model, cache, torch.tensor(drafts.tokens + sats, device=device), tree, plan.groups)
@@ -186,7 +200,7 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
         path = tree.walk(drafts.tokens, target_ids)
         cache.commit(tuple(path))
         x, drafted = target_ids[path[-1]], _drafts_at(path[-1], below, values[nodes:])
-        planner.observe(drafts, plan, path, len(prompt_ids) + emitted, time.perf_counter() - started)
+        planner.observe(drafts, plan, path, context, time.perf_counter() - started)
         out.num_passes += 1
         out.num_plain_passes += nodes == 1 and not sats
         block = [drafts.tokens[node] for node in path[1:]] + [x]
@@ -203,6 +217,18 @@ def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_to
     out.prefill_seconds, out.decode_seconds = prefilled - began, time.perf_counter() - prefilled
     out.text = _text(model, prompt_ids[-1], out, config)
     return out
+
+
+def _rounded_drafts(
+    model: SatModel, cache: SlotCache | NativeCache, x: int, size: int, config: DecodeConfig, emitted: int
+) -> Drafts:
+    """Drafts by a pass in 8 bits over x and `size` SATs; it leaves nothing in the cache."""
+    assert model.sat is not None
+    tokens, tree, groups = torch.tensor([x, *[model.sat.token_id] * size]), make_tree("chain", 0), ((0, size),)
+    states, logits = forward(model, cache, tokens, tree, groups, rounded=True)
+    first = next_tokens(model, logits[:1], torch.tensor([emitted]), config.sampling)
+    shape, values = _drafts_below(model, config, tree, groups, first, states[1:], logits[1:], emitted)[0]
+    return Drafts.of_rounded(x, shape, values.flatten().tolist())
 
 
 def _drafts_below(

@@ -1,4 +1,8 @@
-"""Drafts: the tokens that SATs guess, and those looked up, as one tree below the last true token x."""
+"""Drafts: the tokens that SATs guess, and those looked up, as one tree below the last true token x.
+
+A pass of the exact engine that has SATs gives the token after x itself, which is true, and drafts below it. A pass in 8 bits
+(native.py) only drafts: what it says at x is the first draft, which is wrong now and then, and the SATs' come below that one.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,15 @@ if TYPE_CHECKING:
     from .model import SatModel
 
 _ROOT = DraftTree((-1,), (0,))
+OWN = 0.97  # how likely the first draft of a pass in 8 bits is taken to be before anything is known
 
 
 @dataclass
 class Drafts:
     """A tree of drafts below x, which is node 0. likely[j]: how likely node j is right, given that its parent is.
 
-    looked_up[j]: the draft comes from the text so far, and not (or not only) from a SAT. by_sats: SATs have drafted.
+    looked_up[j]: the draft comes from the text so far, and not (or not only) from a SAT. by_sats: SATs have drafted;
+    rounded: in a pass in 8 bits, so that node 1 is what that pass says at x.
     """
 
     tree: DraftTree
@@ -33,6 +39,7 @@ class Drafts:
     likely: list[float]
     looked_up: list[bool]
     by_sats: bool = False
+    rounded: bool = False
 
     @classmethod
     def none(cls, x: int) -> Drafts:
@@ -44,10 +51,22 @@ class Drafts:
         nodes = len(tree)
         return cls(tree, [int(value) for value in values[:nodes]], values[nodes:], [False] * nodes, by_sats=True)
 
+    @classmethod
+    def of_rounded(cls, x: int, tree: DraftTree, values: list[float]) -> Drafts:
+        """The tree one node lower: below x the token at its root, which a pass in 8 bits gave for x itself."""
+        below = cls.of_sats(tree, values)
+        parents = (-1, *(parent + 1 for parent in tree.parents))
+        likely = [1.0, OWN, *below.likely[1:]]
+        return cls(
+            DraftTree(parents, (0, *tree.ranks)), [x, *below.tokens], likely, [False] * len(parents), by_sats=True, rounded=True
+        )
+
     def with_chain(self, tokens: list[int], likely: float) -> Drafts:
         """The tree with a looked-up chain added below x; where it says what a draft says already, that draft is in both."""
+        if not tokens:
+            return self
         parents, ranks = list(self.tree.parents), list(self.tree.ranks)
-        out = Drafts(self.tree, list(self.tokens), list(self.likely), list(self.looked_up), self.by_sats)
+        out = Drafts(self.tree, list(self.tokens), list(self.likely), list(self.looked_up), self.by_sats, self.rounded)
         node = 0
         for token in tokens:
             same = [j for j in range(len(parents)) if parents[j] == node and out.tokens[j] == token]
@@ -69,7 +88,8 @@ class Drafts:
         if len(nodes) == len(self.tokens):
             return self
         tokens, likely = [self.tokens[node] for node in nodes], [self.likely[node] for node in nodes]
-        return Drafts(self.tree.kept(nodes), tokens, likely, [self.looked_up[node] for node in nodes], self.by_sats)
+        looked_up = [self.looked_up[node] for node in nodes]
+        return Drafts(self.tree.kept(nodes), tokens, likely, looked_up, self.by_sats, self.rounded and 1 in nodes)
 
 
 @lru_cache(maxsize=256)

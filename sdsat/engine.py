@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cache import SlotCache, pass_mask
+from .cache import SlotCache, pass_mask, slot_positions
 from .graphs import padded
 from .native import NativeCache, NativeEngine
 from .tree import DraftTree, make_tree, pass_layout
@@ -60,16 +60,19 @@ def forward(
     tree: DraftTree,
     groups: tuple[tuple[int, int], ...] = (),
     policy: RowPolicy | None = None,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One pass over a draft tree and SAT groups (node, k). tokens [R]: one a node, then the SATs. Commits nothing.
 
-    policy: padding for transformers' modules, the model's own by default. Returns (last hidden states [R, D], logits [R, V]).
+    policy: padding for transformers' modules, the model's own by default. rounded: linear layers in 8 bits (native engine only).
+    Returns (last hidden states [R, D], logits [R, V]).
     """
     sats, count = sum(size for _, size in groups), tokens.shape[0]
     if isinstance(cache, NativeCache):
-        assert model.native is not None
+        native = model.rounded if rounded else model.native
+        assert native is not None
         within, offsets = pass_layout(tree, groups, count, model.device)
-        states, logits = model.native.forward(cache, model.embed(tokens[None])[0], within, offsets, sats)
+        states, logits = native.forward(cache, model.embed(tokens[None])[0], within, offsets, sats)
         return states, model.legal(logits)
     rows = (policy or probe_rows(model)).rows(count if cache.graphs is None else padded(count))
     within, offsets = pass_layout(tree, groups, rows, model.device)
@@ -89,14 +92,15 @@ def _pass(
     model: SatModel, cache: SlotCache, first: int, end: int, tokens: Tensor, within: Tensor, offsets: Tensor, length: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """(states, logits) of all rows; those from `first` to before `end` are SATs. length: committed slots."""
+    positions = (length + offsets)[None]
     with model.sat_rows(first, end):
         states = model.model.base_model(
             inputs_embeds=model.embed(tokens[None]),
-            attention_mask=model.mask(pass_mask(cache, within, length)),
-            position_ids=(length + offsets)[None],
+            attention_mask=model.mask(pass_mask(cache, within, length), positions, slot_positions(cache, offsets, length)[None]),
+            position_ids=positions,
             past_key_values=cache,
         ).last_hidden_state[0]
-    return states, model.legal(model.model.get_output_embeddings()(states))
+    return states, model.legal(model.logits(states))
 
 
 def _pass_at(
@@ -125,7 +129,7 @@ def prefill(model: SatModel, cache: SlotCache | NativeCache, tokens: Tensor) -> 
     cache.visible = count
     model.model.base_model(
         inputs_embeds=model.embed(tokens),
-        attention_mask=model.mask((rows <= rows[:, None]).expand(len(tokens), 1, count, count)),
+        attention_mask=model.mask((rows <= rows[:, None]).expand(len(tokens), 1, count, count), rows[None], rows[None]),
         position_ids=rows[None],
         past_key_values=cache,
     )

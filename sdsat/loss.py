@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 
+from .attention import layer_masks
 from .cache import SharedPrefix, SlotCache
 from .config import require
 from .data import Sequence
@@ -111,17 +113,18 @@ def sat_states(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
         causal = (positions <= positions[:, None]).expand(size, 1, length, length)
         base = lm.base_model(
             input_ids=batch.tokens,
-            attention_mask=model.mask(causal),
+            attention_mask=model.mask(causal, positions[None], positions[None]),
             position_ids=positions[None],
             past_key_values=filled,
         ).last_hidden_state
         filled.commit(tuple(range(length)))
     assert model.sat is not None
+    places = batch.anchor + batch.depth
     with model.sat_rows(0, batch.depth.shape[1]):
         hidden = lm.base_model(
             inputs_embeds=model.embed(torch.full_like(batch.depth, model.sat.token_id)),
-            attention_mask=model.mask(sat_mask(batch)),
-            position_ids=batch.anchor + batch.depth,
+            attention_mask=model.mask(sat_mask(batch), places, torch.cat([positions.expand(size, length), places], dim=1)),
+            position_ids=places,
             past_key_values=SharedPrefix(filled),
         ).last_hidden_state
     return hidden[batch.label != IGNORED], base
@@ -133,7 +136,7 @@ def predict(model: SatModel, batch: SatBatch) -> Tensor:
     A draft head shares the probability of a SAT's shortlist out anew among its tokens; the others keep theirs.
     """
     states, _ = sat_states(model, batch)
-    logits = model.model.get_output_embeddings()(states)
+    logits = model.logits(states)
     if model.head is None:
         return logits
     ids, scores = rerank(model, states, logits, batch.before)
@@ -149,9 +152,8 @@ def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float =
     cross-entropy with the token that followed, over the candidates it ranks, where that token is among them.
     """
     states, base = sat_states(model, batch)
-    lm_head = model.model.get_output_embeddings()
-    logits = lm_head(states)
-    loss = _weighted(logits, batch, soft, decay, lambda rows, columns: lm_head(base[rows, columns]))
+    logits = model.logits(states)
+    loss = _weighted(logits, batch, soft, decay, lambda rows, columns: model.logits(base[rows, columns]))
     if model.head is None:
         return loss
     ids, scores = rerank(model, states, logits, batch.before)
@@ -165,18 +167,19 @@ def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float =
 def joint_logits(forward: Callable[..., Any], sat_token_id: int, batch: SatBatch) -> tuple[Tensor, Tensor]:
     """Full mode: standard tokens and SATs in one pass of a causal LM whose weights all train.
 
-    forward: the LM, or its wrapper on many GPUs. Returns (logits [M, V] of the labelled SAT rows, logits [B, L, V] of the
+    forward: the LM, or accelerate's wrapper of it. Returns (logits [M, V] of the labelled SAT rows, logits [B, L, V] of the
     standard tokens, which no SAT can influence).
     """
     size, length = batch.tokens.shape
     width = batch.depth.shape[1]
     positions = torch.arange(length, device=batch.tokens.device)
     causal = (positions <= positions[:, None]).expand(size, 1, length, length)
-    standard = torch.nn.functional.pad(causal, (0, width))
+    attend = torch.cat([torch.nn.functional.pad(causal, (0, width)), sat_mask(batch)], dim=2)
+    places = torch.cat([positions.expand(size, length), batch.anchor + batch.depth], dim=1)
     logits = forward(
         input_ids=torch.cat([batch.tokens, torch.full_like(batch.depth, sat_token_id)], dim=1),
-        attention_mask=torch.cat([standard, sat_mask(batch)], dim=2),
-        position_ids=torch.cat([positions.expand(size, length), batch.anchor + batch.depth], dim=1),
+        attention_mask=layer_masks(extract_model_from_parallel(forward).config, attend, places, places),
+        position_ids=places,
         use_cache=False,
     ).logits
     return logits[:, length:][batch.label != IGNORED], logits[:, :length]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
     from .engine import RowPolicy
     from .planner import AutoPlanner
 
-# The two published checkpoints (arXiv 2403.18647) say nothing of their SAT in config.json.
+# The two published checkpoints (arXiv 2403.18647) say nothing of their SAT in config.json, and plain CodeLlama looks the same.
 PUBLISHED = {
     "CodeLlama-SDSAT_L5_7B": SatConfig(token_id=32011, k=5),
     "CodeLlama-SDSAT_L7_13B": SatConfig(token_id=32011, k=7),
 }
+CODELLAMA_VOCABULARY = 32016
 # Checked against `transformers` generate in tests/test_families.py.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ENGINES = ("auto", "native", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,6 +60,11 @@ class SatModel:
     costs: CostCurve | None = None
     planners: dict[Any, AutoPlanner] = field(default_factory=dict)
     graphs: Graphs | None = None
+
+    @cached_property
+    def rounded(self) -> NativeEngine | None:
+        """The CPU engine in 8 bits for passes that only draft, made when first asked for; None without a CPU engine."""
+        return NativeEngine(self.model, self.adapter, self.max_context, rounded=True) if self.native else None
 
     @property
     def engine_name(self) -> str:
@@ -88,11 +95,20 @@ class SatModel:
             return ()
         return tuple(eos) if isinstance(eos, list) else (eos,)
 
-    def mask(self, attend: torch.Tensor) -> torch.Tensor:
-        """A pass's [1, 1, S, T] bool mask in the form that every layer's attention uses as it is."""
+    def mask(self, attend: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """A pass's bool mask in the form that every layer's attention uses as it is; arguments as of `attention.layer_masks`."""
         config = self.model.config
         groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        return attention.folded_mask(attend, groups, self.dtype)
+        masks = attention.layer_masks(config, attend, rows, columns)
+        if isinstance(masks, dict):
+            return {kind: attention.folded_mask(mask, groups, self.dtype) for kind, mask in masks.items()}
+        return attention.folded_mask(masks, groups, self.dtype)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [..., D] -> logits [..., V], as the model's own forward makes them."""
+        logits = self.model.get_output_embeddings()(states)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def legal(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [..., V], changed in place so that the SAT, where it is in the vocabulary, is never chosen."""
@@ -102,18 +118,18 @@ class SatModel:
 
     @property
     def max_context(self) -> int:
-        """Positions the model can take; a sliding window ends it too, since our mask shows every row the whole past."""
-        config = self.model.config
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        return min(getattr(config, "max_position_embeddings", None) or 2**31, window or 2**31)
+        """Positions the model can take."""
+        return getattr(self.model.config, "max_position_embeddings", None) or 2**31
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[1, S] token ids -> [1, S, D] input embeddings; the SAT's id takes the adapter's embedding."""
+        """[1, S] token ids -> [1, S, D] input embeddings; the SAT's id takes the adapter's embedding, scaled as all (Gemma)."""
+        embeddings = self.model.get_input_embeddings()
         if self.adapter is None or self.sat is None:
-            return self.model.get_input_embeddings()(tokens)
+            return embeddings(tokens)
         is_sat = tokens == self.sat.token_id
-        plain = self.model.get_input_embeddings()(tokens.masked_fill(is_sat, 0))
-        return torch.where(is_sat[..., None], self.adapter.sat_embedding.to(plain.dtype), plain)
+        plain = embeddings(tokens.masked_fill(is_sat, 0))
+        own = self.adapter.sat_embedding.to(plain.dtype) * getattr(embeddings, "embed_scale", 1)
+        return torch.where(is_sat[..., None], own, plain)
 
     def sat_rows(self, start: int, end: int) -> AbstractContextManager[None]:
         """Within this context, rows start..end-1 of a pass are SATs."""
@@ -128,9 +144,27 @@ def check_family(config: Any, name: str) -> None:
     """Refuse, with the reason, an architecture or a setting that the decoder isn't known to decode exactly."""
     kind = getattr(config, "model_type", None)
     require(kind in FAMILIES, f"model {name}: architecture {kind!r} is not supported; expected one of {', '.join(FAMILIES)}")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    # The others rescale all positions once a sequence is long: drafts, which look ahead, would do so before AR does.
-    require(rope in ROPE_TYPES, f"model {name}: rope_type {rope!r} is not supported; expected one of {', '.join(ROPE_TYPES)}")
+    quantized = getattr(config, "quantization_config", None) is not None
+    require(not quantized, f"model {name}: quantized weights are not supported; expected a checkpoint of {', '.join(DTYPES)}")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for settings in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):  # Gemma 3: one a type of layer
+        rope, share = settings.get("rope_type", "default"), settings.get("partial_rotary_factor") or 1
+        require(
+            rope in ROPE_TYPES,
+            f"model {name}: rope_type {rope!r} is not supported; expected one of {', '.join(ROPE_TYPES)} "
+            "(dynamic and longrope scale all positions by the furthest one of a pass, and drafts look ahead)",
+        )
+        require(share == 1, f"model {name}: partial_rotary_factor={share} is not supported; expected 1")
+    both_ways = getattr(config, "use_bidirectional_attention", None)
+    require(not both_ways, f"model {name}: use_bidirectional_attention={both_ways} is not supported; expected false")
+    if kind in attention.TYPED_LAYERS:
+        known = ["full_attention", *(["sliding_attention"] if config.sliding_window else [])]
+        strange = [layer for layer in config.layer_types if layer not in known]
+        require(
+            not strange,
+            f"model {name}: layer type {''.join(strange[:1])!r} with sliding_window={config.sliding_window} is not supported; "
+            f"expected {' or '.join(known)}",
+        )
 
 
 @contextmanager
@@ -156,8 +190,9 @@ def _path_of(base: str) -> str:
 
 def _adapter_of(name: str) -> Path | None:
     """The directory of the adapter that `name` means, if it means one."""
-    directory = embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
-    return directory if (directory / adapters.CONFIG_FILE).is_file() else None
+    if name == embedded.NAME:
+        return embedded.ADAPTER_DIR
+    return Path(name) if (Path(name) / adapters.CONFIG_FILE).is_file() else None
 
 
 def sized(name: str, dtype: str) -> devices.Size:
@@ -213,14 +248,45 @@ def _with_engine(model: SatModel, engine: str, graphs: bool) -> SatModel:
     return model
 
 
-def _sat_of_checkpoint(name: str, config: Any) -> SatConfig | None:
-    own = getattr(config, "sdsat", None)
+def _published(name: str) -> SatConfig | None:
+    """The SAT of a published checkpoint: a hub id, a directory of its name, or a snapshot in the hub's cache folder."""
+    folder = Path(name).resolve() if Path(name).is_dir() else Path(name)
+    snapshot = folder.parent.name == "snapshots"  # models--ainergy--NAME/snapshots/<commit>
+    return PUBLISHED.get(folder.parent.parent.name.rpartition("--")[2] if snapshot else folder.name)
+
+
+def _sat_of_checkpoint(name: str, config: Any, token_id: int | None, k: int | None) -> SatConfig | None:
+    """What the options say, then config.json's key `sdsat`, then what is known of the published checkpoints."""
+    own, known = getattr(config, "sdsat", None), _published(name)
     if own is not None:
         try:
-            return SatConfig(own["sat_token_id"], own["k"])
+            known = SatConfig(own["sat_token_id"], own["k"])
         except (KeyError, TypeError):
             raise InputError(f"model {name}: config.json's key 'sdsat' needs sat_token_id and k, not {own!r}") from None
-    return PUBLISHED.get(Path(name).name)
+    if token_id is not None:
+        known = SatConfig(token_id, known.k if known else 5)
+    if k is None:
+        return known
+    if known is None:
+        raise InputError(f"trained_k={k}: model {name} has no SAT; expected sat_token_id too")
+    return replace(known, k=k)
+
+
+def in_papers_form(name: str, sat_token_id: int | None = None, trained_k: int | None = None) -> bool:
+    """Whether this is a full SDSAT checkpoint of CodeLlama's form, as the paper's are; only config.json is read.
+
+    False, too, for what can't be loaded: `load` says why.
+    """
+    if _adapter_of(name) or name == embedded.BASE_NAME:
+        return False
+    if _published(name):
+        return True
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+    except Exception:  # as in _one_line
+        return False
+    codellama = (config.model_type, getattr(config, "vocab_size", None)) == ("llama", CODELLAMA_VOCABULARY)
+    return codellama and _sat_of_checkpoint(name, config, sat_token_id, trained_k) is not None
 
 
 def load(
@@ -230,13 +296,15 @@ def load(
     sat_token_id: int | None = None,
     engine: str = "auto",
     graphs: bool = True,
+    trained_k: int | None = None,
     context: int = 2048,
 ) -> SatModel:
     """Load a model by hub id, directory, adapter directory or embedded name.
 
-    dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own. device: see `devices.pick_devices`.
-    sat_token_id: overrides what the checkpoint says. engine: 'native', 'transformers', or 'auto' for native where it can be
-    had (a CPU, float32 or bfloat16, a C++ compiler). graphs: on a GPU, passes are recorded as CUDA graphs (graphs.py).
+    dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own, which is read without a second copy in memory.
+    device: see `devices.pick_devices`. sat_token_id, trained_k: override what the checkpoint says; k is 5 where neither does.
+    engine: 'native', 'transformers', or 'auto' for native where it can be had (a CPU, float32 or bfloat16, a C++ compiler).
+    graphs: on a GPU, passes are recorded as CUDA graphs (graphs.py).
     context: positions of the cache that memory must be left for; a model that can't fit is refused before it is loaded.
     Raises InputError, one line, for anything that can't be loaded.
     """
@@ -245,14 +313,14 @@ def load(
     devices.pick_devices(device)  # a wrong name is said before anything is fetched
     device_map, torch_dtype = devices.place(sized(name, dtype), device, context), DTYPES.get(dtype, "auto")
     if directory := _adapter_of(name):
-        require(sat_token_id is None, f"sat_token_id={sat_token_id}: {name} is an adapter and brings its own SAT")
+        given = {"sat_token_id": sat_token_id, "trained_k": trained_k}
+        strange = [f"{option}={value}" for option, value in given.items() if value is not None]
+        require(not strange, f"{', '.join(strange)}: {name} is an adapter and brings its own SAT")
         model, tokenizer = _load_base(adapters.read_config(directory).base_model, torch_dtype, device_map)
         adapter = adapters.load(model, directory).fuse().attach(model)
         return _with_engine(SatModel(model, tokenizer, name, adapter.config.sat, adapter), engine, graphs)
     model, tokenizer = _load_base(name, torch_dtype, device_map)
-    sat = _sat_of_checkpoint(name, model.config)
-    if sat_token_id is not None:
-        sat = SatConfig(sat_token_id, sat.k if sat else 5)
+    sat = _sat_of_checkpoint(name, model.config, sat_token_id, trained_k)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     require(
         sat is None or sat.token_id < vocabulary,

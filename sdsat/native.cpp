@@ -11,7 +11,7 @@
 #include <cstring>
 #include <limits>
 #include <vector>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -22,9 +22,11 @@ typedef float f32x __attribute__((vector_size(64)));  // 16 lanes; on narrower p
 typedef uint32_t u32x __attribute__((vector_size(64)));
 typedef int32_t i32x __attribute__((vector_size(64)));
 typedef uint16_t u16x __attribute__((vector_size(32)));
+typedef int8_t i8x __attribute__((vector_size(16)));
 typedef uint16_t bf16;
 
 constexpr int LANES = 16, BLOCK = 2 * LANES, TILE = 14, KEYS = 4 * LANES;  // outputs, rows and keys that go together
+constexpr int GROUP = 32, TILE8 = 10;                                      // in 8 bits: inputs of one scale, and rows
 
 // ---- storage types: load and store 16 values, and the two inner products, for bfloat16 and float ----
 
@@ -32,6 +34,16 @@ static inline f32x all(float v) { return v - f32x{}; }
 static inline f32x as_f32(u32x v) { f32x r; memcpy(&r, &v, 64); return r; }
 static inline u32x as_u32(f32x v) { u32x r; memcpy(&r, &v, 64); return r; }
 static inline float sum(f32x v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+
+static inline float most(f32x v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float found = v[0];
+  for (int i = 1; i < LANES; i++) found = std::max(found, v[i]);
+  return found;
+#endif
+}
 
 static inline f32x load(const float* p) { f32x r; memcpy(&r, p, 64); return r; }
 static inline f32x load(const bf16* p) { u16x v; memcpy(&v, p, 32); return as_f32(__builtin_convertvector(v, u32x) << 16); }
@@ -66,9 +78,11 @@ static inline f32x step(f32x acc, const bf16* w, const bf16* x) {
 #endif
 }
 
+static inline f32x nearest(f32x v) { return (v + 12582912.f) - 12582912.f; }  // whole numbers, by a magic one
+
 static inline f32x exp16(f32x x) {
   x = x < all(-87.f) ? all(-87.f) : x > all(88.f) ? all(88.f) : x;
-  f32x n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // the magic number rounds to a whole one
+  f32x n = nearest(x * 1.44269504f);
   f32x r = x - n * 0.693359375f + n * 2.12194440e-4f;
   f32x p = all(1.9875691500e-4f);
   for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
@@ -76,7 +90,25 @@ static inline f32x exp16(f32x x) {
   return as_f32(as_u32(p) + (u32x)(__builtin_convertvector(n, i32x) << 23));
 }
 
-// ---- linear layers: weights [out / 32][in / step][2][16][step] ----
+// ---- linear layers: weights [out / 32][in / step][2][16][step], in 8 bits [out / 16][in / 4][16][4] ----
+
+struct Matrix {
+  const char* weight;
+  const char* scale;  // 32 floats a block, where the weights are rounded to 8 bits: (byte - 128) * scale
+  int64_t stride;     // bytes from one block of 32 outputs to the next: what is read together lies together
+};
+
+// Rows that a linear layer reads. Beside rounded weights they are rounded too, GROUP inputs to a scale.
+template <class T> struct Rows {
+  const T* x;
+  int64_t size;
+  const int8_t* bytes;   // [rows, size]
+  const float* scales;   // [rows, size / GROUP]
+  const float* offsets;  // [rows]: what the weights' 128 adds
+  Rows from(int64_t r) const {
+    return {x + r * size, size, bytes + r * size, scales + r * (size / GROUP), offsets + r};
+  }
+};
 
 template <class T, int R> static inline void tile(const T* x, int64_t ldx, const T* w, int in, float* y) {
   constexpr int S = Pairs<T>::step;
@@ -91,22 +123,85 @@ template <class T, int R> static inline void tile(const T* x, int64_t ldx, const
   for (int r = 0; r < R; r++) store(y + r * BLOCK, a[r]), store(y + r * BLOCK + LANES, b[r]);
 }
 
-// y[r][0..32) = x[r] . w for one block of 32 outputs, rows in tiles of nearly equal size.
-template <class T> static void block(const T* x, int64_t ldx, int rows, const T* w, int in, float* y) {
-  int tiles = (rows + TILE - 1) / TILE;
-  for (int t = 0; t < tiles; t++) {
-    int size = (rows + tiles - t - 1) / (tiles - t);
-    switch (size) {
-#define CASE(n) case n: tile<T, n>(x, ldx, w, in, y); break;
-      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
-#undef CASE
+// acc += w * x over 4 inputs of each of 16 outputs.
+static inline i32x step8(i32x acc, const uint8_t* w, const int8_t* x) {
+#ifdef __AVX512VNNI__
+  int32_t four;
+  memcpy(&four, x, 4);
+  return (i32x)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), _mm512_set1_epi32(four));
+#else
+  for (int o = 0; o < LANES; o++)
+    for (int i = 0; i < 4; i++) acc[o] += int32_t(w[4 * o + i]) * x[i];
+  return acc;
+#endif
+}
+
+template <int R, class T> static inline void tile8(const Rows<T>& x, const uint8_t* w, const float* scale, float* y) {
+  const int groups = x.size / GROUP;
+  for (int h = 0; h < 2; h++) {  // 16 outputs, whose sums over all inputs stay in registers
+    f32x sums[R] = {};
+    for (int g = 0; g < groups; g++, w += LANES * GROUP) {
+      i32x a[R] = {};
+#pragma GCC unroll 8
+      for (int i = 0; i < GROUP; i += 4)
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) a[r] = step8(a[r], w + i * LANES, x.bytes + r * x.size + g * GROUP + i);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) sums[r] += __builtin_convertvector(a[r], f32x) * x.scales[r * groups + g];
     }
-    x += size * ldx, y += size * BLOCK, rows -= size;
+    for (int r = 0; r < R; r++) store(y + r * BLOCK + h * LANES, (sums[r] - x.offsets[r]) * load(scale + h * LANES));
   }
 }
 
+// y[r][0..32) = x[r] . w for block b of 32 outputs, rows in tiles of nearly equal size.
+template <class T> static void block(Rows<T> x, int rows, const Matrix& w, int b, float* y) {
+  const void* weight = w.weight + b * w.stride;
+  const float* scale = (const float*)(w.scale + b * w.stride);
+  int most = w.scale ? TILE8 : TILE, tiles = (rows + most - 1) / most;
+  for (int t = 0; t < tiles; t++) {
+    int size = (rows + tiles - t - 1) / (tiles - t);
+    switch (size + (w.scale ? 100 : 0)) {
+#define CASE(n) case n: tile<T, n>(x.x, x.size, (const T*)weight, x.size, y); break;
+#define CASE8(n) case 100 + n: tile8<n>(x, (const uint8_t*)weight, scale, y); break;
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+      CASE8(1) CASE8(2) CASE8(3) CASE8(4) CASE8(5) CASE8(6) CASE8(7) CASE8(8) CASE8(9) CASE8(10)
+#undef CASE
+#undef CASE8
+    }
+    x = x.from(size), y += size * BLOCK, rows -= size;
+  }
+}
+
+// Room for rows in 8 bits.
+template <class T> struct Rounder {
+  std::vector<int8_t> bytes;
+  std::vector<float> scales, offsets;
+  Rounder(int64_t rows, int64_t size) : bytes(rows * size), scales(rows * size / GROUP), offsets(rows) {}
+
+  Rows<T> operator()(const T* x, int64_t size, int rows) {
+    for (int r = 0; r < rows && !bytes.empty(); r++) {
+      f32x total = {};
+      for (int64_t at = r * size; at < (r + 1) * size; at += GROUP) {
+        f32x a = load(x + at), b = load(x + at + LANES);
+        a = a > -a ? a : -a, b = b > -b ? b : -b;
+        float top = std::max(1e-20f, most(a > b ? a : b));
+        scales[at / GROUP] = top / 127;
+        for (int h = 0; h < GROUP; h += LANES) {
+          f32x whole = nearest(load(x + at + h) * (127 / top));
+          total += whole * (top / 127);
+          i8x small = __builtin_convertvector(__builtin_convertvector(whole, i32x), i8x);
+          memcpy(bytes.data() + at + h, &small, LANES);
+        }
+      }
+      offsets[r] = 128 * sum(total);
+    }
+    return {x, size, bytes.data(), scales.data(), offsets.data()};
+  }
+};
+
 struct Linear {  // down [rank, in] and up [out, rank] act on SAT rows only; sizes are padded to whole blocks
-  const void *weight, *bias, *down, *up;
+  Matrix weight, down, up;
+  const void* bias;
   int64_t out, in, rank;
 };
 
@@ -152,25 +247,25 @@ struct Pass {  // see native.py
 };
 
 // What the SAT rows add, low [SATs, rank], which outputs() multiplies by `up`: too little to share among threads.
-template <class T> static void lower(const Linear& l, const T* x, int sats, float* y, T* low) {
-  if (!sats) return;
-  for (int b = 0; b < l.rank / BLOCK; b++) {
-    block<T>(x, l.in, sats, (const T*)l.down + int64_t(b) * BLOCK * l.in, l.in, y);
+template <class T> static Rows<T> lower(const Linear& l, const Rows<T>& x, int sats, float* y, T* low, Rounder<T>& rounder) {
+  for (int b = 0; b < (sats ? l.rank / BLOCK : 0); b++) {
+    block<T>(x, sats, l.down, b, y);
     for (int r = 0; r < sats; r++)
       for (int c = 0; c < BLOCK; c += LANES) store(low + r * l.rank + b * BLOCK + c, load(y + r * BLOCK + c));
   }
+  return rounder(low, l.rank, l.rank ? sats : 0);
 }
 
 // Block b of a linear layer for all rows, the last `sats` of them with their update: y [rows, 32].
 template <class T>
-static void outputs(const Linear& l, int b, const T* x, int rows, int sats, const T* low, float* y, float* more) {
-  block<T>(x, l.in, rows, (const T*)l.weight + int64_t(b) * BLOCK * l.in, l.in, y);
+static void outputs(const Linear& l, int b, const Rows<T>& x, int rows, int sats, const Rows<T>& low, float* y, float* more) {
+  block<T>(x, rows, l.weight, b, y);
   if (l.bias)
     for (int r = 0; r < rows; r++)
       for (int h = 0; h < BLOCK; h += LANES)
         store(y + r * BLOCK + h, load(y + r * BLOCK + h) + load((const T*)l.bias + b * BLOCK + h));
   if (l.rank && sats) {
-    block<T>(low, l.rank, sats, (const T*)l.up + int64_t(b) * BLOCK * l.rank, l.rank, more);
+    block<T>(low, sats, l.up, b, more);
     float* to = y + (rows - sats) * BLOCK;
     for (int i = 0; i < sats * BLOCK; i += LANES) store(to + i, load(to + i) + load(more + i));
   }
@@ -197,7 +292,9 @@ template <class T, int H>
 static void attend(const T* q, int dim, const T* keys, const T* values, const std::vector<int>& own, int length, float scale,
                    float* scores, int64_t width, T* gathered, T* out) {
   constexpr int S = Pairs<T>::step;
-  int last = own.back() + 1, seen = length + int(own.size());
+  const int last = own.back() + 1, seen = length + int(own.size());
+  const int* other = own.data();  // the keys that don't lie where their position says: of a chain, none
+  while (length < seen && *other == length) length++, other++;
   for (int t = 0; t < last; t += KEYS) {
     f32x a[H][4] = {};
     const T* k = keys + int64_t(t) * dim;
@@ -212,13 +309,12 @@ static void attend(const T* q, int dim, const T* keys, const T* values, const st
   int padded = (seen + LANES - 1) / LANES * LANES;
   for (int h = 0; h < H; h++) {
     float* s = scores + h * width;
-    for (int j = 0; j < int(own.size()); j++) s[length + j] = s[own[j]];  // own slots ascend: none is overwritten before it is read
+    for (int j = length; j < seen; j++) s[j] = s[other[j - length]];  // own slots ascend: none is overwritten before it is read
     for (int j = seen; j < padded; j++) s[j] = -std::numeric_limits<float>::infinity();
     f32x top = load(s), total = {};
     for (int j = LANES; j < padded; j += LANES) top = load(s + j) > top ? load(s + j) : top;
-    float most = top[0];
-    for (int i = 1; i < LANES; i++) most = std::max(most, top[i]);
-    for (int j = 0; j < padded; j += LANES) store(s + j, exp16(load(s + j) - most));
+    float highest = most(top);
+    for (int j = 0; j < padded; j += LANES) store(s + j, exp16(load(s + j) - highest));
     for (int j = seen; j < padded; j++) s[j] = 0;
     for (int j = 0; j < padded; j += LANES) total += load(s + j);
     float factor = 1.f / sum(total);
@@ -228,7 +324,7 @@ static void attend(const T* q, int dim, const T* keys, const T* values, const st
   // Keys go S at a time: those before `whole` as they lie in the cache, the others gathered.
   int whole = length / S * S, rest = seen - whole;
   for (int j = 0; j < rest; j++) {
-    int slot = whole + j < length ? whole + j : own[whole + j - length];
+    int slot = whole + j < length ? whole + j : other[whole + j - length];
     const T* v = values + int64_t(slot) / S * S * dim + slot % S;
     T* to = gathered + j / S * S * dim + j % S;
     for (int d = 0; d < dim; d++) to[d * S] = v[d * S];
@@ -270,23 +366,28 @@ template <class T> static void run(const Model& m, const Cache& cache, const Pas
     std::vector<float> y(n * BLOCK), y2(n * BLOCK), more(sats * BLOCK), scores(std::min(group, 3) * cache.slots);
     std::vector<T> xn(n * m.hidden), low(sats * rank), low2(sats * rank), gathered((n + S) * m.dim);
     std::vector<int> own;
+    const int in_8_bits = m.head.weight.scale ? 1 : 0;
+    Rounder<T> rows(in_8_bits * n, std::max({m.hidden, m.inner, int64_t(width_q)})), few(in_8_bits * sats, rank), few2(in_8_bits * sats, rank);
+    Rows<T> x{}, small{}, small2{};
     auto normed = [&](const void* weight) {  // every thread for itself: cheaper than waiting for each other
       for (int r = 0; r < n; r++) norm<T>(h + r * m.hidden, weight, m.hidden, m.eps, xn.data() + r * m.hidden);
+      x = rows(xn.data(), m.hidden, n);
     };
     auto project = [&](const Linear& l, T* to) {
-      lower<T>(l, xn.data() + first * m.hidden, sats, y.data(), low.data());
+      small = lower<T>(l, x.from(first), sats, y.data(), low.data(), few);
 #pragma omp for schedule(static) nowait
       for (int b = 0; b < l.out / BLOCK; b++) {
-        outputs<T>(l, b, xn.data(), n, sats, low.data(), y.data(), more.data());
+        outputs<T>(l, b, x, n, sats, small, y.data(), more.data());
         for (int r = 0; r < n; r++)
           for (int c = 0; c < BLOCK; c += LANES) store(to + r * l.out + b * BLOCK + c, load(y.data() + r * BLOCK + c));
       }
     };
-    auto add_to_h = [&](const Linear& l, const T* x) {
-      lower<T>(l, x + first * l.in, sats, y.data(), low.data());
+    auto add_to_h = [&](const Linear& l, const T* from) {
+      x = rows(from, l.in, n);
+      small = lower<T>(l, x.from(first), sats, y.data(), low.data(), few);
 #pragma omp for schedule(static)
       for (int b = 0; b < l.out / BLOCK; b++) {
-        outputs<T>(l, b, x, n, sats, low.data(), y.data(), more.data());
+        outputs<T>(l, b, x, n, sats, small, y.data(), more.data());
         for (int r = 0; r < n; r++)
           for (int c = 0; c < BLOCK; c += LANES) {
             T* to = h + r * m.hidden + b * BLOCK + c;
@@ -342,12 +443,12 @@ template <class T> static void run(const Model& m, const Cache& cache, const Pas
       }
       add_to_h(layer.o, mixed.data());
       normed(layer.norm_mlp);
-      lower<T>(layer.gate, xn.data() + first * m.hidden, sats, y.data(), low.data());
-      lower<T>(layer.up, xn.data() + first * m.hidden, sats, y.data(), low2.data());
+      small = lower<T>(layer.gate, x.from(first), sats, y.data(), low.data(), few);
+      small2 = lower<T>(layer.up, x.from(first), sats, y.data(), low2.data(), few2);
 #pragma omp for schedule(static)
       for (int b = 0; b < m.inner / BLOCK; b++) {
-        outputs<T>(layer.gate, b, xn.data(), n, sats, low.data(), y.data(), more.data());
-        outputs<T>(layer.up, b, xn.data(), n, sats, low2.data(), y2.data(), more.data());
+        outputs<T>(layer.gate, b, x, n, sats, small, y.data(), more.data());
+        outputs<T>(layer.up, b, x, n, sats, small2, y2.data(), more.data());
         for (int r = 0; r < n; r++)
           for (int c = 0; c < BLOCK; c += LANES) {
             f32x g = rounded<T>(load(y.data() + r * BLOCK + c)), u = rounded<T>(load(y2.data() + r * BLOCK + c));
@@ -359,12 +460,13 @@ template <class T> static void run(const Model& m, const Cache& cache, const Pas
     T* states = (T*)pass.states;
 #pragma omp for schedule(static)
     for (int r = 0; r < n; r++) norm<T>(h + r * m.hidden, m.norm, m.hidden, m.eps, states + r * m.hidden);
-    int rows = pass.last;  // logits of the last rows only
+    const int last = pass.last;  // logits of the last rows only
+    x = rows(states + (n - last) * m.hidden, m.hidden, last);
 #pragma omp for schedule(static)
-    for (int b = 0; b < (rows ? m.head.out / BLOCK : 0); b++) {
-      outputs<T>(m.head, b, states + (n - rows) * m.hidden, rows, 0, nullptr, y.data(), more.data());
+    for (int b = 0; b < (last ? m.head.out / BLOCK : 0); b++) {
+      outputs<T>(m.head, b, x, last, 0, small, y.data(), more.data());
       int count = std::min<int64_t>(BLOCK, m.vocabulary - b * BLOCK);
-      for (int r = 0; r < rows; r++) {
+      for (int r = 0; r < last; r++) {
         T part[BLOCK];
         for (int c = 0; c < BLOCK; c += LANES) store(part + c, load(y.data() + r * BLOCK + c));
         memcpy((T*)pass.logits + r * m.vocabulary + b * BLOCK, part, count * sizeof(T));
@@ -456,7 +558,7 @@ static void rank_columns(const std::vector<float>& score, const double* noise, c
 }
 
 template <class T> static void draft(const Model& m, const Drafting& d) {
-  const int hidden = m.hidden, inner = m.draft_inner.weight ? m.draft_inner.out : 0, n = d.shortlist;
+  const int hidden = m.hidden, inner = m.draft_inner.weight.weight ? m.draft_inner.out : 0, n = d.shortlist;
   std::vector<T> both(2 * hidden), middle(inner), moves(hidden), ones(hidden);
   for (int i = 0; i < hidden; i += LANES) store(ones.data() + i, all(1.f));
   std::vector<float> score(n);
@@ -477,7 +579,7 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
         }
 #pragma omp for schedule(static)
         for (int b = 0; b < inner / BLOCK; b++) {
-          outputs<T>(m.draft_inner, b, both.data(), 1, 0, nullptr, y, nullptr);
+          block<T>({both.data(), 2 * hidden}, 1, m.draft_inner.weight, b, y);
           for (int c = 0; c < BLOCK; c += LANES) {
             f32x g = rounded<T>(load(y + c));
             store(middle.data() + b * BLOCK + c, g / (exp16(-g) + 1.f));
@@ -485,7 +587,7 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
         }
 #pragma omp for schedule(static)
         for (int b = 0; b < hidden / BLOCK; b++) {
-          outputs<T>(m.draft_outer, b, middle.data(), 1, 0, nullptr, y, nullptr);
+          block<T>({middle.data(), inner}, 1, m.draft_outer.weight, b, y);
           for (int c = 0; c < BLOCK; c += LANES) store(moves.data() + b * BLOCK + c, load(y + c));
         }
       }

@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from .attention import sliding_window
 from .config import MAX_ROWS
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+_FORMS = ("llama", "mistral", "qwen2", "qwen3")  # native.cpp has all that their modules in transformers compute, and no more
 _BLOCK, _KEYS = 32, 64  # outputs of a linear layer, and keys, that native.cpp takes together
 
 
@@ -39,9 +41,15 @@ class Unavailable(Exception):
     """Why the native engine can't be used here, in one line."""
 
 
+class _Matrix(Structure):
+    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("stride", c_int64)]
+
+
 class _Linear(Structure):
-    _fields_ = [(name, c_void_p) for name in ("weight", "bias", "down", "up")] + [
-        (name, c_int64) for name in ("out", "in_", "rank")
+    _fields_ = [
+        *((name, _Matrix) for name in ("weight", "down", "up")),
+        ("bias", c_void_p),
+        *((name, c_int64) for name in ("out", "in_", "rank")),
     ]
 
 
@@ -115,6 +123,17 @@ def pack(weight: Tensor, step: int) -> Tensor:
     return weight.view(-1, 2, 16, weight.shape[1] // step, step).permute(0, 3, 1, 2, 4).contiguous()
 
 
+def pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, in] in 8 bits, one scale an output, out padded: (bytes [out / 16, in / 4, 16, 4] from 1 to 255, scales [out]).
+
+    An element is (byte - 128) * scale.
+    """
+    weight = nn.functional.pad(weight.detach().float(), (0, 0, 0, -weight.shape[0] % _BLOCK))
+    scale = weight.abs().amax(1).clamp_min(1e-20) / 127
+    whole = (weight / scale[:, None]).round().add_(128).to(torch.uint8)
+    return whole.view(-1, 16, weight.shape[1] // 4, 4).transpose(1, 2).contiguous(), scale
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -142,15 +161,24 @@ class NativeCache:
 
 
 class NativeEngine:
-    """The weights of a model, and of its adapter, in native.cpp's order. The copy takes as much memory as the weights."""
+    """The weights of a model, and of its adapter, in native.cpp's order. The copy takes as much memory as the weights.
 
-    def __init__(self, model: Any, adapter: SatAdapter | None, max_context: int):
+    rounded: linear layers in 8 bits, for passes that only draft: half the bytes to read, and nearly the same guesses. Its rows
+    read the cache of the exact engine; what they write there is never kept.
+    """
+
+    def __init__(self, model: Any, adapter: SatAdapter | None, max_context: int, rounded: bool = False):
         config, base = model.config, model.base_model
+        if config.model_type not in _FORMS:
+            raise Unavailable(f"architecture {config.model_type}")
+        window = sliding_window(config)
+        if window is not None and window < max_context:
+            raise Unavailable(f"sliding_window={window}, and the context goes on to {max_context}")
         self.dtype = model.get_input_embeddings().weight.dtype
         if self.dtype not in (torch.bfloat16, torch.float32) or model.device.type != "cpu":
             raise Unavailable(f"it has no {self.dtype} on {model.device.type}")
         self.is_bf16 = int(self.dtype == torch.bfloat16)
-        self._step, self._kept, self._adapter = 1 + self.is_bf16, [], adapter
+        self._step, self._kept, self._adapter, self._rounded = 1 + self.is_bf16, [], adapter, rounded
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         sizes = {"hidden": config.hidden_size, "dim": dim, "inner": config.intermediate_size}
@@ -173,7 +201,7 @@ class NativeEngine:
             cos.data_ptr(), sin.data_ptr(), _pointer(self._keep(base.norm.weight)),
             self._linear(head.weight, head.bias), layers,
             _pointer(self._keep(tokens.weight)), _pointer(self._keep(head.weight)),
-            *self._head(adapter), torch.finfo(self.dtype).eps,
+            *self._head(None if rounded else adapter), torch.finfo(self.dtype).eps,
         )  # fmt: skip
 
     def _head(self, adapter: SatAdapter | None) -> tuple[_Linear, _Linear]:
@@ -188,16 +216,30 @@ class NativeEngine:
         self._kept.append(tensor.detach().contiguous())
         return self._kept[-1]
 
+    def _packed(self, *weights: Tensor) -> list[_Matrix]:
+        """Matrices with as many outputs, block by block beside each other in memory."""
+        blocks = -(-weights[0].shape[0] // _BLOCK)
+        packed = [pack8(weight) if self._rounded else (pack(weight, self._step),) for weight in weights]
+        held = [[part.view(blocks, -1).view(torch.uint8) for part in parts] for parts in packed]  # bytes, and scales in 8 bits
+        together = self._keep(torch.cat([part for parts in held for part in parts], 1))
+        at, matrices = together.data_ptr(), []
+        for parts in held:
+            matrices.append(_Matrix(at, at + parts[0].shape[1] if self._rounded else None, together.shape[1]))
+            at += sum(part.shape[1] for part in parts)
+        return matrices
+
     def _linear(self, weight: Tensor, bias: Tensor | None = None, name: str = "") -> _Linear:
-        packed = self._keep(pack(weight, self._step))
-        bias = None if bias is None else self._keep(nn.functional.pad(bias, (0, -len(bias) % _BLOCK)))
-        struct = _Linear(_pointer(packed), _pointer(bias), None, None, _BLOCK * len(packed), weight.shape[1], 0)
-        if self._adapter is not None and name in self._adapter.down:
-            down, up = self._adapter.down[name], self._adapter.config.scale * self._adapter.up[name]
-            padding = -down.shape[0] % _BLOCK
-            down, up = nn.functional.pad(down, (0, 0, 0, padding)), nn.functional.pad(up, (0, padding))
-            struct.down, struct.up = (_pointer(self._keep(pack(part, self._step))) for part in (down, up))
-            struct.rank = down.shape[0]
+        out, inner = weight.shape
+        struct = _Linear(out=out + -out % _BLOCK, in_=inner)
+        if bias is not None:
+            struct.bias = _pointer(self._keep(nn.functional.pad(bias, (0, -out % _BLOCK))))
+        if self._adapter is None or name not in self._adapter.down:
+            (struct.weight,) = self._packed(weight)
+            return struct
+        down, up = self._adapter.down[name], self._adapter.config.scale * self._adapter.up[name]
+        padding = -down.shape[0] % _BLOCK
+        down, up = nn.functional.pad(down, (0, 0, 0, padding)), nn.functional.pad(up, (0, padding))
+        (struct.down,), (struct.weight, struct.up), struct.rank = self._packed(down), self._packed(weight, up), down.shape[0]
         return struct
 
     def _layer(self, layer: Any) -> _Layer:

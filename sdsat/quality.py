@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from . import sandbox
 from .config import STRATEGIES, DecodeConfig, SamplingConfig, require
+from .datasets import Limit, check_limit, humaneval_problems
 from .decode import generate
 from .model import SatModel
-from .prompts import encode_prompt, humaneval_problems
+from .prompts import encode_prompt
 from .records import open_record, write_json
 from .tree import make_tree, parse_tree
 
@@ -35,7 +36,7 @@ class QualityConfig:
     samples: int = 1
     top_k: int = 10
     top_p: float = 0.95
-    data_limit: int | None = None
+    data_limit: Limit = None
     max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
@@ -43,7 +44,7 @@ class QualityConfig:
         object.__setattr__(self, "strategies", tuple(dict.fromkeys(self.strategies)))
         require(self.samples >= 1, f"samples={self.samples}: expected 1 or more")
         require(self.samples == 1 or self.temperature > 0, f"samples={self.samples}: greedy answers are all the same; expected 1")
-        require(self.data_limit is None or self.data_limit >= 1, f"data_limit={self.data_limit}: expected 1 or more")
+        check_limit(self.data_limit)
         for strategy, k in self.keys:
             self.decode(strategy, k, 0, ())
             make_tree(parse_tree(self.tree), max(1, k))

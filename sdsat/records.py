@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A settings dataclass as JSON gives it back: tuples are lists."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    """A settings dataclass as JSON gives it back: tuples are lists, shares are texts."""
+    forms: dict[type, Any] = {tuple: list, Fraction: str}
+    return {key: forms[type(value)](value) if type(value) in forms else value for key, value in asdict(config).items()}
 
 
 def read_json(path: Path) -> Any:
@@ -108,6 +110,7 @@ def environment(model: SatModel) -> dict[str, Any]:
         "device": model.device.type,
         "device_name": " + ".join(map(torch.cuda.get_device_name, model.devices)) if cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "commit": _commit(),
         "engine": model.engine_name,
         "row_policy": asdict(model.row_policy) if model.row_policy else None,

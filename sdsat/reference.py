@@ -31,7 +31,8 @@ def transformers_generate(model: SatModel, prompt_ids: list[int], config: Decode
         model.adapter.detach()
     if model.packed is not None:
         model.packed.detach()
-    model.model.set_attn_implementation("sdpa")
+    capped = getattr(model.model.config, "attn_logit_softcapping", None) is not None
+    model.model.set_attn_implementation("eager" if capped else "sdpa")  # sdpa would leave Gemma 2's caps out
     try:
         began = time.perf_counter()
         output = model.model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)

@@ -16,7 +16,7 @@ from rich.table import Table
 from .config import STRATEGIES, InputError, require
 from .records import write_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _RESAMPLES = 10_000
 Rows = np.ndarray  # [problems, columns]
 
@@ -81,6 +81,7 @@ def _run_summary(problems: list[dict[str, Any]], key: tuple[str, int], settings:
         "num_new_tokens": int(tokens),
         "num_passes": int(passes),
         "num_plain_passes": sum(run["num_plain_passes"] for run in runs),
+        "num_rounded_passes": sum(run["num_rounded_passes"] for run in runs),
         "seconds": round(spent, 4),
         "prefill_seconds": round(sum(run["prefill_seconds"] for run in runs), 4),
         "tokens_per_second": round(tokens / spent, 4),
@@ -151,9 +152,10 @@ def describe(summary: dict[str, Any]) -> str:
     """One line that says what was measured, on what."""
     settings, environment = summary["settings"], summary["environment"]
     method = "greedy" if settings["method"] == "greedy" else f"nucleus, temperature {settings['temperature']}"
+    dtype = environment.get("dtype", settings["dtype"])
     return (
         f"{settings['model']}, {settings['dataset']}, {summary['runs'][0]['num_problems']} problems, {method}, "
-        f"{settings['dtype']}, up to {settings['max_new_tokens']} new tokens, {environment['device_name']}"
+        f"{dtype}, up to {settings['max_new_tokens']} new tokens, {environment['device_name']}"
     )
 
 
@@ -187,7 +189,10 @@ def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
         if not drafted and not first:
             continue
         figure, axes = _axes(_title(summary), "k, semantic adaptive tokens per draft", label)
-        for strategy, runs in lines.items() or {"AR": []}.items():
+        for strategy, measured in lines.items() or {"AR": []}.items():
+            runs = [run for run in measured if run[name] is not None]  # no acceptance rate where nothing was drafted
+            if not runs and not first:
+                continue
             if len(runs) == 1 and len(lines) > 1:
                 axes.axhline(runs[0][name], linestyle="--", color="tab:green", label=f"{strategy}, k up to {runs[0]['k']}")
                 continue

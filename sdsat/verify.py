@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import DecodeConfig, SamplingConfig, require
+from .config import DecodeConfig, SamplingConfig
+from .datasets import Limit, check_limit
 from .decode import generate, next_logits
 from .model import SatModel
 from .prompts import humaneval
@@ -44,11 +45,11 @@ class VerifyConfig:
     seeds: tuple[int, ...] = (0,)
     top_k: int = 10
     top_p: float = 0.95
-    data_limit: int = 40
+    data_limit: Limit = 40
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
-        require(self.data_limit >= 1, f"data_limit={self.data_limit}: expected 1 or more")
+        check_limit(self.data_limit)
         for tree in self.trees:
             for k in self.k_list:
                 make_tree(parse_tree(tree), max(1, k))

@@ -7,7 +7,7 @@ from conftest import tiny_llama
 from sdsat.attention import grouped_attention
 
 
-def naive_attention(query, key, value, mask, scaling):
+def naive_attention(query, key, value, mask, scaling, softcap=None):
     """[B, S, H, D]: head h uses key/value head h // groups, a row the columns that its mask names."""
     batch, heads, rows, dim = query.shape
     groups = heads // key.shape[1]
@@ -16,8 +16,9 @@ def naive_attention(query, key, value, mask, scaling):
         for h in range(heads):
             for s in range(rows):
                 seen = mask[b if len(mask) > 1 else 0, 0, s].nonzero()[:, 0]
-                weights = (key[b, h // groups, seen] @ query[b, h, s] * scaling).softmax(0)
-                out[b, s, h] = weights @ value[b, h // groups, seen]
+                scores = key[b, h // groups, seen] @ query[b, h, s] * scaling
+                scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+                out[b, s, h] = scores.softmax(0) @ value[b, h // groups, seen]
     return out
 
 
@@ -25,7 +26,8 @@ def naive_attention(query, key, value, mask, scaling):
 @pytest.mark.parametrize(("batch", "masks"), [(1, 1), (3, 3), (3, 1)])
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("scaling", [None, 0.7])
-def test_equals_naive_attention(kv_heads, batch, masks, rows, scaling):
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_equals_naive_attention(kv_heads, batch, masks, rows, scaling, softcap):
     generator = torch.Generator().manual_seed(kv_heads)
     # Laid out [B, S, H, D] and transposed, as transformers hands them over.
     query, key, value = (
@@ -34,9 +36,10 @@ def test_equals_naive_attention(kv_heads, batch, masks, rows, scaling):
     )
     mask = torch.rand(masks, 1, rows, 11, generator=generator) < 0.5
     mask[..., 2] = True
-    got, weights = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling)
+    got, weights = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling, softcap)
     assert weights is None
-    torch.testing.assert_close(got, naive_attention(query, key, value, mask, scaling or 8**-0.5))
+    tolerance = dict(rtol=1e-5, atol=1e-6) if softcap else {}  # a softmax in float32, as Gemma 2's own
+    torch.testing.assert_close(got, naive_attention(query, key, value, mask, scaling or 8**-0.5, softcap), **tolerance)
 
 
 def test_masked_slots_cannot_leak():
@@ -46,6 +49,19 @@ def test_masked_slots_cannot_leak():
     clean = grouped_attention(torch.nn.Module(), query, key, value, mask)[0]
     key[:, :, 4:], value[:, :, 4:] = 1e4, -1e4
     assert torch.equal(grouped_attention(torch.nn.Module(), query, key, value, mask)[0], clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_window_at_the_end_of_a_long_cache(dtype):
+    """Whole blocks of keys that a row may not see, before and behind what it may, count for nothing."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, n, 32) for heads, n in ((4, 3), (2, 2600), (2, 2600)))
+    mask = torch.zeros(1, 1, 3, 2600, dtype=torch.bool)
+    for row in range(3):
+        mask[..., row, 2000 + row : 2016 + row] = True
+    got = grouped_attention(torch.nn.Module(), *(part.to(dtype) for part in (query, key, value)), mask)[0]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got.float(), naive_attention(query, key, value, mask, 32**-0.5), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,7 +5,7 @@ import torch
 from conftest import VOCAB, tiny_llama
 from torch.nn.utils.rnn import pad_sequence
 
-from sdsat.cache import SlotCache, pass_mask
+from sdsat.cache import SlotCache, pass_mask, slot_positions
 from sdsat.decode import prefill
 from sdsat.model import SatModel
 
@@ -99,6 +99,14 @@ def test_pass_mask_is_the_documented_one():
     ]
     cache.length = 0
     assert pass_mask(cache, within)[0, 0, 2].int().tolist() == [1, 0, 1, 0, 0, 0, 0, 0]
+
+
+def test_slot_positions_are_those_of_what_the_slots_hold():
+    cache = SlotCache(1, 8)
+    cache.length = 3
+    offsets = torch.tensor([0, 1, 1])
+    assert slot_positions(cache, offsets)[:6].tolist() == [0, 1, 2, 3, 4, 4]
+    assert torch.equal(slot_positions(cache, offsets, torch.tensor([3])), slot_positions(cache, offsets))
 
 
 @pytest.mark.parametrize("slots", [[[0], [5], [3]], [[4, 0], [1, 2], [7, 6]]], ids=["one row", "two rows"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from sdsat import cli, devices
 from sdsat.adapter import AdapterConfig
+from sdsat.bench import BenchConfig
 
 ROOT = Path(__file__).parent.parent
 RUN_KEYS = {
@@ -92,7 +94,7 @@ def wait_for_problems(folder, count):
 def test_start_scripts(start, method, arguments, folder):
     out, _ = start(method, *arguments)
     summary = json.loads((start.results / folder / "summary.json").read_text())
-    assert summary["schema_version"] == 2
+    assert summary["schema_version"] == 3
     assert summary["environment"]["torch"] and summary["settings"]["seed"] == 0
     assert [(run["strategy"], run["k"]) for run in summary["runs"]] == [
         ("ar", 0), ("two-step", 2), ("two-step", 5), ("auto", 5),
@@ -223,6 +225,7 @@ def command(monkeypatch, capsys, tiny, tmp_path):
     """Run `sdsat ...` in this process: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # an unknown model is unknown at once, also where a hub is reachable
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # in this process, too
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["sdsat", *(str(tiny) if a == "TINY" else a for a in arguments)])
@@ -251,6 +254,10 @@ BAD_INPUT = [
     (["bench", "greedy", "TINY", "cpu", "--k-list", "five"], "k_list=five: expected numbers"),
     (["bench", "greedy", "TINY", "cpu", "--tree", "bush"], "tree='bush': expected"),
     (["bench", "greedy", "TINY", "cpu", "--data-limit", "0"], "data_limit=0: expected 1 or more"),
+    (["bench", "greedy", "TINY", "cpu", "--data-limit", "half"], "data_limit=half: expected a number of problems, a share"),
+    (["bench", "greedy", "TINY", "cpu", "--dataset", "mbpp"], "dataset=mbpp: expected humaneval, infilling"),
+    (["bench", "greedy", "TINY", "cpu", "--trained-k", "5"], "trained_k=5: "),
+    (["bench", "greedy", "TINY", "cpu", "--dataset", "infilling"], "infilling needs CodeLlama's tokens"),
     (["bench", "greedy", "TINY", "cpu", "--max-new-tokens", "0"], "max_new_tokens=0: expected 1 or more"),
     (["bench", "greedy", "TINY", "cpu", "--dtype", "int3"], "dtype=int3: expected"),
     (["bench", "greedy", "TINY", "cpu", "--results", "a-file/x"], "a-file/x/tiny-sdsat/greedy: cannot be written"),
@@ -265,6 +272,47 @@ BAD_INPUT = [
     (["train", "--data", "none", "--out", "out"], "data=none: no such file or folder"),
     (["distill", "--source", "none", "--out", "out", "--model", "TINY"], "source=none: expected a folder of Python code"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "expected"),
+    [
+        (["greedy", "", "cpu"], {}, [dict(data_limit=6)]),
+        (["nucleus", "TINY", "0", "0.2"], {}, [dict(method="nucleus", temperature=0.2)]),
+        (
+            ["greedy", "ainergy/CodeLlama-SDSAT_L5_7B", "0,1,2,3"],
+            {},
+            [
+                dict(dataset="humaneval", data_limit=Fraction(1, 2), max_new_tokens=512, k_list=tuple(range(14)), dtype="auto"),
+                dict(dataset="infilling", data_limit=Fraction(3, 100), max_new_tokens=50, k_list=tuple(range(14)), dtype="auto"),
+            ],
+        ),
+        (
+            ["nucleus", "ainergy/CodeLlama-SDSAT_L7_13B", "0", "0.2"],
+            {"DATASET": "infilling-psm", "K_LIST": "0,5", "TREE": "chain", "DATA_LIMIT": "all", "TRAINED_K": "6"},
+            [
+                dict(
+                    method="nucleus", temperature=0.2, dataset="infilling-psm", max_new_tokens=50, k_list=(0, 5), dtype="auto",
+                    trained_k=6,
+                )
+            ],
+        ),
+    ],
+    ids=["embedded", "adapter", "published", "published but otherwise"],
+)  # fmt: skip
+def test_what_is_measured_by_default(command, monkeypatch, tiny, tmp_path, arguments, settings, expected):
+    """The small run for the embedded default, the paper's settings for its checkpoints; the environment overrides both."""
+    measured = []
+    monkeypatch.setattr("sdsat.bench.bench", lambda config, *_: (measured.append(config) or tmp_path, []))
+    monkeypatch.setattr("sdsat.report.report", lambda _: {"runs": [{"num_problems": 1}]})
+    monkeypatch.setattr("sdsat.report.rich_table", lambda _: "")
+    for name in ("K_LIST", "TREE", "DTYPE", "DATASET", "DATA_LIMIT", "MAX_NEW_TOKENS", "TRAINED_K"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert command("bench", *arguments)[0] == 0
+    model = {"": "smollm2-135m-sdsat", "TINY": str(tiny)}.get(arguments[1], arguments[1])
+    assert measured == [BenchConfig(model, **fields) for fields in expected]
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=[" ".join(a)[:60] for a, _ in BAD_INPUT])

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 import torch
 from conftest import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
-from transformers import GPT2Config, MistralConfig, Qwen2Config
+from transformers import GPT2Config
 
 from sdsat import adapter as adapters
 from sdsat.adapter import AdapterConfig, SatAdapter, sample_weights
@@ -165,20 +164,6 @@ def test_published_checkpoints_are_known_by_name(tmp_path, name, k):
 @pytest.mark.parametrize(("eos", "stop_ids"), [(None, ()), (0, (0,)), ([2, 9], (2, 9))], ids=str)
 def test_stop_ids(eos, stop_ids):
     assert SatModel(tiny_llama(eos_token_id=eos), None, "tiny").stop_ids == stop_ids
-
-
-@pytest.mark.parametrize(
-    ("config", "length"),
-    [
-        (MistralConfig(sliding_window=32, max_position_embeddings=100), 32),
-        (MistralConfig(sliding_window=None, max_position_embeddings=100), 100),
-        (MistralConfig(sliding_window=320, max_position_embeddings=100), 100),
-        (Qwen2Config(use_sliding_window=False, sliding_window=32, max_position_embeddings=100), 100),
-        (Qwen2Config(use_sliding_window=True, sliding_window=32, max_position_embeddings=100), 32),
-    ],
-)
-def test_a_sliding_window_ends_the_context(config, length):
-    assert SatModel(SimpleNamespace(config=config), None, "tiny").max_context == length
 
 
 @pytest.mark.parametrize(

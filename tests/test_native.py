@@ -129,6 +129,62 @@ def test_bfloat16_is_as_near_to_the_exact_as_transformers_bfloat16(name):
     assert (got - exact).abs().max() <= 2 * (theirs - exact).abs().max()
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (75, 64), (100, 96)], ids=str)
+def test_weights_in_8_bits(shape):
+    weight = torch.randn(shape) * torch.rand(shape[0], 1)
+    weight[3] = 0
+    packed, scale = native.pack8(weight)
+    assert packed.shape == (len(scale) // 16, shape[1] // 4, 16, 4) and packed.dtype == torch.uint8
+    for o, i in [(0, 0), (3, 5), (17, 31), (31, 1), (shape[0] - 1, shape[1] - 1)]:
+        held = (int(packed[o // 16, i // 4, o % 16, i % 4]) - 128) * scale[o]
+        assert abs(held - weight[o, i]) <= scale[o] * 0.501
+    assert torch.allclose(scale[: shape[0]] * 127, weight.abs().amax(1), atol=1e-18)
+
+
+def in_8_bits(weight):
+    scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-20) / 127
+    return (weight / scale).round() * scale
+
+
+def rows_in_8_bits(module, args):
+    groups = args[0].unflatten(-1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-20) / 127
+    return (groups / scale).round().mul(scale).flatten(-2)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10, 11, 33])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_in_8_bits_are_those_of_rounded_weights_and_rows(name, rows):
+    """Through transformers' modules, with weights and inputs rounded; after a context that the exact engine has read."""
+    lm, tokens = random_lm(name), TOKENS[: 40 + rows]
+    model = natively(lm)
+    cache = new_cache(model, len(tokens))
+    prefill(model, cache, tokens[:40])
+    got = forward(model, cache, tokens[40:], chain(rows), rounded=True)[1]
+    before = forward(model, cache, tokens[40:], chain(rows))[1]
+    other = random_lm(name)
+    other.set_attn_implementation("sdpa")
+    past = other(tokens[None, :40], use_cache=True).past_key_values
+    for module in [m for m in other.modules() if isinstance(m, torch.nn.Linear)]:
+        module.weight = torch.nn.Parameter(in_8_bits(module.weight), requires_grad=False)
+        module.register_forward_pre_hook(rows_in_8_bits)
+    want = other(tokens[None, 40:], past_key_values=past).logits[0]
+    assert (got - want).norm() <= 0.6 * (got - before).norm()  # rounding is a step: near an edge it may fall either way
+    assert (got - before).norm() <= 0.2 * before.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 10, 11])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_linear_layer_in_8_bits(name, rows):
+    """The last one, of whose input, the states, the caller has every bit: nothing is near an edge unseen."""
+    lm = random_lm(name)
+    model = natively(lm)
+    states, got = forward(model, new_cache(model, rows), TOKENS[:rows], chain(rows), rounded=True)
+    inputs, head = rows_in_8_bits(None, [states.double()]), lm.get_output_embeddings()
+    want = inputs @ in_8_bits(head.weight).double().T + (0 if head.bias is None else head.bias.double())
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 @pytest.mark.parametrize("factor", [20, 200])
 def test_gates_far_below_zero(factor):
     """silu is 0 there, though exp(-gate) is more than a float can be."""

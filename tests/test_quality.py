@@ -9,9 +9,9 @@ import torch
 from conftest import one_line_error, tiny_llama, tiny_tokenizer
 
 from sdsat import quality, sandbox
+from sdsat.datasets import humaneval_problems
 from sdsat.decode import Generation
 from sdsat.model import SatModel
-from sdsat.prompts import humaneval_problems
 from sdsat.quality import QualityConfig, completion, evaluate
 
 PROBLEMS = humaneval_problems(3)

@@ -15,6 +15,7 @@ def run(strategy, k, tokens, seconds, passes, proposed=(), accepted=(), histogra
     return {
         "strategy": strategy, "k": k, "prefill_seconds": 0.5, "decode_seconds": seconds - 0.5, "num_passes": passes,
         "num_plain_passes": 0,
+        "num_rounded_passes": 0,
         "num_new_tokens": tokens, "finish": "length", "proposed_by_depth": list(proposed), "accepted_by_depth": list(accepted),
         "accepted_histogram": list(histogram), "output_sha256": sha,
     }  # fmt: skip
@@ -22,7 +23,7 @@ def run(strategy, k, tokens, seconds, passes, proposed=(), accepted=(), histogra
 
 def document(problems, device="cpu"):
     return {
-        "schema_version": 2, "device": device, "environment": {"device_name": "test CPU"}, "settings": SETTINGS,
+        "schema_version": 3, "device": device, "environment": {"device_name": "test CPU"}, "settings": SETTINGS,
         "problems": [{"task_id": f"{device}/{i}", "num_prompt_tokens": 3, "runs": runs} for i, runs in enumerate(problems)],
     }  # fmt: skip
 
@@ -70,12 +71,20 @@ def test_report_of_a_single_problem_has_no_interval(documents, tmp_path):
     assert report(tmp_path)["runs"][1]["speedup_ci95"] is None
 
 
+def test_report_of_a_strategy_that_never_drafted(documents, tmp_path):
+    """`auto` may find plain passes best throughout: no acceptance rate, and all plots all the same."""
+    documents[0]["problems"][0]["runs"].append(run("auto", 2, 8, 4.0, 8, (0, 0), (0, 0), (0, 0, 0)))
+    write_json(tmp_path / "worker_cpu.json", documents[0])
+    assert report(tmp_path)["runs"][2]["acceptance_rate"] is None
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "not a worker document"),
         ("[]", "not a worker document"),
-        ('{"schema_version": 0, "problems": []}', "schema_version 0, expected 2"),
+        ('{"schema_version": 0, "problems": []}', "schema_version 0, expected 3"),
     ],
 )
 def test_report_refuses_what_it_cannot_read(content, message, tmp_path):

