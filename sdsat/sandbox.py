@@ -37,10 +37,11 @@ def _cut_off() -> None:
     if sys.platform == "linux" and ctypes.CDLL(None).unshare(_NEW_USER | _NEW_NETWORK) == 0:
         return
 
-    def refuse(*arguments: object, **named: object) -> None:
-        raise OSError("no network here")
+    class Refused(socket.socket):  # still a class: ssl, which any web client imports, derives its own from it
+        def __init__(self, *arguments: object, **named: object) -> None:
+            raise OSError("no network here")
 
-    socket.socket = socket.create_connection = _socket.socket = refuse  # type: ignore
+    socket.socket = _socket.socket = Refused  # type: ignore
 
 
 def _main() -> None:

@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from sdsat import cli, devices
 from sdsat.adapter import AdapterConfig
 from sdsat.bench import BenchConfig
+from sdsat.records import RECORD_VERSION
+from sdsat.report import SCHEMA_VERSION
 
 ROOT = Path(__file__).parent.parent
 RUN_KEYS = {
@@ -80,7 +82,7 @@ def documents(folder):
 
 
 def wait_for_problems(folder, count):
-    for _ in range(600):
+    for _ in range(2000):
         if sum(len(document["problems"]) for document in documents(folder)) >= count:
             return
         time.sleep(0.1)
@@ -384,21 +386,21 @@ def written(folder, name, **content):
 
 
 def test_results_of_an_older_schema_or_of_other_settings_are_refused_and_kept(command, tmp_path):
-    folder = tmp_path / "results" / "tiny-sdsat" / "greedy"
+    folder = Path("results/tiny-sdsat/greedy")
     file = written(folder, "worker_cpu.json", schema_version=1, problems=[])
     code, _, errors = command("bench", "greedy", "TINY", "cpu")
     assert code == 2
-    expected = "schema_version 1, expected 2; delete the folder or choose another RESULTS_DIR"
+    expected = f"schema_version 1, expected {SCHEMA_VERSION}; delete the folder or choose another RESULTS_DIR"
     assert last_line(errors) == f"error: {file}: {expected}"
     assert json.loads(file.read_text()) == {"schema_version": 1, "problems": []}
-    written(folder, "worker_cpu.json", schema_version=2, settings={"max_new_tokens": 12}, problems=[])
+    written(folder, "worker_cpu.json", schema_version=SCHEMA_VERSION, settings={"max_new_tokens": 12}, problems=[])
     code, _, errors = command("bench", "greedy", "TINY", "cpu", "--max-new-tokens", "13")
     assert code == 2 and "holds results for" in last_line(errors)
     for name in ("verify", "eval"):
         out = written(tmp_path, "out.json", schema_version=1, settings={}, problems=[])
         code, _, errors = command(name, "TINY", "--data-limit", "1", "--dtype", "float32", "--out", str(out))
         assert code == 2
-        assert last_line(errors) == f"error: {out}: schema_version 1, expected 2; delete it or choose another file"
+        assert last_line(errors) == f"error: {out}: schema_version 1, expected {RECORD_VERSION}; delete it or choose another file"
         with FileLock(tmp_path / ".out.json.lock"):
             code, _, errors = command(name, "TINY", "--data-limit", "1", "--dtype", "float32", "--out", str(out))
         assert code == 2
