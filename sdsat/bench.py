@@ -17,6 +17,9 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from multiprocessing.connection import Connection, wait
@@ -183,8 +186,12 @@ def _worker(config: BenchConfig, device: str, label: str, todo: list[Task], fold
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def warn(message: Any, *_: Any, **__: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
-        pipe.send(("warning", str(message)))
+        say("warning", message)
+
+    def say(kind: str, message: object) -> None:
+        with suppress(OSError):  # a full disk takes no log, but the line is said
+            print(f"{kind}: {message}", file=sys.stderr)
+        pipe.send((kind, str(message)))
 
     try:
         _log_to(_log(folder, label), f"worker {label}: {len(todo)} problems, {config}")
@@ -203,8 +210,7 @@ def _worker(config: BenchConfig, device: str, label: str, todo: list[Task], fold
             write_json(folder / f"worker_{label}.json", document)
             pipe.send(("problem", record))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        pipe.send(("error", str(error)))
+        say("error", error)
         sys.exit(2)
 
 
@@ -236,6 +242,20 @@ def _log_to(file: Path, title: str) -> None:
 def _context(config: BenchConfig) -> int:
     """Positions of the cache that a worker needs memory for."""
     return _PROMPT_TOKENS + config.max_new_tokens
+
+
+def _check_memory(config: BenchConfig, devices: list[str]) -> None:
+    """Refuse workers that can't all fit, before one starts."""
+    size, taken = models.sized(config.model, config.dtype), dict[Any, int]()
+    for device in devices:
+        placing.place(size, device, _context(config), taken)
+
+
+def aside(function: Callable[..., None], *arguments: Any) -> None:
+    """Call in a process of its own, which takes with it what it holds of the GPUs; raises what the function raises."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+        pool.submit(function, *arguments).result()
 
 
 def _settings(config: BenchConfig) -> dict[str, Any]:
@@ -316,9 +336,10 @@ def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path,
         if not todo:
             tqdm.write(f"{folder}: all {len(tasks)} problems were measured before; delete it or set RESULTS_DIR to measure anew")
             return folder, []
-        size, taken = models.sized(config.model, config.dtype), dict[Any, int]()
-        for device in devices[: len(todo)]:
-            placing.place(size, device, _context(config), taken)
+        if devices[0] == "cpu":
+            _check_memory(config, devices[: len(todo)])
+        else:  # asking a GPU for its memory takes some of it, and all of one that is set to serve one process
+            aside(_check_memory, config, devices[: len(todo)])
         progress = _Progress(finished, len(tasks))
         return folder, _run_workers(config, devices, todo, folder, progress)
 

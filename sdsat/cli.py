@@ -496,6 +496,10 @@ def main(application: typer.Typer = app) -> None:
         code = _fail(_INTERRUPTED, 130)
     except SystemExit as error:
         code = _fail(error.code, 1) if isinstance(error.code, str) else error.code
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+            raise
+        code = _fail(str(error).splitlines()[0], 1)
     sys.exit(code)
 
 

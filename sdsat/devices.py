@@ -78,8 +78,8 @@ def model_size(name: str, config: Any, dtype: torch.dtype, adapter: int = 0) -> 
 
 def free_bytes(device: torch.device) -> int:
     """Memory to be had on a device, on a CPU no more than the container's limit; 2^62 where the system doesn't say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # and what this process took for models that it holds no more
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

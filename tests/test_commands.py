@@ -8,6 +8,7 @@ import string
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +21,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from sdsat import cli, devices
+from sdsat import cli, devices, model
 from sdsat.adapter import AdapterConfig
 from sdsat.bench import BenchConfig
 from sdsat.records import RECORD_VERSION
@@ -419,6 +420,15 @@ def test_workers_that_cannot_fit_together_are_refused_before_one_starts(command,
     assert code == 2 and "GPUS=cpu,: one is empty" in last_line(errors)
 
 
+def test_memory_that_ran_out_is_one_line(command, monkeypatch):
+    def load(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    monkeypatch.setattr(model, "load", load)
+    code, _, errors = command("verify", "TINY")
+    assert (code, errors.strip()) == (1, "error: CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 def test_eval_shows_that_completions_are_the_same_and_resumes(command, tmp_path):
     out = tmp_path / "eval.json"
     run = ["eval", "TINY", "--k-list", "2,3", "--strategies", "two-step,one-pass,auto", "--temperature", "1", "--samples", "2"]
@@ -437,10 +447,19 @@ def test_eval_shows_that_completions_are_the_same_and_resumes(command, tmp_path)
     assert len(again["problems"]) == 2 and again["problems"][0] == document["problems"][0]
 
 
-def test_verify_takes_several_dtypes_one_file_each(command, tmp_path):
+def test_verify_takes_several_dtypes_one_file_each(command, tmp_path, monkeypatch):
     audit = ["verify", "TINY", "--data-limit", "1", "--max-new-tokens", "6", "--k-list", "2", "--strategies", "auto"]
+    honest, loaded = model.load, []
+
+    def load(*arguments, **options):
+        assert not any(earlier() for earlier in loaded)  # one in memory at a time
+        found = honest(*arguments, **options)
+        loaded.append(weakref.ref(found.model))
+        return found
+
+    monkeypatch.setattr(model, "load", load)
     code, text, _ = command(*audit, "--dtype", "float32,bfloat16", "--out", str(tmp_path / "audit.json"))
-    assert code == 0
+    assert code == 0 and len(loaded) == 2
     assert "100%" in text and "float32" in text and "bfloat16" in text
     files = sorted(file.name for file in tmp_path.glob("*.json"))
     assert files == ["audit_bfloat16.json", "audit_float32.json"]

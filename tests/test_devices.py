@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from sdsat import devices
+from sdsat.bench import aside
 from sdsat.config import DecodeConfig, SatConfig
 from sdsat.decode import generate
 from sdsat.devices import GIB, Size, model_size, pick_devices, place, split_layers
@@ -143,6 +144,11 @@ def test_linear_layers_count_twice_where_the_cpu_holds_them_twice(monkeypatch):
     monkeypatch.setattr(devices, "can_pack", lambda *_: True)
     with one_line_error("2.0 of weights in float32, linear layers twice"):
         place(size, "cpu", 1)
+
+
+def test_a_check_in_a_process_of_its_own_raises_what_it_found(seven_b):
+    with one_line_error("GPUS=cpu: model big needs about"):
+        aside(place, seven_b, "cpu", 2**40)
 
 
 def test_load_refuses_before_it_reads_weights(tmp_path, monkeypatch):
