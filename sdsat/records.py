@@ -24,15 +24,24 @@ from .model import SatModel
 RECORD_VERSION = 2  # of audits and evaluations: strategies are named, margins are in logits
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document so that `path` holds either the old or the new one, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then becomes `path`: that holds either the old or the new content, never a part.
+
+    Raises InputError, one line, where it can't be written.
+    """
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(document, indent=1) + "\n")
+        yield part
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def write_json(path: Path, document: Any) -> None:
+    with replacing(path) as part:
+        part.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def plain(config: Any) -> dict[str, Any]:
