@@ -7,8 +7,8 @@
 #                                                 paper's form with random weights, exactness, CUDA graphs, 0+1, the projection
 #   bash scripts/gpu_default.sh train WHEELS OUT  the default model's adapter, made anew on all GPUs, and its tables
 #
-# Environment: GPU that measures (0), SHAPES to try and to project (7b 13b; a checkpoint takes 13 and 26 GB of disk), PROBLEMS of
-# HumanEval for the default model in `check` (16); for `train` ANSWERS to each prompt (4), STEPS (20000), BATCH sequences per step
+# Environment: GPU that measures (0), SHAPES to try and to project (7b 13b; a checkpoint takes 13 and 26 GB of disk); for `check`
+# MODEL (the embedded default) and PROBLEMS of HumanEval for it (16); for `train` ANSWERS to each prompt (4), STEPS (20000), BATCH sequences per step
 # and GPU (16), ADAPTER_RANK (32), K (9).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -50,16 +50,16 @@ project() {
 
 check() {
   export RESULTS_DIR="$out/check"
-  local model=smollm2-135m-sdsat
+  local model="${MODEL:-smollm2-135m-sdsat}"
   mkdir -p "$RESULTS_DIR"
   # Graphs against transformers' own generate, and every strategy against AR.
-  step sdsat verify $model --device "$gpu" --dtype float32,bfloat16,float16 --data-limit "$problems" --max-new-tokens 64 --k-list 5 \
+  step sdsat verify "$model" --device "$gpu" --dtype float32,bfloat16,float16 --data-limit "$problems" --max-new-tokens 64 --k-list 5 \
     --temperature 0,1.0 --tree chain --tree 2,2,1 --out "$RESULTS_DIR/exactness.json"
-  DATA_LIMIT="$problems" step bash "$root/start_greedy.sh" $model "$gpu"
-  DATA_LIMIT="$problems" step bash "$root/start_nucleus.sh" $model "$gpu" 1.0
-  DATA_LIMIT="$problems" step bash "$root/start_nucleus.sh" $model "$gpu" 0.2
-  once pass_cost.py $model --device "$gpu" --out "$RESULTS_DIR/passes_bfloat16.json"
-  project "$RESULTS_DIR/$model/greedy/summary.json"
+  DATA_LIMIT="$problems" step bash "$root/start_greedy.sh" "$model" "$gpu"
+  DATA_LIMIT="$problems" step bash "$root/start_nucleus.sh" "$model" "$gpu" 1.0
+  DATA_LIMIT="$problems" step bash "$root/start_nucleus.sh" "$model" "$gpu" 0.2
+  once pass_cost.py "$model" --device "$gpu" --out "$RESULTS_DIR/passes_bfloat16.json"
+  project "$RESULTS_DIR/${model##*/}/greedy/summary.json"
   export K_LIST=0,5 DATA_LIMIT=2 MAX_NEW_TOKENS=64
   for shape in $shapes; do
     once random_checkpoint.py --shape "$shape" --device "$gpu" "$out/random-$shape"

@@ -259,29 +259,33 @@ def verify(
     dtypes = list(dict.fromkeys(dtype.split(",")))
     for name in dtypes:
         models.check_dtype(name)
-    columns = ("against", "temperature", "seed", "k", "tree", "identical", "share", "largest_margin", "explained")
-    table = Table("dtype", *columns, title=f"{model}: outputs equal to AR's, token for token")
+    columns = ("dtype", "against", "temperature", "seed", "k", "tree", "identical", "share", "largest_margin", "explained")
+    table = Table(*columns, title=f"{model}: outputs equal to AR's, token for token")
     lines: list[str] = []
-    explained = True
+    rows: list[dict[str, Any]] = []
     for name in dtypes:
         loaded = models.load(model, name, device, sat_token_id, engine, trained_k=trained_k)
         file = out.with_name(f"{out.stem}_{name}{out.suffix}") if out is not None and len(dtypes) > 1 else out
         document = run(loaded, config, file)
         lines += divergences(document, loaded.tokenizer)
-        for row in document["summary"]:
-            share = f"{row['identical'] / row['num_problems']:.0%}"
-            cells = {**row, "identical": f"{row['identical']}/{row['num_problems']}", "share": share}
-            table.add_row(
-                document["settings"]["dtype"], *("" if cells[column] is None else str(cells[column]) for column in columns)
-            )
-            explained = explained and row["explained"]
+        rows += [{"dtype": document["settings"]["dtype"], **row} for row in document["summary"]]
         del loaded  # before the next one is loaded
         gc.collect()
         torch.cuda.empty_cache()
+    for row in rows:
+        share = row["identical"] / row["num_problems"]
+        texts = {"identical": f"{row['identical']}/{row['num_problems']}", "share": f"{share:.0%}"}
+        if share == 1:
+            texts["explained"] = ""
+        cells = {**row, **texts}
+        table.add_row(*("" if cells[column] is None else str(cells[column]) for column in columns))
     Console(width=max(120, Console().width)).print(table)
     for line in lines:
         print(line)
-    if not explained:
+    print(
+        f"{sum(row['identical'] for row in rows)} of {sum(row['num_problems'] for row in rows)} outputs are AR's, token for token"
+    )
+    if not all(row["explained"] for row in rows):
         raise SystemExit("error: a difference that rounding can't explain; it is among those above")
 
 
