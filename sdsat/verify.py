@@ -130,7 +130,8 @@ def divergences(document: dict[str, Any], tokenizer: Any) -> Iterator[str]:
                 if found["ar_margin"] is None:
                     yield f"{where}: one output ends there, unexplained"
                     continue
-                ours, theirs = (f"{token} {tokenizer.decode([token])!r}" for token in (found["ar_token"], found["token"]))
+                tokens = (found["ar_token"], found["token"])
+                ours, theirs = (f"{t} {tokenizer.decode([t], clean_up_tokenization_spaces=False)!r}" for t in tokens)
                 verdict = "within rounding" if abs(found["ar_margin"]) <= EXPLAINED[dtype] else "more than rounding explains"
                 yield f"{where} is {ours} in AR, {theirs} there; AR's margin {found['ar_margin']}, {verdict}"
 
