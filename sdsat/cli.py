@@ -282,9 +282,8 @@ def verify(
     Console(width=max(120, Console().width)).print(table)
     for line in lines:
         print(line)
-    print(
-        f"{sum(row['identical'] for row in rows)} of {sum(row['num_problems'] for row in rows)} outputs are AR's, token for token"
-    )
+    same, count = (sum(row[key] for row in rows if row["k"]) for key in ("identical", "num_problems"))
+    print(f"{same} of SDSAT's {count} outputs are AR's, token for token")
     if not all(row["explained"] for row in rows):
         raise SystemExit("error: a difference that rounding can't explain; it is among those above")
 

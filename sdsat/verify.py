@@ -124,7 +124,8 @@ def divergences(document: dict[str, Any], tokenizer: Any) -> Iterator[str]:
         for comparison in problem["comparisons"]:
             if found := comparison["divergence"]:
                 seed = "" if comparison["seed"] is None else f" seed {comparison['seed']}"
-                against = f"{comparison['against']} k={comparison['k']} {comparison['tree'] or ''}".strip()
+                drafts = f" k={comparison['k']} {comparison['tree']}" if comparison["k"] else ""
+                against = comparison["against"] + drafts
                 sampling = f"temperature {comparison['temperature']}{seed}"
                 where = f"{problem['task_id']}, {dtype}, {sampling}, {against}: token {found['index']}"
                 if found["ar_margin"] is None:
