@@ -8,8 +8,8 @@
 #   bash scripts/gpu_default.sh train WHEELS OUT  the default model's adapter, made anew on all GPUs, and its tables
 #
 # Environment: GPU that measures (0), SHAPES to try and to project (7b 13b; a checkpoint takes 13 and 26 GB of disk); for `check`
-# MODEL (the embedded default) and PROBLEMS of HumanEval for it (16); for `train` ANSWERS to each prompt (4), STEPS (20000), BATCH sequences per step
-# and GPU (16), ADAPTER_RANK (32), K (9).
+# MODEL (the embedded default) and PROBLEMS of HumanEval for it (16); for `train` ANSWERS to each prompt (4), STEPS (20000), BATCH
+# sequences per step and GPU (16), ADAPTER_RANK (32), K (9).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 usage() { echo "usage: bash scripts/gpu_default.sh pack WHEELS | check WHEELS OUT | train WHEELS OUT" >&2; exit 2; }
