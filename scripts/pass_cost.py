@@ -1,4 +1,4 @@
-"""What a forward pass of n tokens costs: verifying and drafting, in the native engine and through transformers' modules.
+"""What a forward pass of n tokens costs, verifying and drafting: in the native engine or CUDA graphs, and without either.
 
     python scripts/pass_cost.py [MODEL] [--dtype DTYPE] [--out FILE.json]
 
@@ -83,10 +83,10 @@ def floor_milliseconds(model: SatModel) -> tuple[int, float]:
 
 def main(model: Model = "smollm2-135m-sdsat", dtype: Dtype = "bfloat16", device: Device = "", out: Path | None = None) -> None:
     """Measure MODEL, print a table for each context, and write all to --out."""
-    models = {"transformers": load(model, dtype, device, engine="transformers")}
-    native = load(model, dtype, device)
-    if native.native:
-        models = {"native": native, **models}
+    models = {"transformers": load(model, dtype, device, engine="transformers", graphs=False)}
+    best = load(model, dtype, device)
+    if best.engine_name not in models:
+        models = {best.engine_name: best, **models}
     first = next(iter(models.values()))
     weights, floor = floor_milliseconds(first)
     contexts = []

@@ -76,7 +76,7 @@ def own_model(name: str) -> SatModel:
 @cache
 def plain_base() -> SatModel:
     """The base as transformers loads it: no adapter, no packed layers."""
-    return SatModel(*_load_base(BASE_NAME, getattr(torch, DTYPE), torch.device("cpu")), BASE_NAME)
+    return SatModel(*_load_base(BASE_NAME, getattr(torch, DTYPE), {"": torch.device("cpu")}), BASE_NAME)
 
 
 def transformers_decoder(lookup: int | None) -> Decoder:

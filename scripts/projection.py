@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sdsat import attention
 from sdsat.cli import Device, run
 from sdsat.config import SamplingConfig, SatConfig, require
+from sdsat.devices import pick_devices
 from sdsat.draft import draft_tokens
 from sdsat.engine import forward, new_cache, prefill, probe_rows, top
 from sdsat.graphs import CudaCapture, Graphs, padded
-from sdsat.model import SatModel, pick_device
+from sdsat.model import SatModel
 from sdsat.records import environment, read_json, write_json
 from sdsat.tree import make_tree
 
@@ -181,7 +182,7 @@ def main(
     require(shape in SHAPES, f"--shape={shape}: expected one of {', '.join(SHAPES)}")
     require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
     measured = measured_acceptance(summary)
-    model = make_model(shape, pick_device(device))
+    model = make_model(shape, pick_devices(device)[0])
     size, rate = floor_of(model)
     floor = 1000 * size / rate
     probe_rows(model)  # passes are padded as this finds, in every strategy

@@ -94,9 +94,10 @@ class SatAdapter(nn.Module):
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         for name, layer in self._targeted(model):
             key = name.replace(".", "/")
-            down = torch.randn(config.rank, layer.in_features, device=device) / layer.in_features**0.5
+            where = layer.weight.device  # on several GPUs not always the embedding's
+            down = torch.randn(config.rank, layer.in_features, device=where) / layer.in_features**0.5
             self.down[key] = nn.Parameter(down.to(dtype))
-            self.up[key] = nn.Parameter(torch.zeros(layer.out_features, config.rank, dtype=dtype, device=device))
+            self.up[key] = nn.Parameter(torch.zeros(layer.out_features, config.rank, dtype=dtype, device=where))
         self.head = DraftHead(embedding.shape[1], config.head, dtype, device) if config.head else None
         known = {key.rpartition("/")[2] for key in self.down}
         strange = [name for name in config.targets if name not in known]

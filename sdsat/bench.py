@@ -8,33 +8,40 @@ Noise of the machine hits AR and SDSAT alike, because they take turns. Each work
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import multiprocessing
+import os
 import signal
 import sys
+import threading
+import time
 import warnings
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from . import devices as placing
 from . import model as models
-from .config import STRATEGIES, DecodeConfig, InputError, SamplingConfig, plain_warnings, require
+from .config import STRATEGIES, DecodeConfig, InputError, SamplingConfig, require
 from .datasets import HUMANEVAL, INFILLING, INFILLING_PSM, Limit, Task, check_dataset, check_limit, limited, read_tasks
 from .decode import Generation, generate
 from .model import SatModel
 from .prompts import Problem, encode_task
-from .records import environment, plain, write_json
+from .records import check_environment, environment, locked, plain, write_json
 from .reference import transformers_generate
 from .report import SCHEMA_VERSION, read_workers, seconds_of
 from .tree import PAPER_WIDTHS, make_tree, parse_tree
 
 _WARM_UP_TOKENS = 16
+_PROMPT_TOKENS = 1024  # of a long prompt: what memory is left for beside the new tokens
 
 
 @dataclass(frozen=True)
@@ -172,13 +179,27 @@ def _warm_up(model: SatModel, problem: Problem, config: BenchConfig) -> None:
 
 
 def _worker(config: BenchConfig, device: str, label: str, todo: list[Task], folder: Path, pipe: Connection) -> None:
-    """A worker process: load, warm up, measure its problems; sends the runs of each finished problem, or an error line."""
+    """A worker process: load, warm up, measure its problems. Sends ('problem', the runs of a finished one), ('warning', a line)
+    and ('error', a line); all that it prints goes to its log.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    plain_warnings()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def warn(message: Any, *_: Any, **__: Any) -> None:
+        say("warning", message)
+
+    def say(kind: str, message: object) -> None:
+        with suppress(OSError):  # a full disk takes no log, but the line is said
+            print(f"{kind}: {message}", file=sys.stderr)
+        pipe.send((kind, str(message)))
+
     try:
-        model = models.load(config.model, config.dtype, device, config.sat_token_id, config.engine, trained_k=config.trained_k)
+        _log_to(_log(folder, label), f"worker {label}: {len(todo)} problems, {config}")
+        warnings.showwarning = warn
+        where, options = (config.model, config.dtype, device), (config.sat_token_id, config.engine)
+        model = models.load(*where, *options, trained_k=config.trained_k, context=_context(config))
         if model.sat and max(config.k_list) > model.sat.k:
-            tqdm.write(f"warning: k={max(config.k_list)} is beyond the depth k={model.sat.k} that {config.model} was trained for")
+            warn(f"k={max(config.k_list)} is beyond the depth k={model.sat.k} that {config.model} was trained for")
         assert model.tokenizer is not None
         problems = [encode_task(model.tokenizer, task, config.dataset) for task in todo]
         _warm_up(model, problems[0], config)
@@ -187,10 +208,54 @@ def _worker(config: BenchConfig, device: str, label: str, todo: list[Task], fold
             record = measure_problem(model, problem, config, turn)
             document["problems"].append(record)
             write_json(folder / f"worker_{label}.json", document)
-            pipe.send(record)
+            pipe.send(("problem", record))
     except InputError as error:
-        pipe.send(str(error))
+        say("error", error)
         sys.exit(2)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed must not go on writing into a folder that the next run takes for its own."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _log(folder: Path, label: str) -> Path:
+    return folder / f"worker_{label}.log"
+
+
+def _log_to(file: Path, title: str) -> None:
+    """From here on this process prints into `file`, behind what is there; crashes in native code, too, leave their trace."""
+    try:
+        with file.open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n")
+            log.flush()
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror})") from None
+    faulthandler.enable()
+
+
+def _context(config: BenchConfig) -> int:
+    """Positions of the cache that a worker needs memory for."""
+    return _PROMPT_TOKENS + config.max_new_tokens
+
+
+def _check_memory(config: BenchConfig, devices: list[str]) -> None:
+    """Refuse workers that can't all fit, before one starts."""
+    size, taken = models.sized(config.model, config.dtype), dict[Any, int]()
+    for device in devices:
+        placing.place(size, device, _context(config), taken)
+
+
+def aside(function: Callable[..., None], *arguments: Any) -> None:
+    """Call in a process of its own, which takes with it what it holds of the GPUs; raises what the function raises."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+        pool.submit(function, *arguments).result()
 
 
 def _settings(config: BenchConfig) -> dict[str, Any]:
@@ -204,11 +269,7 @@ def _settings(config: BenchConfig) -> dict[str, Any]:
 def _open_document(folder: Path, label: str, config: BenchConfig, found: dict[str, Any]) -> dict[str, Any]:
     """A new worker document, or the one on disk if it was measured in the same environment."""
     for document in read_workers(folder):
-        for key, value in document["environment"].items():
-            require(
-                found[key] == value,
-                f"results folder {folder}: was begun with {key}={value}, now it is {found[key]}; delete it or set RESULTS_DIR",
-            )
+        check_environment(document["environment"], found, f"results folder {folder}")
         if document["device"] == label:
             return document
     head = {"schema_version": SCHEMA_VERSION, "device": label, "environment": found}
@@ -230,24 +291,8 @@ def _finished(folder: Path, config: BenchConfig) -> list[dict[str, Any]]:
 
 
 def _labels(devices: list[str]) -> list[str]:
-    """One distinct name a worker: cpu, 0, 1, ...; a device that is named twice gets cpu and cpu.1."""
+    """One distinct name a worker: cpu, 0, 0+1, ...; a device that is named twice gets cpu and cpu.1."""
     return [d if devices[:i].count(d) == 0 else f"{d}.{devices[:i].count(d)}" for i, d in enumerate(devices)]
-
-
-@contextmanager
-def _locked(folder: Path) -> Any:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"results folder {folder}: another run is writing to it; wait for it or set RESULTS_DIR") from None
-    except OSError as error:
-        raise InputError(f"results folder {folder}: cannot be written ({error.strerror})") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Progress:
@@ -273,57 +318,76 @@ class _Progress:
 
 
 def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path, list[str]]:
-    """Measure, one worker a device. Returns the results folder and the names of workers that died.
+    """Measure, one worker for each of `devices` (see devices.py). Returns the results folder and a line a worker that died.
 
     Raises InputError for bad input, before or in a worker; KeyboardInterrupt leaves what is finished in place.
     """
     folder = results / config.folder
     for device in devices:
-        models.pick_device(device)
-    with _locked(folder):
+        require(device != "", f"GPUS={','.join(devices)}: one is empty; expected cpu, or GPU numbers such as 0,1 or 0+1,2+3")
+        placing.pick_devices(device)
+    with locked(folder / ".lock", f"results folder {folder}"):
         tasks, source = read_tasks(config.dataset)
         tasks, config = limited(tasks, config.data_limit), replace(config, source=source)
         names = {task.task_id for task in tasks}
         finished = [p for p in _finished(folder, config) if p["task_id"] in names]
         done = {problem["task_id"] for problem in finished}
         todo = [task for task in tasks if task.task_id not in done]
-        progress = _Progress(finished, len(tasks))
         if not todo:
             tqdm.write(f"{folder}: all {len(tasks)} problems were measured before; delete it or set RESULTS_DIR to measure anew")
             return folder, []
+        if devices[0] == "cpu":
+            _check_memory(config, devices[: len(todo)])
+        else:  # asking a GPU for its memory takes some of it, and all of one that is set to serve one process
+            aside(_check_memory, config, devices[: len(todo)])
+        progress = _Progress(finished, len(tasks))
         return folder, _run_workers(config, devices, todo, folder, progress)
 
 
 def _run_workers(config: BenchConfig, devices: list[str], todo: list[Task], folder: Path, progress: _Progress) -> list[str]:
+    """Split `todo` among the workers and wait for all of them, whatever becomes of one. Returns a line for each that died."""
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, tuple[str, Any]] = {}
-    for i, (device, label) in enumerate(zip(devices, _labels(devices), strict=True)):
-        share = todo[i :: len(devices)]
-        if share:
-            receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=_worker, args=(config, device, label, share, folder, send), daemon=True)
-            process.start()
-            send.close()
-            workers[receive] = (label, process)
     dead: list[str] = []
+    warned: set[str] = set()
     try:
+        for i, (device, label) in enumerate(zip(devices, _labels(devices), strict=True)):
+            if share := todo[i :: len(devices)]:
+                receive, send = context.Pipe(duplex=False)
+                process = context.Process(target=_worker, args=(config, device, label, share, folder, send), daemon=True)
+                process.start()
+                send.close()
+                workers[receive] = (label, process)
         while workers:
-            ready = wait(list(workers))
-            for pipe in [pipe for pipe in workers if pipe in ready]:
+            for pipe in wait(list(workers)):
+                assert isinstance(pipe, Connection)
                 label, process = workers[pipe]
                 try:
-                    message = pipe.recv()
+                    kind, content = pipe.recv()
                 except EOFError:
                     process.join()
                     del workers[pipe]
                     if process.exitcode:
-                        dead.append(f"{label} (exit code {process.exitcode})")
+                        dead.append(_obituary(label, process.exitcode, _log(folder, label)))
                     continue
-                if isinstance(message, str):
-                    raise InputError(message)
-                progress.add(message)
+                if kind == "error":
+                    raise InputError(content)
+                if kind == "warning" and content not in warned:
+                    warned.add(content)
+                    tqdm.write(f"warning: {content}", file=sys.stderr)
+                if kind == "problem":
+                    progress.add(content)
     finally:
         for _, process in workers.values():
             process.terminate()
+        for _, process in workers.values():
+            process.join()
         progress.bar.close()
     return dead
+
+
+def _obituary(label: str, code: int, log: Path) -> str:
+    """worker 0 (exit code 1, the last line of its log; log: FILE)."""
+    lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "") if code > 0 else ""
+    return f"worker {label} (exit code {code}{', ' if last else ''}{last}; log: {log})"

@@ -5,6 +5,7 @@ Every bad input ends in one line on stderr and exit code 2; an interrupt in exit
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -30,7 +31,12 @@ app = typer.Typer(
 )
 Model = Annotated[str, typer.Argument(help="Hub id, model directory, adapter directory, or the embedded default.")]
 Dtype = Annotated[str, typer.Option(envvar="DTYPE", help="float32, bfloat16, float16, or auto for the checkpoint's own.")]
-Device = Annotated[str, typer.Option(help="cpu or a GPU number; empty: GPU 0 where there is one, else the CPU.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, a GPU number, or 0+1 for a model that one GPU can't hold; empty: GPU 0 where there is one, else the CPU."
+    ),
+]
 Tree = Annotated[str, typer.Option(envvar="TREE", help="Draft tree: chain, paper, or a branching list such as 2,1,1.")]
 Strategies = Annotated[
     str, typer.Option(envvar="STRATEGIES", help="Of two-step, rounded, one-pass and auto, with commas between.")
@@ -115,7 +121,10 @@ def bench(
     method: Annotated[str, typer.Argument(help="greedy or nucleus.")],
     model: Model = "",
     gpus: Annotated[
-        str, typer.Argument(help="cpu or 0,1,2,3, one worker each; empty: GPU 0 where there is one, else the CPU.")
+        str,
+        typer.Argument(
+            help="cpu or 0,1,2,3, one worker each; 0+1,2+3: two GPUs a worker; empty: GPU 0 where there is one, else the CPU."
+        ),
     ] = "",
     temperature: Annotated[str, typer.Argument(help="For nucleus.")] = "1.0",
     k_list: Annotated[str | None, typer.Option(envvar="K_LIST", help="Values of k; AR (0) is always measured.")] = None,
@@ -181,13 +190,14 @@ def bench(
     died: list[str] = []
     for config in configs:
         folder, dead = run(config, devices, results)
-        summary = reports.report(folder)
-        Console(width=max(110, Console().width)).print(reports.rich_table(summary))
-        count = summary["runs"][0]["num_problems"]
-        print(f"{count} problems of {config.dataset} (DATA_LIMIT=all for a full run); JSON and plots: {folder}")
         died += dead
+        if any(folder.glob("worker_*.json")):
+            summary = reports.report(folder)
+            Console(width=max(110, Console().width)).print(reports.rich_table(summary))
+            count = summary["runs"][0]["num_problems"]
+            print(f"{count} problems of {config.dataset} (DATA_LIMIT=all for a full run); JSON and plots: {folder}")
     if died:
-        raise SystemExit(f"error: worker {', '.join(died)} died; run the same command again to finish its problems")
+        raise SystemExit(f"error: {', '.join(died)} died; run the same command again to finish its problems")
 
 
 @app.command()
@@ -214,18 +224,22 @@ def verify(
     top_p: float = 0.95,
     data_limit: DataLimit = "40",
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 128,
-    dtype: Dtype = "float32",
+    dtype: Annotated[str, typer.Option(envvar="DTYPE", help="Comma-separated: float32, bfloat16, float16.")] = "float32",
     device: Device = "",
     sat_token_id: SatId = None,
     trained_k: TrainedK = None,
     engine: Engine = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON file for every comparison; an interrupted audit resumes.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file for every comparison; an interrupted audit resumes. Several dtypes: OUT_<dtype>.json each."),
+    ] = None,
 ) -> None:
     """Audit exactness: SDSAT against AR, and AR against transformers' generate; exit code 1 on an unexplained difference."""
+    import torch
     from rich.table import Table
 
     from . import model as models
-    from .verify import VerifyConfig
+    from .verify import VerifyConfig, divergences
     from .verify import verify as run
 
     require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
@@ -242,21 +256,43 @@ def verify(
         _limit(data_limit),
         max_new_tokens,
     )
-    document = run(models.load(model, dtype, device, sat_token_id, engine, trained_k=trained_k), config, out)
-    columns = ("against", "temperature", "seed", "k", "tree", "identical", "largest_margin", "explained")
-    table = Table(*columns, title=f"{model}, {dtype}: outputs equal to AR's")
-    for row in document["summary"]:
-        cells = {**row, "identical": f"{row['identical']}/{row['num_problems']}"}
-        table.add_row(*("" if cells[name] is None else str(cells[name]) for name in columns))
-    Console(width=max(110, Console().width)).print(table)
-    if not all(row["explained"] for row in document["summary"]):
-        raise SystemExit(1)
+    dtypes = list(dict.fromkeys(dtype.split(",")))
+    for name in dtypes:
+        models.check_dtype(name)
+    columns = ("dtype", "against", "temperature", "seed", "k", "tree", "identical", "share", "largest_margin", "explained")
+    table = Table(*columns, title=f"{model}: outputs equal to AR's, token for token")
+    lines: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for name in dtypes:
+        loaded = models.load(model, name, device, sat_token_id, engine, trained_k=trained_k)
+        file = out.with_name(f"{out.stem}_{name}{out.suffix}") if out is not None and len(dtypes) > 1 else out
+        document = run(loaded, config, file)
+        lines += divergences(document, loaded.tokenizer)
+        rows += [{"dtype": document["settings"]["dtype"], **row} for row in document["summary"]]
+        del loaded  # before the next one is loaded
+        gc.collect()
+        torch.cuda.empty_cache()
+    for row in rows:
+        share = row["identical"] / row["num_problems"]
+        texts = {"identical": f"{row['identical']}/{row['num_problems']}", "share": f"{share:.0%}"}
+        if share == 1:
+            texts["explained"] = ""
+        cells = {**row, **texts}
+        table.add_row(*("" if cells[column] is None else str(cells[column]) for column in columns))
+    Console(width=max(120, Console().width)).print(table)
+    for line in lines:
+        print(line)
+    same, count = (sum(row[key] for row in rows if row["k"]) for key in ("identical", "num_problems"))
+    print(f"{same} of SDSAT's {count} outputs are AR's, token for token")
+    if not all(row["explained"] for row in rows):
+        raise SystemExit("error: a difference that rounding can't explain; it is among those above")
 
 
 @app.command("eval")
 def evaluate(
     model: Model = embedded.NAME,
     k_list: Annotated[str, typer.Option(envvar="K_LIST", help="Values of k; AR (0) is always there.")] = "5",
+    strategies: Strategies = "two-step,auto",
     tree: Tree = "chain",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     samples: Annotated[int, typer.Option(help="Answers to each problem, with seeds 0, 1, ...; for temperatures above 0.")] = 1,
@@ -268,6 +304,7 @@ def evaluate(
     device: Device = "",
     sat_token_id: SatId = None,
     trained_k: TrainedK = None,
+    engine: Engine = "auto",
     out: Annotated[Path | None, typer.Option(help="JSON file for every completion; an interrupted run resumes.")] = None,
 ) -> None:
     """Run HumanEval answers of AR and SDSAT against the tests: pass@k side by side. Executes what the model writes."""
@@ -279,12 +316,17 @@ def evaluate(
 
     require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
     limit = _limit(data_limit)
-    config = QualityConfig(_numbers("k_list", k_list), tree, temperature, samples, top_k, top_p, limit, max_new_tokens)
-    document = run(models.load(model, dtype, device, sat_token_id, trained_k=trained_k), config, out)
+    ks, names = _numbers("k_list", k_list), tuple(strategies.split(","))
+    config = QualityConfig(ks, names, tree, temperature, samples, top_k, top_p, limit, max_new_tokens)
+    document = run(models.load(model, dtype, device, sat_token_id, engine, trained_k=trained_k), config, out)
     table = Table(*document["summary"][0], title=f"{model}, {dtype}: HumanEval")
     for row in document["summary"]:
         table.add_row(*map(str, row.values()))
-    Console().print(table)
+    Console(width=max(120, Console().width)).print(table)
+    drafted = document["summary"][1:]
+    if drafted:
+        same, count = (sum(row[key] for row in drafted) for key in ("identical", "num_completions"))
+        print(f"{same} of SDSAT's {count} completions are AR's, token for token")
 
 
 @app.command()
@@ -415,6 +457,7 @@ def train(
         eval_every=eval_every,
         held_out=held_out,
     )
+    require("+" not in device, f"device={device}: training takes one GPU a process; expected one, or accelerate launch for more")
     loaded = models.load(model, dtype if mode == "adapter" else "float32", device or _own_gpu(), engine="transformers")
     run(loaded, corpora.read_sequences(data, loaded.tokenizer), out, config)
     if _is_first():
@@ -456,6 +499,10 @@ def main(application: typer.Typer = app) -> None:
         code = _fail(_INTERRUPTED, 130)
     except SystemExit as error:
         code = _fail(error.code, 1) if isinstance(error.code, str) else error.code
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+            raise
+        code = _fail(str(error).splitlines()[0], 1)
     sys.exit(code)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from . import adapter as adapters
-from . import attention, embedded
+from . import attention, devices, embedded
 from .config import InputError, SatConfig, require
 from .graphs import CudaCapture, Graphs
 from .head import DraftHead
@@ -72,6 +73,11 @@ class SatModel:
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Every device that holds weights; inputs and logits are on `device`, the first."""
+        return list(dict.fromkeys([self.device, *(parameter.device for parameter in self.model.parameters())]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,21 +167,6 @@ def check_family(config: Any, name: str) -> None:
         )
 
 
-def pick_device(device: str | None) -> torch.device:
-    """None -> CUDA device 0 where there is one, else the CPU; 'cpu' or a GPU number otherwise."""
-    if device in (None, ""):
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if device == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    known = f"this machine has {count} GPU{'' if count == 1 else 's'}"
-    require(
-        str(device).isdecimal() and int(device) < count,
-        f"GPUS={device}: {known}; expected 'cpu' or a number below {count}",
-    )
-    return torch.device(f"cuda:{device}")
-
-
 def check_model(model: Any, name: str) -> None:
     """Refuse a model that transformers has loaded in a way in which passes can't run."""
     check_family(model.config, name)
@@ -185,33 +176,67 @@ def check_model(model: Any, name: str) -> None:
     require(dtype in DTYPES.values(), f"model {name}: its weights are {dtype}; expected one of {', '.join(DTYPES)}")
 
 
-def _load_base(name: str, dtype: torch.dtype | str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    path = str(embedded.base_dir()) if name == embedded.BASE_NAME else name
-    if local := Path(path).is_dir():
-        transformers_logging.disable_progress_bar()  # for a download it is worth seeing
+@contextmanager
+def _one_line(name: str, path: str) -> Iterator[None]:
+    """Whatever goes wrong while a model is read, as one InputError."""
     try:
-        check_family(AutoConfig.from_pretrained(path, local_files_only=local), name)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            device_map={"": device},
-            local_files_only=local,
-            output_loading_info=True,
-        )
-        missing = sorted(loaded["missing_keys"])
-        require(not missing, f"model {name}: its checkpoint lacks {len(missing)} tensors, such as {missing[:1]}")
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+        yield
     except InputError:
         raise
     except Exception as error:  # a dozen libraries meet here, each with exceptions of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if name == embedded.BASE_NAME:
             raise InputError(f"cache {path}: damaged ({reason}); delete this folder and run again") from None
-        if local:
+        if Path(path).is_dir():
             raise InputError(f"model {name}: this directory cannot be loaded ({reason})") from None
         hint = f"a hub id, a local model or adapter directory, or {embedded.NAME}"
         raise InputError(f"model {name}: not found ({reason}); expected {hint}") from None
+
+
+def _path_of(base: str) -> str:
+    return str(embedded.base_dir()) if base == embedded.BASE_NAME else base
+
+
+def adapter_directory(name: str) -> Path | None:
+    """The directory of the adapter that `name` means, if it means one."""
+    if name == embedded.NAME:
+        return embedded.ADAPTER_DIR
+    return Path(name) if (Path(name) / adapters.CONFIG_FILE).is_file() else None
+
+
+def sized(name: str, dtype: str) -> devices.Size:
+    """How much memory `load(name, dtype)` takes, for `devices.place`; reads configs only."""
+    check_dtype(dtype)
+    directory = adapter_directory(name)
+    base = adapters.read_config(directory).base_model if directory else name
+    path = _path_of(base)
+    with _one_line(base, path):
+        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
+        check_family(config, base)
+        torch_dtype = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+        weights = directory / adapters.WEIGHTS_FILE if directory else None  # two bytes a number; held as it is and fused
+        adapter = weights.stat().st_size * torch_dtype.itemsize if weights and weights.is_file() else 0
+        return devices.model_size(name, config, torch_dtype, adapter)
+
+
+def _load_base(
+    name: str, dtype: torch.dtype | str, device_map: dict[str, torch.device]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = _path_of(name)
+    if local := Path(path).is_dir():
+        transformers_logging.disable_progress_bar()  # for a download it is worth seeing
+    with _one_line(name, path):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            device_map=device_map,
+            local_files_only=local,
+            output_loading_info=True,
+        )
+        missing = sorted(loaded["missing_keys"])
+        require(not missing, f"model {name}: its checkpoint lacks {len(missing)} tensors, such as {missing[:1]}")
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -227,7 +252,7 @@ def _with_engine(model: SatModel, engine: str, graphs: bool) -> SatModel:
                 warnings.warn(f"passes go through transformers' modules, which is slower: {reason}", stacklevel=4)
     if can_pack(model.device, model.dtype):
         model.packed = PackedLinears(model.model).attach()
-    if graphs and model.device.type == "cuda":
+    if graphs and model.device.type == "cuda" and len(model.devices) == 1:  # a graph records one GPU
         model.graphs = Graphs(CudaCapture(model.device))
     return model
 
@@ -256,22 +281,18 @@ def _sat_of_checkpoint(name: str, config: Any, token_id: int | None, k: int | No
     return replace(known, k=k)
 
 
-def is_adapter(name: str) -> bool:
-    return name == embedded.NAME or (Path(name) / adapters.CONFIG_FILE).is_file()
-
-
 def in_papers_form(name: str, sat_token_id: int | None = None, trained_k: int | None = None) -> bool:
     """Whether this is a full SDSAT checkpoint of CodeLlama's form, as the paper's are; only config.json is read.
 
     False, too, for what can't be loaded: `load` says why.
     """
-    if is_adapter(name) or name == embedded.BASE_NAME:
+    if adapter_directory(name) or name == embedded.BASE_NAME:
         return False
     if _published(name):
         return True
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
-    except Exception:  # as in _load_base
+    except Exception:  # as in _one_line
         return False
     codellama = (config.model_type, getattr(config, "vocab_size", None)) == ("llama", CODELLAMA_VOCABULARY)
     return codellama and _sat_of_checkpoint(name, config, sat_token_id, trained_k) is not None
@@ -285,20 +306,24 @@ def load(
     engine: str = "auto",
     graphs: bool = True,
     trained_k: int | None = None,
+    context: int = 2048,
 ) -> SatModel:
     """Load a model by hub id, directory, adapter directory or embedded name.
 
     dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own, which is read without a second copy in memory.
-    device: see `pick_device`. sat_token_id, trained_k: override what the checkpoint says; k is 5 where neither does.
+    device: see `devices.pick_devices`. sat_token_id, trained_k: override what the checkpoint says; k is 5 where neither does.
     engine: 'native', 'transformers', or 'auto' for native where it can be had (a CPU, float32 or bfloat16, a C++ compiler).
     graphs: on a GPU, passes are recorded as CUDA graphs (graphs.py).
+    context: positions of the cache that memory must be left for; a model that can't fit is refused before it is loaded.
     Raises InputError, one line, for anything that can't be loaded.
     """
     check_dtype(dtype)
     check_options(name, sat_token_id, engine, trained_k)
-    torch_device, torch_dtype = pick_device(device), DTYPES.get(dtype, "auto")
-    base = adapters.read_config(_adapter_directory(name)).base_model if is_adapter(name) else name
-    model, tokenizer = _load_base(base, torch_dtype, torch_device)
+    devices.pick_devices(device)  # a wrong name is said before anything is fetched
+    device_map = devices.place(sized(name, dtype), device, context)
+    directory = adapter_directory(name)
+    base = adapters.read_config(directory).base_model if directory else name
+    model, tokenizer = _load_base(base, DTYPES.get(dtype, "auto"), device_map)
     return equip(model, tokenizer, name, sat_token_id, engine, graphs, trained_k)
 
 
@@ -306,12 +331,8 @@ def check_options(name: str, sat_token_id: int | None, engine: str, trained_k: i
     """Refuse options that don't go together, before weights are read."""
     require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
     given = {"sat_token_id": sat_token_id, "trained_k": trained_k}
-    strange = [f"{option}={value}" for option, value in given.items() if value is not None and is_adapter(name)]
+    strange = [f"{option}={value}" for option, value in given.items() if value is not None and adapter_directory(name)]
     require(not strange, f"{', '.join(strange)}: {name} is an adapter and brings its own SAT")
-
-
-def _adapter_directory(name: str) -> Path:
-    return embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
 
 
 def equip(
@@ -328,8 +349,8 @@ def equip(
     Options, already checked, and errors as those of `load`. The model's attention becomes `attention.NAME`.
     """
     model.set_attn_implementation(attention.NAME)
-    if is_adapter(name):
-        adapter = adapters.load(model, _adapter_directory(name)).fuse().attach(model)
+    if directory := adapter_directory(name):
+        adapter = adapters.load(model, directory).fuse().attach(model)
         return _with_engine(SatModel(model, tokenizer, name, adapter.config.sat, adapter), engine, graphs)
     sat = _sat_of_checkpoint(name, model.config, sat_token_id, trained_k)
     vocabulary = model.get_input_embeddings().weight.shape[0]

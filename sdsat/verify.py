@@ -9,12 +9,14 @@ margin are recorded, so that a reader can tell a tie that rounding broke from a 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .config import DecodeConfig, SamplingConfig
@@ -24,7 +26,7 @@ from .model import SatModel
 from .prompts import humaneval
 from .records import open_record, write_json
 from .reference import transformers_generate
-from .sampling import gumbel_noise
+from .sampling import choose
 from .tree import make_tree, parse_tree
 
 # A first divergence with a larger margin than this cannot be rounding. In half precision logits of 16 to 32 lie 1/8
@@ -65,7 +67,8 @@ def first_divergence(
 ) -> dict[str, Any] | None:
     """Where two outputs first differ, and by how much AR preferred its own token there; None when they are equal.
 
-    ar_margin: difference of the two tokens' logits, divided by the temperature and with the noise added when sampling.
+    ar_margin, in logits: greedy, how far AR's token was ahead; sampling, by how much the two must move towards each other for AR
+    to choose the other token, its noise and filters included. None where one output ends inside the other.
     """
     if ar == other:
         return None
@@ -73,28 +76,65 @@ def first_divergence(
     if place is None:
         return {"index": min(len(ar), len(other)), "ar_token": None, "token": None, "ar_margin": None}
     logits = next_logits(model, prompt_ids + ar[:place], len(prompt_ids), config).double()
-    pair = torch.tensor([ar[place], other[place]], device=logits.device)
-    scores = logits[pair]
-    if not config.sampling.greedy:
-        index = torch.tensor([place], device=logits.device)
-        scores = scores / config.sampling.temperature + gumbel_noise(config.sampling.seed, index, pair)[0]
-    margin = round(float(scores[0] - scores[1]), 6)
-    return {"index": place, "ar_token": ar[place], "token": other[place], "ar_margin": margin}
+    ours, theirs = ar[place], other[place]
+    if config.sampling.greedy:
+        margin = float(logits[ours] - logits[theirs])
+    else:
+        margin = _sampled_margin(logits, ours, theirs, place, config.sampling)
+    return {"index": place, "ar_token": ours, "token": theirs, "ar_margin": round(margin, 6)}
+
+
+def _sampled_margin(logits: Tensor, ours: int, theirs: int, index: int, sampling: SamplingConfig) -> float:
+    """The smallest shift, half of it down for `ours` and half up for `theirs`, at which `theirs` is chosen; by bisection."""
+    at = torch.tensor([index], device=logits.device)
+
+    def changes(shift: float) -> bool:
+        moved = logits.clone()
+        moved[ours] -= shift / 2
+        moved[theirs] += shift / 2
+        return int(choose(moved[None], at, sampling)) == theirs
+
+    low, high = 0.0, 256.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if changes(middle) else (middle, high)
+    return high
 
 
 def verify(model: SatModel, config: VerifyConfig, out: Path | None = None) -> dict[str, Any]:
     """Compare and return the document; with `out` it is rewritten after every problem and an interrupted run resumes."""
     dtype = str(model.dtype).removeprefix("torch.")
     problems = humaneval(model.tokenizer, config.data_limit)
-    document = open_record(model, config, out)
-    done = {problem["task_id"] for problem in document["problems"]}
-    for problem in tqdm([p for p in problems if p.task_id not in done], desc=f"verify {dtype}", unit="problem", disable=None):
-        comparisons = _compare(model, list(problem.prompt_ids), config)
-        document["problems"].append({"task_id": problem.task_id, "comparisons": comparisons})
-        document["summary"] = _summarize(document["problems"], dtype)
-        if out is not None:
-            write_json(out, document)
+    with open_record(model, config, out) as document:
+        done = {problem["task_id"] for problem in document["problems"]}
+        todo = [problem for problem in problems if problem.task_id not in done]
+        for problem in tqdm(todo, desc=f"verify {dtype}", unit="problem", disable=None):
+            comparisons = _compare(model, list(problem.prompt_ids), config)
+            document["problems"].append({"task_id": problem.task_id, "comparisons": comparisons})
+            document["summary"] = _summarize(document["problems"], dtype)
+            if out is not None:
+                write_json(out, document)
     return document
+
+
+def divergences(document: dict[str, Any], tokenizer: Any) -> Iterator[str]:
+    """A line for each first divergence of an audit: where, both tokens, AR's margin and whether rounding explains it."""
+    dtype = document["settings"]["dtype"]
+    for problem in document["problems"]:
+        for comparison in problem["comparisons"]:
+            if found := comparison["divergence"]:
+                seed = "" if comparison["seed"] is None else f" seed {comparison['seed']}"
+                drafts = f" k={comparison['k']} {comparison['tree']}" if comparison["k"] else ""
+                against = comparison["against"] + drafts
+                sampling = f"temperature {comparison['temperature']}{seed}"
+                where = f"{problem['task_id']}, {dtype}, {sampling}, {against}: token {found['index']}"
+                if found["ar_margin"] is None:
+                    yield f"{where}: one output ends there, unexplained"
+                    continue
+                tokens = (found["ar_token"], found["token"])
+                ours, theirs = (f"{t} {tokenizer.decode([t], clean_up_tokenization_spaces=False)!r}" for t in tokens)
+                verdict = "within rounding" if abs(found["ar_margin"]) <= EXPLAINED[dtype] else "more than rounding explains"
+                yield f"{where} is {ours} in AR, {theirs} there; AR's margin {found['ar_margin']}, {verdict}"
 
 
 def _compare(model: SatModel, prompt_ids: list[int], config: VerifyConfig) -> list[dict[str, Any]]:

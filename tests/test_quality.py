@@ -1,6 +1,8 @@
 """pass@k: the sandbox's verdicts on real problems, what is tested of an answer, and the figures over problems."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -57,6 +59,21 @@ def test_no_network_inside(tmp_path):
             server.accept()
 
 
+def test_no_sockets_inside_where_the_system_gives_no_namespace():
+    script = (
+        "import ctypes, types; ctypes.CDLL = lambda *_: types.SimpleNamespace(unshare=lambda flags: -1)\n"
+        "from sdsat import sandbox; sandbox._cut_off()\n"
+        "import socket, _socket, http.client, ssl\n"
+        "connect = lambda: socket.create_connection(('127.0.0.1', 9))\n"
+        "for make in (socket.socket, _socket.socket, ssl.SSLSocket, connect, http.client.HTTPConnection('127.0.0.1').connect):\n"
+        "    try: make()\n"
+        "    except (OSError, TypeError) as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    said = done.stdout.splitlines()
+    assert (said.count("no network here"), len(said)) == (4, 5), done.stderr
+
+
 def scripted(monkeypatch, answers):
     """generate() gives the texts of answers[(prompt number, k, seed)]: solved or not."""
     model = SatModel(tiny_llama(torch.float32), tiny_tokenizer(["?", *map(chr, range(32, 95))]), "tiny")
@@ -82,7 +99,7 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
         1: {(0, 0): True, (3, 0): True, (0, 1): False, (3, 1): False},
         2: {(0, 0): False, (3, 0): True, (0, 1): False, (3, 1): False},
     }
-    config = QualityConfig((3,), temperature=1.0, samples=2, data_limit=3)
+    config = QualityConfig((3,), ("two-step",), temperature=1.0, samples=2, data_limit=3)
     out = tmp_path / "eval.json"
     model, calls = scripted(monkeypatch, answers)
     real, checks = sandbox.check, []
@@ -115,6 +132,9 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
 
 
 def test_settings_are_checked():
+    assert QualityConfig((5, 3, 5), ("auto", "auto")).keys == [("ar", 0), ("auto", 3), ("auto", 5)]
+    with one_line_error("strategy=beam: expected one of"):
+        QualityConfig(strategies=("beam",))
     with one_line_error("samples=2", "expected 1"):
         QualityConfig(samples=2)
     with one_line_error("samples=0"):

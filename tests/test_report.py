@@ -1,13 +1,16 @@
 """The summary against figures worked out by hand, and the table, plots and refusals of a results folder."""
 
 import json
+from pathlib import Path
 
 import pytest
+from conftest import one_line_error
 
 from sdsat.config import InputError
-from sdsat.records import write_json
-from sdsat.report import markdown_table, report, summarize
+from sdsat.records import read_json, write_json
+from sdsat.report import markdown_table, read_workers, report, summarize
 
+REFERENCES = sorted((Path(__file__).parent.parent / "results/reference").glob("*/*/summary.json"))
 SETTINGS = {"model": "tiny", "dataset": "humaneval", "method": "greedy", "dtype": "float32", "max_new_tokens": 8, "tree": "chain"}
 
 
@@ -98,6 +101,19 @@ def test_report_of_an_empty_or_missing_folder(tmp_path):
     for folder, message in ((tmp_path, "holds no worker"), (tmp_path / "none", "no such folder")):
         with pytest.raises(InputError, match=message):
             report(folder)
+
+
+def test_a_plot_that_cannot_be_written_is_one_line(documents, tmp_path):
+    write_json(tmp_path / "worker_cpu.json", documents[0])
+    (tmp_path / "speedup.png").mkdir()
+    with one_line_error(f"{tmp_path / 'speedup.png'}: cannot be written"):
+        report(tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("summary", REFERENCES, ids=lambda path: path.parent.name)
+def test_committed_results_are_read_as_they_are(summary):
+    assert summarize(read_workers(summary.parent)) == read_json(summary)
 
 
 def test_failed_write_leaves_the_old_document(tmp_path, monkeypatch):

@@ -1,0 +1,40 @@
+"""Margins of a first divergence against their definition, on logits made up for it."""
+
+import pytest
+import torch
+
+from sdsat.config import SamplingConfig
+from sdsat.sampling import choose, gumbel_noise
+from sdsat.verify import _sampled_margin
+
+SEED, INDEX = 3, 7
+PLAIN = SamplingConfig(0.5, seed=SEED)
+
+
+def choice(logits, sampling):
+    return int(choose(logits[None], torch.tensor([INDEX]), sampling))
+
+
+@pytest.mark.parametrize("rank", [1, 5, 20])
+def test_without_filters_it_is_the_difference_of_logits_and_noise(rank):
+    torch.manual_seed(rank)
+    logits = torch.randn(64).double()
+    noise = gumbel_noise(SEED, torch.tensor([INDEX]), torch.arange(64))[0]
+    scores = logits + PLAIN.temperature * noise
+    ours, theirs = scores.sort(descending=True).indices[[0, rank]].tolist()
+    assert choice(logits, PLAIN) == ours
+    between = scores.topk(rank).values[1:].tolist()  # candidates that the rising token must pass as well
+    want = max([float(scores[ours] - scores[theirs]), *(2 * float(value - scores[theirs]) for value in between)])
+    assert _sampled_margin(logits, ours, theirs, INDEX, PLAIN) == pytest.approx(want, abs=1e-4)
+
+
+def test_a_token_that_the_filter_drops_is_as_far_away_as_the_filters_edge():
+    """Top-k 2 keeps tokens 0 and 1; token 2, which the noise prefers, lies a hair below token 1."""
+    noise = gumbel_noise(SEED, torch.tensor([INDEX]), torch.arange(64))[0]
+    liked, *others = noise.sort(descending=True).indices.tolist()
+    logits = torch.full((64,), -20.0).double()
+    logits[others[0]], logits[others[1]], logits[liked] = 1.0, 0.99, 0.9899
+    sampling = SamplingConfig(1.0, top_k=2, seed=SEED)
+    ours = choice(logits, sampling)
+    assert ours != liked and choice(logits, SamplingConfig(1.0, seed=SEED)) == liked
+    assert _sampled_margin(logits, ours, liked, INDEX, sampling) < 1e-3
