@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-import sdsat
 from sdsat.adapter import SatAdapter
 from sdsat.adapter import load as load_adapter
 from sdsat.cli import run
@@ -28,6 +27,7 @@ from sdsat.decode import num_slots
 from sdsat.draft import draft_tokens
 from sdsat.embedded import BASE_NAME
 from sdsat.engine import forward, new_cache, prefill
+from sdsat.model import load
 from sdsat.records import environment, write_json
 from sdsat.train import train
 from sdsat.tree import make_tree
@@ -59,7 +59,7 @@ def sequences(choice: Any, own: list[Sequence], code: Path) -> list[Sequence]:
     """Held-out answers, then what is trained on: own answers, so many of them, or ground-truth code in pieces as long."""
     held_out, rest = own[:HELD_OUT], own[HELD_OUT:]
     if choice == "code":
-        tokenizer = sdsat.load(BASE_NAME).tokenizer
+        tokenizer = load(BASE_NAME).tokenizer
         length = sum(len(s.ids) for s in rest) // len(rest)
         return held_out + read_sequences(code, tokenizer, length)[: len(rest)]
     return held_out + (rest if choice is None else rest[:choice])
@@ -71,7 +71,7 @@ def _shape(adapter: SatAdapter) -> tuple[Any, ...]:
 
 def draft_milliseconds(adapters: dict[str, Path]) -> dict[str, float]:
     """What a draft step costs with each adapter, its SATs and head included: medians of turns that all take one after another."""
-    model, times = sdsat.load(BASE_NAME, engine="transformers"), {name: [] for name in adapters}
+    model, times = load(BASE_NAME, engine="transformers"), {name: [] for name in adapters}
     loaded = {name: load_adapter(model.model, path).fuse() for name, path in adapters.items()}
     tokens = torch.arange(CONTEXT) * 7919 % 49152
     cache = new_cache(model, num_slots(CONTEXT, 256))
@@ -104,7 +104,7 @@ def collect(out: Path, file: Path, steps: int) -> None:
         accepted, cost = last["accepted_per_loop"], costs[name]
         kept = {key: last[key] for key in ("accepted_per_loop", "accuracy_by_depth", "sat_predictions", "loss")}
         found[name] = {**kept, "draft_ms": cost, "accepted_per_draft_second": round(1000 * accepted / cost, 2)}
-    head = {"schema_version": 1, "environment": environment(sdsat.load(BASE_NAME)), "held_out": HELD_OUT, "steps": steps}
+    head = {"schema_version": 1, "environment": environment(load(BASE_NAME)), "held_out": HELD_OUT, "steps": steps}
     write_json(file, {**head, "variants": found})
 
 
@@ -126,7 +126,7 @@ def main(
         choice = settings.pop("data", None)
         if not (out / name / "adapter_config.json").exists():
             train(
-                sdsat.load(BASE_NAME, engine="transformers"),
+                load(BASE_NAME, engine="transformers"),
                 sequences(choice, own, code),
                 out / name,
                 replace(BASE, steps=steps, **settings),

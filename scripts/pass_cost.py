@@ -16,10 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import sdsat
 from sdsat.cli import Device, Dtype, Model, run
 from sdsat.engine import forward, new_cache, prefill
-from sdsat.model import SatModel
+from sdsat.model import SatModel, load
 from sdsat.records import environment, write_json
 from sdsat.tree import make_tree
 
@@ -84,8 +83,8 @@ def floor_milliseconds(model: SatModel) -> tuple[int, float]:
 
 def main(model: Model = "smollm2-135m-sdsat", dtype: Dtype = "bfloat16", device: Device = "", out: Path | None = None) -> None:
     """Measure MODEL, print a table for each context, and write all to --out."""
-    models = {"transformers": sdsat.load(model, dtype, device, engine="transformers", graphs=False)}
-    best = sdsat.load(model, dtype, device)
+    models = {"transformers": load(model, dtype, device, engine="transformers", graphs=False)}
+    best = load(model, dtype, device)
     if best.engine_name not in models:
         models = {best.engine_name: best, **models}
     first = next(iter(models.values()))

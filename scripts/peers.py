@@ -32,13 +32,12 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
-import sdsat
 from sdsat.cli import Model, run
 from sdsat.config import DecodeConfig, require
-from sdsat.decode import Generation
+from sdsat.decode import Generation, generate
 from sdsat.embedded import BASE_NAME, NAME, _fetch, base_dir, cache_dir
 from sdsat.engine import probe_rows
-from sdsat.model import SatModel, _load_base
+from sdsat.model import SatModel, _load_base, load
 from sdsat.prompts import Problem, encode_request, humaneval, read_sources
 from sdsat.records import environment, read_json, write_json
 from sdsat.reference import transformers_generate
@@ -68,7 +67,7 @@ def decode_config(strategy: str, model: SatModel, max_new_tokens: int) -> Decode
 
 @cache
 def own_model(name: str) -> SatModel:
-    model = sdsat.load(name, DTYPE, "cpu")
+    model = load(name, DTYPE, "cpu")
     same = model.adapter is not None and model.adapter.config.base_model == BASE_NAME
     require(same, f"model {name}: expected an adapter for {BASE_NAME}, the base that the peers run")
     return model
@@ -142,7 +141,7 @@ def make_decoder(strategy: str, name: str, context: int) -> Decoder:
     if strategy in LLAMA:
         return llama_decoder(LLAMA[strategy], context, GenerationConfig.from_pretrained(base_dir()).eos_token_id)
     model = own_model(name)
-    return lambda ids, limit: sdsat.generate(model, ids, decode_config(strategy, model, limit))
+    return lambda ids, limit: generate(model, ids, decode_config(strategy, model, limit))
 
 
 def read_prompts(data_limit: int, general: int) -> list[Problem]:

@@ -19,10 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import sdsat
 from sdsat import decode, planner
 from sdsat.cli import Model, run
+from sdsat.config import DecodeConfig
 from sdsat.engine import forward, new_cache, prefill
+from sdsat.model import SatModel, load
 from sdsat.prompts import humaneval
 from sdsat.records import environment, write_json
 from sdsat.tree import make_tree
@@ -37,7 +38,7 @@ PARTS = {
 
 
 @torch.inference_mode()
-def shares_of_pass(model: sdsat.SatModel, rows: int, sats: int) -> dict[str, float]:
+def shares_of_pass(model: SatModel, rows: int, sats: int) -> dict[str, float]:
     """The share of samples in each part, over two seconds of passes."""
     tokens = (torch.arange(CONTEXT + rows) * 7919 + 11) % model.model.config.vocab_size
     cache = new_cache(model, CONTEXT + rows)
@@ -62,7 +63,7 @@ def shares_of_pass(model: sdsat.SatModel, rows: int, sats: int) -> dict[str, flo
     return {name: round(share, 3) for name, share in shares.items()}
 
 
-def shares_of_generation(model: sdsat.SatModel, prompt: list[int], config: sdsat.DecodeConfig) -> dict[str, float]:
+def shares_of_generation(model: SatModel, prompt: list[int], config: DecodeConfig) -> dict[str, float]:
     """The share of decode seconds spent in each of decode.generate's steps."""
     spent: dict[str, float] = {}
 
@@ -75,7 +76,7 @@ def shares_of_generation(model: sdsat.SatModel, prompt: list[int], config: sdsat
 
         return call
 
-    steps = {"forward": "passes", "draft_tokens": "draft head", "next_tokens": "choosing tokens"}
+    steps = {"forward_batch": "passes", "draft_tokens": "draft head", "next_tokens": "choosing tokens"}
     real = {name: getattr(decode, name) for name in steps}
     kinds = (planner.FixedPlanner, planner.AutoPlanner)
     plans = {(kind, name): getattr(kind, name) for kind in kinds for name in ("draft_first", "plan")}
@@ -84,7 +85,7 @@ def shares_of_generation(model: sdsat.SatModel, prompt: list[int], config: sdsat
             setattr(decode, name, timed(label, real[name]))
         for (kind, name), plan in plans.items():
             setattr(kind, name, timed("planning", plan))
-        out = sdsat.generate(model, prompt, config)
+        out = decode.generate(model, prompt, config)
     finally:
         for name, function in real.items():
             setattr(decode, name, function)
@@ -96,13 +97,13 @@ def shares_of_generation(model: sdsat.SatModel, prompt: list[int], config: sdsat
 
 def main(model: Model = "smollm2-135m-sdsat", out: Path | None = None) -> None:
     """Profile MODEL in bfloat16 on the CPU, print two tables, and write them to --out."""
-    loaded = sdsat.load(model, "bfloat16", "cpu")
+    loaded = load(model, "bfloat16", "cpu")
     document: dict[str, Any] = {"schema_version": 1, "environment": environment(loaded), "context": CONTEXT}
     prompt = list(humaneval(loaded.tokenizer, 1)[0].prompt_ids)
     found = {}
     for name, k in (("ar", 0), ("two-step", 5), ("rounded", 5), ("auto", 7)):
-        config = sdsat.DecodeConfig(k, 200, strategy=name if k else "two-step")
-        sdsat.generate(loaded, prompt, config)
+        config = DecodeConfig(k, 200, strategy=name if k else "two-step")
+        decode.generate(loaded, prompt, config)
         found[name] = shares_of_generation(loaded, prompt, config)
     document["generation"] = found
     if loaded.native and shutil.which("perf"):

@@ -16,6 +16,7 @@ DATA_LIMIT="${DATA_LIMIT:-16}" sdsat bench greedy "$model" cpu --with-generate
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 1.0 --k-list 0,3,5,7
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 0.2 --k-list 0,3,5,7
 python "$SDSAT_ROOT/scripts/peers.py" "$model" --ours two-step:5 --ours rounded:5 --ours one-pass:5 --ours auto --data-limit 8 --general 8 --out "$results/peers.json"
+python "$SDSAT_ROOT/scripts/batch_throughput.py" "$model" --out "$results/batch.json"
 sdsat inspect "$model" --data-limit 8 --out "$results/inspect.json"
 
 mkdir -p "$results/exactness"

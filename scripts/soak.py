@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-import sdsat
 from sdsat.cli import Model, run
 from sdsat.config import STRATEGIES, DecodeConfig, SamplingConfig, require
+from sdsat.decode import generate
+from sdsat.model import load
 from sdsat.prompts import humaneval
 from sdsat.records import environment, write_json
 
@@ -34,14 +35,14 @@ def main(
 ) -> None:
     """Resident memory over many generations."""
     require(generations >= 20 and generations % 20 == 0, f"generations={generations}: expected a multiple of 20")
-    loaded = sdsat.load(model, device="cpu")
+    loaded = load(model, device="cpu")
     assert loaded.tokenizer is not None
     prompts = [list(problem.prompt_ids) for problem in humaneval(loaded.tokenizer)]
     process, resident, tokens = psutil.Process(), [], 0
     for turn in tqdm(range(-20, generations), desc="generations"):
         settings = {"k": 5, "strategy": STRATEGIES[turn % len(STRATEGIES)], "sampling": SAMPLINGS[turn // len(STRATEGIES) % 2]}
         config = DecodeConfig(max_new_tokens=64, stop_ids=loaded.stop_ids, **settings)
-        tokens += sdsat.generate(loaded, prompts[turn % len(prompts)], config).num_new_tokens
+        tokens += generate(loaded, prompts[turn % len(prompts)], config).num_new_tokens
         if turn >= -1 and (turn + 1) % (generations // 20) == 0:
             resident.append(round(process.memory_info().rss / 2**20, 1))
     result = {"generations": generations, "new_tokens": tokens, "resident_mib": resident, "environment": environment(loaded)}

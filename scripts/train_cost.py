@@ -21,13 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import sdsat
 from sdsat.adapter import AdapterConfig, SatAdapter
 from sdsat.cli import run
 from sdsat.config import SatConfig, TrainConfig
 from sdsat.data import read_sequences
 from sdsat.embedded import BASE_NAME
 from sdsat.loss import IGNORED, SatBatch, sat_batch, sat_loss, sat_mask
+from sdsat.model import load
 from sdsat.records import environment, write_json
 
 LAYOUTS, STEPS = ("own sequences", "one pass", "shared"), 2
@@ -59,7 +59,7 @@ def own_sequences(batch: SatBatch, size: int = 8) -> list[SatBatch]:
 
 def measure(layout: str, data: Path, results: Any) -> None:
     """Put {seconds, predictions, loss, peak_mib, environment} into `results`."""
-    model = sdsat.load(BASE_NAME)
+    model = load(BASE_NAME)
     sequences = read_sequences(data, None)
     adapter = SatAdapter(model.model, AdapterConfig(BASE_NAME, SatConfig(49152, CONFIG.k), CONFIG.rank)).float()
     adapter.attach(model.model)

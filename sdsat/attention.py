@@ -4,6 +4,7 @@ transformers' own SDPA path repeats keys and values for every query head wheneve
 one key/value head become extra query rows instead, so that the cache is read once and copied never.
 
 Which keys a row may see is its pass's mask, and for layers with a sliding window also how far back they lie (`layer_masks`).
+The same model also runs without this package's loop, in `model(**inputs)` and plain `generate`: then the mask is transformers'.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 NAME = "sdsat"
 # Whose layers have types, each with a mask of its own; Mistral's layers all have its window, and other families have none.
@@ -27,14 +29,20 @@ def grouped_attention(
     attention_mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
+    row_numbers: Tensor | None = None,
+    row_places: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention. query [B, H, S, D]; key, value [B, H/G, T, D].
 
     attention_mask: [B|1, 1, S, T] bool, true means attend; or what `folded_mask` makes of it, once for all layers.
     softcap: scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118).
-    Returns [B, S, H, D] and no weights, as `transformers` expects of an attention function.
+    row_numbers [B, S], row_places [R]: of a pass whose R rows belong to B sequences and stand in one line, query [1, H, R, D]:
+    which row is sequence b's s-th, and where in [B * S] each row's result is. So only attention knows of sequences, and pads.
+    Returns [B, S, H, D] (or [1, R, H, D]) and no weights, as `transformers` expects of an attention function.
     """
+    if row_numbers is not None:
+        query = query[0].transpose(0, 1)[row_numbers].transpose(1, 2)
     batch, heads, rows, dim = query.shape
     groups = heads // key.shape[1]
     folded = query.reshape(batch, key.shape[1], groups * rows, dim)
@@ -47,7 +55,8 @@ def grouped_attention(
         scores = folded @ key.transpose(2, 3) * (dim**-0.5 if scaling is None else scaling)
         weights = (softcap * torch.tanh(scores / softcap) + mask).softmax(-1, torch.float32)
         out = weights.to(value.dtype) @ value
-    return out[:, :, : groups * rows].reshape(batch, heads, rows, dim).transpose(1, 2), None
+    out = out[:, :, : groups * rows].reshape(batch, heads, rows, dim).transpose(1, 2)
+    return out if row_places is None else out.flatten(0, 1)[row_places][None], None
 
 
 def folded_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -85,4 +94,14 @@ def layer_masks(config: Any, attend: Tensor, rows: Tensor, columns: Tensor) -> T
     return {"full_attention": attend, "sliding_attention": near} if config.model_type in TYPED_LAYERS else near
 
 
+def whole_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """[B, 1, S, T] bool as transformers' `sdpa_mask` makes it from a padding mask, but never left out.
+
+    A row of padding, which may see nothing, sees everything: otherwise its values would be NaN, and spoil what is not padding.
+    """
+    mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return mask | ~mask.any(-1, keepdim=True)
+
+
 AttentionInterface.register(NAME, grouped_attention)
+AttentionMaskInterface.register(NAME, whole_mask)

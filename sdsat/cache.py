@@ -36,14 +36,18 @@ class _SlotLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        slots = None if self.owner.row_slots is None else self.owner.row_slots.to(key_states.device)  # a layer has its own GPU
-        if slots is not None and len(slots) == 1:
-            self.keys.index_copy_(2, slots[0], key_states)
-            self.values.index_copy_(2, slots[0], value_states)
-        elif slots is not None:  # a batch: every sequence writes at its own place
-            batch = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
-            self.keys[batch, :, slots] = key_states.transpose(1, 2)
-            self.values[batch, :, slots] = value_states.transpose(1, 2)
+        sequences, slots = (
+            rows if rows is None else rows.to(key_states.device)  # a layer has its own GPU
+            for rows in (self.owner.row_sequences, self.owner.row_slots)
+        )
+        if sequences is not None:  # a batch: every row writes where its sequence is
+            self.keys[sequences, :, slots] = key_states[0].transpose(0, 1)
+            self.values[sequences, :, slots] = value_states[0].transpose(0, 1)
+            live = self.owner.num_live
+            return self.keys[:live, :, : self.owner.visible], self.values[:live, :, : self.owner.visible]
+        if slots is not None:
+            self.keys.index_copy_(2, slots, key_states)
+            self.values.index_copy_(2, slots, value_states)
         else:
             start, end = self.owner.length, self.owner.length + key_states.shape[2]
             self.keys[:, :, start:end] = key_states
@@ -63,15 +67,17 @@ class _SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """`num_slots` slots for `num_layers` layers; `length` committed tokens. Pass it as `past_key_values`.
 
-    row_slots: [B, S] slots that the next pass writes, for a batch whose sequences differ in length and for graphs; None
-    means `length` onward for all. visible: how many slots attention reads; all of them unless speed matters more than
-    bit-equality (self-distillation). layers: of an earlier cache, to write in. graphs: made for these layers, see graphs.py.
+    row_slots: [S] slots that the next pass writes, for graphs and batches; None means `length` onward. row_sequences: [S] in
+    which sequences, for a pass over the first `num_live` sequences of a batch (`SlotPlace`). visible: how many slots attention
+    reads; all of them but in a batch. layers: of an earlier cache, to write in. graphs: made for these layers, see graphs.py.
     """
 
     def __init__(self, num_layers: int, num_slots: int, layers: list[Any] | None = None):
         self.num_slots = self.visible = num_slots
         self.length = 0
         self.row_slots: Tensor | None = None
+        self.row_sequences: Tensor | None = None
+        self.num_live = 0
         self.graphs: dict[Any, Any] | None = None
         super().__init__(layers=layers or [_SlotLayer() for _ in range(num_layers)])
         for layer in self.layers:
@@ -79,12 +85,7 @@ class SlotCache(Cache):
 
     def commit(self, rows: tuple[int, ...]) -> None:
         """Keep these rows of the last pass, in this order, as the next committed tokens; forget its other rows."""
-        if rows != tuple(range(len(rows))):
-            source = torch.tensor([self.length + row for row in rows])
-            for layer in self.layers:
-                source = source.to(layer.keys.device)
-                layer.keys[:, :, self.length : self.length + len(rows)] = layer.keys[:, :, source]
-                layer.values[:, :, self.length : self.length + len(rows)] = layer.values[:, :, source]
+        _move_rows(self, slice(None), self.length, rows)
         self.length += len(rows)
 
     def copy_sequences(self, source: SlotCache, places: list[int], batch: int) -> None:
@@ -94,6 +95,36 @@ class SlotCache(Cache):
                 layer.lazy_initialization(*(kept[:1].expand(batch, -1, -1, -1) for kept in (other.keys, other.values)))
             layer.keys[places, :, : source.length] = other.keys[:, :, : source.length]
             layer.values[places, :, : source.length] = other.values[:, :, : source.length]
+
+
+class SlotPlace:
+    """One sequence's place in a SlotCache of many: sequence `number` there, with `length` committed tokens."""
+
+    def __init__(self, shared: SlotCache, number: int, length: int):
+        self.shared, self.number, self.length = shared, number, length
+
+    def commit(self, rows: tuple[int, ...]) -> None:
+        """See SlotCache.commit."""
+        _move_rows(self.shared, self.number, self.length, rows)
+        self.length += len(rows)
+
+    def move(self, number: int) -> None:
+        """Go to another place of the same cache."""
+        for layer in self.shared.layers:
+            layer.keys[number, :, : self.length] = layer.keys[self.number, :, : self.length]
+            layer.values[number, :, : self.length] = layer.values[self.number, :, : self.length]
+        self.number = number
+
+
+def _move_rows(cache: SlotCache, place: slice | int, length: int, rows: tuple[int, ...]) -> None:
+    """Copy these rows of the last pass, in this order, into the slots from `length` on."""
+    if rows == tuple(range(len(rows))):
+        return
+    source = torch.tensor([length + row for row in rows])
+    for layer in cache.layers:
+        source = source.to(layer.keys.device)
+        for held in (layer.keys[place], layer.values[place]):
+            held[..., length : length + len(rows), :] = held[..., source, :]
 
 
 class SharedPrefix(Cache):

@@ -45,16 +45,18 @@ class CostCurve:
         extra = [np.maximum(0, np.append(d[1:], d[-1]) - np.append(v[1:], v[-1])) for v, d in zip(verify, draft, strict=True)]
         return [times.tolist() for times in verify], [times.tolist() for times in extra], [times.tolist() for times in rounded]
 
-    def seconds(self, rows: int, sats: int, context: int) -> float:
-        """Of a pass of `rows` rows, `sats` of them SATs, after `context` tokens, with the drafting of one group."""
+    def seconds(self, rows: int, sats: int, context: int, batch: int = 1) -> float:
+        """Of a pass of `rows` rows, `sats` of them SATs, after `context` tokens, with the drafting of one group a sequence.
+
+        batch: of how many sequences the rows are.
+        """
         by_rows, by_sats, _ = self._tables
-        rows, more = min(rows, MAX_ROWS), sats > 0
-        low, high = (by_rows[c][rows] + more * by_sats[c][min(sats, MAX_ROWS)] for c in (0, 1))
-        return _between(low, high, context) + (self.drafting * min(sats, 16) if more else 0.0)
+        low, high = (_at(by_rows[c], rows) + (_at(by_sats[c], sats) if sats else 0.0) for c in (0, 1))
+        return _between(low, high, context) + (self.drafting * min(sats, 16 * batch) if sats else 0.0)
 
     def rounded_seconds(self, sats: int, context: int) -> float:
         """Of a pass in 8 bits of one row and `sats` SATs, with their drafting."""
-        low, high = (times[min(1 + sats, MAX_ROWS)] for times in self._tables[2])
+        low, high = (_at(times, 1 + sats) for times in self._tables[2])
         return _between(low, high, context) + self.drafting * sats
 
 
@@ -64,6 +66,11 @@ def _by_rows(times: list[float]) -> np.ndarray:
     last = COUNTS[-1]
     grown[last:] = grown[last] + grown[last] / last * np.arange(MAX_ROWS + 1 - last)
     return grown
+
+
+def _at(times: list[float], rows: int) -> float:
+    """The entry for `rows`; beyond the table, where arithmetic sets the cost, in proportion."""
+    return times[rows] if rows <= MAX_ROWS else times[MAX_ROWS] * rows / MAX_ROWS
 
 
 def _between(low: float, high: float, context: int) -> float:

@@ -12,7 +12,6 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +20,18 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .cache import SlotCache
-from .config import InputError, SamplingConfig, require
-from .decode import prefill
+from .config import DecodeConfig, InputError, SamplingConfig, require
+from .decode import iterate_batch
 from .model import SatModel
 from .prompts import Decontaminator, collect_prompts, licences
 from .records import read_json
-from .sampling import choose
 
-_TEXT = (".py", ".md", ".txt")
-
-
-@dataclass
-class _Row:
-    """One sequence of the running batch."""
-
-    prompt: int
-    prompt_length: int
-    ids: list[int]
-    temperature: float
+_TEXT, GREEDY = (".py", ".md", ".txt"), SamplingConfig()
 
 
-@torch.inference_mode()
 def answer_batch(
     model: SatModel,
     prompts: list[list[int]],
@@ -58,57 +43,15 @@ def answer_batch(
 ) -> Iterator[tuple[int, list[int]]]:
     """The answers to prompts[i] for i in todo: (i, answer ids with the stop id), in the order in which they end.
 
-    Prompt i is answered at temperatures[i], with the paper's top-p 0.95 and top-k 10 where that is not 0. A batch of
-    `batch_size` rows over one slot cache; the places of finished rows go to the next prompts as soon as a sixteenth of all
-    is free, so that large batches read several prompts in one pass.
+    Prompt i is answered by AR at temperatures[i], with the paper's top-p 0.95 and top-k 10 where that is not 0, and a seed of its
+    own: the answer doesn't depend on what is answered beside it.
     """
-    if not todo:
-        return
-    slots = max(len(prompts[i]) for i in todo) + max_new_tokens
-    layers = model.model.config.num_hidden_layers
-    cache = SlotCache(layers, slots)
-    rows: list[_Row | None] = [None] * min(batch_size, len(todo))
-    waiting = iter(todo)
-    columns = torch.arange(slots, device=model.device)
-    while True:
-        free = [place for place, row in enumerate(rows) if row is None]
-        if 16 * len(free) >= len(rows) and (arriving := list(islice(waiting, len(free)))):
-            parts = [torch.tensor(prompts[prompt], device=model.device) for prompt in arriving]
-            scratch = SlotCache(layers, max(map(len, parts)))
-            prefill(model, scratch, pad_sequence(parts, batch_first=True))  # what it pads, and the last token, are overwritten
-            cache.copy_sequences(scratch, free[: len(parts)], len(rows))
-            for place, prompt in zip(free, arriving, strict=False):
-                ids = prompts[prompt]
-                rows[place] = _Row(prompt, len(ids), list(ids), temperatures[prompt])
-        if not any(rows):
-            return
-        last = torch.tensor([row.ids[-1] if row else 0 for row in rows], device=model.device)[:, None]
-        length = torch.tensor([len(row.ids) - 1 if row else 0 for row in rows], device=model.device)[:, None]
-        cache.row_slots, cache.visible = length, int(length.max()) + 1
-        seen = columns[: cache.visible]
-        mask = model.mask((seen <= length)[:, None, None], length, seen[None])
-        logits = model.model(input_ids=last, attention_mask=mask, position_ids=length, past_key_values=cache).logits[:, -1]
-        for place, token in enumerate(_choose_rows(model.legal(logits), rows, seed)):
-            row = rows[place]
-            if row is None:
-                continue
-            row.ids.append(token)
-            answer = len(row.ids) - row.prompt_length
-            if token in model.stop_ids or answer == max_new_tokens:
-                yield row.prompt, row.ids[-answer:]
-                rows[place] = None
-
-
-def _choose_rows(logits: Tensor, rows: list[_Row | None], seed: int) -> list[int]:
-    """Next token of each row at its own temperature; its noise depends on its prompt and place, not on the batch."""
-    chosen = torch.zeros(len(rows), dtype=torch.long, device=logits.device)
-    for temperature in sorted({row.temperature for row in rows if row}):
-        places = [i for i, row in enumerate(rows) if row and row.temperature == temperature]
-        sampling = SamplingConfig(temperature, top_k=10 if temperature else 0, top_p=0.95 if temperature else 1.0, seed=seed)
-        live = [rows[i] for i in places]
-        index = [(row.prompt << 20) + len(row.ids) - row.prompt_length for row in live if row]
-        chosen[places] = choose(logits[places], torch.tensor(index, device=logits.device), sampling)[:, 0]
-    return chosen.tolist()
+    configs = []
+    for i in todo:
+        sampling = SamplingConfig(temperatures[i], top_k=10, top_p=0.95, seed=(seed << 32) + i) if temperatures[i] else GREEDY
+        configs.append(DecodeConfig(0, max_new_tokens, sampling=sampling, stop_ids=model.stop_ids))
+    for place, out in iterate_batch(model, [prompts[i] for i in todo], configs, batch_size=batch_size):
+        yield todo[place], out.token_ids
 
 
 def distill(

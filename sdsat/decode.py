@@ -17,26 +17,28 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cache import SlotCache
-from .config import MAX_ROWS, DecodeConfig, SamplingConfig, require
+from .config import MAX_ROWS, DecodeConfig, InputError, SamplingConfig, require
 from .draft import Drafts, draft_tokens
-from .engine import forward, new_cache, prefill, probe_rows, top
+from .engine import AnyCache, Part, Room, forward, forward_batch, new_cache, prefill, probe_rows, top
 from .lookup import Lookup
 from .model import SatModel
-from .native import NativeCache
-from .planner import make_planner
-from .sampling import choose
+from .planner import PLAIN, Plan, Planner, kind_at, make_planner
+from .sampling import as_seed, choose
 from .tree import DraftTree, make_tree
 
 OnTokens = Callable[[list[int], list[bool]], None]
+OnBatchTokens = Callable[[int, list[int], list[bool]], None]
+Chooser = Callable[[Tensor], tuple[int, bool]]
 LOOKED_UP = 0.6  # how likely a looked-up token is taken to be before anything is known
 
 
@@ -45,8 +47,9 @@ class Generation:
     """What one `generate` call produced and what it cost.
 
     token_ids: emitted tokens, a stop id included. text: decoded without special tokens, cut before a stop string.
-    finish: 'stop_id', 'stop_string' or 'length'. num_passes: forward passes after the prefill's one; num_plain_passes: those of
-    them with neither drafts nor SATs. accepted_lengths: accepted drafts of each pass that verified any, 0..depth.
+    finish: 'stop_id', 'stop_string', 'length', or 'chooser' where a `Chooser` ended it. num_passes: forward passes after the
+    prefill's one; num_plain_passes: those of them with neither drafts nor SATs. accepted_lengths: accepted drafts of each pass
+    that verified any, 0..depth.
     proposed_by_depth, accepted_by_depth: [depth] counts; drafts beyond the end of the output are not counted.
     """
 
@@ -147,95 +150,327 @@ def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None
         require(width < vocabulary, f"tree={config.tree}: {width} candidates, but the vocabulary has {vocabulary} tokens")
 
 
-def next_tokens(model: SatModel, logits: Tensor, index: Tensor, sampling: SamplingConfig) -> Tensor:
-    """[N] the model's own next token for logits [N, V] at emitted indices [N]."""
+def next_tokens(model: SatModel, logits: Tensor, index: Tensor, sampling: SamplingConfig, seeds: Tensor | None = None) -> Tensor:
+    """[N] the model's own next token for logits [N, V] at emitted indices [N]. seeds: [N] in place of the sampling's one."""
     count = 1 if sampling.greedy else min(sampling.top_k, logits.shape[-1])
     if not count:
-        return choose(logits, index, sampling)[:, 0]
+        return choose(logits, index, sampling, seeds=seeds)[:, 0]
     values, ids = top(model, logits, count)
-    return ids[:, 0] if sampling.greedy else choose(values, index, sampling, ids=ids)[:, 0]
+    return ids[:, 0] if sampling.greedy else choose(values, index, sampling, ids=ids, seeds=seeds)[:, 0]
 
 
-@torch.inference_mode()
-def generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig, on_tokens: OnTokens | None = None) -> Generation:
+def choose_along(
+    chooser: Chooser, tree: DraftTree, tokens: list[int], logits: Tensor, stop_ids: tuple[int, ...]
+) -> tuple[Tensor, bool]:
+    """What `chooser` says at the nodes that the walk visits: ([N] its tokens, -1 at the others; whether it ended the output).
+
+    It is asked once for each emitted position, in order, as in AR: so it may keep state, and nothing is asked behind the end.
+    Where a draft is the last token, the walk ends at that draft, and nothing follows it: -1.
+    logits [N, V]: of the tree's nodes, which hold `tokens`; the tree is no deeper than what is still to come.
+    """
+    children, node = tree.children(), 0
+    targets = torch.full((len(tree),), -1, dtype=torch.long)
+    while True:
+        token, ended = chooser(logits[node])
+        targets[node] = token
+        follows = [child for child in children[node] if tokens[child] == token]
+        if ended or token in stop_ids or not follows:
+            return targets.to(logits.device), ended
+        node = follows[0]
+
+
+def generate(
+    model: SatModel,
+    prompt_ids: list[int],
+    config: DecodeConfig,
+    on_tokens: OnTokens | None = None,
+    chooser: Chooser | None = None,
+) -> Generation:
     """Continue `prompt_ids`. The output is the same for every strategy, k and tree.
 
     on_tokens: called after each pass with the new tokens and, for each, whether it was an accepted draft.
+    chooser: (logits [V] after all tokens so far) -> (the next token, whether the output ends with it), see `choose_along`. It
+    then chooses instead of config.sampling, which only drafts go by.
     Raises InputError where the prompt, the settings and the model do not fit together.
     """
     _check(model, prompt_ids, config)
+    report = None if on_tokens is None else lambda _, tokens, drafted: on_tokens(tokens, drafted)
+    return next(_decode(model, [prompt_ids], [config], 1, report, [chooser]))[1]
+
+
+def generate_batch(
+    model: SatModel,
+    prompts: Sequence[list[int]],
+    configs: DecodeConfig | Sequence[DecodeConfig],
+    on_tokens: OnBatchTokens | None = None,
+    batch_size: int = 32,
+    choosers: Sequence[Chooser | None] | None = None,
+) -> list[Generation]:
+    """Continue every prompt, up to `batch_size` of them in each pass; results in the order of the prompts.
+
+    A prompt that waits enters when another one's output ends. Each output is the one that `generate` gives for that prompt
+    alone: bit for bit on the native engine, in float32 anywhere. configs: one for all or one a prompt; all settings may differ.
+    on_tokens: as of `generate`, with the prompt's index before; choosers: as of `generate`, one a prompt. Seconds in the results
+    are those of all live sequences at once.
+    Raises InputError, naming the index, where a prompt, its settings and the model do not fit together.
+    """
+    outs = iterate_batch(model, prompts, configs, on_tokens, batch_size, choosers)
+    return [out for _, out in sorted(outs, key=lambda item: item[0])]
+
+
+def iterate_batch(
+    model: SatModel,
+    prompts: Sequence[list[int]],
+    configs: DecodeConfig | Sequence[DecodeConfig],
+    on_tokens: OnBatchTokens | None = None,
+    batch_size: int = 32,
+    choosers: Sequence[Chooser | None] | None = None,
+) -> Iterator[tuple[int, Generation]]:
+    """The same as (index of the prompt, its result) in the order in which outputs end; bad input is refused at once."""
+    require(batch_size >= 1, f"batch_size={batch_size}: expected 1 or more")
+    configs = [configs] * len(prompts) if isinstance(configs, DecodeConfig) else list(configs)
+    require(len(configs) == len(prompts), f"configs: {len(configs)} for {len(prompts)} prompts; expected one, or one a prompt")
+    for number, (prompt_ids, config) in enumerate(zip(prompts, configs, strict=True)):
+        try:
+            _check(model, prompt_ids, config)
+        except InputError as error:
+            raise InputError(f"prompts[{number}]: {error}") from None
+    return _decode(model, prompts, configs, batch_size, on_tokens, choosers or [None] * len(prompts))
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A sequence between two passes: what is emitted, x, and the drafts below x; and what the coming pass has of it."""
+
+    number: int
+    prompt_ids: list[int]
+    config: DecodeConfig
+    planner: Planner
+    cache: AnyCache
+    out: Generation
+    prefilled: float  # when
+    lookup: Lookup | None
+    x: int
+    drafts: Drafts
+    chooser: Chooser | None
+    ended: bool = False  # by the chooser
+    plan: Plan = PLAIN
+
+    @property
+    def emitted(self) -> int:
+        return len(self.out.token_ids)
+
+    @property
+    def left(self) -> int:
+        return self.config.max_new_tokens - self.emitted
+
+    @property
+    def context(self) -> int:
+        return len(self.prompt_ids) + self.emitted
+
+    def with_lookup(self, drafts: Drafts) -> Drafts:
+        return drafts.with_chain(self.lookup.drafts(), LOOKED_UP) if self.lookup else drafts
+
+
+@torch.inference_mode()
+def _decode(
+    model: SatModel,
+    prompts: Sequence[list[int]],
+    configs: Sequence[DecodeConfig],
+    size: int,
+    on_tokens: OnBatchTokens | None,
+    choosers: Sequence[Chooser | None],
+) -> Iterator[tuple[int, Generation]]:
+    """The loop. Up to `size` sequences are live; each pass carries what their plans want of all of them."""
     probe_rows(model)
-    planner, device = make_planner(model, config), model.device
-    if config.may_round:
+    planners = [make_planner(model, config) for config in configs]
+    if any(config.may_round for config in configs):
         _ = model.rounded  # is made now, before seconds count
-    sat_id = model.sat.token_id if model.sat else 0
-    out = Generation(proposed_by_depth=[0] * config.depth, accepted_by_depth=[0] * config.depth)
-    began = time.perf_counter()
-    cache = new_cache(model, num_slots(len(prompt_ids), config.max_new_tokens))
-    prompt = torch.tensor(prompt_ids, device=device)
-    prefill(model, cache, prompt[:-1])
+    slots = [num_slots(len(ids), config.max_new_tokens) for ids, config in zip(prompts, configs, strict=True)]
+    size = max(1, min(size, len(prompts)))
+    room, waiting, live = Room(model, size, max(slots, default=0)), deque(range(len(prompts))), list[_Sequence]()
+    while waiting or live:
+        free = size - len(live)
+        if waiting and 16 * free >= size:  # several prompts are read in one pass where that can be
+            numbers = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            live += _enter(model, room, numbers, prompts, configs, planners, slots, choosers)
+        _draft_first(model, live)
+        _step(model, live, on_tokens)
+        for sequence in [sequence for sequence in live if sequence.out.finish]:
+            live.remove(sequence)
+            room.leave(sequence.cache)
+            yield sequence.number, sequence.out
+
+
+def _enter(
+    model: SatModel,
+    room: Room,
+    numbers: list[int],
+    prompts: Sequence[list[int]],
+    configs: Sequence[DecodeConfig],
+    planners: list[Planner],
+    slots: list[int],
+    choosers: Sequence[Chooser | None],
+) -> list[_Sequence]:
+    """Sequences of these prompts, prefilled."""
+    began, device = time.perf_counter(), model.device
+    caches = room.enter([torch.tensor(prompts[n], device=device) for n in numbers], [slots[n] for n in numbers])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    prefilled = time.perf_counter()
-    lookup = Lookup(prompt_ids, config.num_lookup) if config.num_lookup else None
-    x, drafted, finish = prompt_ids[-1], None, ""
-    while not finish:
-        emitted, started = len(out.token_ids), time.perf_counter()
-        left, context, found = config.max_new_tokens - emitted, len(prompt_ids) + emitted, lookup.drafts() if lookup else []
-        drafts = (drafted or Drafts.none(x)).with_chain(found, LOOKED_UP)
-        if size := planner.draft_first(drafts, left, context):
-            drafts = _rounded_drafts(model, cache, x, size, config, emitted).with_chain(found, LOOKED_UP)
-            out.num_passes, out.num_rounded_passes = out.num_passes + 1, out.num_rounded_passes + 1
-            planner.observe_drafting(size, context, time.perf_counter() - started)
-            started = time.perf_counter()
-        plan = planner.plan(drafts, left, context)
-        drafts, tree = drafts.kept(plan.nodes), drafts.tree.kept(plan.nodes)
-        sats = [sat_id] * sum(size for _, size in plan.groups)
-        states, logits = forward(model, cache, torch.tensor(drafts.tokens + sats, device=device), tree, plan.groups)
-        nodes, depths = len(tree), tree.depths
-        targets = next_tokens(model, logits[:nodes], emitted + torch.tensor(depths, device=device), config.sampling)
-        below = _drafts_below(model, config, tree, plan.groups, targets, states[nodes:], logits[nodes:], emitted)
-        values = torch.cat([targets.double(), *(found.flatten() for _, found in below.values())]).tolist()  # the one host read
-        target_ids = [int(value) for value in values[:nodes]]
-        path = tree.walk(drafts.tokens, target_ids)
-        cache.commit(tuple(path))
-        x, drafted = target_ids[path[-1]], _drafts_at(path[-1], below, values[nodes:])
-        planner.observe(drafts, plan, path, context, time.perf_counter() - started)
-        out.num_passes += 1
-        out.num_plain_passes += nodes == 1 and not sats
-        block = [drafts.tokens[node] for node in path[1:]] + [x]
-        kept, finish = _cut(model, prompt_ids[-1], out.token_ids, block, config)
-        if nodes > 1:
-            out.count(max(depths), len(path) - 1, kept if finish else None)
-        block = block[:kept]
-        out.token_ids += block
-        if lookup:
-            lookup.add(block)
-        if on_tokens is not None:
-            on_tokens(block, [i < len(path) - 1 for i in range(len(block))])
-    out.finish = finish
-    out.prefill_seconds, out.decode_seconds = prefilled - began, time.perf_counter() - prefilled
-    out.text = _text(model, prompt_ids[-1], out, config)
+    prefilled, entered = time.perf_counter(), []
+    for n, cache in zip(numbers, caches, strict=True):
+        config, ids = configs[n], prompts[n]
+        out = Generation(finish="", proposed_by_depth=[0] * config.depth, accepted_by_depth=[0] * config.depth)
+        out.prefill_seconds = prefilled - began
+        lookup = Lookup(ids, config.num_lookup) if config.num_lookup else None
+        drafts, chooser = Drafts.none(ids[-1]), choosers[n]
+        entered.append(_Sequence(n, ids, config, planners[n], cache, out, prefilled, lookup, ids[-1], drafts, chooser))
+    return entered
+
+
+def _draft_first(model: SatModel, live: list[_Sequence]) -> None:
+    """What the sequences' drafts are before the coming pass: those they have, looked-up ones, and, for sequences that want them
+    before this pass, those of one pass in 8 bits over x and SATs of each. That leaves nothing in the caches.
+    """
+    began, wanting = time.perf_counter(), list[tuple[_Sequence, Part]]()
+    for sequence in live:
+        sequence.planner.share(len(live), sequence.context)
+        sequence.drafts = sequence.with_lookup(sequence.drafts)
+        if count := sequence.planner.draft_first(sequence.drafts, sequence.left, sequence.context):
+            wanting.append((sequence, Part(sequence.cache, [sequence.x], make_tree("chain", 0), ((0, count),))))
+    if not wanting:
+        return
+    drafted = [sequence for sequence, _ in wanting]
+    _, values = _run(model, drafted, [part for _, part in wanting], rounded=True)
+    for sequence, below in zip(drafted, values, strict=True):
+        sequence.drafts = sequence.with_lookup(Drafts.of_rounded(sequence.x, *below[0]))
+        sequence.out.num_passes += 1
+        sequence.out.num_rounded_passes += 1
+    sats = sum(1 + part.sats for _, part in wanting) - 1
+    for planner in {id(sequence.planner): sequence.planner for sequence in drafted}.values():
+        planner.observe_drafting(sats, _mean_context(drafted), time.perf_counter() - began)
+
+
+def _mean_context(sequences: list[_Sequence]) -> int:
+    return sum(sequence.context for sequence in sequences) // len(sequences)
+
+
+def _step(model: SatModel, live: list[_Sequence], on_tokens: OnBatchTokens | None) -> None:
+    """One pass: verify the drafts that the plans keep, draft where they want SATs, and emit."""
+    began, context, parts = time.perf_counter(), _mean_context(live), list[Part]()
+    for sequence in live:
+        plan = sequence.plan = sequence.planner.plan(sequence.drafts, sequence.left, sequence.context)
+        drafts = sequence.drafts = sequence.drafts.kept(plan.nodes)
+        parts.append(Part(sequence.cache, drafts.tokens, drafts.tree, plan.groups))
+    targets, drafted = _run(model, live, parts)
+    paths = [part.tree.walk(part.tokens, own) for part, own in zip(parts, targets, strict=True)]
+    for sequence, path in zip(live, paths, strict=True):
+        sequence.cache.commit(tuple(path))
+        sequence.planner.observe(sequence.drafts, sequence.plan, path)
+    rows, sats, seconds = sum(len(p.tokens) + p.sats for p in parts), sum(p.sats for p in parts), time.perf_counter() - began
+    for planner in {id(sequence.planner): sequence.planner for sequence in live}.values():
+        planner.observe_pass(rows, sats, context, seconds)
+    for sequence, path, own, below in zip(live, paths, targets, drafted, strict=True):
+        _emit(model, sequence, path, own, below, on_tokens)
+
+
+def _emit(
+    model: SatModel,
+    sequence: _Sequence,
+    path: list[int],
+    targets: list[int],
+    below: dict[int, tuple[DraftTree, list[float]]],
+    on_tokens: OnBatchTokens | None,
+) -> None:
+    """Enter a pass into the output: the walked path's drafts and the token after them, as far as the output goes on."""
+    out, config, drafts, end = sequence.out, sequence.config, sequence.drafts, path[-1]
+    x = sequence.x = targets[end]
+    out.num_passes += 1
+    out.num_plain_passes += len(drafts.tokens) == 1 and not sequence.plan.groups
+    block = [drafts.tokens[node] for node in path[1:]] + [x] * (x >= 0)
+    kept, out.finish = _cut(model, sequence.prompt_ids[-1], out.token_ids, block, config)
+    if sequence.ended and out.finish != "stop_id":
+        out.finish = "chooser"
+    if len(drafts.tokens) > 1:
+        out.count(max(drafts.tree.depths), len(path) - 1, kept if out.finish else None)
+    block = block[:kept]
+    out.token_ids += block
+    sequence.drafts = Drafts.of_sats(*below[end], kind_at(end, drafts.tree)) if end in below else Drafts.none(x)
+    if sequence.lookup:
+        sequence.lookup.add(block)
+    if on_tokens is not None:
+        on_tokens(sequence.number, block, [i < len(path) - 1 for i in range(len(block))])
+    if out.finish:
+        out.decode_seconds = time.perf_counter() - sequence.prefilled
+        out.text = _text(model, sequence.prompt_ids[-1], out, config)
+
+
+def _run(
+    model: SatModel, sequences: list[_Sequence], parts: list[Part], rounded: bool = False
+) -> tuple[list[list[int]], list[dict[int, tuple[DraftTree, list[float]]]]]:
+    """A pass. For each sequence: the model's own next token at every node, and what SATs draft after the token that follows at
+    their node, {node: (tree, `draft_tokens`, flat)}.
+    """
+    states, logits = forward_batch(model, parts, rounded)
+    nodes = sum(len(part.tokens) for part in parts)
+    index = torch.tensor([s.emitted + depth for s, part in zip(sequences, parts, strict=True) for depth in part.tree.depths])
+    if rounded or sequences[0].chooser is None:
+        targets = _targets(model, sequences, parts, logits[:nodes], index.to(logits.device))
+    else:
+        targets = torch.cat(_ask(sequences, parts, logits[:nodes]))
+    first, node, below = nodes, 0, []
+    for sequence, part in zip(sequences, parts, strict=True):
+        groups: dict[int, tuple[DraftTree, Tensor]] = {}
+        if part.groups:
+            rows = slice(first, first + part.sats)
+            own = targets[node : node + len(part.tokens)].clamp_min(0)  # off the walk SATs draft for nobody
+            groups = _drafts_below(model, sequence.config, part, own, states[rows], logits[rows], sequence.emitted)
+        below.append(groups)
+        first, node = first + part.sats, node + len(part.tokens)
+    every = [targets.double(), *(found.flatten() for groups in below for _, found in groups.values())]
+    values = torch.cat(every).tolist()  # the one host read
+    read = iter(values)
+    tokens = [[int(value) for value in islice(read, len(part.tokens))] for part in parts]
+    drafted = [{at: (shape, list(islice(read, found.numel()))) for at, (shape, found) in groups.items()} for groups in below]
+    return tokens, drafted
+
+
+def _targets(model: SatModel, sequences: list[_Sequence], parts: list[Part], logits: Tensor, index: Tensor) -> Tensor:
+    """[N] `next_tokens` of all nodes, each by its own sequence's sampling: one call for those that differ in the seed alone."""
+    first = sequences[0].config.sampling
+    if all(sequence.config.sampling == first for sequence in sequences):
+        return next_tokens(model, logits, index, first)
+    kinds: dict[SamplingConfig, tuple[list[int], list[int]]] = {}
+    row = 0
+    for sequence, part in zip(sequences, parts, strict=True):
+        sampling, count = sequence.config.sampling, len(part.tokens)
+        rows, seeds = kinds.setdefault(replace(sampling, seed=0), ([], []))
+        rows += range(row, row + count)
+        seeds += [as_seed(sampling.seed)] * count
+        row += count
+    out = torch.empty_like(index)
+    for sampling, (rows, seeds) in kinds.items():
+        some = torch.tensor(rows, device=index.device)
+        out[some] = next_tokens(model, logits[some], index[some], sampling, torch.tensor(seeds, device=index.device))
     return out
 
 
-def _rounded_drafts(
-    model: SatModel, cache: SlotCache | NativeCache, x: int, size: int, config: DecodeConfig, emitted: int
-) -> Drafts:
-    """Drafts by a pass in 8 bits over x and `size` SATs; it leaves nothing in the cache."""
-    assert model.sat is not None
-    tokens, tree, groups = torch.tensor([x, *[model.sat.token_id] * size]), make_tree("chain", 0), ((0, size),)
-    states, logits = forward(model, cache, tokens, tree, groups, rounded=True)
-    first = next_tokens(model, logits[:1], torch.tensor([emitted]), config.sampling)
-    shape, values = _drafts_below(model, config, tree, groups, first, states[1:], logits[1:], emitted)[0]
-    return Drafts.of_rounded(x, shape, values.flatten().tolist())
+def _ask(sequences: list[_Sequence], parts: list[Part], logits: Tensor) -> list[Tensor]:
+    """The same, [N_i] a sequence, by the sequences' choosers: all have one, or none."""
+    targets, row = [], 0
+    for sequence, part in zip(sequences, parts, strict=True):
+        rows = logits[row : row + len(part.tokens)]
+        assert sequence.chooser is not None
+        chosen, sequence.ended = choose_along(sequence.chooser, part.tree, part.tokens, rows, sequence.config.stop_ids)
+        targets.append(chosen)
+        row += len(part.tokens)
+    return targets
 
 
 def _drafts_below(
     model: SatModel,
     config: DecodeConfig,
-    tree: DraftTree,
-    groups: tuple[tuple[int, int], ...],
+    part: Part,
     targets: Tensor,
     states: Tensor,
     logits: Tensor,
@@ -243,26 +478,16 @@ def _drafts_below(
 ) -> dict[int, tuple[DraftTree, Tensor]]:
     """{node: (tree, `draft_tokens`)}: what the SATs at a node draft after the token that follows there, for every group.
 
-    targets [N]: the model's own next token at every node; states [M, D], logits [M, V]: of all SATs of the pass, group by group.
+    targets [N]: the model's own next token at every node; states [M, D], logits [M, V]: of the part's SATs, group by group.
     """
     below, first = {}, 0
-    for node, size in groups:
-        shape, part = _truncated(config.tree, config.k, size), slice(first, first + size)
-        index = emitted + tree.depths[node] + 1
+    for node, size in part.groups:
+        shape, rows = _truncated(config.tree, config.k, size), slice(first, first + size)
+        index = emitted + part.tree.depths[node] + 1
         x = targets[node : node + 1]
-        below[node] = shape, draft_tokens(model, x, states[part], logits[part], index, shape, config.sampling)
+        below[node] = shape, draft_tokens(model, x, states[rows], logits[rows], index, shape, config.sampling)
         first += size
     return below
-
-
-def _drafts_at(end: int, below: dict[int, tuple[DraftTree, Tensor]], values: list[float]) -> Drafts | None:
-    """The drafts below the node where the walk ended, out of the values of all groups; None where it had no SATs."""
-    first = 0
-    for node, (shape, found) in below.items():
-        if node == end:
-            return Drafts.of_sats(shape, values[first : first + found.numel()])
-        first += found.numel()
-    return None
 
 
 def text_after(tokenizer: Any, before: int, tokens: list[int], skip_special: bool = True) -> str:

@@ -6,7 +6,7 @@ A pass of the exact engine that has SATs gives the token after x itself, which i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ class Drafts:
     """A tree of drafts below x, which is node 0. likely[j]: how likely node j is right, given that its parent is.
 
     looked_up[j]: the draft comes from the text so far, and not (or not only) from a SAT. by_sats: SATs have drafted;
-    rounded: in a pass in 8 bits, so that node 1 is what that pass says at x.
+    rounded: in a pass in 8 bits, so that node 1 is what that pass says at x. kind: where the SATs were, see planner.KINDS.
     """
 
     tree: DraftTree
@@ -40,33 +40,32 @@ class Drafts:
     looked_up: list[bool]
     by_sats: bool = False
     rounded: bool = False
+    kind: str = "none"
 
     @classmethod
     def none(cls, x: int) -> Drafts:
         return cls(_ROOT, [x], [1.0], [False])
 
     @classmethod
-    def of_sats(cls, tree: DraftTree, values: list[float]) -> Drafts:
+    def of_sats(cls, tree: DraftTree, values: list[float], kind: str) -> Drafts:
         """values: what `draft_tokens` gave, flat."""
         nodes = len(tree)
-        return cls(tree, [int(value) for value in values[:nodes]], values[nodes:], [False] * nodes, by_sats=True)
+        return cls(tree, [int(value) for value in values[:nodes]], values[nodes:], [False] * nodes, by_sats=True, kind=kind)
 
     @classmethod
     def of_rounded(cls, x: int, tree: DraftTree, values: list[float]) -> Drafts:
         """The tree one node lower: below x the token at its root, which a pass in 8 bits gave for x itself."""
-        below = cls.of_sats(tree, values)
+        below = cls.of_sats(tree, values, "rounded")
         parents = (-1, *(parent + 1 for parent in tree.parents))
-        likely = [1.0, OWN, *below.likely[1:]]
-        return cls(
-            DraftTree(parents, (0, *tree.ranks)), [x, *below.tokens], likely, [False] * len(parents), by_sats=True, rounded=True
-        )
+        likely, looked_up = [1.0, OWN, *below.likely[1:]], [False] * len(parents)
+        return cls(DraftTree(parents, (0, *tree.ranks)), [x, *below.tokens], likely, looked_up, True, True, "rounded")
 
     def with_chain(self, tokens: list[int], likely: float) -> Drafts:
         """The tree with a looked-up chain added below x; where it says what a draft says already, that draft is in both."""
         if not tokens:
             return self
         parents, ranks = list(self.tree.parents), list(self.tree.ranks)
-        out = Drafts(self.tree, list(self.tokens), list(self.likely), list(self.looked_up), self.by_sats, self.rounded)
+        out = replace(self, tokens=list(self.tokens), likely=list(self.likely), looked_up=list(self.looked_up))
         node = 0
         for token in tokens:
             same = [j for j in range(len(parents)) if parents[j] == node and out.tokens[j] == token]
@@ -89,7 +88,7 @@ class Drafts:
             return self
         tokens, likely = [self.tokens[node] for node in nodes], [self.likely[node] for node in nodes]
         looked_up = [self.looked_up[node] for node in nodes]
-        return Drafts(self.tree.kept(nodes), tokens, likely, looked_up, self.by_sats, self.rounded and 1 in nodes)
+        return Drafts(self.tree.kept(nodes), tokens, likely, looked_up, self.by_sats, self.rounded and 1 in nodes, self.kind)
 
 
 @lru_cache(maxsize=256)

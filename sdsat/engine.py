@@ -7,23 +7,41 @@ max_new_tokens alone, and passes are padded as a `RowPolicy` says, which `probe_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .cache import SlotCache, pass_mask, slot_positions
+from .cache import SlotCache, SlotPlace, pass_mask, slot_positions
 from .graphs import padded
 from .native import NativeCache, NativeEngine
-from .tree import DraftTree, make_tree, pass_layout
+from .tree import DraftTree, Layout, Shape, batch_layout, make_tree, pass_layout
 
 if TYPE_CHECKING:
     from .cache import _SlotLayer
     from .model import SatModel
 
 PREFILL_ROWS = 256  # of one pass of the native engine
+
+
+AnyCache = SlotCache | SlotPlace | NativeCache  # of one sequence
+
+
+@dataclass
+class Part:
+    """What one sequence brings into a pass: the tokens of a draft tree's nodes, x first, and SAT groups (node, size) at some."""
+
+    cache: AnyCache
+    tokens: list[int]
+    tree: DraftTree
+    groups: tuple[tuple[int, int], ...] = ()
+    sats: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sats = sum(size for _, size in self.groups)
 
 
 @dataclass(frozen=True)
@@ -69,11 +87,7 @@ def forward(
     """
     sats, count = sum(size for _, size in groups), tokens.shape[0]
     if isinstance(cache, NativeCache):
-        native = model.rounded if rounded else model.native
-        assert native is not None
-        within, offsets = pass_layout(tree, groups, count, model.device)
-        states, logits = native.forward(cache, model.embed(tokens[None])[0], within, offsets, sats)
-        return states, model.legal(logits)
+        return _native_pass(model, [cache], tokens, [(tree, groups)], sats, rounded)
     rows = (policy or probe_rows(model)).rows(count if cache.graphs is None else padded(count))
     within, offsets = pass_layout(tree, groups, rows, model.device)
     tokens = torch.nn.functional.pad(tokens, (0, rows - count))
@@ -86,6 +100,111 @@ def forward(
     else:
         states, logits = _pass(model, cache, count - sats, count, tokens, within, offsets, cache.length)
     return states[:count], logits[:count]
+
+
+def forward_batch(model: SatModel, parts: list[Part], rounded: bool = False) -> tuple[Tensor, Tensor]:
+    """One pass over several sequences. Rows: the nodes of all parts in order, then their SATs. Commits nothing.
+
+    rounded: see `forward`. Returns (last hidden states [R, D], logits [R, V]).
+    """
+    sats = sum(part.sats for part in parts)
+    sat = model.sat.token_id if model.sat else 0
+    tokens = torch.tensor([token for part in parts for token in part.tokens] + [sat] * sats, device=model.device)
+    shapes = [(part.tree, part.groups) for part in parts]
+    caches = [part.cache for part in parts]
+    first = caches[0]
+    if isinstance(first, NativeCache):
+        return _native_pass(model, cast(list[NativeCache], caches), tokens, shapes, sats, rounded)
+    if isinstance(first, SlotPlace):
+        return _shared_pass(model, cast(list[SlotPlace], caches), tokens, shapes, sats)
+    return forward(model, first, tokens, *shapes[0])
+
+
+def _native_pass(
+    model: SatModel, caches: list[NativeCache], tokens: Tensor, shapes: list[Shape], sats: int, rounded: bool
+) -> tuple[Tensor, Tensor]:
+    native = model.rounded if rounded else model.native
+    assert native is not None
+    layout = batch_layout(shapes, len(tokens), model.device)
+    states, logits = native.forward(caches, model.embed(tokens[None])[0], layout, sats)
+    return states, model.legal(logits)
+
+
+def _shared_pass(
+    model: SatModel, places: list[SlotPlace], tokens: Tensor, shapes: list[Shape], sats: int
+) -> tuple[Tensor, Tensor]:
+    """Over all sequences of one SlotCache, through transformers' modules. Linear layers see the rows in one line, without gaps;
+    only attention sees sequences. It reads no more slots than the longest sequence has, rounded up.
+    """
+    cache, count, device = places[0].shared, len(tokens), model.device
+    layout = batch_layout(shapes, probe_rows(model).rows(count), device)
+    rows, width = len(layout.places), layout.width
+    lengths = [0] * len(places)
+    for place in places:
+        lengths[place.number] = place.length
+    cache.visible = min(cache.num_slots, -(-(max(lengths) + width) // 64) * 64)
+    cache.num_live = len(places)
+    cache.row_sequences = torch.tensor([place.number for place in places], device=device)[layout.sequences]
+    length = torch.tensor(lengths, device=device)
+    cache.row_slots = length[cache.row_sequences] + layout.places
+    positions = length[cache.row_sequences] + layout.offsets
+    row_places = cache.row_sequences * width + layout.places
+    numbers = torch.full((len(places) * width,), -1, device=device)
+    numbers[row_places] = torch.arange(rows, device=device)
+    numbers = numbers.view(-1, width)  # [B, S], -1 where a sequence has fewer rows
+    own = (layout.within[numbers[:, :, None], numbers[:, None]] & (numbers >= 0)[:, :, None] & (numbers >= 0)[:, None]) | (
+        torch.eye(width, dtype=torch.bool, device=device)
+    )
+    slots = length[:, None] + torch.arange(width, device=device)
+    columns = torch.arange(cache.visible, device=device).repeat(len(places), 1)
+    attend = (columns < length[:, None])[:, None].repeat(1, width, 1).scatter_(2, slots[:, None].expand_as(own), own)
+    columns[cache.row_sequences, cache.row_slots] = positions
+    with model.sat_rows(count - sats, count):
+        states = model.model.base_model(
+            inputs_embeds=model.embed(torch.nn.functional.pad(tokens, (0, rows - count))[None]),
+            attention_mask=model.mask(attend[:, None], positions[numbers], columns),
+            position_ids=positions[None],
+            past_key_values=cache,
+            row_numbers=numbers.clamp_min(0),
+            row_places=row_places,
+        ).last_hidden_state[0]
+    return states[:count], model.legal(model.logits(states))[:count]
+
+
+class Room:
+    """Where up to `size` sequences at once keep their keys and values.
+
+    Each has a cache of its own; but many through transformers' modules are places 0, 1, .. of one tensor, because attention takes
+    all of them together there. Then `num_slots` is what the longest of all needs.
+    """
+
+    def __init__(self, model: SatModel, size: int, num_slots: int):
+        self.model, self.size, self.places = model, size, list[SlotPlace]()
+        layers = model.model.config.num_hidden_layers
+        self.shared = SlotCache(layers, num_slots) if size > 1 and model.native is None else None
+
+    def enter(self, prompts: list[Tensor], num_slots: list[int]) -> list[AnyCache]:
+        """A cache for each prompt [N], which holds all of it but the last token."""
+        if self.shared is None:
+            caches = [new_cache(self.model, slots) for slots in num_slots]
+            for cache, prompt in zip(caches, prompts, strict=True):
+                prefill(self.model, cache, prompt[:-1])
+            return list[AnyCache](caches)
+        scratch = SlotCache(len(self.shared.layers), max(map(len, prompts)))
+        prefill(self.model, scratch, pad_sequence(prompts, batch_first=True))  # what it pads, and last tokens, are overwritten
+        first = len(self.places)
+        places = [SlotPlace(self.shared, first + i, len(prompt) - 1) for i, prompt in enumerate(prompts)]
+        self.shared.copy_sequences(scratch, [place.number for place in places], self.size)
+        self.places += places
+        return list[AnyCache](places)
+
+    def leave(self, cache: AnyCache) -> None:
+        """Free the place of a sequence; the last one moves there."""
+        if isinstance(cache, SlotPlace):
+            last = self.places.pop()
+            if last is not cache:
+                last.move(cache.number)
+                self.places[cache.number] = last
 
 
 def _pass(
@@ -108,7 +227,7 @@ def _pass_at(
 ) -> tuple[Tensor, Tensor]:
     """The same as a graph can record it: nothing depends on `length` but through the tensor. Whoever has the layers runs it."""
     cache = layers[0].owner
-    cache.row_slots = (length + torch.arange(len(tokens), device=tokens.device))[None]
+    cache.row_slots = length + torch.arange(len(tokens), device=tokens.device)
     return _pass(model, cache, first, len(tokens), tokens, within, offsets, length)
 
 
@@ -120,7 +239,8 @@ def prefill(model: SatModel, cache: SlotCache | NativeCache, tokens: Tensor) -> 
         assert model.native is not None
         for part in tokens.split(PREFILL_ROWS) if count else ():
             rows = torch.arange(len(part))
-            model.native.forward(cache, model.embed(part[None])[0], rows <= rows[:, None], rows, last=0)
+            layout = Layout(rows <= rows[:, None], rows, torch.zeros_like(rows), rows, len(part))
+            model.native.forward([cache], model.embed(part[None])[0], layout, last=0)
             cache.commit(tuple(range(len(part))))
         return
     if not count:

@@ -167,6 +167,15 @@ def check_family(config: Any, name: str) -> None:
         )
 
 
+def check_model(model: Any, name: str) -> None:
+    """Refuse a model that transformers has loaded in a way in which passes can't run."""
+    check_family(model.config, name)
+    places = sorted({str(parameter.device) for parameter in model.parameters()})
+    require(len(places) == 1 and places != ["meta"], f"model {name}: its weights are on {', '.join(places)}; expected one device")
+    dtype = model.get_input_embeddings().weight.dtype
+    require(dtype in DTYPES.values(), f"model {name}: its weights are {dtype}; expected one of {', '.join(DTYPES)}")
+
+
 @contextmanager
 def _one_line(name: str, path: str) -> Iterator[None]:
     """Whatever goes wrong while a model is read, as one InputError."""
@@ -188,25 +197,29 @@ def _path_of(base: str) -> str:
     return str(embedded.base_dir()) if base == embedded.BASE_NAME else base
 
 
-def _adapter_of(name: str) -> Path | None:
-    """The directory of the adapter that `name` means, if it means one."""
-    if name == embedded.NAME:
-        return embedded.ADAPTER_DIR
-    return Path(name) if (Path(name) / adapters.CONFIG_FILE).is_file() else None
+def is_adapter(name: str) -> bool:
+    return name == embedded.NAME or (Path(name) / adapters.CONFIG_FILE).is_file()
+
+
+def _adapter_directory(name: str) -> Path:
+    return embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
+
+
+def _base_of(name: str) -> str:
+    return adapters.read_config(_adapter_directory(name)).base_model if is_adapter(name) else name
 
 
 def sized(name: str, dtype: str) -> devices.Size:
     """How much memory `load(name, dtype)` takes, for `devices.place`; reads configs only."""
     check_dtype(dtype)
-    directory = _adapter_of(name)
-    base = adapters.read_config(directory).base_model if directory else name
+    base = _base_of(name)
     path = _path_of(base)
     with _one_line(base, path):
         config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
         check_family(config, base)
         torch_dtype = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
-        weights = directory / adapters.WEIGHTS_FILE if directory else None  # two bytes a number; held as it is and fused
-        adapter = weights.stat().st_size * torch_dtype.itemsize if weights and weights.is_file() else 0
+        weights = _adapter_directory(name) / adapters.WEIGHTS_FILE  # two bytes a number; held as it is and fused
+        adapter = weights.stat().st_size * torch_dtype.itemsize if is_adapter(name) and weights.is_file() else 0
         return devices.model_size(name, config, torch_dtype, adapter)
 
 
@@ -240,7 +253,7 @@ def _with_engine(model: SatModel, engine: str, graphs: bool) -> SatModel:
         except Unavailable as reason:
             require(engine == "auto", f"engine=native: not to be had for {model.name} ({reason}); expected auto")
             if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float32):
-                warnings.warn(f"passes go through transformers' modules, which is slower: {reason}", stacklevel=3)
+                warnings.warn(f"passes go through transformers' modules, which is slower: {reason}", stacklevel=4)
     if can_pack(model.device, model.dtype):
         model.packed = PackedLinears(model.model).attach()
     if graphs and model.device.type == "cuda" and len(model.devices) == 1:  # a graph records one GPU
@@ -277,7 +290,7 @@ def in_papers_form(name: str, sat_token_id: int | None = None, trained_k: int | 
 
     False, too, for what can't be loaded: `load` says why.
     """
-    if _adapter_of(name) or name == embedded.BASE_NAME:
+    if is_adapter(name) or name == embedded.BASE_NAME:
         return False
     if _published(name):
         return True
@@ -309,17 +322,38 @@ def load(
     Raises InputError, one line, for anything that can't be loaded.
     """
     check_dtype(dtype)
-    require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
+    check_options(name, sat_token_id, engine, trained_k)
     devices.pick_devices(device)  # a wrong name is said before anything is fetched
-    device_map, torch_dtype = devices.place(sized(name, dtype), device, context), DTYPES.get(dtype, "auto")
-    if directory := _adapter_of(name):
-        given = {"sat_token_id": sat_token_id, "trained_k": trained_k}
-        strange = [f"{option}={value}" for option, value in given.items() if value is not None]
-        require(not strange, f"{', '.join(strange)}: {name} is an adapter and brings its own SAT")
-        model, tokenizer = _load_base(adapters.read_config(directory).base_model, torch_dtype, device_map)
-        adapter = adapters.load(model, directory).fuse().attach(model)
+    device_map = devices.place(sized(name, dtype), device, context)
+    model, tokenizer = _load_base(_base_of(name), DTYPES.get(dtype, "auto"), device_map)
+    return equip(model, tokenizer, name, sat_token_id, engine, graphs, trained_k)
+
+
+def check_options(name: str, sat_token_id: int | None, engine: str, trained_k: int | None) -> None:
+    """Refuse options that don't go together, before weights are read."""
+    require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
+    given = {"sat_token_id": sat_token_id, "trained_k": trained_k}
+    strange = [f"{option}={value}" for option, value in given.items() if value is not None and is_adapter(name)]
+    require(not strange, f"{', '.join(strange)}: {name} is an adapter and brings its own SAT")
+
+
+def equip(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    name: str,
+    sat_token_id: int | None = None,
+    engine: str = "auto",
+    graphs: bool = True,
+    trained_k: int | None = None,
+) -> SatModel:
+    """A loaded base model with what `name` adds: an adapter (directory or embedded name), or the SAT of its own checkpoint.
+
+    Options, already checked, and errors as those of `load`. The model's attention becomes `attention.NAME`.
+    """
+    model.set_attn_implementation(attention.NAME)
+    if is_adapter(name):
+        adapter = adapters.load(model, _adapter_directory(name)).fuse().attach(model)
         return _with_engine(SatModel(model, tokenizer, name, adapter.config.sat, adapter), engine, graphs)
-    model, tokenizer = _load_base(name, torch_dtype, device_map)
     sat = _sat_of_checkpoint(name, model.config, sat_token_id, trained_k)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     require(

@@ -222,9 +222,9 @@ struct Model {
   float draft_eps;
 };
 
-struct Cache {  // keys [layers, B, kv_heads, T / 16, dim / step, 16, step], values [layers, B, kv_heads, T / step, dim, step]
+struct Cache {  // of one sequence: keys [layers, kv_heads, T / 16, dim / step, 16, step], values [layers, kv_heads, T / step, dim, step]
   void *keys, *values;
-  int64_t batch, slots;
+  int64_t slots;
 };
 
 struct Drafting {  // see native.py
@@ -289,11 +289,11 @@ template <class T> static void rotate(T* x, const float* cos, const float* sin, 
 // ---- attention of one row, H query heads of one key/value head ----
 
 template <class T, int H>
-static void attend(const T* q, int dim, const T* keys, const T* values, const std::vector<int>& own, int length, float scale,
+static void attend(const T* q, int dim, const T* keys, const T* values, const int* own, int owned, int length, float scale,
                    float* scores, int64_t width, T* gathered, T* out) {
   constexpr int S = Pairs<T>::step;
-  const int last = own.back() + 1, seen = length + int(own.size());
-  const int* other = own.data();  // the keys that don't lie where their position says: of a chain, none
+  const int last = own[owned - 1] + 1, seen = length + owned;
+  const int* other = own;  // the keys that don't lie where their position says: of a chain, none
   while (length < seen && *other == length) length++, other++;
   for (int t = 0; t < last; t += KEYS) {
     f32x a[H][4] = {};
@@ -349,7 +349,7 @@ static void attend(const T* q, int dim, const T* keys, const T* values, const st
   for (; d < dim; d += 2 * LANES) weighted(d, std::integral_constant<int, 2>());
 }
 
-template <class T> static void run(const Model& m, const Cache& cache, const Pass& pass) {
+template <class T> static void run(const Model& m, const Cache* caches, const Pass& pass) {
   constexpr int S = Pairs<T>::step;
   const int n = pass.rows, sats = pass.sats, first = n - sats;
   const int width_q = m.heads * m.dim, width_kv = m.kv_heads * m.dim, group = m.heads / m.kv_heads;
@@ -359,13 +359,19 @@ template <class T> static void run(const Model& m, const Cache& cache, const Pas
       rank = std::max(rank, l->rank);
   T* h = (T*)pass.x;
   std::vector<T> q(n * width_q), k(n * width_kv), v(n * width_kv), mixed(n * width_q), mid(n * m.inner);
-  const int64_t head_size = cache.slots * m.dim;
+  int64_t width = 0;
+  std::vector<int> own, before(n + 1);  // slots of the pass's own rows that a row sees: own[before[r]] .. own[before[r + 1] - 1]
+  for (int r = 0; r < n; r++) {
+    width = std::max(width, caches[pass.sequences[r]].slots);
+    for (int j = 0; j < n; j++)
+      if (pass.within[int64_t(r) * n + j]) own.push_back(pass.slots[j]);
+    before[r + 1] = own.size();
+  }
 
 #pragma omp parallel num_threads(int(m.threads))
   {
-    std::vector<float> y(n * BLOCK), y2(n * BLOCK), more(sats * BLOCK), scores(std::min(group, 3) * cache.slots);
+    std::vector<float> y(n * BLOCK), y2(n * BLOCK), more(sats * BLOCK), scores(std::min(group, 3) * width);
     std::vector<T> xn(n * m.hidden), low(sats * rank), low2(sats * rank), gathered((n + S) * m.dim);
-    std::vector<int> own;
     const int in_8_bits = m.head.weight.scale ? 1 : 0;
     Rounder<T> rows(in_8_bits * n, std::max({m.hidden, m.inner, int64_t(width_q)})), few(in_8_bits * sats, rank), few2(in_8_bits * sats, rank);
     Rows<T> x{}, small{}, small2{};
@@ -410,12 +416,13 @@ template <class T> static void run(const Model& m, const Cache& cache, const Pas
           if (layer.norm_q) norm<T>(x, layer.norm_q, m.dim, m.eps, x);
           rotate<T>(x, cos, sin, m.dim);
         }
+        const Cache& cache = caches[pass.sequences[r]];
         int64_t slot = pass.slots[r];
         for (int a = 0; a < m.kv_heads; a++) {
           T* x = k.data() + r * width_kv + a * m.dim;
           if (layer.norm_k) norm<T>(x, layer.norm_k, m.dim, m.eps, x);
           rotate<T>(x, cos, sin, m.dim);
-          int64_t at = ((i * cache.batch + pass.sequences[r]) * m.kv_heads + a) * head_size;
+          int64_t at = (i * m.kv_heads + a) * cache.slots * m.dim;
           T* to = (T*)cache.keys + at + slot / LANES * LANES * m.dim + slot % LANES * S;
           for (int d = 0; d < m.dim; d += S) memcpy(to + d * LANES, x + d, S * sizeof(T));
           T* value = (T*)cache.values + at + slot / S * S * m.dim + slot % S;
@@ -425,16 +432,14 @@ template <class T> static void run(const Model& m, const Cache& cache, const Pas
 #pragma omp for schedule(dynamic)
       for (int item = 0; item < n * int(m.kv_heads); item++) {
         int r = item / m.kv_heads, a = item % m.kv_heads;
-        own.clear();
-        for (int j = 0; j < n; j++)
-          if (pass.within[int64_t(r) * n + j]) own.push_back(pass.slots[j]);
-        int64_t at = ((i * cache.batch + pass.sequences[r]) * m.kv_heads + a) * head_size;
+        const Cache& cache = caches[pass.sequences[r]];
+        int64_t at = (i * m.kv_heads + a) * cache.slots * m.dim;
         const T *keys = (const T*)cache.keys + at, *values = (const T*)cache.values + at;
         for (int b = 0; b < group; b += 3) {
           int64_t offset = int64_t(r) * width_q + (a * group + b) * m.dim;
           auto args = [&](auto heads) {
-            attend<T, decltype(heads)::value>(q.data() + offset, m.dim, keys, values, own, pass.lengths[r], m.scale,
-                                              scores.data(), cache.slots, gathered.data(), mixed.data() + offset);
+            attend<T, decltype(heads)::value>(q.data() + offset, m.dim, keys, values, own.data() + before[r],
+                                              before[r + 1] - before[r], pass.lengths[r], m.scale, scores.data(), width, gathered.data(), mixed.data() + offset);
           };
           if (group - b >= 3) args(std::integral_constant<int, 3>());
           else if (group - b == 2) args(std::integral_constant<int, 2>());
@@ -476,11 +481,11 @@ template <class T> static void run(const Model& m, const Cache& cache, const Pas
 }
 
 // Keep rows at `from` slots as the slots length, length + 1, ..: the walk of a tree, made contiguous.
-template <class T> static void move(const Model& m, const Cache& cache, int64_t sequence, int64_t length, const int64_t* from, int64_t count) {
+template <class T> static void move(const Model& m, const Cache& cache, int64_t length, const int64_t* from, int64_t count) {
   constexpr int S = Pairs<T>::step;
 #pragma omp parallel for num_threads(int(m.threads)) schedule(static)
   for (int i = 0; i < m.layers * m.kv_heads; i++) {
-    int64_t at = ((i / m.kv_heads * cache.batch + sequence) * m.kv_heads + i % m.kv_heads) * cache.slots * m.dim;
+    int64_t at = i * cache.slots * m.dim;
     T *keys = (T*)cache.keys + at, *values = (T*)cache.values + at;
     for (int64_t j = 0; j < count; j++) {
       int64_t to = length + j;
@@ -618,11 +623,11 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
 
 extern "C" {
 void sdsat_draft(const Model* m, const Drafting* d, int is_bf16) { is_bf16 ? draft<bf16>(*m, *d) : draft<float>(*m, *d); }
-void sdsat_pass(const Model* m, const Cache* cache, const Pass* pass, int is_bf16) {
-  is_bf16 ? run<bf16>(*m, *cache, *pass) : run<float>(*m, *cache, *pass);
+void sdsat_pass(const Model* m, const Cache* caches, const Pass* pass, int is_bf16) {
+  is_bf16 ? run<bf16>(*m, caches, *pass) : run<float>(*m, caches, *pass);
 }
-void sdsat_move(const Model* m, const Cache* cache, int64_t sequence, int64_t length, const int64_t* from, int64_t count, int is_bf16) {
-  is_bf16 ? move<bf16>(*m, *cache, sequence, length, from, count) : move<float>(*m, *cache, sequence, length, from, count);
+void sdsat_move(const Model* m, const Cache* cache, int64_t length, const int64_t* from, int64_t count, int is_bf16) {
+  is_bf16 ? move<bf16>(*m, *cache, length, from, count) : move<float>(*m, *cache, length, from, count);
 }
 void sdsat_largest(const void* x, int64_t rows, int64_t size, int64_t count, int64_t* ids, float* values, int threads, int is_bf16) {
   is_bf16 ? largest((const bf16*)x, rows, size, count, ids, values, threads)

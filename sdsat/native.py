@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_float, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from .config import MAX_ROWS
 if TYPE_CHECKING:
     from .adapter import SatAdapter
     from .config import SamplingConfig
-    from .tree import DraftTree
+    from .tree import DraftTree, Layout
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
@@ -81,7 +82,7 @@ class _Drafting(Structure):
 
 
 class _Cache(Structure):
-    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("batch", c_int64), ("slots", c_int64)]
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("slots", c_int64)]
 
 
 class _Pass(Structure):
@@ -145,17 +146,14 @@ class NativeCache:
         config, slots = engine.struct, -(-num_slots // _KEYS) * _KEYS
         shape = (config.layers, config.kv_heads, slots, config.dim)
         self.keys, self.values = (torch.zeros(shape, dtype=engine.dtype) for _ in range(2))
-        self.struct = _Cache(self.keys.data_ptr(), self.values.data_ptr(), 1, slots)
+        self.struct = _Cache(self.keys.data_ptr(), self.values.data_ptr(), slots)
         self.engine, self.length = engine, 0
 
     def commit(self, rows: tuple[int, ...]) -> None:
         """Keep these rows of the last pass, in this order, as the next committed tokens; forget its other rows."""
         if rows != tuple(range(len(rows))):
             slots = torch.tensor([self.length + row for row in rows])
-            struct, counts = (
-                self.engine.struct,
-                (c_int64(0), c_int64(self.length), c_void_p(slots.data_ptr()), c_int64(len(rows))),
-            )
+            struct, counts = self.engine.struct, (c_int64(self.length), c_void_p(slots.data_ptr()), c_int64(len(rows)))
             library().sdsat_move(byref(struct), byref(self.struct), *counts, self.engine.is_bf16)
         self.length += len(rows)
 
@@ -256,23 +254,26 @@ class NativeEngine:
         return NativeCache(self, num_slots)
 
     def forward(
-        self, cache: NativeCache, embeddings: Tensor, within: Tensor, offsets: Tensor, sats: int = 0, last: int | None = None
+        self, caches: Sequence[NativeCache], embeddings: Tensor, layout: Layout, sats: int = 0, last: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One pass; commits nothing. embeddings [N, D]; within [N, N] bool: row i sees row j of the pass, as every row
-        sees what is committed; offsets [N]: positions from the cache's length on. The last `sats` rows are SATs.
+        """One pass over the sequences of `caches`; commits nothing. embeddings [N, D]; layout: of the N rows, the last `sats` of
+        which are SATs; every row sees all that its sequence has committed.
 
         Returns (last hidden states [N, D], logits [last, V] of the last rows; None: of all).
         """
         rows, last = len(embeddings), len(embeddings) if last is None else last
         x, states = embeddings.clone(), torch.empty_like(embeddings)
         logits = torch.empty(last, self.struct.vocabulary, dtype=self.dtype)
-        positions, slots = cache.length + offsets, torch.arange(cache.length, cache.length + rows)
-        assert cache.length + rows <= cache.struct.slots and int(positions.max()) < self._positions  # what C++ will not check
-        sequences, lengths = torch.zeros(rows, dtype=torch.long), torch.full((rows,), cache.length)
+        held = [cache.length for cache in caches]
+        lengths = torch.full((rows,), held[0]) if len(caches) == 1 else torch.tensor(held)[layout.sequences]
+        positions, slots = lengths + layout.offsets, lengths + layout.places
+        room = min(cache.struct.slots - cache.length for cache in caches)
+        assert layout.width <= room and int(positions.max()) < self._positions  # what C++ will not check
         self.struct.threads = torch.get_num_threads()
-        tensors = (x, states, logits, positions, slots, sequences, lengths, within)
+        tensors = (x, states, logits, positions, slots, layout.sequences, lengths, layout.within)
         struct = _Pass(*(tensor.data_ptr() for tensor in tensors), rows, sats, last)
-        library().sdsat_pass(byref(self.struct), byref(cache.struct), byref(struct), self.is_bf16)
+        structs = (_Cache * len(caches))(*(cache.struct for cache in caches))
+        library().sdsat_pass(byref(self.struct), structs, byref(struct), self.is_bf16)
         return states, logits
 
     def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

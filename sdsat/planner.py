@@ -16,12 +16,13 @@ All plans give the same output: they decide what is tried, never what is emitted
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from .config import MAX_ROWS, DecodeConfig
+from .config import DecodeConfig
 from .costs import CostCurve, measured_costs
 from .draft import OWN, Drafts
 from .tree import DraftTree
@@ -32,9 +33,8 @@ if TYPE_CHECKING:
 _BINS = 8  # of confidence
 _PRIOR = 4.0  # how many observations the prior counts for
 # Where drafts come from: SATs at x alone, at a last draft, at an inner one, in a pass in 8 bits; or nowhere.
-_KINDS = ("root", "leaf", "inner", "rounded", "none")
-_SIZES = (1, 4, 8, 12, 16, 32)  # classes of rows whose cost is corrected together
-_CLASS = [next((size for size in _SIZES if rows <= size), _SIZES[-1]) for rows in range(MAX_ROWS + 1)]
+KINDS = ("root", "leaf", "inner", "rounded", "none")
+_SIZES = (1, 4, 8, 12, 16, 32, 64, 128, 256)  # classes of rows whose cost is corrected together
 _MARGIN = 0.1  # tokens that SATs must promise beyond what they cost: the best of many estimates is an optimistic one
 _MEMORY = 0.98  # what an observed pass still counts for one pass later
 _TRY_AGAIN = 48  # plain passes in a row before drafting is tried again, and drafting loops before a plain pass is timed again
@@ -46,6 +46,9 @@ class Plan:
 
     nodes: list[int]
     groups: tuple[tuple[int, int], ...] = ()
+
+
+PLAIN = Plan([0])
 
 
 def reach(tree: DraftTree, likely: Sequence[float]) -> list[float]:
@@ -69,6 +72,11 @@ def shallow(tree: DraftTree, depth: int) -> list[int]:
     return [node for node, d in enumerate(tree.depths) if d <= depth]
 
 
+def kind_at(end: int, tree: DraftTree) -> str:
+    """Which of KINDS the drafts of SATs at node `end` of a verified tree are."""
+    return "root" if len(tree) == 1 else "inner" if end in tree.parents else "leaf"
+
+
 @dataclass
 class FixedPlanner:
     """two-step, rounded, one-pass, and AR (k = 0): always the same k, tree and budget."""
@@ -80,7 +88,10 @@ class FixedPlanner:
         """How many SATs draft in a pass in 8 bits before this pass; 0: no such pass. Arguments as those of `plan`."""
         return max(0, min(self.config.k, left - 2)) if self.strategy == "rounded" else 0
 
-    def observe_drafting(self, size: int, context: int, seconds: float) -> None:
+    def share(self, batch: int, context: int) -> None:
+        """Say of how many sequences the coming passes are."""
+
+    def observe_drafting(self, sats: int, context: int, seconds: float) -> None:
         """Nothing to learn."""
 
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
@@ -103,7 +114,10 @@ class FixedPlanner:
                 groups.append((node, size))
         return Plan(nodes, tuple(groups))
 
-    def observe(self, drafts: Drafts, plan: Plan, path: list[int], context: int, seconds: float) -> None:
+    def observe(self, drafts: Drafts, plan: Plan, path: list[int]) -> None:
+        """Nothing to learn."""
+
+    def observe_pass(self, rows: int, sats: int, context: int, seconds: float) -> None:
         """Nothing to learn."""
 
 
@@ -127,6 +141,10 @@ class _Rates:
         return self.hits[index] / self.trials[index]
 
 
+def _class(rows: int) -> int:
+    return _SIZES[min(bisect_left(_SIZES, rows), len(_SIZES) - 1)]
+
+
 class AutoPlanner:
     """Maximises expected tokens - rate * expected seconds, where rate is the tokens per second of the best fixed loop, or of AR.
 
@@ -135,6 +153,9 @@ class AutoPlanner:
     likeliest drafts, each worth the probability of reaching it; SATs at the nodes where the walk most likely ends, which make the
     next place worth more; and a plain pass. All pay for their rows. Seconds are the cost curve's, corrected by what
     passes of that many rows take as it runs. When nothing pays, passes are plain, and now and then drafting is tried again.
+
+    In a batch of B sequences a plan of n rows counts as 1/B of a pass of B n rows: what it costs if the others do as much. The
+    larger B, the more nearly that is in proportion to n, and drafts stop paying. All sequences of a batch learn together.
     """
 
     def __init__(self, config: DecodeConfig, costs: CostCurve, k: int, accuracy: Sequence[float]):
@@ -144,8 +165,8 @@ class AutoPlanner:
         self.by_confidence = _Rates([(i + 0.5) / _BINS for i in range(_BINS)])
         self.by_lookup = _Rates([0.5, 0.8])  # the first token, the others
         self.by_rounding = _Rates([OWN])  # the first draft of a pass in 8 bits
-        self.scores: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in _KINDS}  # sum and weight
-        self.kind = "none"  # of the SATs that the drafts come from
+        self.scores: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in KINDS}  # sum and weight
+        self.batch = 1
         self.corrections, self.num_timed = dict.fromkeys((*_SIZES, "rounded"), 1.0), dict.fromkeys((*_SIZES, "rounded"), 0)
         self.num_plain = self.num_drafting = 0  # passes in a row
         self._settle(0)
@@ -155,11 +176,19 @@ class AutoPlanner:
         self.size = max(range(1, self.k + 1), key=lambda k: self._loop(k, context))
         self.rate = max(self._loop(self.size, context), 1 / self._cost(1, 0, context))
 
+    def share(self, batch: int, context: int) -> None:
+        """See FixedPlanner.share."""
+        if batch != self.batch:
+            self.batch = batch
+            self._settle(context)
+
     def _cost(self, rows: int, sats: int, context: int) -> float:
-        return self._seconds(rows, sats, context & -64) * self.corrections[_CLASS[rows]]
+        batch, rows = self.batch, self.batch * rows
+        return self._seconds(rows, batch * sats, context & -64, batch) * self.corrections[_class(rows)] / batch
 
     def _rounded_cost(self, size: int, context: int) -> float:
-        return self.costs.rounded_seconds(size, context) * self.corrections["rounded"]
+        sats = self.batch * (1 + size) - 1
+        return self.costs.rounded_seconds(sats, context) * self.corrections["rounded"] / self.batch
 
     def _loop(self, k: int, context: int) -> float:
         """Tokens per second of loops with k SATs: drafting in 8 bits where that can be had, else two-step."""
@@ -206,29 +235,33 @@ class AutoPlanner:
     def draft_first(self, drafts: Drafts, left: int, context: int) -> int:
         """See FixedPlanner.draft_first."""
         size = min(self.size, left - 2)
-        if drafts.by_sats or not self.costs.rounded or size < 1 or self.num_drafting >= _TRY_AGAIN:
+        if drafts.by_sats or not self.costs.rounded or size < 1 or self._again(self.num_drafting):
             return 0
         value = self._score("rounded") - self.rate * self._rounded_cost(size, context)
-        if value <= self._best(drafts, left, context)[0] and self.num_plain < _TRY_AGAIN:
+        if value <= self._best(drafts, left, context)[0] and not self._again(self.num_plain):
             return 0
         self._learn("none", value)
+        self.num_plain = 0  # of a batch, one sequence tries again
         return size
 
-    def observe_drafting(self, size: int, context: int, seconds: float) -> None:
-        """Learn from a pass in 8 bits: its seconds, drafting included."""
-        self.kind = "rounded"
-        self._time("rounded", seconds / self.costs.rounded_seconds(size, context))
+    def _again(self, passes: int) -> bool:
+        return passes >= _TRY_AGAIN * self.batch
+
+    def observe_drafting(self, sats: int, context: int, seconds: float) -> None:
+        """Learn from a pass in 8 bits: its seconds, drafting included. sats: its rows but one."""
+        self._time("rounded", seconds / self.costs.rounded_seconds(sats, context))
 
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
         """See FixedPlanner.plan."""
         size = min(self.size, left - 2, self.config.budget - 1)
         alone = len(drafts.tokens) == 1
-        if alone and self.num_drafting >= _TRY_AGAIN:
+        if alone and self._again(self.num_drafting):
             return Plan([0])
-        if alone and self.num_plain >= _TRY_AGAIN and size > 0:
+        if alone and self._again(self.num_plain) and size > 0:
+            self.num_plain = 0
             return Plan([0], ((0, size),))
         value, plan = self._best(drafts, left, context)
-        self._learn(self.kind, value)
+        self._learn(drafts.kind, value)
         return plan
 
     def _best(self, drafts: Drafts, left: int, context: int) -> tuple[float, Plan]:
@@ -269,8 +302,8 @@ class AutoPlanner:
         nodes = sorted([0, *order[: best[1]]])
         return 1 + best[0], Plan(nodes, tuple((nodes.index(node), size) for node, size in best[2]))
 
-    def observe(self, drafts: Drafts, plan: Plan, path: list[int], context: int, seconds: float) -> None:
-        """Learn from a pass: drafts as planned (kept), the walked path, and its seconds, drafting included."""
+    def observe(self, drafts: Drafts, plan: Plan, path: list[int]) -> None:
+        """Learn from a pass over one sequence: drafts as planned (kept), and the walked path."""
         tree, on_path = drafts.tree, set(path)
         for node in range(1, len(tree)):
             if tree.parents[node] not in on_path:
@@ -285,13 +318,12 @@ class AutoPlanner:
                 depth = tree.depths[node] - drafts.rounded
                 if 0 < depth <= self.k and not tree.ranks[node]:
                     self.by_depth.add(depth - 1, hit)
-        here = [node for node, _ in plan.groups if node == path[-1]]
-        self.kind = "none" if not here else "root" if len(tree) == 1 else "inner" if path[-1] in tree.parents else "leaf"
-        sats = sum(size for _, size in plan.groups)
-        rows = len(tree) + sats
-        self._time(_CLASS[rows], seconds / self.costs.seconds(rows, sats, context))
-        plain = rows == 1 and not drafts.by_sats
+        plain = len(tree) == 1 and not plan.groups and not drafts.by_sats
         self.num_plain, self.num_drafting = (self.num_plain + 1, 0) if plain else (0, self.num_drafting + 1)
+
+    def observe_pass(self, rows: int, sats: int, context: int, seconds: float) -> None:
+        """Learn from a pass, over all its sequences: its seconds, drafting included."""
+        self._time(_class(rows), seconds / self.costs.seconds(rows, sats, context, self.batch))
         self._settle(context)
 
     def _time(self, kind: int | str, ratio: float) -> None:

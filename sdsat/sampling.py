@@ -26,14 +26,20 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
-def gumbel_noise(seed: int, index: Tensor, token_ids: Tensor) -> Tensor:
+def as_seed(seed: int) -> int:
+    """Any whole number as a signed 64-bit one."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def gumbel_noise(seed: int | Tensor, index: Tensor, token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise for emitted index t and token v, a pure function of (seed, t, v).
 
-    seed: any whole number. index: [N] emitted index t of each row. token_ids: [N, C] or [C] vocabulary ids.
+    seed: any whole number, or [N] one for each row (`as_seed`). index: [N] emitted index t of each row. token_ids: [N, C] or
+    [C] vocabulary ids.
     Returns [N, C] float64. Being counter-based, it costs nothing for tokens that top-k or top-p have dropped.
     """
-    seed = (seed + 2**63) % 2**64 - 2**63
-    row = _mix(_mix(torch.full_like(index, seed)) + (index + 1) * _GOLDEN)
+    seed = seed if isinstance(seed, Tensor) else torch.full_like(index, as_seed(seed))
+    row = _mix(_mix(seed) + (index + 1) * _GOLDEN)
     bits = (_mix(row[:, None] + (token_ids + 1) * _GOLDEN) >> 12) & ((1 << 52) - 1)
     uniform = (bits.double() + 0.5) / float(1 << 52)  # exact in float64, so never 0 or 1
     return -torch.log(-torch.log(uniform))
@@ -68,23 +74,38 @@ def support(logits: Tensor, sampling: SamplingConfig, at_least: int = 1) -> tupl
     return columns, logits.log_softmax(-1)
 
 
-def choose_columns(logits: Tensor, index: Tensor, sampling: SamplingConfig, width: int = 1, ids: Tensor | None = None) -> Tensor:
+def choose_columns(
+    logits: Tensor,
+    index: Tensor,
+    sampling: SamplingConfig,
+    width: int = 1,
+    ids: Tensor | None = None,
+    seeds: Tensor | None = None,
+) -> Tensor:
     """The columns of the `width` best tokens of each row, best first: `argmax(logits)`, or `argmax(log p + g_t)` when sampling.
 
     logits: [N, C]; ids: [N, C] or [C], the tokens that the columns stand for, None for the whole vocabulary in order.
-    index: [N] emitted index t of each row (ignored when greedy). Returns [N, width], distinct within a row.
+    index: [N] emitted index t of each row (ignored when greedy). seeds: [N] in place of the sampling's one. Returns [N, width],
+    distinct within a row.
     """
     if sampling.greedy:
         return logits.float().argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
     columns, log_p = support(logits, sampling, at_least=width)
     tokens = columns if ids is None else ids.expand_as(logits).gather(-1, columns)
-    score = log_p.double() + gumbel_noise(sampling.seed, index, tokens)
+    score = log_p.double() + gumbel_noise(sampling.seed if seeds is None else seeds, index, tokens)
     return columns.gather(-1, score.argmax(-1, keepdim=True) if width == 1 else score.topk(width, dim=-1).indices)
 
 
-def choose(logits: Tensor, index: Tensor, sampling: SamplingConfig, width: int = 1, ids: Tensor | None = None) -> Tensor:
+def choose(
+    logits: Tensor,
+    index: Tensor,
+    sampling: SamplingConfig,
+    width: int = 1,
+    ids: Tensor | None = None,
+    seeds: Tensor | None = None,
+) -> Tensor:
     """The `width` best tokens of each row as ids [N, width]: see `choose_columns`. Width 1 is the model's own next token; a wider
     result is a list of drafts, without replacement.
     """
-    columns = choose_columns(logits, index, sampling, width, ids)
+    columns = choose_columns(logits, index, sampling, width, ids, seeds)
     return columns if ids is None else ids.expand_as(logits).gather(-1, columns)

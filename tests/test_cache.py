@@ -5,7 +5,7 @@ import torch
 from conftest import VOCAB, tiny_llama
 from torch.nn.utils.rnn import pad_sequence
 
-from sdsat.cache import SlotCache, pass_mask, slot_positions
+from sdsat.cache import SlotCache, SlotPlace, pass_mask, slot_positions
 from sdsat.decode import prefill
 from sdsat.model import SatModel
 
@@ -109,23 +109,40 @@ def test_slot_positions_are_those_of_what_the_slots_hold():
     assert torch.equal(slot_positions(cache, offsets, torch.tensor([3])), slot_positions(cache, offsets))
 
 
-@pytest.mark.parametrize("slots", [[[0], [5], [3]], [[4, 0], [1, 2], [7, 6]]], ids=["one row", "two rows"])
-def test_row_slots_write_each_sequence_at_its_own_place(slots):
-    rows = len(slots[0])
+@pytest.mark.parametrize("slots", [[[0], [5], [3]], [[4, 0], [1], [], [7, 6, 2]]], ids=["one row", "many rows"])
+def test_rows_are_written_where_their_sequences_are(slots):
+    live = len(slots)
     cache = SlotCache(2, 8)
-    before = torch.randn(3, 2, 8, 4)
+    before = torch.randn(live + 1, 2, 8, 4)
     for layer in range(2):
         cache.update(before, -before, layer)  # slots 0..7
-    cache.row_slots = torch.tensor(slots)
-    keys, values = torch.randn(2, 3, 2, rows, 4)
-    cache.update(keys, values, 1)
+    rows = [(b, slot) for b, places in enumerate(slots) for slot in places]
+    cache.row_sequences, cache.row_slots = torch.tensor(rows).T
+    cache.num_live, cache.visible = live, 7
+    keys, values = torch.randn(2, 1, 2, len(rows), 4)
+    seen = cache.update(keys, values, 1)
     want_keys, want_values = before.clone(), -before
-    for b, places in enumerate(slots):
-        for row, slot in enumerate(places):
-            want_keys[b, :, slot], want_values[b, :, slot] = keys[b, :, row], values[b, :, row]
+    for row, (b, slot) in enumerate(rows):
+        want_keys[b, :, slot], want_values[b, :, slot] = keys[0, :, row], values[0, :, row]
     assert torch.equal(cache.layers[1].keys, want_keys)
     assert torch.equal(cache.layers[1].values, want_values)
     assert torch.equal(cache.layers[0].keys, before)
+    assert torch.equal(seen[0], want_keys[:live, :, :7]) and torch.equal(seen[1], want_values[:live, :, :7])
+
+
+def test_places_of_a_cache_commit_and_move_by_themselves():
+    cache, before = SlotCache(1, 8), torch.randn(3, 2, 8, 4)
+    cache.update(before, -before, 0)
+    place, other = SlotPlace(cache, 2, 3), SlotPlace(cache, 0, 5)
+    place.commit((0, 2, 3))
+    other.commit((0, 1))
+    assert (place.length, other.length) == (6, 7)
+    want = before.clone()
+    want[2, :, 4:6] = before[2, :, 5:7]
+    assert torch.equal(cache.layers[0].keys, want) and torch.equal(cache.layers[0].values, -want)
+    place.move(1)
+    want[1, :, :6] = want[2, :, :6]
+    assert place.number == 1 and torch.equal(cache.layers[0].keys, want) and torch.equal(cache.layers[0].values, -want)
 
 
 def test_visible_limits_what_attention_reads():
@@ -145,10 +162,10 @@ def test_a_batch_of_unequal_sequences_equals_each_alone():
     batch.copy_sequences(two, [2, 0], len(sequences))
     batch.copy_sequences(fresh(lm, sequences[2][:-1])[0], [1], len(sequences))
     sequences = [sequences[1], sequences[2], sequences[0]]
-    length = torch.tensor([[len(sequence) - 1] for sequence in sequences])
-    batch.row_slots = length
-    mask = (torch.arange(SLOTS) <= length)[:, None, None]
-    last = torch.stack([sequence[-1:] for sequence in sequences])
-    logits = lm(last, attention_mask=mask, position_ids=length, past_key_values=batch).logits[:, 0]
+    length, rows = torch.tensor([len(sequence) - 1 for sequence in sequences]), torch.arange(3)
+    batch.row_sequences, batch.row_slots, batch.num_live = rows, length, 3
+    mask = (torch.arange(SLOTS) <= length[:, None])[:, None, None]
+    last, places = torch.stack([sequence[-1] for sequence in sequences])[None], dict(row_numbers=rows[:, None], row_places=rows)
+    logits = lm(last, attention_mask=mask, position_ids=length[None], past_key_values=batch, **places).logits[0]
     for sequence, row in zip(sequences, logits, strict=True):
         torch.testing.assert_close(row, fresh(lm, sequence)[1])

@@ -163,7 +163,7 @@ def test_a_killed_run_goes_on(model, source, tmp_path, num_passes):
         if next(countdown, None) is None:
             raise KeyboardInterrupt
 
-    hook = model.model.register_forward_pre_hook(kill)
+    hook = model.model.base_model.register_forward_pre_hook(kill)
     with pytest.raises(KeyboardInterrupt):
         run(model, source, tmp_path / "out")
     hook.remove()

@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import one_line_error
 
-import sdsat
 from sdsat import adapter as adapters
 from sdsat import embedded
+from sdsat.config import DecodeConfig, SamplingConfig
+from sdsat.decode import generate
+from sdsat.model import load
 from sdsat.prompts import humaneval
 from sdsat.reference import transformers_generate
 
@@ -15,15 +17,15 @@ pytestmark = pytest.mark.xdist_group("default_model")  # one process loads it on
 
 @pytest.fixture(scope="module")
 def model():
-    return sdsat.load(dtype="float32", device="cpu")
+    return load(dtype="float32", device="cpu")
 
 
 def test_greedy_equals_transformers_generate(model):
     for problem in humaneval(model.tokenizer, 3):
-        config = sdsat.DecodeConfig(0, 32, stop_ids=model.stop_ids)
+        config = DecodeConfig(0, 32, stop_ids=model.stop_ids)
         want = transformers_generate(model, list(problem.prompt_ids), config)
         for k in (0, 5):
-            out = sdsat.generate(model, list(problem.prompt_ids), sdsat.DecodeConfig(k, 32, stop_ids=model.stop_ids))
+            out = generate(model, list(problem.prompt_ids), DecodeConfig(k, 32, stop_ids=model.stop_ids))
             assert out.token_ids == want.token_ids
             assert out.finish == want.finish
 
@@ -32,9 +34,9 @@ def test_seeded_nucleus_equals_ar_and_seeds_differ(model):
     prompt = list(humaneval(model.tokenizer, 1)[0].prompt_ids)
     outputs = set()
     for seed in (0, 1):
-        sampling = sdsat.SamplingConfig(1.0, 10, 0.95, seed)
+        sampling = SamplingConfig(1.0, 10, 0.95, seed)
         ar, chain, tree = (
-            sdsat.generate(model, prompt, sdsat.DecodeConfig(k, 24, tree, sampling)).token_ids
+            generate(model, prompt, DecodeConfig(k, 24, tree, sampling)).token_ids
             for k, tree in ((0, "chain"), (5, "chain"), (5, "paper"))
         )
         assert ar == chain == tree
@@ -45,7 +47,7 @@ def test_seeded_nucleus_equals_ar_and_seeds_differ(model):
 def test_shipped_adapter_drafts_well(model):
     accepted = []
     for problem in humaneval(model.tokenizer, 4):
-        out = sdsat.generate(model, list(problem.prompt_ids), sdsat.DecodeConfig(5, 48, stop_ids=model.stop_ids))
+        out = generate(model, list(problem.prompt_ids), DecodeConfig(5, 48, stop_ids=model.stop_ids))
         accepted += out.accepted_lengths
     assert sum(accepted) / len(accepted) > 0.8  # committed results: see results/reference
 

@@ -8,14 +8,14 @@ import torch
 from conftest import CHARACTERS, tiny_llama, tiny_tokenizer, with_adapter
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import sdsat
 from sdsat import graphs as recording
 from sdsat.cache import SlotCache
-from sdsat.config import DecodeConfig, SamplingConfig
+from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
 from sdsat.costs import CONTEXTS, COUNTS, CostCurve
 from sdsat.decode import generate, next_logits
 from sdsat.engine import forward, new_cache, prefill
 from sdsat.graphs import MAX_CACHES, SLOTS, Graphs, eager, padded
+from sdsat.model import load
 from sdsat.tree import make_tree
 
 PROMPTS = ([1, 5, 9, 2, 7], [3], [8, 4, 4, 11, 60, 2, 9, 33, 17, 5, 6])
@@ -82,7 +82,7 @@ def test_a_full_model_without_adapter():
     plain, model = with_adapter(tiny_llama(), k=5), recorded_model()
     for each in (plain, model):
         each.adapter.detach()
-        each.adapter, each.sat = None, sdsat.model.SatConfig(40, 5)
+        each.adapter, each.sat = None, SatConfig(40, 5)
     for prompt in PROMPTS:
         assert generate(model, prompt, config(**settings)).token_ids == generate(plain, prompt, config()).token_ids
 
@@ -201,7 +201,7 @@ def test_where_recording_fails_passes_run_without(model):
 def test_off_on_a_cpu(tmp_path):
     tiny_llama(torch.float32).save_pretrained(tmp_path)
     tiny_tokenizer(CHARACTERS).save_pretrained(tmp_path)
-    model = sdsat.load(str(tmp_path), device="cpu", engine="transformers", graphs=True)
+    model = load(str(tmp_path), device="cpu", engine="transformers", graphs=True)
     assert model.graphs is None
     cache = new_cache(model, 100)
     assert isinstance(cache, SlotCache)

@@ -298,9 +298,9 @@ def test_a_small_context_is_probed_within_its_positions():
     small, large = (natively(tiny_llama(FLOAT, vocab=VOCAB, max_position_embeddings=n, **SIZES)) for n in (100, 512))
     plain, other = small.native.forward, large.native.cache(512)
 
-    def both(cache, *inputs, **named):
-        other.length = cache.length
-        found, wanted = plain(cache, *inputs, **named), large.native.forward(other, *inputs, **named)
+    def both(caches, *inputs, **named):
+        other.length = caches[0].length
+        found, wanted = plain(caches, *inputs, **named), large.native.forward([other], *inputs, **named)
         assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
         return found
 

@@ -15,7 +15,7 @@ from sdsat.config import MAX_ROWS, STRATEGIES, DecodeConfig
 from sdsat.costs import CONTEXTS, COUNTS, CostCurve, measured_costs
 from sdsat.decode import generate
 from sdsat.draft import Drafts
-from sdsat.planner import AutoPlanner, FixedPlanner, Plan, ends, make_planner, reach
+from sdsat.planner import AutoPlanner, FixedPlanner, Plan, ends, kind_at, make_planner, reach
 from sdsat.tree import DraftTree, make_tree
 
 
@@ -196,7 +196,8 @@ def test_auto_plans_are_sound_whatever_has_been_seen(rule, rounds, left, k, budg
             assert_sound(plan, drafts, left, k)
         kept = drafts.kept(plan.nodes)
         seconds = costs.seconds(rows_of(plan), 0, 100) * (0.5 + chance.random())
-        planner.observe(kept, plan, random_path(kept.tree, chance), 100, seconds)
+        planner.observe(kept, plan, random_path(kept.tree, chance))
+        planner.observe_pass(rows_of(plan), 0, 100, seconds)
 
 
 class World:
@@ -211,7 +212,7 @@ class World:
         drafts, right = Drafts.none(0), [True]
         while self.tokens < tokens:
             if size := planner.draft_first(drafts, 10**6, 100):
-                drafts, right = self.drafts(size)
+                drafts, right = self.drafts(size, "rounded")
                 drafts = Drafts.of_rounded(0, drafts.tree, [*map(float, drafts.tokens), *drafts.likely])
                 right = [True, self.chance.random() < 0.95, *right[1:]]
                 seconds = self.costs.rounded_seconds(size, 100)
@@ -224,17 +225,18 @@ class World:
                 path.append(found[0])
             sats = sum(size for _, size in plan.groups)
             seconds = self.costs.seconds(len(plan.nodes) + sats, sats, 100)
-            planner.observe(kept, plan, path, 100, seconds)
+            planner.observe(kept, plan, path)
+            planner.observe_pass(len(plan.nodes) + sats, sats, 100, seconds)
             self.tokens, self.seconds, self.passes = self.tokens + len(path), self.seconds + seconds, self.passes + 1
             self.plain += rows_of(plan) == 1
             drafts, right = Drafts.none(0), [True]
             for size in [size for node, size in plan.groups if node == path[-1]]:
-                drafts, right = self.drafts(size)
+                drafts, right = self.drafts(size, kind_at(path[-1], kept.tree))
         return self
 
-    def drafts(self, size):
+    def drafts(self, size, kind):
         likely = [1.0, *(self.chance.uniform(*self.claims) for _ in range(size))]
-        drafts = Drafts(make_tree("chain", size), [0] * (size + 1), likely, [False] * (size + 1), True)
+        drafts = Drafts(make_tree("chain", size), [0] * (size + 1), likely, [False] * (size + 1), True, kind=kind)
         return drafts, [self.chance.random() < p for p in likely]
 
     @property
@@ -267,12 +269,11 @@ def test_auto_is_never_much_slower_than_plain_decoding_and_finds_what_pays(costs
 
 @pytest.mark.parametrize(("costs", "pays"), [(FLAT, True), (STEEP, False)], ids=["flat", "steep"])
 def test_auto_drafts_in_a_generation_where_it_pays(costs, pays, monkeypatch):
-    def observe(self, drafts, plan, path, context, seconds):
-        sats = sum(size for _, size in plan.groups)
-        plain(self, drafts, plan, path, context, costs.seconds(rows_of(plan), sats, context))
+    def observe_pass(self, rows, sats, context, seconds):
+        plain(self, rows, sats, context, costs.seconds(rows, sats, context, self.batch))
 
-    plain = AutoPlanner.observe
-    monkeypatch.setattr(AutoPlanner, "observe", observe)
+    plain = AutoPlanner.observe_pass
+    monkeypatch.setattr(AutoPlanner, "observe_pass", observe_pass)
     model = with_adapter(tiny_llama(), k=4)
     model.costs = costs
     want = generate(model, [1, 5, 9], DecodeConfig(0, 150)).token_ids
@@ -286,7 +287,7 @@ def test_auto_drafts_in_a_generation_where_it_pays(costs, pays, monkeypatch):
 def seen(planner, drafts, hits, kept=None):
     """Let the planner see drafts of depth 1 accepted and rejected, as `hits` says."""
     for hit in hits:
-        planner.observe(drafts, Plan(list(range(len(drafts.tokens)))), [0, 1] if hit else [0], 100, 1.0)
+        planner.observe(drafts, Plan(list(range(len(drafts.tokens)))), [0, 1] if hit else [0])
 
 
 def one_draft(likely, looked_up=False):
@@ -313,7 +314,7 @@ def test_chances_go_to_what_is_observed(likely, share, looked_up):
 def test_drafts_below_a_rejected_one_say_nothing():
     planner, drafts = auto(3), Drafts(make_tree("chain", 3), [0] * 4, [1.0, 0.9, 0.6, 0.3], [False] * 4, True)
     before = [planner._chance(drafts, node) for node in (1, 2, 3)]
-    planner.observe(drafts, Plan([0, 1, 2, 3]), [0, 1], 100, 1.0)
+    planner.observe(drafts, Plan([0, 1, 2, 3]), [0, 1])
     after = [planner._chance(drafts, node) for node in (1, 2, 3)]
     assert after[0] > before[0] and after[1] < before[1] and after[2] == before[2]
 
@@ -321,10 +322,9 @@ def test_drafts_below_a_rejected_one_say_nothing():
 @pytest.mark.parametrize(("factor", "sign"), [(1.5, 1), (0.5, -1), (1.0, 0)])
 def test_costs_go_to_what_is_observed(factor, sign):
     planner = auto(3, LINEAR)
-    plan, drafts = Plan([0, 1, 2, 3]), Drafts(make_tree("chain", 3), [0] * 4, [1.0] * 4, [False] * 4, True)
     before, far = planner._cost(4, 0, 100), planner._cost(32, 0, 100)
     for _ in range(200):
-        planner.observe(drafts, plan, [0], 100, factor * before)
+        planner.observe_pass(4, 0, 100, factor * before)
     assert planner._cost(4, 0, 100) == pytest.approx(factor * before, rel=0.02)
     assert planner._cost(32, 0, 100) == far
 

@@ -1,0 +1,170 @@
+"""Throughput against batch size: tokens/s over all sequences, for AR and for SDSAT, and where SDSAT stops paying.
+
+    python scripts/batch_throughput.py [MODEL] [--sizes 1,2,4,8,16,32] [--strategy two-step:3 ...] [--prompts N] [--out FILE.json]
+
+The same HumanEval prompts, greedy, at every batch size: N prompts wait, and as many as the batch size are decoded at once. At
+each batch size all strategies take turns, in an order that rotates; ratios are of the same turn. Seconds are those of whole
+calls, prefill included. At the end of a call no prompt waits any more and batches get smaller: take prompts for several batches
+of the largest size. The same command resumes an interrupted run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from sdsat.cli import Device, Dtype, Model, run
+from sdsat.config import DecodeConfig, require
+from sdsat.decode import generate_batch
+from sdsat.embedded import NAME
+from sdsat.engine import probe_rows
+from sdsat.model import SatModel, load
+from sdsat.prompts import humaneval
+from sdsat.records import environment, read_json, write_json
+
+AR, WARM_UP_TOKENS = "ar", 12
+STRATEGIES = ("two-step:3", "rounded:3", "auto")
+COLUMNS = ("batch size", "strategy", "tokens/s", "over ar", "of each turn", "over ar, batch size 1", "tokens/pass", "as ar")
+
+
+def decode_config(strategy: str, model: SatModel, max_new_tokens: int) -> DecodeConfig:
+    """The settings of 'ar', or of NAME:K as in 'two-step:3'; without K, the depth that was trained."""
+    name, _, k = strategy.partition(":")
+    require(k.isdecimal() or k == "", f"strategy={strategy}: expected {AR} or NAME:K with a number K")
+    depth = 0 if strategy == AR or model.sat is None else int(k or model.sat.k)
+    return DecodeConfig(depth, max_new_tokens, stop_ids=model.stop_ids, strategy="two-step" if strategy == AR else name)
+
+
+def measure(model: SatModel, prompts: list[list[int]], config: DecodeConfig, size: int) -> dict[str, Any]:
+    """One call over all prompts, `size` at once. tokens/pass: of one sequence."""
+    began = time.perf_counter()
+    outs = generate_batch(model, prompts, config, batch_size=size)
+    seconds, ids = time.perf_counter() - began, [out.token_ids for out in outs]
+    return {
+        "seconds": round(seconds, 6),
+        "num_new_tokens": sum(map(len, ids)),
+        "num_passes": sum(out.num_passes for out in outs),
+        "outputs_sha256": [hashlib.sha256(" ".join(map(str, each)).encode()).hexdigest()[:16] for each in ids],
+    }
+
+
+def summarize(document: dict[str, Any]) -> dict[str, Any]:
+    """Figures for each batch size and strategy over the turns, and the first size at which a strategy is no faster than AR."""
+    settings, held = document["settings"], {(run["turn"], run["batch_size"], run["strategy"]): run for run in document["runs"]}
+    turns, rows = sorted({turn for turn, _, _ in held}), []
+
+    def rate(size: int, strategy: str, turn: int) -> float:
+        run = held[turn, size, strategy]
+        return run["num_new_tokens"] / run["seconds"]
+
+    def over_turns(size: int, strategy: str) -> float:
+        runs = [held[turn, size, strategy] for turn in turns]
+        return sum(run["num_new_tokens"] for run in runs) / sum(run["seconds"] for run in runs)
+
+    want = held[turns[0], settings["sizes"][0], AR]["outputs_sha256"]
+    for size in settings["sizes"]:
+        for strategy in settings["strategies"]:
+            runs = [held[turn, size, strategy] for turn in turns]
+            ratios = [rate(size, strategy, turn) / rate(size, AR, turn) for turn in turns]
+            rows.append({
+                "batch_size": size,
+                "strategy": strategy,
+                "tokens_per_second": round(over_turns(size, strategy), 2),
+                "over_ar": round(over_turns(size, strategy) / over_turns(size, AR), 4),
+                "over_ar_of_turns": [round(min(ratios), 4), round(max(ratios), 4)],
+                "over_first_ar": round(over_turns(size, strategy) / over_turns(settings["sizes"][0], AR), 4),
+                "tokens_per_pass": round(sum(run["num_new_tokens"] for run in runs) / sum(run["num_passes"] for run in runs), 4),
+                "identical_outputs": min(sum(map(str.__eq__, run["outputs_sha256"], want)) for run in runs),
+            })  # fmt: skip
+    stops = {}
+    for strategy in settings["strategies"]:
+        slower = [row["batch_size"] for row in rows if row["strategy"] == strategy and row["over_ar"] <= 1]
+        if strategy != AR:
+            stops[strategy] = min(slower, default=None)
+    return {"stops_paying_at": stops, "rows": rows}
+
+
+def show(document: dict[str, Any]) -> None:
+    summary, settings = document["summary"], document["settings"]
+    num_prompts, sizes = settings["num_prompts"], settings["sizes"]
+    where = document["environment"]["device_name"]
+    title = f"{settings['model']}, {num_prompts} HumanEval prompts, greedy, {settings['dtype']}, {where}"
+    table = Table(*COLUMNS, title=title, title_justify="left")
+    for row in summary["rows"]:
+        turns, same = "{:.2f} to {:.2f}".format(*row["over_ar_of_turns"]), f"{row['identical_outputs']}/{num_prompts}"
+        rates = f"{row['tokens_per_second']:.1f}", f"{row['over_ar']:.2f}", turns, f"{row['over_first_ar']:.2f}"
+        last = row["strategy"] == settings["strategies"][-1]
+        table.add_row(str(row["batch_size"]), row["strategy"], *rates, f"{row['tokens_per_pass']:.2f}", same, end_section=last)
+    console = Console()
+    console.width = max(console.width, 110)
+    console.print(table)
+    for strategy, size in summary["stops_paying_at"].items():
+        print(f"{strategy}: " + (f"pays up to batch size {sizes[-1]}" if size is None else f"stops paying at batch size {size}"))
+
+
+def open_document(model: SatModel, settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A new document, or what an interrupted run of the same settings left in the same environment."""
+    probe_rows(model)  # so that the environment knows the row policy
+    new = {"schema_version": 1, "environment": environment(model), "settings": settings}
+    held: dict[str, Any] = read_json(out) if out.exists() else {**new, "summary": {}, "runs": []}
+    for part in ("environment", "settings"):
+        for key, value in new[part].items():
+            before = held.get(part, {}).get(key)
+            require(before == value, f"{out}: begun with {key}={before}, now it is {value}; delete it or choose another --out")
+    return held
+
+
+def main(
+    model: Model = NAME,
+    sizes: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,2,4,8,16,32",
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="'two-step:3', 'auto', ..; repeat for more. AR is always there.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="How many HumanEval prompts.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    turns: Annotated[int, typer.Option(min=1)] = 2,
+    dtype: Dtype = "bfloat16",
+    device: Device = "",
+    out: Path | None = None,
+) -> None:
+    """Measure, print a table, and write --out after every run (default: results/reference/MODEL/batch.json)."""
+    numbers = sizes.split(",")
+    require(all(n.isdecimal() and int(n) > 0 for n in numbers), f"--sizes={sizes}: expected positive numbers with commas between")
+    counts, strategies = sorted({int(n) for n in numbers}), [AR, *(strategy or STRATEGIES)]
+    require(len(set(strategies)) == len(strategies), f"--strategy={','.join(strategies[1:])}: one is there twice, or is {AR}")
+    out = out or Path("results/reference") / Path(model).name / "batch.json"
+    loaded = load(model, dtype, device)
+    configs = {name: decode_config(name, loaded, max_new_tokens) for name in strategies}
+    problems = humaneval(loaded.tokenizer, prompts)
+    ids = [list(problem.prompt_ids) for problem in problems]
+    settings = {
+        "model": loaded.name, "dtype": dtype, "num_prompts": len(ids), "max_new_tokens": max_new_tokens, "turns": turns,
+        "sizes": counts, "strategies": strategies,
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    document = open_document(loaded, settings, out)
+    done = {(run["turn"], run["batch_size"], run["strategy"]) for run in document["runs"]}
+    for name in strategies:  # what is measured once, and compiled, and learned
+        short = decode_config(name, loaded, min(WARM_UP_TOKENS, max_new_tokens))
+        generate_batch(loaded, ids[: max(counts)], short, batch_size=max(counts))
+    keys = [(turn, size, place) for turn in range(turns) for size in counts for place in range(len(strategies))]
+    for turn, size, place in tqdm(keys, unit="run", disable=None):
+        name = strategies[(place + turn + counts.index(size)) % len(strategies)]
+        if (turn, size, name) not in done:
+            found = measure(loaded, ids, configs[name], size)
+            document["runs"].append({"turn": turn, "batch_size": size, "strategy": name, **found})
+            write_json(out, document)
+    document["summary"] = summarize(document)
+    write_json(out, document)
+    show(document)
+
+
+if __name__ == "__main__":
+    run(main)

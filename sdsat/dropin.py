@@ -1,0 +1,374 @@
+"""Draft-then-verify inside transformers' own `generate`: `model.generate(**inputs, custom_generate=sdsat.generate)`.
+
+transformers prepares everything (prompts, generation config, logits processors, stopping criteria) and hands it over; here each
+sequence becomes a generation of decode.py. What decode.py does itself (temperature, top-k, top-p, ends at token ids or at a
+length) goes into its `DecodeConfig`. Everything else acts through a `Chooser`, which decode.py asks once for each emitted
+position, in order, with the model's logits after true tokens only. So processors and criteria get, each sequence by itself, the
+very calls that plain `generate` makes: the output equals its output when greedy, and AR's with the same seed when sampling.
+What can't be honoured is refused, by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.generation import logits_process as processors
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from . import embedded
+from . import model as models
+from .config import DecodeConfig, SamplingConfig, require
+from .decode import Generation, generate_batch, next_tokens
+from .model import SatModel
+from .sampling import choose
+from .tree import parse_tree
+
+ATTRIBUTE = "sdsat"  # of a model: its SatModel
+# Settings that plain decoding leaves at these values; others ask for another kind of decoding, or for what isn't kept.
+_ONLY = {
+    "num_beams": 1, "num_beam_groups": 1, "constraints": None, "force_words_ids": None, "penalty_alpha": None,
+    "dola_layers": None, "use_mtp": False, "prompt_lookup_num_tokens": None, "assistant_early_exit": None,
+    "is_assistant": False, "use_cache": True, "prefill_chunk_size": None, "low_memory": False, "output_attentions": False,
+    "output_hidden_states": False,
+}  # fmt: skip
+_ELSEWHERE = ("offloaded", "quantized")  # caches that are kept elsewhere or otherwise than here
+# What transformers hands over with every call, beside what the caller gave.
+_PREPARED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+# In the order in which transformers applies them, which is that of SamplingConfig.
+_NATIVE = (processors.TemperatureLogitsWarper, processors.TopKLogitsWarper, processors.TopPLogitsWarper)
+# Functions of (tokens so far, logits) alone: sequences of a batch may come one by one.
+_STATELESS = (
+    *_NATIVE,
+    processors.EpsilonLogitsWarper,
+    processors.EtaLogitsWarper,
+    processors.ExponentialDecayLengthPenalty,
+    processors.ForcedBOSTokenLogitsProcessor,
+    processors.ForcedEOSTokenLogitsProcessor,
+    processors.InfNanRemoveLogitsProcessor,
+    processors.LogitNormalization,
+    processors.MinLengthLogitsProcessor,
+    processors.MinNewTokensLengthLogitsProcessor,
+    processors.MinPLogitsWarper,
+    processors.NoBadWordsLogitsProcessor,
+    processors.NoRepeatNGramLogitsProcessor,
+    processors.RepetitionPenaltyLogitsProcessor,
+    processors.SequenceBiasLogitsProcessor,
+    processors.SuppressTokensAtBeginLogitsProcessor,
+    processors.SuppressTokensLogitsProcessor,
+    processors.TopHLogitsWarper,
+    processors.TypicalLogitsWarper,
+    processors.WatermarkLogitsProcessor,
+    StopStringCriteria,
+)
+
+
+@dataclass
+class SdsatOutput(GenerateDecoderOnlyOutput):
+    """transformers' output, and how each sequence came about. No cache is given back.
+
+    scores, logits: of a sequence that has ended, the padding token's score is 0 and all others are -inf.
+    """
+
+    generations: list[Generation] | None = None
+
+
+def load(
+    name: str = embedded.NAME, dtype: str = "bfloat16", device: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A transformers model that is ready for `custom_generate=sdsat.generate`, and its tokenizer.
+
+    Everything else works on it as before: `model(**inputs)`, plain `model.generate(**inputs)`. Arguments and errors as those of
+    `sdsat.model.load`.
+    """
+    sat = models.load(name, dtype, device, **options)
+    return _ready(sat), sat.tokenizer
+
+
+def attach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter: str | None = None,
+    sat_token_id: int | None = None,
+    engine: str = "auto",
+    graphs: bool = True,
+    trained_k: int | None = None,
+) -> PreTrainedModel:
+    """Make a model that `AutoModelForCausalLM` has loaded ready for `custom_generate=sdsat.generate`; returns it.
+
+    adapter: directory of an adapter made for it, or its embedded name; None for a checkpoint that has SATs itself. tokenizer: for
+    stop strings. The weights must not change from now on: engines hold them in an order of their own. Other options, and
+    errors, as those of `sdsat.model.load`.
+    """
+    name = str(getattr(model, "name_or_path", "")) or type(model).__name__
+    require(getattr(model, ATTRIBUTE, None) is None, f"model {name}: already attached")
+    require(adapter is None or models.is_adapter(str(adapter)), f"adapter={adapter}: not an adapter directory")
+    models.check_options(str(adapter or name), sat_token_id, engine, trained_k)
+    models.check_model(model, name)
+    _ready(models.equip(model, tokenizer, str(adapter or name), sat_token_id, engine, graphs, trained_k))
+    return model
+
+
+def _ready(sat: SatModel) -> PreTrainedModel:
+    model: Any = sat.model
+    setattr(model, ATTRIBUTE, sat)
+    # transformers gives a callable no streamer and no assistant, and its criteria no tokenizer then: all lost in silence.
+    model._extract_generation_mode_kwargs = partial(_mode_arguments, model)
+    return model
+
+
+def _mode_arguments(
+    model: Any, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
+) -> dict[str, Any]:
+    """What transformers hands to a way of decoding beside what it has prepared; here with nothing left out."""
+    tokenizer = kwargs.get("tokenizer") or getattr(model, ATTRIBUTE).tokenizer
+    given = type(model)._extract_generation_mode_kwargs(model, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+    if getattr(custom_generate, "func", custom_generate) is generate:
+        own = {"streamer": streamer, "tokenizer": tokenizer, "assistant_model": assistant_model, "synced_gpus": synced_gpus}
+        given |= {name: value for name, value in own.items() if value is not None}
+    return given
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    streamer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    strategy: str = "auto",
+    k: int | None = None,
+    tree: str | tuple[int, ...] = "chain",
+    budget: int = 16,
+    lookup: int | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    **model_kwargs: Any,
+) -> Tensor | SdsatOutput:
+    """What `model.generate(**inputs, custom_generate=sdsat.generate, strategy=.., k=.., ..)` calls; not called directly.
+
+    strategy, k, tree, budget, lookup: as in `DecodeConfig`; k None: what the SATs were trained for. They don't change the output.
+    seed: of sampling; sequence i of a batch takes seed + i * 2**32. Without one it is drawn from `generator`, or from torch's
+    global generator, so that `torch.manual_seed` makes it reproducible.
+    Returns token ids [B, S] as transformers would, or an `SdsatOutput` [B, S] where return_dict_in_generate is true.
+    Raises InputError, one line, for what can't be honoured.
+    """
+    sat = getattr(model, ATTRIBUTE, None)
+    require(
+        isinstance(sat, SatModel),
+        f"model {getattr(model, 'name_or_path', '')}: not prepared for sdsat.generate; expected one from sdsat.load(NAME), or "
+        "sdsat.attach(model, tokenizer, ADAPTER) before it",
+    )
+    assert isinstance(sat, SatModel)
+    require(
+        k is not None or sat.sat is not None,
+        f"model {sat.name} has no SATs to draft with; expected an adapter (`sdsat train` makes one) or k=0, plain decoding",
+    )
+    _refuse(generation_config, model_kwargs)
+    prompts = _prompts(input_ids, model_kwargs)
+    sequences = _Sequences(
+        sat,
+        input_ids,
+        list(logits_processor),
+        stopping_criteria,
+        generation_config,
+        _seed(seed, generator, generation_config.do_sample),
+    )
+    if len(prompts) > 1:
+        _refuse_in_batch([*logits_processor, *stopping_criteria], streamer)
+    settings = (sat.sat.k if k is None and sat.sat else k, tree, strategy, budget, lookup)
+    generations = sequences.decode(prompts, settings, streamer)
+    if streamer is not None:
+        streamer.end()
+    return sequences.output(generations)
+
+
+def _refuse(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+    """InputError for settings and inputs that are not honoured."""
+    for name, only in _ONLY.items():
+        value = getattr(generation_config, name, None)
+        require(value is None or value == only, f"{name}={value}: sdsat.generate does not support it; expected {only}")
+    cache = generation_config.cache_implementation
+    require(
+        not str(cache).startswith(_ELSEWHERE),
+        f"cache_implementation={cache}: sdsat.generate has a cache of its own; leave it out",
+    )
+    given = getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
+    require(not given, "past_key_values: sdsat.generate starts with a cache of its own; leave it out")
+    for name, value in model_kwargs.items():
+        known = name in _PREPARED or value is None or value is False
+        require(known, f"{name}: sdsat.generate can't take it; expected input_ids and attention_mask")
+
+
+def _refuse_in_batch(steps: list[Any], streamer: Any) -> None:
+    require(
+        streamer is None, f"streamer={type(streamer).__name__}: each sequence of a batch goes on by itself; expected a single one"
+    )
+    for step in steps:
+        require(
+            type(step) in (*_STATELESS, EosTokenCriteria, MaxLengthCriteria),
+            f"{type(step).__name__}: it may keep state, and each sequence of a batch goes on by itself; expected a single one",
+        )
+
+
+def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[list[int]]:
+    """The prompts [B, L] without the padding on their left."""
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    mask = mask.to(input_ids.device).long()
+    lengths = mask.sum(-1)
+    left = (torch.arange(mask.shape[1], device=mask.device) >= mask.shape[1] - lengths[:, None]).long()
+    require(
+        mask.shape == input_ids.shape and torch.equal(mask, left) and bool(lengths.all()),
+        "attention_mask: expected 0 for padding on the left and 1 for the prompt after it, padding_side='left'",
+    )
+    positions = model_kwargs.get("position_ids")
+    counted = (mask.cumsum(-1) - 1).clamp_min(0)
+    require(
+        positions is None or torch.equal(positions.to(mask.device) + 0 * counted, counted),
+        "position_ids: expected every prompt to count from 0; leave them out",
+    )
+    return [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
+
+
+def _seed(seed: int | None, generator: torch.Generator | None, sample: bool) -> int:
+    require(seed is None or generator is None, f"seed={seed}: expected it or a generator, not both")
+    if seed is not None or not sample:
+        return seed or 0
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else "cpu"))
+
+
+def _native(step: Any) -> bool:
+    """Whether SamplingConfig does exactly what this warper does."""
+    if getattr(step, "min_tokens_to_keep", 1) != 1 or getattr(step, "filter_value", -math.inf) != -math.inf:
+        return False
+    if type(step) is processors.TemperatureLogitsWarper:
+        return 1e-6 <= step.temperature < math.inf
+    return type(step) is processors.TopKLogitsWarper or (type(step) is processors.TopPLogitsWarper and step.top_p > 0)
+
+
+def _first_native(steps: list[Any]) -> int:
+    """From where on `steps` are nothing but warpers that SamplingConfig does, in its order."""
+    first, place = len(steps), len(_NATIVE)
+    while first and _native(steps[first - 1]) and _NATIVE.index(type(steps[first - 1])) < place:
+        first -= 1
+        place = _NATIVE.index(type(steps[first]))
+    return first
+
+
+def _sampling(steps: list[Any], seed: int) -> SamplingConfig:
+    """What the warpers among `steps` that SamplingConfig knows amount to."""
+    names = ("temperature", "top_k", "top_p")
+    found = {name: getattr(step, name) for step in steps if _native(step) for name in names if hasattr(step, name)}
+    return SamplingConfig(**{"temperature": 1.0, **found}, seed=seed)
+
+
+class _Sequences:
+    """The sequences of one call, [B, L] with their padding, and what transformers wants done at each of their tokens.
+
+    own: processors that only a chooser can apply; native: those after them, which SamplingConfig does.
+    """
+
+    def __init__(
+        self, sat: SatModel, input_ids: Tensor, steps: list[Any], criteria: StoppingCriteriaList, settings: Any, seed: int
+    ):
+        self.sat, self.input_ids, self.settings, self.seed = sat, input_ids, settings, seed
+        first = _first_native(steps) if settings.do_sample else len(steps)
+        self.own, self.native = LogitsProcessorList(steps[:first]), LogitsProcessorList(steps[first:])
+        ends = [ids for c in criteria if type(c) is EosTokenCriteria for ids in c.eos_token_id.tolist()]
+        lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
+        require(bool(lengths), "max_new_tokens: nothing ends the output; expected a number of tokens")
+        self.stop_ids, self.max_new_tokens = tuple(ends), max(1, min(lengths) - input_ids.shape[1])
+        self.criteria = StoppingCriteriaList(c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria))
+        in_dict = bool(settings.return_dict_in_generate)
+        self.keep_scores, self.keep_logits = in_dict and bool(settings.output_scores), in_dict and bool(settings.output_logits)
+        pad = settings._pad_token_tensor
+        require(
+            pad is not None or not self.criteria or len(input_ids) == 1,
+            "pad_token_id=None: the sequences may end at different lengths; expected a token id to pad them with",
+        )
+        self.pad = 0 if pad is None else int(pad)
+        self.choosers: list[_Chooser] = []
+
+    def decode(self, prompts: list[list[int]], settings: tuple[Any, ...], streamer: Any) -> list[Generation]:
+        """One generation for each prompt. settings: k, tree, strategy, budget and lookup of a DecodeConfig."""
+        k, tree, strategy, budget, lookup = settings
+        tree = parse_tree(tree) if isinstance(tree, str) else tuple(tree)
+        plain = not (self.own or self.criteria or self.keep_scores or self.keep_logits)
+        self.choosers = [_Chooser(self, row) for row in range(len(prompts))]
+        configs = [
+            DecodeConfig(k, self.max_new_tokens, tree, chooser.drafting, self.stop_ids, (), strategy, budget, lookup)
+            for chooser in self.choosers
+        ]
+        on_tokens = None if streamer is None else partial(_stream, streamer)
+        return generate_batch(self.sat, prompts, configs, on_tokens, len(prompts), None if plain else self.choosers)
+
+    def output(self, generations: list[Generation]) -> Tensor | SdsatOutput:
+        longest = max(generation.num_new_tokens for generation in generations)
+        new = torch.full((len(generations), longest), self.pad, dtype=torch.long)
+        for row, generation in enumerate(generations):
+            new[row, : generation.num_new_tokens] = torch.tensor(generation.token_ids)
+        sequences = torch.cat([self.input_ids, new.to(self.input_ids.device)], dim=1)
+        if not self.settings.return_dict_in_generate:
+            return sequences
+        scores, logits = ([getattr(chooser, name) for chooser in self.choosers] for name in ("scores", "logits"))
+        return SdsatOutput(
+            sequences=sequences,
+            scores=self._stacked(scores) if self.keep_scores else None,
+            logits=self._stacked(logits) if self.keep_logits else None,
+            generations=generations,
+        )
+
+    def _stacked(self, kept: list[list[Tensor]]) -> tuple[Tensor, ...]:
+        """Of each position, [B, V]."""
+        over = torch.full_like(kept[0][0], -math.inf)
+        over[:, self.pad] = 0
+        count = max(map(len, kept))
+        return tuple(torch.cat([rows[i] if i < len(rows) else over for rows in kept]) for i in range(count))
+
+
+class _Chooser:
+    """A sequence's `decode.Chooser`: processors, the choice, and criteria, in this order, as in transformers' own loop."""
+
+    def __init__(self, all_: _Sequences, row: int):
+        self.all, seed = all_, all_.seed + (row << 32)
+        sample = bool(all_.settings.do_sample)
+        self.sampling = _sampling(all_.native, seed) if sample else SamplingConfig()
+        self.drafting = _sampling([*all_.own, *all_.native], seed) if sample else SamplingConfig()
+        prompt = all_.input_ids[row : row + 1]
+        self.ids = torch.nn.functional.pad(prompt, (0, all_.max_new_tokens)).to(all_.sat.device)
+        self.length, self.num_new = prompt.shape[1], 0
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    def __call__(self, logits: Tensor) -> tuple[int, bool]:
+        own, native, so_far = self.all.own, self.all.native, self.ids[:, : self.length]
+        index = torch.full((1,), self.num_new, device=logits.device)
+        with torch.inference_mode(False), torch.no_grad():  # processors may write where they like, and keep what they get
+            scores = logits.to(torch.float32, copy=True)[None]
+            if self.all.keep_logits:
+                self.logits.append(scores.clone())
+            if own:
+                scores = self.all.sat.legal(own(so_far, scores))  # some processors make more of a SAT's -inf
+                chosen = scores.argmax(-1) if self.sampling.greedy else choose(scores, index, self.sampling)[:, 0]
+            else:
+                chosen = next_tokens(self.all.sat, logits[None], index, self.sampling)
+            if self.all.keep_scores:
+                self.scores.append(native(so_far, scores))
+            self.ids[:, self.length] = chosen
+            self.length, self.num_new = self.length + 1, self.num_new + 1
+            scores_so_far = tuple(self.scores) if self.all.keep_scores else None
+            ended = bool(self.all.criteria) and bool(self.all.criteria(self.ids[:, : self.length], scores_so_far).all())
+        return int(chosen), ended
+
+
+def _stream(streamer: Any, number: int, tokens: list[int], drafted: list[bool]) -> None:
+    for token in tokens:
+        streamer.put(torch.tensor([token]))

@@ -1,0 +1,364 @@
+"""Batches: every output, and what it cost, is what that prompt alone gives, whatever stands beside it, enters and leaves."""
+
+import importlib.util
+import json
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHARACTERS, one_line_error, tiny_llama, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_decode import EXACT, NUCLEUS, WHOLE, drafting
+from test_families import ADAPTED, narrow
+from test_native import passes
+from test_planner import curve
+from transformers import AutoModelForCausalLM
+
+from sdsat import attention, decode
+from sdsat.config import STRATEGIES, DecodeConfig, InputError, SamplingConfig
+from sdsat.costs import CONTEXTS, MAX_ROWS
+from sdsat.decode import generate, generate_batch, iterate_batch
+from sdsat.draft import Drafts
+from sdsat.engine import Part, Room, forward, forward_batch
+from sdsat.planner import AutoPlanner
+from sdsat.tree import batch_layout, make_tree
+
+VOCAB, SAT, K = 64, 64, 4
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+ENGINES = {
+    "native, float32": (True, torch.float32),
+    "native, bfloat16": (True, torch.bfloat16),
+    "modules, float32": (False, torch.float32),
+}
+PROMPTS = [[1, 5, 9, 2, 7], [3], [8, 4, 4, 11, 60, 2, 9, 33, 17, 5, 6], [1, 5, 9, 2, 7], [7] * 30]
+
+
+@cache
+def model_of(engine, head=6):
+    native, dtype = ENGINES[engine]
+    model = drafting(tiny_llama(dtype, **WHOLE), native=native, k=K, head=head)
+    model.tokenizer = tiny_tokenizer(CHARACTERS)
+    return model
+
+
+def strategies(engine):
+    return STRATEGIES if ENGINES[engine][0] else EXACT
+
+
+def what_counts(out, config):
+    """All of a Generation but its seconds; of `auto`, which learns as it goes, the output."""
+    held = {name: value for name, value in asdict(out).items() if not name.endswith("seconds")}
+    return {name: held[name] for name in ("token_ids", "text", "finish")} if config.strategy == "auto" else held
+
+
+def assert_as_alone(model, prompts, configs, **options):
+    outs = generate_batch(model, prompts, configs, **options)
+    for prompt, config, out in zip(prompts, configs, outs, strict=True):
+        assert what_counts(out, config) == what_counts(generate(model, prompt, config), config)
+        assert out.prefill_seconds > 0 and out.decode_seconds > 0
+    return outs
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS], ids=["greedy", "nucleus"])
+@pytest.mark.parametrize(
+    ("engine", "strategy"), [(engine, strategy) for engine in ENGINES for strategy in strategies(engine)], ids=str
+)
+def test_each_row_equals_that_row_alone(engine, strategy, sampling):
+    for k, tree, lookup, size in ((K, "chain", 0, 5), (3, (2, 2, 1), 5, 2)):
+        config = DecodeConfig(k, 12, tree, sampling, stop_ids=(9,), strategy=strategy, lookup=lookup)
+        configs = [replace(config, max_new_tokens=12 + 3 * i) for i in range(len(PROMPTS))]
+        assert_as_alone(model_of(engine), PROMPTS, configs, batch_size=size)
+
+
+@st.composite
+def requests(draw, engine):
+    sampling = SamplingConfig(
+        draw(st.sampled_from([0.0, 0.7, 1.3])), draw(st.sampled_from([0, 5])), seed=draw(st.integers(-3, 3))
+    )
+    config = DecodeConfig(
+        draw(st.integers(0, K)), draw(st.integers(1, 14)), draw(st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple)),
+        sampling, tuple(draw(st.sets(st.integers(0, VOCAB - 1), max_size=2))), ("ab",) if draw(st.booleans()) else (),
+        draw(st.sampled_from(strategies(engine))), draw(st.integers(4, 32)), draw(st.sampled_from([0, 4])),
+    )  # fmt: skip
+    return draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)), config
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_prompts_with_any_settings_at_once(engine, data):
+    prompts, configs = zip(*data.draw(st.lists(requests(engine), min_size=1, max_size=6)), strict=True)
+    assert_as_alone(model_of(engine), prompts, configs, batch_size=data.draw(st.integers(1, 6)))
+
+
+def filled(model, contexts):
+    room = Room(model, len(contexts), 256)
+    return room, room.enter([torch.tensor(context) for context in contexts], [256] * len(contexts))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+@torch.inference_mode()
+def test_rows_of_a_pass_over_many_have_the_logits_that_they_have_alone(engine, data):
+    """After each pass a path is kept, and sequences leave: on the native engine, to the last bit."""
+    model, generator = model_of(engine), torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    contexts = [
+        data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=70)) for _ in range(data.draw(st.integers(2, 4)))
+    ]
+    (room, caches), alone = filled(model, contexts), [filled(model, [context])[1][0] for context in contexts]
+    while caches:
+        parts = []
+        for held in caches:
+            tree, groups = data.draw(passes(6))
+            parts.append(Part(held, torch.randint(VOCAB, (len(tree),), generator=generator).tolist(), tree, groups))
+        states, logits = forward_batch(model, parts)
+        node, sat = 0, sum(len(part.tokens) for part in parts)
+        for part, cache_alone in zip(parts, alone, strict=True):
+            tokens = torch.tensor([*part.tokens, *[SAT] * part.sats])
+            rows = [*range(node, node + len(part.tokens)), *range(sat, sat + part.sats)]
+            for got, want in zip((states, logits), forward(model, cache_alone, tokens, part.tree, part.groups), strict=True):
+                if model.native:
+                    assert torch.equal(got[rows], want)
+                else:
+                    torch.testing.assert_close(got[rows], want, rtol=1e-4, atol=1e-4)
+            node, sat = node + len(part.tokens), sat + part.sats
+            path = [0]
+            while children := part.tree.children()[path[-1]]:
+                path.append(children[0])
+            part.cache.commit(tuple(path))
+            cache_alone.commit(tuple(path))
+        gone = data.draw(st.integers(0, len(caches) - 1))
+        room.leave(caches.pop(gone))
+        alone.pop(gone)
+
+
+def test_layout_of_a_pass():
+    """One sequence brings x and a draft with a SAT at it, the other x with two SATs; one row is padding."""
+    shapes = [(make_tree("chain", 1), ((1, 1),)), (make_tree("chain", 0), ((0, 2),))]
+    layout = batch_layout(shapes, 7, torch.device("cpu"))
+    assert layout.sequences.tolist() == [0, 0, 1, 0, 1, 1, 1]  # nodes, nodes, nodes, SAT, SATs, padding
+    assert layout.places.tolist() == [0, 1, 0, 2, 1, 2, 3]
+    assert layout.offsets.tolist()[:6] == [0, 1, 0, 2, 1, 2]
+    assert layout.within.int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0, 0],
+        [0, 0, 1, 0, 1, 0, 0],
+        [0, 0, 1, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("family", ADAPTED)
+def test_windows_and_caps_in_batches(family):
+    """Generations run far past the windows of these models."""
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(narrow(family)).eval().requires_grad_(False)
+    lm.set_attn_implementation(attention.NAME)
+    model = drafting(lm, k=3)
+    vocab = lm.config.vocab_size - 1
+    prompts = [[token % vocab for token in prompt] for prompt in PROMPTS[:3]]
+    for strategy in EXACT:
+        assert_as_alone(model, prompts, [DecodeConfig(3, 20 + 9 * i, (2, 1), strategy=strategy) for i in range(3)])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_prompt_with_many_seeds(engine):
+    configs = [DecodeConfig(K, 12, sampling=replace(NUCLEUS, seed=seed)) for seed in range(6)]
+    outs = assert_as_alone(model_of(engine), [PROMPTS[0]] * 6, configs)
+    assert len({tuple(out.token_ids) for out in outs}) == 6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_waiting_prompts_enter_as_others_leave(engine, monkeypatch):
+    counts, events, real = [], {}, decode.forward_batch
+
+    def counted(model, parts, *rest, **named):
+        counts.append(len(parts))
+        return real(model, parts, *rest, **named)
+
+    def on_tokens(number, tokens, drafted):
+        assert len(tokens) == len(drafted)
+        events.setdefault(number, []).append((len(counts), tokens))
+
+    monkeypatch.setattr(decode, "forward_batch", counted)
+    limits = [12, 3, 11, 4, 7]
+    ended = [number for number, _ in iterate_batch(model_of(engine), PROMPTS, [DecodeConfig(0, n) for n in limits], batch_size=2)]
+    assert ended == [1, 0, 2, 3, 4]
+    assert counts == [2] * 16 + [1] * 5  # passes 1-12, 1-3, 4-14, 13-16 and 15-21
+    outs = generate_batch(model_of(engine), PROMPTS, [DecodeConfig(0, n) for n in limits], on_tokens, batch_size=2)
+    for number, out in enumerate(outs):
+        assert len(out.token_ids) == limits[number]
+        assert [token for _, tokens in events[number] for token in tokens] == out.token_ids
+    assert [events[2][0][0] - events[1][-1][0], events[3][0][0] - events[0][-1][0]] == [1, 1]
+
+
+def test_of_many_places_several_are_filled_at_once():
+    model, seen = model_of("modules, float32"), []
+    prompts = [[1 + i % 60] * (1 + i % 5) for i in range(80)]
+    configs = [DecodeConfig(0, 1 + i % 4) for i in range(80)]
+    plain, Room.enter = Room.enter, lambda room, prompts, slots: seen.append(len(prompts)) or plain(room, prompts, slots)
+    try:
+        outs = generate_batch(model, prompts, configs, batch_size=40)
+    finally:
+        Room.enter = plain
+    assert seen[0] == 40 and all(count >= 3 for count in seen[:-1]) and sum(seen) == 80
+    assert [out.token_ids for out in outs] == [generate(model, *each).token_ids for each in zip(prompts, configs, strict=True)]
+
+
+def test_nothing_to_do_and_more_room_than_prompts():
+    model = model_of("native, float32")
+    assert generate_batch(model, [], DecodeConfig(0, 5)) == []
+    (out,) = generate_batch(model, [PROMPTS[0]], DecodeConfig(2, 5), batch_size=8)
+    assert out.token_ids == generate(model, PROMPTS[0], DecodeConfig(0, 5)).token_ids
+
+
+def test_bad_input_names_the_prompt_and_nothing_is_decoded(monkeypatch):
+    model = model_of("modules, float32")
+    monkeypatch.setattr(decode, "_decode", None)
+    with one_line_error("prompts[1]: prompt: no tokens"):
+        generate_batch(model, [[1], [], [2]], DecodeConfig(0, 5))
+    with one_line_error("prompts[2]: prompt: token id 99 is not in the model's vocabulary of 64"):
+        generate_batch(model, [[1], [2], [99]], DecodeConfig(0, 5))
+    with one_line_error("prompts[0]: max_new_tokens=510"):
+        generate_batch(model, PROMPTS, [DecodeConfig(0, 510), *[DecodeConfig(0, 5)] * 4])
+    with one_line_error("prompts[1]: strategy=rounded"):
+        generate_batch(model, PROMPTS[:2], [DecodeConfig(2, 5), DecodeConfig(2, 5, strategy="rounded")])
+    with one_line_error("configs: 2 for 5 prompts"):
+        generate_batch(model, PROMPTS, [DecodeConfig(0, 5)] * 2)
+    with pytest.raises(InputError, match=r"^batch_size=0: expected 1 or more$"):
+        generate_batch(model, PROMPTS, DecodeConfig(0, 5), batch_size=0)
+
+
+# ---- what `auto` makes of batches ----
+
+# As on a CPU: rows are nearly free up to some number, then each adds as much.
+KNEE = curve(lambda n: 1 + 0.02 * n + 0.1 * max(0, n - 8), rounded=lambda n: 0.7 + 0.02 * n + 0.08 * max(0, n - 8))
+
+
+def test_a_share_of_a_pass_in_which_all_do_as_much():
+    planner = AutoPlanner(DecodeConfig(5, strategy="auto"), KNEE, 5, [0.6] * 5)
+    alone = [planner._cost(n, 0, 100) for n in (1, 4)]
+    planner.share(8, 100)
+    assert planner._cost(1, 0, 100) == pytest.approx(KNEE.seconds(8, 0, 100) / 8) and planner._cost(1, 0, 100) < alone[0]
+    assert planner._cost(4, 0, 100) == pytest.approx(KNEE.seconds(32, 0, 100) / 8)
+    assert planner._cost(4, 0, 100) / planner._cost(1, 0, 100) > 2 > alone[1] / alone[0]
+    planner.share(1, 100)
+    assert [planner._cost(n, 0, 100) for n in (1, 4)] == alone
+    for context in CONTEXTS:  # beyond the table in proportion
+        assert KNEE.seconds(3 * MAX_ROWS, 0, context) == pytest.approx(3 * KNEE.seconds(MAX_ROWS, 0, context))
+        assert KNEE.rounded_seconds(2 * MAX_ROWS - 1, context) == pytest.approx(2 * KNEE.rounded_seconds(MAX_ROWS - 1, context))
+
+
+@pytest.mark.parametrize("costs", [KNEE, replace(KNEE, rounded=[])], ids=["8 bits", "exact"])
+def test_with_growing_batches_auto_goes_over_to_plain_passes(costs):
+    def drafts_now(batch):
+        planner = AutoPlanner(DecodeConfig(5, strategy="auto"), costs, 5, [0.5] * 5)
+        planner.share(batch, 100)
+        none = Drafts.none(0)
+        return bool(planner.draft_first(none, 100, 100) or planner.plan(none, 100, 100).groups)
+
+    found = [drafts_now(batch) for batch in (1, 2, 4, 8, 16, 32, 64)]
+    assert found[0] and not found[-1] and found == sorted(found, reverse=True)
+
+
+def test_of_a_batch_where_nothing_pays_one_sequence_tries_again_now_and_then():
+    costs = curve(lambda n: 1.0 * n, rounded=lambda n: 0.9 * n)
+    planner = AutoPlanner(DecodeConfig(5, strategy="auto", lookup=0), costs, 5, [0.1] * 5)
+    tried = 0
+    for _ in range(500):
+        planner.share(16, 100)
+        sizes = [planner.draft_first(Drafts.none(0), 100, 100) for _ in range(16)]
+        assert sum(map(bool, sizes)) <= 1
+        tried += sum(map(bool, sizes))
+        values = {size: [0.0] * (size + 1) + [0.1] * (size + 1) for size in sizes}
+        every = [Drafts.of_rounded(0, make_tree("chain", size), values[size]) if size else Drafts.none(0) for size in sizes]
+        plans = [planner.plan(drafts, 100, 100) for drafts in every]
+        for drafts, plan in zip(every, plans, strict=True):
+            planner.observe(drafts.kept(plan.nodes), plan, [0])
+        planner.observe_pass(16, 0, 100, costs.seconds(16, 0, 100, 16))
+    assert 5 <= tried <= 12
+
+
+def test_sequences_of_one_batch_share_what_auto_learns():
+    model = model_of("native, float32")
+    model.planners.clear()
+    generate_batch(model, PROMPTS, DecodeConfig(K, 12, strategy="auto"))
+    (planner,) = model.planners.values()
+    assert planner.num_timed and sum(planner.num_timed.values()) > 3
+
+
+# ---- scripts/batch_throughput.py ----
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("batch_throughput", SCRIPTS / "batch_throughput.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_throughput_script(script, tmp_path, monkeypatch, capsys):
+    model_of("native, float32")  # the engine is compiled before the cache folder, for the cost curve, is another
+    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path / "cache"))
+    folder, out = tmp_path / "tiny", tmp_path / "results" / "batch.json"
+    tiny_llama(torch.float32, max_position_embeddings=4096, **WHOLE).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sdsat": {"sat_token_id": 63, "k": 3}}))
+    tiny_tokenizer(CHARACTERS).save_pretrained(folder)
+
+    def measure(**changes):
+        options = dict(sizes="2,1", strategy=["two-step:2", "auto"], prompts=3, max_new_tokens=5, turns=1, dtype="float32")
+        script.main(str(folder), **{**options, **changes}, device="cpu", out=out)
+        return json.loads(out.read_text())
+
+    document = measure()
+    assert [(run["batch_size"], run["strategy"]) for run in document["runs"]] == [
+        *((1, name) for name in ("ar", "two-step:2", "auto")), *((2, name) for name in ("two-step:2", "auto", "ar")),
+    ]  # fmt: skip
+    rows = document["summary"]["rows"]
+    assert [(row["batch_size"], row["strategy"]) for row in rows] == [
+        (n, s) for n in (1, 2) for s in ("ar", "two-step:2", "auto")
+    ]
+    assert all(row["identical_outputs"] == 3 and row["tokens_per_second"] > 0 for row in rows)
+    assert rows[0]["over_ar"] == rows[3]["over_ar"] == rows[0]["over_first_ar"] == 1
+    assert set(document["summary"]["stops_paying_at"]) == {"two-step:2", "auto"}
+    assert document["environment"]["engine"] == "native" and "two-step:2" in capsys.readouterr().out
+    assert measure() == document  # nothing is measured again
+    with one_line_error(out, "max_new_tokens=5, now it is 6"):
+        measure(max_new_tokens=6)
+    for changes, words in (
+        (dict(sizes="1,0"), "--sizes=1,0"),
+        (dict(strategy=["two-step:x"]), "strategy=two-step:x: expected ar or NAME:K"),
+        (dict(strategy=["ar"]), "--strategy=ar: one is there twice, or is ar"),
+    ):
+        with one_line_error(words):
+            measure(**changes)
+
+
+def test_where_strategies_stop_paying_is_read_off_the_figures(script):
+    seconds = {
+        ("ar", 1): 1.0,
+        ("ar", 4): 0.5,
+        ("two-step:3", 1): 0.5,
+        ("two-step:3", 4): 0.625,
+        ("auto", 1): 0.5,
+        ("auto", 4): 0.4,
+    }
+    runs = [
+        {"turn": turn, "batch_size": size, "strategy": name, "seconds": taken * (1 + turn), "num_new_tokens": 10, "num_passes": 5,
+         "outputs_sha256": ["a", "b" if name == "ar" else "c"]}
+        for (name, size), taken in seconds.items() for turn in (0, 1)
+    ]  # fmt: skip
+    found = script.summarize({"settings": {"sizes": [1, 4], "strategies": ["ar", "two-step:3", "auto"]}, "runs": runs})
+    assert found["stops_paying_at"] == {"two-step:3": 4, "auto": None}
+    rows = {(row["strategy"], row["batch_size"]): row for row in found["rows"]}
+    assert rows["two-step:3", 4]["over_ar"] == pytest.approx(0.8) and rows["two-step:3", 4]["over_first_ar"] == pytest.approx(1.6)
+    assert rows["ar", 4]["tokens_per_second"] == pytest.approx(20 / 1.5, abs=0.01)
+    assert [rows[name, 4]["identical_outputs"] for name in ("ar", "auto")] == [2, 1]
