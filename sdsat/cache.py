@@ -36,11 +36,14 @@ class _SlotLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        slots = None if self.owner.row_slots is None else self.owner.row_slots.to(key_states.device)  # a layer has its own GPU
-        if self.owner.row_sequences is not None:  # a batch: every row writes where its sequence is
-            batch, live = self.owner.row_sequences.to(key_states.device), self.owner.num_live
-            self.keys[batch, :, slots] = key_states[0].transpose(0, 1)
-            self.values[batch, :, slots] = value_states[0].transpose(0, 1)
+        sequences, slots = (
+            rows if rows is None else rows.to(key_states.device)  # a layer has its own GPU
+            for rows in (self.owner.row_sequences, self.owner.row_slots)
+        )
+        if sequences is not None:  # a batch: every row writes where its sequence is
+            self.keys[sequences, :, slots] = key_states[0].transpose(0, 1)
+            self.values[sequences, :, slots] = value_states[0].transpose(0, 1)
+            live = self.owner.num_live
             return self.keys[:live, :, : self.owner.visible], self.values[:live, :, : self.owner.visible]
         if slots is not None:
             self.keys.index_copy_(2, slots, key_states)

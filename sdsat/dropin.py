@@ -108,7 +108,7 @@ def attach(
     """
     name = str(getattr(model, "name_or_path", "")) or type(model).__name__
     require(getattr(model, ATTRIBUTE, None) is None, f"model {name}: already attached")
-    require(adapter is None or models.adapter_directory(str(adapter)) is not None, f"adapter={adapter}: not an adapter directory")
+    require(adapter is None or models.is_adapter(str(adapter)), f"adapter={adapter}: not an adapter directory")
     models.check_options(str(adapter or name), sat_token_id, engine, trained_k)
     models.check_model(model, name)
     _ready(models.equip(model, tokenizer, str(adapter or name), sat_token_id, engine, graphs, trained_k))

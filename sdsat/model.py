@@ -197,25 +197,29 @@ def _path_of(base: str) -> str:
     return str(embedded.base_dir()) if base == embedded.BASE_NAME else base
 
 
-def adapter_directory(name: str) -> Path | None:
-    """The directory of the adapter that `name` means, if it means one."""
-    if name == embedded.NAME:
-        return embedded.ADAPTER_DIR
-    return Path(name) if (Path(name) / adapters.CONFIG_FILE).is_file() else None
+def is_adapter(name: str) -> bool:
+    return name == embedded.NAME or (Path(name) / adapters.CONFIG_FILE).is_file()
+
+
+def _adapter_directory(name: str) -> Path:
+    return embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
+
+
+def _base_of(name: str) -> str:
+    return adapters.read_config(_adapter_directory(name)).base_model if is_adapter(name) else name
 
 
 def sized(name: str, dtype: str) -> devices.Size:
     """How much memory `load(name, dtype)` takes, for `devices.place`; reads configs only."""
     check_dtype(dtype)
-    directory = adapter_directory(name)
-    base = adapters.read_config(directory).base_model if directory else name
+    base = _base_of(name)
     path = _path_of(base)
     with _one_line(base, path):
         config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
         check_family(config, base)
         torch_dtype = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
-        weights = directory / adapters.WEIGHTS_FILE if directory else None  # two bytes a number; held as it is and fused
-        adapter = weights.stat().st_size * torch_dtype.itemsize if weights and weights.is_file() else 0
+        weights = _adapter_directory(name) / adapters.WEIGHTS_FILE  # two bytes a number; held as it is and fused
+        adapter = weights.stat().st_size * torch_dtype.itemsize if is_adapter(name) and weights.is_file() else 0
         return devices.model_size(name, config, torch_dtype, adapter)
 
 
@@ -286,7 +290,7 @@ def in_papers_form(name: str, sat_token_id: int | None = None, trained_k: int | 
 
     False, too, for what can't be loaded: `load` says why.
     """
-    if adapter_directory(name) or name == embedded.BASE_NAME:
+    if is_adapter(name) or name == embedded.BASE_NAME:
         return False
     if _published(name):
         return True
@@ -321,9 +325,7 @@ def load(
     check_options(name, sat_token_id, engine, trained_k)
     devices.pick_devices(device)  # a wrong name is said before anything is fetched
     device_map = devices.place(sized(name, dtype), device, context)
-    directory = adapter_directory(name)
-    base = adapters.read_config(directory).base_model if directory else name
-    model, tokenizer = _load_base(base, DTYPES.get(dtype, "auto"), device_map)
+    model, tokenizer = _load_base(_base_of(name), DTYPES.get(dtype, "auto"), device_map)
     return equip(model, tokenizer, name, sat_token_id, engine, graphs, trained_k)
 
 
@@ -331,7 +333,7 @@ def check_options(name: str, sat_token_id: int | None, engine: str, trained_k: i
     """Refuse options that don't go together, before weights are read."""
     require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
     given = {"sat_token_id": sat_token_id, "trained_k": trained_k}
-    strange = [f"{option}={value}" for option, value in given.items() if value is not None and adapter_directory(name)]
+    strange = [f"{option}={value}" for option, value in given.items() if value is not None and is_adapter(name)]
     require(not strange, f"{', '.join(strange)}: {name} is an adapter and brings its own SAT")
 
 
@@ -349,8 +351,8 @@ def equip(
     Options, already checked, and errors as those of `load`. The model's attention becomes `attention.NAME`.
     """
     model.set_attn_implementation(attention.NAME)
-    if directory := adapter_directory(name):
-        adapter = adapters.load(model, directory).fuse().attach(model)
+    if is_adapter(name):
+        adapter = adapters.load(model, _adapter_directory(name)).fuse().attach(model)
         return _with_engine(SatModel(model, tokenizer, name, adapter.config.sat, adapter), engine, graphs)
     sat = _sat_of_checkpoint(name, model.config, sat_token_id, trained_k)
     vocabulary = model.get_input_embeddings().weight.shape[0]

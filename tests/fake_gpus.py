@@ -11,10 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdsat import attention, devices
 from sdsat.adapter import AdapterConfig, SatAdapter
+from sdsat.cache import SlotCache, SlotPlace
 from sdsat.config import SamplingConfig, SatConfig
 from sdsat.decode import next_tokens
 from sdsat.draft import draft_tokens
-from sdsat.engine import RowPolicy, forward, new_cache, prefill
+from sdsat.engine import Part, RowPolicy, forward, forward_batch, new_cache, prefill
 from sdsat.model import SatModel
 from sdsat.tree import make_tree
 
@@ -59,6 +60,13 @@ def main():
         cache.commit((0, 2))
         cache.row_slots = torch.arange(7, device=model.device)  # as graphs name their slots
         forward(model, cache, torch.tensor([0] * 7, device=model.device), tree, ((1, 3),))
+        shared = SlotCache(LAYERS, 64)
+        for layer, other in zip(shared.layers, cache.layers, strict=True):
+            layer.lazy_initialization(other.keys.expand(2, -1, -1, -1), other.values.expand(2, -1, -1, -1))
+        places = [SlotPlace(shared, number, length) for number, length in enumerate((5, 3))]
+        states, logits = forward_batch(model, [Part(place, (0,) * 4, tree, ((1, 3),)) for place in places])
+        places[0].commit((0, 2))
+        places[1].move(0)
         assert list(map(str, model.devices)) == ["gpu:0", "gpu:1"]
         print(states.device, logits.device, *(layer.keys.device.index for layer in cache.layers))
 
