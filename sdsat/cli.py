@@ -365,7 +365,9 @@ def train(
     data: Annotated[Path, typer.Option(help="Folder written by `sdsat distill`, or plain text or code: a file or a folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the result; an interrupted run resumes from it.")],
     model: ModelOption = embedded.BASE_NAME,
-    mode: Annotated[str, typer.Option(help="adapter: the base stays as it is; full: all weights train.")] = "adapter",
+    mode: Annotated[
+        str, typer.Option(help="adapter: on SATs only; everywhere: an adapter that a server can merge; full: all weights.")
+    ] = "adapter",
     steps: int = 2000,
     k: Annotated[int, typer.Option(help="Depth: SATs per group.")] = 7,
     rank: Annotated[int, typer.Option(help="Adapter: rank of the updates.")] = 32,
@@ -379,7 +381,7 @@ def train(
     accumulate: Annotated[int, typer.Option(help="Micro-batches per step.")] = 1,
     lr: Annotated[float | None, typer.Option(help="Default: 1e-3 for adapters, 2e-5 in full mode.")] = None,
     init: Annotated[str | None, typer.Option(help="Adapter directory to start from.")] = None,
-    standard: Annotated[float, typer.Option(help="Full mode: weight of a standard token's loss beside a SAT's.")] = 1.0,
+    standard: Annotated[float, typer.Option(help="Not for adapter: weight of a standard token's loss beside a SAT's.")] = 1.0,
     embedding_steps: Annotated[int, typer.Option(help="Full mode: first train only the SAT's embedding, so many steps.")] = 0,
     checkpointing: Annotated[bool, typer.Option(help="Full mode: gradient checkpointing, less memory for more time.")] = False,
     held_out: Annotated[int, typer.Option(help="Sequences to evaluate on, never trained on.")] = 48,
@@ -405,7 +407,7 @@ def train(
         decay=decay,
         batch_size=batch_size,
         accumulate=accumulate,
-        lr=lr if lr is not None else (1e-3 if mode == "adapter" else 2e-5),
+        lr=lr if lr is not None else (2e-5 if mode == "full" else 1e-3),
         init=init,
         mode=mode,
         standard=standard,
@@ -415,7 +417,7 @@ def train(
         eval_every=eval_every,
         held_out=held_out,
     )
-    loaded = models.load(model, dtype if mode == "adapter" else "float32", device or _own_gpu(), engine="transformers")
+    loaded = models.load(model, "float32" if mode == "full" else dtype, device or _own_gpu(), engine="transformers")
     run(loaded, corpora.read_sequences(data, loaded.tokenizer), out, config)
     if _is_first():
         print(f'{out}: saved; try `sdsat generate "..." --model {out}`')

@@ -292,7 +292,9 @@ template <class T, int H>
 static void attend(const T* q, int dim, const T* keys, const T* values, const std::vector<int>& own, int length, float scale,
                    float* scores, int64_t width, T* gathered, T* out) {
   constexpr int S = Pairs<T>::step;
-  int last = own.back() + 1, seen = length + int(own.size());
+  const int last = own.back() + 1, seen = length + int(own.size());
+  const int* other = own.data();  // the keys that don't lie where their position says: of a chain, none
+  while (length < seen && *other == length) length++, other++;
   for (int t = 0; t < last; t += KEYS) {
     f32x a[H][4] = {};
     const T* k = keys + int64_t(t) * dim;
@@ -307,7 +309,7 @@ static void attend(const T* q, int dim, const T* keys, const T* values, const st
   int padded = (seen + LANES - 1) / LANES * LANES;
   for (int h = 0; h < H; h++) {
     float* s = scores + h * width;
-    for (int j = 0; j < int(own.size()); j++) s[length + j] = s[own[j]];  // own slots ascend: none is overwritten before it is read
+    for (int j = length; j < seen; j++) s[j] = s[other[j - length]];  // own slots ascend: none is overwritten before it is read
     for (int j = seen; j < padded; j++) s[j] = -std::numeric_limits<float>::infinity();
     f32x top = load(s), total = {};
     for (int j = LANES; j < padded; j += LANES) top = load(s + j) > top ? load(s + j) : top;
@@ -322,7 +324,7 @@ static void attend(const T* q, int dim, const T* keys, const T* values, const st
   // Keys go S at a time: those before `whole` as they lie in the cache, the others gathered.
   int whole = length / S * S, rest = seen - whole;
   for (int j = 0; j < rest; j++) {
-    int slot = whole + j < length ? whole + j : own[whole + j - length];
+    int slot = whole + j < length ? whole + j : other[whole + j - length];
     const T* v = values + int64_t(slot) / S * S * dim + slot % S;
     T* to = gathered + j / S * S * dim + j % S;
     for (int d = 0; d < dim; d++) to[d * S] = v[d * S];

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from .config import DecodeConfig
+from .config import MAX_ROWS, DecodeConfig
 from .costs import CostCurve, measured_costs
 from .draft import OWN, Drafts
 from .tree import DraftTree
@@ -33,6 +34,7 @@ _PRIOR = 4.0  # how many observations the prior counts for
 # Where drafts come from: SATs at x alone, at a last draft, at an inner one, in a pass in 8 bits; or nowhere.
 _KINDS = ("root", "leaf", "inner", "rounded", "none")
 _SIZES = (1, 4, 8, 12, 16, 32)  # classes of rows whose cost is corrected together
+_CLASS = [next((size for size in _SIZES if rows <= size), _SIZES[-1]) for rows in range(MAX_ROWS + 1)]
 _MARGIN = 0.1  # tokens that SATs must promise beyond what they cost: the best of many estimates is an optimistic one
 _MEMORY = 0.98  # what an observed pass still counts for one pass later
 _TRY_AGAIN = 48  # plain passes in a row before drafting is tried again, and drafting loops before a plain pass is timed again
@@ -125,10 +127,6 @@ class _Rates:
         return self.hits[index] / self.trials[index]
 
 
-def _size_class(rows: int) -> int:
-    return next((size for size in _SIZES if rows <= size), _SIZES[-1])
-
-
 class AutoPlanner:
     """Maximises expected tokens - rate * expected seconds, where rate is the tokens per second of the best fixed loop, or of AR.
 
@@ -141,6 +139,7 @@ class AutoPlanner:
 
     def __init__(self, config: DecodeConfig, costs: CostCurve, k: int, accuracy: Sequence[float]):
         self.config, self.costs, self.k = config, costs, k
+        self._seconds = lru_cache(4096)(costs.seconds)  # plans ask for the same few again and again
         self.by_depth = _Rates([*accuracy[:k], *[0.3] * (k - len(accuracy))])
         self.by_confidence = _Rates([(i + 0.5) / _BINS for i in range(_BINS)])
         self.by_lookup = _Rates([0.5, 0.8])  # the first token, the others
@@ -157,7 +156,7 @@ class AutoPlanner:
         self.rate = max(self._loop(self.size, context), 1 / self._cost(1, 0, context))
 
     def _cost(self, rows: int, sats: int, context: int) -> float:
-        return self.costs.seconds(rows, sats, context) * self.corrections[_size_class(rows)]
+        return self._seconds(rows, sats, context & -64) * self.corrections[_CLASS[rows]]
 
     def _rounded_cost(self, size: int, context: int) -> float:
         return self.costs.rounded_seconds(size, context) * self.corrections["rounded"]
@@ -290,7 +289,7 @@ class AutoPlanner:
         self.kind = "none" if not here else "root" if len(tree) == 1 else "inner" if path[-1] in tree.parents else "leaf"
         sats = sum(size for _, size in plan.groups)
         rows = len(tree) + sats
-        self._time(_size_class(rows), seconds / self.costs.seconds(rows, sats, context))
+        self._time(_CLASS[rows], seconds / self.costs.seconds(rows, sats, context))
         plain = rows == 1 and not drafts.by_sats
         self.num_plain, self.num_drafting = (self.num_plain + 1, 0) if plain else (0, self.num_drafting + 1)
         self._settle(context)

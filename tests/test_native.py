@@ -173,6 +173,18 @@ def test_logits_in_8_bits_are_those_of_rounded_weights_and_rows(name, rows):
     assert (got - before).norm() <= 0.2 * before.norm()
 
 
+@pytest.mark.parametrize("rows", [1, 4, 10, 11])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_linear_layer_in_8_bits(name, rows):
+    """The last one, of whose input, the states, the caller has every bit: nothing is near an edge unseen."""
+    lm = random_lm(name)
+    model = natively(lm)
+    states, got = forward(model, new_cache(model, rows), TOKENS[:rows], chain(rows), rounded=True)
+    inputs, head = rows_in_8_bits(None, [states.double()]), lm.get_output_embeddings()
+    want = inputs @ in_8_bits(head.weight).double().T + (0 if head.bias is None else head.bias.double())
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 @pytest.mark.parametrize("factor", [20, 200])
 def test_gates_far_below_zero(factor):
     """silu is 0 there, though exp(-gate) is more than a float can be."""
