@@ -1,4 +1,4 @@
-"""The command line: `sdsat generate | bench | report | verify | eval | inspect | distill | train`.
+"""The command line: `sdsat generate | bench | report | verify | eval | inspect | distill | train | export`.
 
 Every bad input ends in one line on stderr and exit code 2; an interrupt in exit code 130; a dead worker in exit code 1.
 """
@@ -420,7 +420,28 @@ def train(
     loaded = models.load(model, "float32" if mode == "full" else dtype, device or _own_gpu(), engine="transformers")
     run(loaded, corpora.read_sequences(data, loaded.tokenizer), out, config)
     if _is_first():
-        print(f'{out}: saved; try `sdsat generate "..." --model {out}`')
+        hint = f"sdsat export {out} --out DRAFT" if mode == "everywhere" else f'sdsat generate "..." --model {out}'
+        print(f"{out}: saved; try `{hint}`")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="An SDSAT checkpoint, or an adapter of `sdsat train --mode everywhere`.")],
+    out: Annotated[Path, typer.Option(help="New directory for the draft that a server reads.")],
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(help="Drafts a pass, the guess at the last token included. Default: the trained k + 1.")
+    ] = None,
+    mask_token_id: Annotated[
+        int | None, typer.Option(help="Adapter: token that becomes the SAT. Default: one that nothing uses.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of a machine, for the printed commands.")] = 8,
+    nodes: Annotated[int, typer.Option(help="Machines, for the printed commands.")] = 2,
+) -> None:
+    """Write what vLLM's parallel drafting and TensorRT-LLM read, and print the commands that serve it."""
+    from .export import export as run
+
+    require(gpus >= 1 and nodes >= 1, f"gpus={gpus}, nodes={nodes}: expected 1 or more")
+    print(run(model, out, num_speculative_tokens, mask_token_id).commands(gpus, nodes))
 
 
 def _is_first() -> bool:

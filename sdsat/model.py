@@ -293,7 +293,13 @@ def load(
         given = {"sat_token_id": sat_token_id, "trained_k": trained_k}
         strange = [f"{option}={value}" for option, value in given.items() if value is not None]
         require(not strange, f"{', '.join(strange)}: {name} is an adapter and brings its own SAT")
-        base = adapters.read_config(directory).base_model
+        config = adapters.read_config(directory)
+        require(
+            not config.everywhere,
+            f"model {name}: this adapter's update acts on every row, so that the target itself would change; "
+            "`sdsat export` makes it a draft for a server",
+        )
+        base = config.base_model
         model, tokenizer = _load_base(base, torch_dtype, torch_device)
         adapter = adapters.load(model, directory).fuse().attach(model)
         return _with_engine(SatModel(model, tokenizer, name, adapter.config.sat, adapter), engine, graphs)
