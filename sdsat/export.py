@@ -61,7 +61,8 @@ class Export:
     def commands(self, gpus: int = 8, nodes: int = 2) -> str:
         """How to serve it: on one machine, over several GPUs, over several nodes, and with TensorRT-LLM."""
         ray = self.vllm_command(gpus * nodes, "--distributed-executor-backend", "ray")
-        tensorrt = f"PARDDecodingConfig(max_draft_len={self.k}, speculative_model={str(self.draft)!r}, mask_token_id={self.mask_token_id})"
+        ids = f"max_draft_len={self.k}, mask_token_id={self.mask_token_id}"
+        tensorrt = f"PARDDecodingConfig(speculative_model={str(self.draft)!r}, {ids})"
         return "\n".join(
             [
                 "# one GPU",
@@ -125,8 +126,8 @@ def export(name: str, out: Path, k: int | None = None, mask_token_id: int | None
 
 def _gated(name: str) -> str:
     return (
-        f"model={name}: a gated adapter can't be merged: its update acts on SATs alone, and a server's weights act on every row of "
-        "a draft pass, so that the last token and the keys and values of all others would change; "
+        f"model={name}: a gated adapter can't be merged: its update acts on SATs alone, and a server's weights act on every row "
+        "of a draft pass, so that the last token and the keys and values of all others would change; "
         "expected an adapter of `sdsat train --mode everywhere`"
     )
 

@@ -151,4 +151,4 @@ def test_the_commands_are_what_a_shell_reads(tmp_path):
     assert json.loads(many[-1]) == {**expected, "draft_tensor_parallel_size": 16}
     text = done.commands(gpus=8, nodes=2)
     assert done.vllm_command(8) in text and "ray start --head" in text
-    assert f"PARDDecodingConfig(max_draft_len=4, speculative_model={str(tmp_path / 'a draft')!r}, mask_token_id=62)" in text
+    assert f"PARDDecodingConfig(speculative_model={str(tmp_path / 'a draft')!r}, max_draft_len=4, mask_token_id=62)" in text
