@@ -4,10 +4,10 @@
     sdsat export ADAPTER --out runs/draft
     .venv-vllm/bin/python scripts/serve_vllm.py runs/draft --target BASE --out FILE.json
 
-Both servers, one after the other, get the same from the `openai` client: greedy prompts one at a time; then, for --seconds, always
---clients streaming requests at once, of which every fourth samples with a seed, every fourth has stop strings, and every fourth's
-client is gone after a few pieces of text; then seeded requests twice. Tokens and accepted drafts are the server's own counts
-(/metrics). The prompts are HumanEval's, as chats. Greedy texts are compared with the plain server's; where they part, its
+Both servers, one after the other, get the same from the `openai` client: greedy prompts one at a time; then, for --seconds,
+always --clients streaming requests at once, of which every fourth samples with a seed, every fourth has stop strings, and every
+fourth's client is gone after a few pieces of text; then seeded requests twice. Tokens and accepted drafts are the server's own
+counts (/metrics). The prompts are HumanEval's, as chats. Greedy texts are compared with the plain server's; where they part, its
 log-probabilities say by how much.
 """
 
