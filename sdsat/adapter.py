@@ -39,8 +39,8 @@ class AdapterConfig:
     """What an adapter is and where it belongs.
 
     base_model: hub id, directory or embedded name of the base. base_sample: a few weights of it, {tensor: numbers}.
-    targets: names of the linear layers that get an update. head: inner size of the draft head, 0 for none. training:
-    free-form facts on how it was made.
+    targets: names of the linear layers that get an update. head: inner size of the draft head, 0 for none. everywhere: the update
+    was trained to act on every row of a draft pass, not on SATs alone (export.py). training: free-form facts on how it was made.
     """
 
     base_model: str
@@ -49,6 +49,7 @@ class AdapterConfig:
     scale: float = 1.0
     targets: tuple[str, ...] = tuple(TARGETS.split(","))
     head: int = 0
+    everywhere: bool = False
     base_sample: dict[str, list[float]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -176,7 +177,7 @@ class SatAdapter(nn.Module):
         config = {"format": FORMAT, "format_version": 1, "base_model": self.config.base_model}
         config |= {"sat_token_id": self.config.sat.token_id, "k": self.config.sat.k}
         config |= {"rank": self.config.rank, "scale": self.config.scale, "targets": list(self.config.targets)}
-        config |= {"head": self.config.head}
+        config |= {"head": self.config.head, "everywhere": self.config.everywhere}
         config |= {"base_sample": self.config.base_sample, "training": self.config.training}
         weights = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in self.named_parameters()}
         save_file(weights, directory / (WEIGHTS_FILE + ".part"), metadata={"format": "pt"})
@@ -189,17 +190,20 @@ def read_config(directory: str | Path) -> AdapterConfig:
     """The checked `adapter_config.json` of an adapter directory. Raises InputError, one line, for anything odd in it."""
     where = f"adapter {directory}: {CONFIG_FILE}"
     try:
-        raw = {"head": 0, **json.loads((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))}
+        raw = {"head": 0, "everywhere": False, **json.loads((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))}
         require(raw.get("format") == FORMAT, f"its format is not {FORMAT!r}")
         for key, kind in _KINDS.items():
-            require(isinstance(raw[key], kind) and not isinstance(raw[key], bool), f"{key}={raw[key]!r} is of the wrong kind")
+            require(
+                isinstance(raw[key], kind) and isinstance(raw[key], bool) == (kind is bool),
+                f"{key}={raw[key]!r} is of the wrong kind",
+            )
         require(raw["rank"] >= 1, f"rank={raw['rank']}: expected 1 or more")
         require(all(isinstance(name, str) for name in raw["targets"]), f"targets={raw['targets']}: expected names")
         require(raw["head"] >= 0, f"head={raw['head']}: expected 0 (none) or a positive size")
         for name, numbers in raw["base_sample"].items():
             require(len(numbers) == 8 and all(isinstance(n, (int, float)) for n in numbers), f"base_sample of {name} is damaged")
         sat, targets = SatConfig(raw["sat_token_id"], raw["k"]), tuple(raw["targets"])
-        rest = {key: raw[key] for key in ("rank", "scale", "head", "base_sample", "training")}
+        rest = {key: raw[key] for key in ("rank", "scale", "head", "everywhere", "base_sample", "training")}
         return AdapterConfig(raw["base_model"], sat, targets=targets, **rest)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
@@ -209,7 +213,7 @@ def read_config(directory: str | Path) -> AdapterConfig:
 
 _KINDS: dict[str, Any] = {
     "base_model": str, "sat_token_id": int, "k": int, "rank": int, "scale": (int, float), "targets": list,
-    "head": int, "base_sample": dict, "training": dict,
+    "head": int, "everywhere": bool, "base_sample": dict, "training": dict,
 }  # fmt: skip
 
 

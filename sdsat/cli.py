@@ -1,4 +1,4 @@
-"""The command line: `sdsat generate | bench | report | verify | eval | inspect | distill | train`.
+"""The command line: `sdsat generate | bench | report | verify | eval | inspect | distill | train | export`.
 
 Every bad input ends in one line on stderr and exit code 2; an interrupt in exit code 130; a dead worker in exit code 1.
 """
@@ -407,7 +407,9 @@ def train(
     data: Annotated[Path, typer.Option(help="Folder written by `sdsat distill`, or plain text or code: a file or a folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the result; an interrupted run resumes from it.")],
     model: ModelOption = embedded.BASE_NAME,
-    mode: Annotated[str, typer.Option(help="adapter: the base stays as it is; full: all weights train.")] = "adapter",
+    mode: Annotated[
+        str, typer.Option(help="adapter: on SATs only; everywhere: an adapter that a server can merge; full: all weights.")
+    ] = "adapter",
     steps: int = 2000,
     k: Annotated[int, typer.Option(help="Depth: SATs per group.")] = 7,
     rank: Annotated[int, typer.Option(help="Adapter: rank of the updates.")] = 32,
@@ -421,7 +423,7 @@ def train(
     accumulate: Annotated[int, typer.Option(help="Micro-batches per step.")] = 1,
     lr: Annotated[float | None, typer.Option(help="Default: 1e-3 for adapters, 2e-5 in full mode.")] = None,
     init: Annotated[str | None, typer.Option(help="Adapter directory to start from.")] = None,
-    standard: Annotated[float, typer.Option(help="Full mode: weight of a standard token's loss beside a SAT's.")] = 1.0,
+    standard: Annotated[float, typer.Option(help="Not for adapter: weight of a standard token's loss beside a SAT's.")] = 1.0,
     embedding_steps: Annotated[int, typer.Option(help="Full mode: first train only the SAT's embedding, so many steps.")] = 0,
     checkpointing: Annotated[bool, typer.Option(help="Full mode: gradient checkpointing, less memory for more time.")] = False,
     held_out: Annotated[int, typer.Option(help="Sequences to evaluate on, never trained on.")] = 48,
@@ -447,7 +449,7 @@ def train(
         decay=decay,
         batch_size=batch_size,
         accumulate=accumulate,
-        lr=lr if lr is not None else (1e-3 if mode == "adapter" else 2e-5),
+        lr=lr if lr is not None else (2e-5 if mode == "full" else 1e-3),
         init=init,
         mode=mode,
         standard=standard,
@@ -458,10 +460,31 @@ def train(
         held_out=held_out,
     )
     require("+" not in device, f"device={device}: training takes one GPU a process; expected one, or accelerate launch for more")
-    loaded = models.load(model, dtype if mode == "adapter" else "float32", device or _own_gpu(), engine="transformers")
+    loaded = models.load(model, "float32" if mode == "full" else dtype, device or _own_gpu(), engine="transformers")
     run(loaded, corpora.read_sequences(data, loaded.tokenizer), out, config)
     if _is_first():
-        print(f'{out}: saved; try `sdsat generate "..." --model {out}`')
+        hint = f"sdsat export {out} --out DRAFT" if mode == "everywhere" else f'sdsat generate "..." --model {out}'
+        print(f"{out}: saved; try `{hint}`")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="An SDSAT checkpoint, or an adapter of `sdsat train --mode everywhere`.")],
+    out: Annotated[Path, typer.Option(help="New directory for the draft that a server reads.")],
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(help="Drafts a pass, the guess at the last token included. Default: the trained k + 1.")
+    ] = None,
+    mask_token_id: Annotated[
+        int | None, typer.Option(help="Adapter: token that becomes the SAT. Default: one that nothing uses.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of a machine, for the printed commands.")] = 8,
+    nodes: Annotated[int, typer.Option(help="Machines, for the printed commands.")] = 2,
+) -> None:
+    """Write what vLLM's parallel drafting and TensorRT-LLM read, and print the commands that serve it."""
+    from .export import export as run
+
+    require(gpus >= 1 and nodes >= 1, f"gpus={gpus}, nodes={nodes}: expected 1 or more")
+    print(run(model, out, num_speculative_tokens, mask_token_id).commands(gpus, nodes))
 
 
 def _is_first() -> bool:

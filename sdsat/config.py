@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 STRATEGIES = ("two-step", "rounded", "one-pass", "auto")
 MAX_ROWS = 96  # of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length
+TRAIN_MODES = ("adapter", "everywhere", "full")
+_ONLY_IN = {
+    "rank": ("adapter", "everywhere"), "targets": ("adapter", "everywhere"), "head": ("adapter",),
+    "standard": ("everywhere", "full"), "embedding_steps": ("full",), "checkpointing": ("full",),
+}  # fmt: skip
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # linear layers that get a low-rank update
 
 
@@ -129,8 +134,10 @@ class TrainConfig:
     soft: share of distillation from the base's own distribution in the loss. decay: loss weight of a depth relative to the
     one before. accumulate: micro-batches a step.
     init: directory of an adapter of the same base and rank to start from, instead of from nothing.
-    mode: 'adapter', or 'full' (all weights). Only there: standard, the weight of a standard token's loss beside a SAT's;
-    embedding_steps, for how many steps only the SAT's embedding trains; checkpointing, gradients by recomputation.
+    mode: 'adapter' (the base stays as it is), 'everywhere' (an adapter whose update acts on standard tokens too: for serving,
+    it can be merged into a draft copy of the base) or 'full' (all weights). standard: not for 'adapter', the weight of a standard
+    token's loss beside a SAT's. Only in full mode: embedding_steps, for how many steps only the SAT's embedding trains;
+    checkpointing, gradients by recomputation.
     """
 
     steps: int = 2000
@@ -163,11 +170,11 @@ class TrainConfig:
         require(0 <= self.soft <= 1, f"soft={self.soft}: expected a number from 0 to 1")
         require(0 < self.decay <= 1, f"decay={self.decay}: expected a number in (0, 1]")
         require(self.k <= 16, f"k={self.k}: expected 16 or less")
-        require(self.mode in ("adapter", "full"), f"mode={self.mode}: expected adapter or full")
+        require(self.mode in TRAIN_MODES, f"mode={self.mode}: expected one of {', '.join(TRAIN_MODES)}")
         require(self.standard >= 0, f"standard={self.standard}: expected 0 or more")
         require(self.head >= 0, f"head={self.head}: expected 0 (none) or a positive size")
-        other = "full" if self.mode == "adapter" else "adapter"
-        for name in ("standard", "embedding_steps", "checkpointing") if other == "full" else ("rank", "targets", "head"):
-            held = getattr(self, name)
-            require(held == getattr(type(self), name), f"{name}={held}: only {other} mode has it; expected mode={other}")
+        for name, modes in _ONLY_IN.items():
+            held, default = getattr(self, name), getattr(type(self), name)
+            only = " and ".join(modes)
+            require(self.mode in modes or held == default, f"{name}={held}: only for mode {only}, not {self.mode}")
         require(self.lr > 0, f"lr={self.lr}: expected a positive number")

@@ -335,6 +335,11 @@ def check_options(name: str, sat_token_id: int | None, engine: str, trained_k: i
     given = {"sat_token_id": sat_token_id, "trained_k": trained_k}
     strange = [f"{option}={value}" for option, value in given.items() if value is not None and is_adapter(name)]
     require(not strange, f"{', '.join(strange)}: {name} is an adapter and brings its own SAT")
+    require(
+        not is_adapter(name) or not adapters.read_config(_adapter_directory(name)).everywhere,
+        f"model {name}: this adapter's update acts on every row, so that the target itself would change; "
+        "`sdsat export` makes it a draft for a server",
+    )
 
 
 def equip(

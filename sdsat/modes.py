@@ -5,7 +5,7 @@ A mode owns the weights that train, and says what a batch's loss is, how to stor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,8 @@ class AdapterMode:
         sat = SatConfig(vocabulary, config.k)
         targets, sample = tuple(name.strip() for name in config.targets.split(",")), sample_weights(model.model)
         base = str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name  # found from any folder
-        settings = AdapterConfig(base, sat, config.rank, targets=targets, head=config.head, base_sample=sample)
+        everywhere, head = config.mode == "everywhere", 0 if config.mode == "everywhere" else config.head
+        settings = AdapterConfig(base, sat, config.rank, targets=targets, head=head, everywhere=everywhere, base_sample=sample)
         torch.manual_seed(config.seed)
         self.adapter = SatAdapter(model.model, settings).float()
         if config.init is not None:
@@ -71,9 +72,10 @@ class AdapterMode:
             rank, same = start.config.rank, (start.config.targets, start.config.scale) == (settings.targets, settings.scale)
             require(rank == config.rank, f"init={config.init}: its rank is {rank}, expected {config.rank}")
             require(same, f"init={config.init}: has targets and scale of its own; expected {settings.targets}, {settings.scale}")
-            known = (0, config.head)  # without a head, a new one is added
-            require(start.config.head in known, f"init={config.init}: its head is {start.config.head}, expected one of {known}")
-            self.adapter.load_state_dict(start.state_dict(), strict=start.config.head == config.head)
+            known = (0, head)  # without a head, a new one is added
+            fits = everywhere or start.config.head in known
+            require(fits, f"init={config.init}: its head is {start.config.head}, expected one of {known}")
+            self.adapter.load_state_dict(start.state_dict(), strict=start.config.head == head)
         self.adapter.attach(model.model)
         self.model = replace(model, sat=sat, adapter=self.adapter)
         self.config, self.accelerator = config, accelerator
@@ -113,6 +115,48 @@ class AdapterMode:
         if self.accelerator.is_main_process:
             self.adapter.save(out)
         self.adapter.detach()
+
+
+class EverywhereMode(AdapterMode):
+    """The same updates on every row of a draft pass, standard tokens' too: what a server can merge into a draft copy.
+
+    A server's draft model is one set of weights, so it can't tell SATs from standard tokens, as a gated adapter does. Its keys
+    and values are its own, and so is its guess at the last true token: both learn here, as in full mode.
+    """
+
+    def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
+        super().__init__(model, config, accelerator)
+        self.lm, self.token_id = _Updated(self.model), self.adapter.config.sat.token_id
+
+    def weight(self, batch: SatBatch) -> float:
+        return super().weight(batch) + self.config.standard * batch.num_standard
+
+    def loss(self, batch: SatBatch) -> Tensor:
+        sats, standard = joint_loss(self.lm, self.token_id, batch, self.config.soft, self.config.decay)
+        return sats + self.config.standard * standard
+
+    def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+        return _evaluate_jointly(self.lm, self.token_id, held_out, self.config.k, self.model.device)
+
+
+class _Updated(nn.Module):
+    """A base with its adapter's update on every row, called as a causal LM is."""
+
+    def __init__(self, model: SatModel):
+        super().__init__()
+        self.model, self.config = model, model.model.config
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
+        with self.model.sat_rows(0, input_ids.shape[1]):
+            return self.model.model(inputs_embeds=self.model.embed(input_ids), **inputs)
+
+
+def _evaluate_jointly(
+    lm: Callable[..., Any], token_id: int, held_out: list[Sequence], k: int, device: torch.device
+) -> dict[str, Any]:
+    """Draft quality, and the loss of standard tokens, of a causal LM that computes both in one pass."""
+    drafts = evaluate(lambda batch: joint_logits(lm, token_id, batch)[0], held_out, k, device)
+    return {**drafts, "standard_loss": standard_loss(lm, token_id, held_out, device)}
 
 
 class FullMode:
@@ -155,10 +199,8 @@ class FullMode:
         return sats + self.config.standard * standard
 
     def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
-        device = self.accelerator.device
         with self.accelerator.autocast():
-            drafts = evaluate(lambda b: joint_logits(self.lm, self.sat.token_id, b)[0], held_out, self.config.k, device)
-            return {**drafts, "standard_loss": standard_loss(self.lm, self.sat.token_id, held_out, device)}
+            return _evaluate_jointly(self.lm, self.sat.token_id, held_out, self.config.k, self.accelerator.device)
 
     def average_gradients(self) -> None:
         pass  # the wrapper has done it
@@ -189,6 +231,9 @@ class FullMode:
         lm.save_pretrained(out, state_dict=weights, is_main_process=self.accelerator.is_main_process)
         if self.tokenizer is not None and self.accelerator.is_main_process:
             self.tokenizer.save_pretrained(out)
+
+
+MODES: dict[str, Any] = {"adapter": AdapterMode, "everywhere": EverywhereMode, "full": FullMode}
 
 
 def adam(parameters: Iterator[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:

@@ -27,7 +27,7 @@ from .config import InputError, TrainConfig, require
 from .data import Sequence
 from .loss import SatBatch, sat_batch
 from .model import SatModel
-from .modes import AdapterMode, FullMode, Mode
+from .modes import MODES, Mode
 from .records import read_json, write_json
 from .report import plot_training
 
@@ -84,7 +84,7 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
     require(len(data) > 0, f"held_out={config.held_out}: no sequences with other prompts are left to train on")
     facts = {"sequences": len(data), "answer_tokens": sum(len(s.ids) - s.prompt_length for s in data)}
     state = _open(out, config, {"model": model.name, "processes": world, **facts})
-    mode: Mode = (AdapterMode if config.mode == "adapter" else FullMode)(model, config, accelerator)
+    mode: Mode = MODES[config.mode](model, config, accelerator)
     if state["step"]:
         mode.restore(out / f"checkpoint_{state['step']}")
     else:

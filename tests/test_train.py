@@ -35,7 +35,9 @@ def train_tiny(folder, dtype=torch.float32, **changed):
     """Trains a tiny model; returns the float32 weights of its last checkpoint."""
     settings = dict(steps=4, k=3, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2)
     if changed.get("mode") != "full":
-        settings |= {"rank": 2, "head": 8}
+        settings |= {"rank": 2}
+    if changed.get("mode", "adapter") == "adapter":
+        settings |= {"head": 8}
     model = SatModel(tiny_llama(dtype), None, "tiny")
     train(model, random_sequences([9, 13, 6, 11, 8, 10]), folder, TrainConfig(**{**settings, **changed}))
     return last_weights(folder)
@@ -54,7 +56,8 @@ def assert_close(one, two, **tolerance):
         torch.testing.assert_close(two[name], tensor, **tolerance)
 
 
-MODES = pytest.mark.parametrize("mode", ["adapter", "full"])
+MODES = pytest.mark.parametrize("mode", ["adapter", "everywhere", "full"])
+FILES = {"adapter": "adapter_model.safetensors", "everywhere": "adapter_model.safetensors", "full": "model.safetensors"}
 
 
 @MODES
@@ -75,8 +78,7 @@ def test_killed_training_resumes_exactly(tmp_path, monkeypatch, mode):
     (tmp_path / "killed" / "checkpoint_4").mkdir()  # a checkpoint that was being written
     assert_close(whole, train_tiny(tmp_path / "killed", mode=mode), rtol=0, atol=0)
     assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
-    name = "adapter_model.safetensors" if mode == "adapter" else "model.safetensors"
-    saved = [(tmp_path / folder / name).read_bytes() for folder in ("killed", "whole")]
+    saved = [(tmp_path / folder / FILES[mode]).read_bytes() for folder in ("killed", "whole")]
     assert saved[0] == saved[1]
 
 
@@ -89,7 +91,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(tmp_path, mode):
         assert_close(whole, split, rtol=1e-3, atol=1e-5)
 
 
-@MODES
+@pytest.mark.parametrize("mode", ["adapter", "full"])  # everywhere averages as adapter does
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, mode):
     """Two real processes, in float32: only the order of sums differs."""
     script = tmp_path / "run.py"
@@ -200,6 +202,51 @@ def test_init_starts_from_another_adapter(tmp_path):
     assert added["head.outer"].abs().max() < 1e-9  # a new head, which changes nothing yet
 
 
+def test_everywhere_starts_from_a_gated_adapter_without_its_head(tmp_path):
+    first = train_tiny(tmp_path / "first")
+    second = train_tiny(tmp_path / "second", mode="everywhere", init=str(tmp_path / "first"), lr=1e-12, steps=1)
+    assert_close({name: first[name].bfloat16().float() for name in second}, second, rtol=0, atol=1e-6)
+    assert set(first) - set(second) == {"head.inner", "head.outer"}
+    assert read_config(tmp_path / "second").everywhere and not read_config(tmp_path / "first").everywhere
+
+
+@pytest.mark.parametrize(("soft", "decay", "standard"), [(0.0, 1.0, 1.0), (0.3, 0.7, 0.5)])
+def test_everywhere_learns_as_merged_weights_would(soft, decay, standard):
+    """Loss and gradients against full mode's own pass through W + B A, with the SAT as one more row of the embedding."""
+    config = TrainConfig(mode="everywhere", k=3, rank=2, soft=soft, decay=decay, standard=standard)
+    lm = tiny_llama()
+    mode = modes.EverywhereMode(SatModel(lm, None, "tiny"), config, Accelerator(cpu=True))
+    adapter = mode.adapter.double()
+    for parameter in adapter.up.values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    batch = losses.sat_batch(random_sequences([9, 13]), 3, 4, 0.8, generators)
+    loss = mode.loss(batch)
+    got = torch.autograd.grad(loss, tuple(adapter.parameters()))
+    adapter.detach()
+    weights = {name: parameter.detach() for name, parameter in tiny_llama().named_parameters()}
+    embedding = weights.pop("model.embed_tokens.weight")
+    weights["lm_head.weight"] = torch.cat([weights["lm_head.weight"], torch.zeros(1, 32).double()])
+    weights["model.embed_tokens.weight"] = torch.cat([embedding, adapter.sat_embedding[None]])
+    for key, down in adapter.down.items():
+        name = key.replace("/", ".") + ".weight"
+        weights[name] = weights[name] + adapter.up[key] @ down
+
+    class Merged(torch.nn.Module):
+        config = lm.config
+
+        def forward(self, **inputs):
+            out = torch.func.functional_call(tiny_llama(vocab=VOCAB + 1), weights, kwargs=inputs)
+            out.logits = out.logits[..., :VOCAB]  # what the adapter's pass has
+            return out
+
+    sats, plain = losses.joint_loss(Merged(), VOCAB, batch, soft, decay)
+    expected = sats + standard * plain
+    torch.testing.assert_close(loss, expected)
+    for one, two in zip(got, torch.autograd.grad(expected, tuple(adapter.parameters())), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
+
+
 def test_other_settings_in_the_folder_are_refused(tmp_path):
     train_tiny(tmp_path)
     with one_line_error(tmp_path, "other settings"):
@@ -211,7 +258,7 @@ def test_other_settings_in_the_folder_are_refused(tmp_path):
 @MODES
 def test_a_run_that_was_killed_while_saving_saves(tmp_path, mode):
     train_tiny(tmp_path, mode=mode)
-    file = tmp_path / ("adapter_model.safetensors" if mode == "adapter" else "model.safetensors")
+    file = tmp_path / FILES[mode]
     saved = file.read_bytes()
     file.unlink()
     train_tiny(tmp_path, mode=mode)
@@ -239,13 +286,14 @@ def test_data_of_another_model_or_run_is_refused(tmp_path):
 
 
 def test_settings_that_do_not_fit_together_are_refused(tmp_path):
-    with one_line_error("embedding_steps=3", "mode=full"):
+    with one_line_error("embedding_steps=3", "only for mode full"):
         TrainConfig(embedding_steps=3)
-    with one_line_error("mode=both", "adapter or full"):
+    with one_line_error("mode=both", "adapter, everywhere, full"):
         TrainConfig(mode="both")
-    with one_line_error("rank=2", "mode=adapter"):
+    with one_line_error("rank=2", "adapter and everywhere"):
         TrainConfig(mode="full", rank=2)
-    with one_line_error("head=0", "mode=adapter"):
-        TrainConfig(mode="full", head=0)
+    for mode in ("everywhere", "full"):
+        with one_line_error("head=0", "only for mode adapter"):
+            TrainConfig(mode=mode, head=0)
     with one_line_error("dtype=torch.bfloat16", "float32"):
         train_tiny(tmp_path, torch.bfloat16, mode="full")
