@@ -16,16 +16,17 @@ from sdsat.cli import app
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-STARTS = ("sdsat ", "bash ", "python ", ".venv-vllm/bin/python ", "accelerate launch ", "torchrun ")
+STARTS = ("sdsat ", "bash ", "python ", ".venv-vllm/bin/python ")
 
 
 def commands_in(document):
     """Commands on lines of their own and in backquotes, without settings before them and remarks after them."""
-    text = document.read_text()
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
     shown = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     for command in [*shown, *re.findall(r"`([^`]+)`", text)]:
         command = re.sub(r"^([A-Z_]+=\S+ )+", "", " ".join(command.split())).split(" # ")[0]
-        if command.startswith(STARTS):
+        launched = command.startswith(("accelerate launch ", "torchrun ")) and " -m sdsat " in command
+        if launched or command.startswith(STARTS):
             yield command.removesuffix(" ...")
 
 
