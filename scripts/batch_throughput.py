@@ -27,7 +27,7 @@ from sdsat.embedded import NAME
 from sdsat.engine import probe_rows
 from sdsat.model import SatModel, load
 from sdsat.prompts import humaneval
-from sdsat.records import environment, read_json, write_json
+from sdsat.records import environment, resumed, write_json
 
 AR, WARM_UP_TOKENS = "ar", 12
 STRATEGIES = ("two-step:3", "rounded:3", "auto")
@@ -109,18 +109,6 @@ def show(document: dict[str, Any]) -> None:
         print(f"{strategy}: " + (f"pays up to batch size {sizes[-1]}" if size is None else f"stops paying at batch size {size}"))
 
 
-def open_document(model: SatModel, settings: dict[str, Any], out: Path) -> dict[str, Any]:
-    """A new document, or what an interrupted run of the same settings left in the same environment."""
-    probe_rows(model)  # so that the environment knows the row policy
-    new = {"schema_version": 1, "environment": environment(model), "settings": settings}
-    held: dict[str, Any] = read_json(out) if out.exists() else {**new, "summary": {}, "runs": []}
-    for part in ("environment", "settings"):
-        for key, value in new[part].items():
-            before = held.get(part, {}).get(key)
-            require(before == value, f"{out}: begun with {key}={before}, now it is {value}; delete it or choose another --out")
-    return held
-
-
 def main(
     model: Model = NAME,
     sizes: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,2,4,8,16,32",
@@ -148,8 +136,9 @@ def main(
         "model": loaded.name, "dtype": dtype, "num_prompts": len(ids), "max_new_tokens": max_new_tokens, "turns": turns,
         "sizes": counts, "strategies": strategies,
     }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    document = open_document(loaded, settings, out)
+    probe_rows(loaded)  # so that the environment knows the row policy
+    head = {"schema_version": 1, "environment": environment(loaded), "settings": settings}
+    document = resumed(out, {**head, "summary": {}, "runs": []})
     done = {(run["turn"], run["batch_size"], run["strategy"]) for run in document["runs"]}
     for name in strategies:  # what is measured once, and compiled, and learned
         short = decode_config(name, loaded, min(WARM_UP_TOKENS, max_new_tokens))

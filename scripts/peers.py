@@ -39,7 +39,7 @@ from sdsat.embedded import BASE_NAME, NAME, _fetch, base_dir, cache_dir
 from sdsat.engine import probe_rows
 from sdsat.model import SatModel, _load_base, load
 from sdsat.prompts import Problem, encode_request, humaneval, read_sources
-from sdsat.records import environment, read_json, write_json
+from sdsat.records import environment, resumed, write_json
 from sdsat.reference import transformers_generate
 from sdsat.report import _bootstrap, _interval, seconds_of
 
@@ -217,17 +217,6 @@ def new_document(model: SatModel, strategies: list[str], max_new_tokens: int) ->
     return {**head, "memory": {}, "summary": [], "prompts": []}
 
 
-def open_document(out: Path, new: dict[str, Any]) -> dict[str, Any]:
-    """`new`, or what an interrupted run of the same settings left in the same environment."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    held: dict[str, Any] = read_json(out) if out.exists() else new
-    for part in ("environment", "settings"):
-        for key, value in new[part].items():
-            before = held.get(part, {}).get(key)
-            require(before == value, f"{out}: begun with {key}={before}, now it is {value}; delete it or choose another --out")
-    return held
-
-
 def show(document: dict[str, Any]) -> None:
     console, summary = Console(), document["summary"]
     console.width = max(console.width, 130)
@@ -266,7 +255,7 @@ def main(
     for strategy in ours or ():
         decode_config(strategy, own_model(model), max_new_tokens)  # refuses bad ones before anything is measured
     decoders = {strategy: make_decoder(strategy, model, context) for strategy in strategies}
-    document = open_document(out, new_document(own_model(model), strategies, max_new_tokens))
+    document = resumed(out, new_document(own_model(model), strategies, max_new_tokens))
     options = [f"--data-limit={data_limit}", f"--general={general}", f"--max-new-tokens={max_new_tokens}"]
     for strategy in strategies:
         if strategy not in document["memory"]:

@@ -30,17 +30,21 @@ OWN = 0.97  # how likely the first draft of a pass in 8 bits is taken to be befo
 class Drafts:
     """A tree of drafts below x, which is node 0. likely[j]: how likely node j is right, given that its parent is.
 
-    looked_up[j]: the draft comes from the text so far, and not (or not only) from a SAT. by_sats: SATs have drafted;
-    rounded: in a pass in 8 bits, so that node 1 is what that pass says at x. kind: where the SATs were, see planner.KINDS.
+    looked_up[j]: the draft comes from the text so far, and not (or not only) from a SAT. kind: where the SATs were that
+    drafted, see planner.KINDS. rounded: they did in a pass in 8 bits, so that node 1 is what that pass says at x.
     """
 
     tree: DraftTree
     tokens: list[int]
     likely: list[float]
     looked_up: list[bool]
-    by_sats: bool = False
-    rounded: bool = False
     kind: str = "none"
+    rounded: bool = False
+
+    @property
+    def by_sats(self) -> bool:
+        """Whether SATs have drafted."""
+        return self.kind != "none"
 
     @classmethod
     def none(cls, x: int) -> Drafts:
@@ -50,7 +54,7 @@ class Drafts:
     def of_sats(cls, tree: DraftTree, values: list[float], kind: str) -> Drafts:
         """values: what `draft_tokens` gave, flat."""
         nodes = len(tree)
-        return cls(tree, [int(value) for value in values[:nodes]], values[nodes:], [False] * nodes, by_sats=True, kind=kind)
+        return cls(tree, [int(value) for value in values[:nodes]], values[nodes:], [False] * nodes, kind)
 
     @classmethod
     def of_rounded(cls, x: int, tree: DraftTree, values: list[float]) -> Drafts:
@@ -58,7 +62,7 @@ class Drafts:
         below = cls.of_sats(tree, values, "rounded")
         parents = (-1, *(parent + 1 for parent in tree.parents))
         likely, looked_up = [1.0, OWN, *below.likely[1:]], [False] * len(parents)
-        return cls(DraftTree(parents, (0, *tree.ranks)), [x, *below.tokens], likely, looked_up, True, True, "rounded")
+        return cls(DraftTree(parents, (0, *tree.ranks)), [x, *below.tokens], likely, looked_up, "rounded", True)
 
     def with_chain(self, tokens: list[int], likely: float) -> Drafts:
         """The tree with a looked-up chain added below x; where it says what a draft says already, that draft is in both."""
@@ -88,7 +92,7 @@ class Drafts:
             return self
         tokens, likely = [self.tokens[node] for node in nodes], [self.likely[node] for node in nodes]
         looked_up = [self.looked_up[node] for node in nodes]
-        return Drafts(self.tree.kept(nodes), tokens, likely, looked_up, self.by_sats, self.rounded and 1 in nodes, self.kind)
+        return Drafts(self.tree.kept(nodes), tokens, likely, looked_up, self.kind, self.rounded and 1 in nodes)
 
 
 @lru_cache(maxsize=256)

@@ -57,14 +57,18 @@ class Mode(Protocol):
 class AdapterMode:
     """SAT embedding and gated low-rank updates in float32; the base stays as it is, to the bit."""
 
+    everywhere = False
+
     def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
         require(model.sat is None, f"model={model.name}: expected a plain base model, this one already has SATs")
         vocabulary = model.model.get_input_embeddings().weight.shape[0]
         sat = SatConfig(vocabulary, config.k)
         targets, sample = tuple(name.strip() for name in config.targets.split(",")), sample_weights(model.model)
         base = str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name  # found from any folder
-        everywhere, head = config.mode == "everywhere", 0 if config.mode == "everywhere" else config.head
-        settings = AdapterConfig(base, sat, config.rank, targets=targets, head=head, everywhere=everywhere, base_sample=sample)
+        head = 0 if self.everywhere else config.head
+        settings = AdapterConfig(
+            base, sat, config.rank, targets=targets, head=head, everywhere=self.everywhere, base_sample=sample
+        )
         torch.manual_seed(config.seed)
         self.adapter = SatAdapter(model.model, settings).float()
         if config.init is not None:
@@ -73,7 +77,7 @@ class AdapterMode:
             require(rank == config.rank, f"init={config.init}: its rank is {rank}, expected {config.rank}")
             require(same, f"init={config.init}: has targets and scale of its own; expected {settings.targets}, {settings.scale}")
             known = (0, head)  # without a head, a new one is added
-            fits = everywhere or start.config.head in known
+            fits = self.everywhere or start.config.head in known
             require(fits, f"init={config.init}: its head is {start.config.head}, expected one of {known}")
             self.adapter.load_state_dict(start.state_dict(), strict=start.config.head == head)
         self.adapter.attach(model.model)
@@ -123,6 +127,8 @@ class EverywhereMode(AdapterMode):
     A server's draft model is one set of weights, so it can't tell SATs from standard tokens, as a gated adapter does. Its keys
     and values are its own, and so is its guess at the last true token: both learn here, as in full mode.
     """
+
+    everywhere = True
 
     def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
         super().__init__(model, config, accelerator)

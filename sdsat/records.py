@@ -84,6 +84,17 @@ def check_environment(held: dict[str, Any], found: dict[str, Any], where: str) -
         )
 
 
+def resumed(out: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """`new`, or what an interrupted run of a script with the same settings left at `out` in the same environment."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    held: dict[str, Any] = read_json(out) if out.exists() else new
+    for part in ("environment", "settings"):
+        for key, value in new[part].items():
+            before = held.get(part, {}).get(key)
+            require(before == value, f"{out}: begun with {key}={before}, now it is {value}; delete it or choose another --out")
+    return held
+
+
 @contextmanager
 def open_record(model: SatModel, config: Any, out: Path | None) -> Iterator[dict[str, Any]]:
     """The document of a run over HumanEval's problems, new or, where `out` exists, as an interrupted run left it. Locks `out`.

@@ -98,3 +98,17 @@ def tokenizer():
 @pytest.fixture
 def llama():
     return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """An adapter directory whose base is a tiny random model with a tokenizer of one character a token."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = tiny_tokenizer(["<unk>", *string.printable])
+    lm = tiny_llama(vocab=len(tokenizer), max_position_embeddings=4096, eos_token_id=5)
+    model = with_adapter(lm, k=5)
+    lm.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model.adapter.config = AdapterConfig(str(folder / "base"), model.sat, 4, base_sample=model.adapter.config.base_sample)
+    model.adapter.save(folder / "tiny-sdsat")
+    return folder / "tiny-sdsat"

@@ -16,13 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import tiny_llama, tiny_tokenizer, with_adapter
+from conftest import tiny_tokenizer
 from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from sdsat import cli, devices, model
-from sdsat.adapter import AdapterConfig
 from sdsat.bench import BenchConfig
 from sdsat.records import RECORD_VERSION
 from sdsat.report import SCHEMA_VERSION
@@ -32,20 +31,6 @@ RUN_KEYS = {
     "dataset", "strategy", "k", "num_problems", "num_new_tokens", "num_passes", "tokens_per_second", "speedup", "speedup_ci95",
     "acceptance_rate", "acceptance_by_depth", "accepted_per_loop", "mean_accepted_tokens", "tokens_per_pass", "identical_outputs",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """An adapter directory whose base is a tiny random model with a tokenizer of one character a token."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = tiny_tokenizer(["<unk>", *string.printable])
-    lm = tiny_llama(vocab=len(tokenizer), max_position_embeddings=4096, eos_token_id=5)
-    model = with_adapter(lm, k=5)
-    lm.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    model.adapter.config = AdapterConfig(str(folder / "base"), model.sat, 4, base_sample=model.adapter.config.base_sample)
-    model.adapter.save(folder / "tiny-sdsat")
-    return folder / "tiny-sdsat"
 
 
 @pytest.fixture

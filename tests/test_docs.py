@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import tiny_llama, tiny_tokenizer
-from test_commands import tiny  # noqa: F401
 
 from sdsat.cli import app
 
@@ -65,7 +64,7 @@ def test_links_lead_somewhere(document):
         assert (document.parent / link).exists(), link
 
 
-def test_the_readmes_python_runs(tiny, capsys):  # noqa: F811
+def test_the_readmes_python_runs(tiny, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     exec(compile(code.replace("smollm2-135m-sdsat", str(tiny)), "README.md", "exec"), {})
     assert "def add" in capsys.readouterr().out
@@ -76,7 +75,7 @@ def example(name, monkeypatch, *arguments):
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
-def test_the_batch_example_runs(tiny, monkeypatch, capsys):  # noqa: F811
+def test_the_batch_example_runs(tiny, monkeypatch, capsys):
     example("batch.py", monkeypatch, tiny, "def f(x):", "import os", "x", "--max-new-tokens", 9)
     out = capsys.readouterr().out
     assert out.count("passes") == 3 and "alone: the same output" in out

@@ -69,7 +69,9 @@ def token_trees(draw):
             parents.append(parent)
             ranks.append(len(siblings))
     likely = [1.0, *(draw(st.sampled_from([0.1, 0.5, 0.9])) for _ in tokens[1:])]
-    return Drafts(DraftTree(tuple(parents), tuple(ranks)), tokens, likely, [False] * len(tokens), len(tokens) > 1)
+    return Drafts(
+        DraftTree(tuple(parents), tuple(ranks)), tokens, likely, [False] * len(tokens), "root" if len(tokens) > 1 else "none"
+    )
 
 
 def paths(drafts):
@@ -106,7 +108,7 @@ def test_a_chain_joins_the_tree(drafts, chain):
 @pytest.mark.parametrize(("spec", "k"), [("chain", 0), ("chain", 60), ("paper", 13), ((9, 9), 2)], ids=str)
 def test_a_chain_never_makes_more_rows_than_a_pass_may_have(spec, k):
     tree = make_tree(spec, k)
-    drafts = Drafts(tree, list(range(len(tree))), [0.5] * len(tree), [False] * len(tree), True)
+    drafts = Drafts(tree, list(range(len(tree))), [0.5] * len(tree), [False] * len(tree), "root")
     joined = drafts.with_chain(list(range(1000, 1032)), 0.6)
     assert len(joined.tokens) == len(joined.tree) == min(len(tree) + 32, MAX_ROWS)
     assert joined.tokens[len(tree) :] == list(range(1000, 1000 + len(joined.tokens) - len(tree)))

@@ -84,7 +84,7 @@ def some_drafts(draw, depth=20):
     tree = draw(trees(24)) if by_sats else make_tree("chain", draw(st.integers(0, depth)))
     looked_up = [False, *(not by_sats or chance.random() < 0.3 for _ in range(len(tree) - 1))]
     likely = [1.0, *(chance.random() for _ in range(len(tree) - 1))]
-    return Drafts(tree, list(range(len(tree))), likely, looked_up, by_sats and len(tree) > 1)
+    return Drafts(tree, list(range(len(tree))), likely, looked_up, "root" if by_sats and len(tree) > 1 else "none")
 
 
 def assert_sound(plan, drafts, left, k):
@@ -236,7 +236,7 @@ class World:
 
     def drafts(self, size, kind):
         likely = [1.0, *(self.chance.uniform(*self.claims) for _ in range(size))]
-        drafts = Drafts(make_tree("chain", size), [0] * (size + 1), likely, [False] * (size + 1), True, kind=kind)
+        drafts = Drafts(make_tree("chain", size), [0] * (size + 1), likely, [False] * (size + 1), kind)
         return drafts, [self.chance.random() < p for p in likely]
 
     @property
@@ -291,7 +291,7 @@ def seen(planner, drafts, hits, kept=None):
 
 
 def one_draft(likely, looked_up=False):
-    return Drafts(make_tree("chain", 1), [0, 0], [1.0, likely], [False, looked_up], True)
+    return Drafts(make_tree("chain", 1), [0, 0], [1.0, likely], [False, looked_up], "root")
 
 
 @pytest.mark.parametrize("looked_up", [False, True])
@@ -312,7 +312,7 @@ def test_chances_go_to_what_is_observed(likely, share, looked_up):
 
 
 def test_drafts_below_a_rejected_one_say_nothing():
-    planner, drafts = auto(3), Drafts(make_tree("chain", 3), [0] * 4, [1.0, 0.9, 0.6, 0.3], [False] * 4, True)
+    planner, drafts = auto(3), Drafts(make_tree("chain", 3), [0] * 4, [1.0, 0.9, 0.6, 0.3], [False] * 4, "root")
     before = [planner._chance(drafts, node) for node in (1, 2, 3)]
     planner.observe(drafts, Plan([0, 1, 2, 3]), [0, 1])
     after = [planner._chance(drafts, node) for node in (1, 2, 3)]
