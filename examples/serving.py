@@ -1,7 +1,7 @@
 """A client of `vllm serve` with an SDSAT draft: the plain `openai` client, which need not know of it (docs/serving.md).
 
-    sdsat export ADAPTER --out runs/draft        prints the command for the server; start it with --served-model-name sdsat
-    .venv-vllm/bin/python examples/serving.py
+sdsat export ADAPTER --out runs/draft        prints the command for the server; start it with --served-model-name sdsat
+.venv-vllm/bin/python examples/serving.py
 """
 
 import sys

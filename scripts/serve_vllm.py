@@ -8,7 +8,7 @@ Both servers, one after the other, get the same from the `openai` client: greedy
 always --clients streaming requests at once, of which every fourth samples with a seed, every fourth has stop strings, and every
 fourth's client is gone after a few pieces of text; then seeded requests twice. Tokens and accepted drafts are the server's own
 counts (/metrics). The prompts are HumanEval's, as chats. Greedy texts are compared with the plain server's; where they part, its
-log-probabilities say by how much. --no-sampling makes the sampled requests greedy (they keep their seeds): vLLM 0.32 on a CPU reads
+log-probabilities say by how much. --no-sampling makes the sampled ones greedy (they keep their seeds): vLLM 0.32 on a CPU reads
 memory that was never written as the temperature of a batch that samples and drafts (vllm-project/vllm issue 55005).
 """
 
