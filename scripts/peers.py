@@ -3,8 +3,9 @@
     python scripts/peers.py [MODEL] [--ours two-step:5 ...] [--data-limit N] [--general N] [--max-new-tokens N] [--out FILE.json]
 
 MODEL: the embedded default, or an adapter for the same base. All strategies take turns on each prompt (HumanEval, and requests
-without code), greedy, on the same token ids and threads, in bfloat16, and llama.cpp also with the 4-bit file that the base was
-made from. Peak memory: each in a process of its own, on the first prompt. The same command resumes an interrupted run.
+without code), greedy, on the same token ids and threads, in bfloat16, and llama.cpp also in 4 bits: with the file that the base
+was made from (Q4_1), and with that rounded once more to its fastest kind (Q4_0). Peak memory: each in a process of its own, on
+the first prompt. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ except ImportError:
 
 DTYPE, WARM_UP_TOKENS, LOOKUP_TOKENS, AR = "bfloat16", 16, 10, "ar"
 TRANSFORMERS = {"transformers": None, "transformers prompt lookup": LOOKUP_TOKENS}
-LLAMA = {"llama.cpp bfloat16": "bfloat16", "llama.cpp 4-bit": "Q4_1"} if llama_cpp else {}
+LLAMA = {"llama.cpp bfloat16": "bfloat16", "llama.cpp Q4_1": "Q4_1", "llama.cpp Q4_0": "Q4_0"} if llama_cpp else {}
 INSTALL = 'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-deps llama-cpp-python==0.3.36 diskcache'
 GENERAL, OUT = Path(__file__).parent.parent / "data/general.jsonl", Path("results/reference/smollm2-135m-sdsat/peers.json")
 COLUMNS = ("strategy", "tokens/s", "over ar", "over transformers", "tokens/pass", "as ar", "peak MiB", "less imports")
@@ -95,7 +96,7 @@ def transformers_decoder(lookup: int | None) -> Decoder:
 
 
 def gguf(kind: str) -> Path:
-    """The base's GGUF file, kept in the cache folder: Q4_1 as it ships, or the same weights as bfloat16."""
+    """The base's GGUF file, kept in the cache folder: Q4_1 as it ships, the same weights as bfloat16, or rounded to Q4_0."""
     target = cache_dir() / f"{BASE_NAME}.{kind}.gguf"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
@@ -105,7 +106,8 @@ def gguf(kind: str) -> Path:
             else:
                 logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
                 settings = llama_cpp.llama_model_quantize_default_params()
-                settings.ftype, settings.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_BF16, True
+                ftypes = {"bfloat16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
+                settings.ftype, settings.allow_requantize = ftypes[kind], True
                 code = llama_cpp.llama_model_quantize(bytes(gguf("Q4_1")), bytes(made), ctypes.byref(settings))
                 require(code == 0, f"{target}: llama.cpp cannot make it (code {code})")
             made.replace(target)

@@ -163,6 +163,8 @@ class _Load:
                     text = await self._stream(
                         number // len(self.kinds), kind, LEAVES_AFTER if kind["kind"] == "vanishing" else None
                     )
+                except openai.APIConnectionError:
+                    raise  # the server has gone
                 except openai.OpenAIError as error:
                     failures.append(f"{kind['kind']}: {error}")
                     continue
@@ -266,6 +268,8 @@ def serve(
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
+    openmp = Path(sys.prefix) / "lib/libiomp5.so"  # came with vLLM, which wants it loaded first where it verifies drafts
+    environment |= {"LD_PRELOAD": str(openmp)} if openmp.is_file() else {}
     for server in ("ar", "sdsat"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -276,7 +280,11 @@ def serve(
         log = Path(tempfile.gettempdir()) / f"vllm_{server}_{os.getpid()}.log"
         print(f"{server}: starting `vllm serve`; its log: {log}", flush=True)
         with _server(command, environment, port, log, patience) as started:
-            figures = asyncio.run(_ask(_Load(port, prompts, max_tokens, sampling), single, clients, seconds, server == "ar"))
+            load = _Load(port, prompts, max_tokens, sampling)
+            try:
+                figures = asyncio.run(_ask(load, single, clients, seconds, server == "ar"))
+            except (OSError, openai.APIConnectionError) as error:
+                raise InputError(f"`vllm serve` does not answer any more ({error}); its log: {log}") from None
         served = [*command[1:3], *options, *speculative]
         document[server] = {"command": served, "environment": environment, "started_after": round(started, 1), **figures}
         print(f"{server}: {figures['at_once']['tokens_per_second']} tokens/s with {clients} clients", flush=True)

@@ -92,7 +92,7 @@ class BenchConfig:
             len(set(self.strategies)) == len(self.strategies) > 0, f"strategies={','.join(self.strategies)}: one is there twice"
         )
         for strategy, k in self.keys:
-            self.decode_config(strategy, k, ())
+            self.decode_config(strategy, k)
             if k:
                 make_tree(parse_tree(self.tree), k)
 
@@ -111,9 +111,11 @@ class BenchConfig:
             return SamplingConfig()
         return SamplingConfig(self.temperature, self.top_k, self.top_p, self.seed)
 
-    def decode_config(self, strategy: str, k: int, stop_ids: tuple[int, ...]) -> DecodeConfig:
-        strategy = strategy if k else STRATEGIES[0]
-        return DecodeConfig(k, self.max_new_tokens, parse_tree(self.tree), self.sampling, stop_ids, strategy=strategy)
+    def decode_config(
+        self, strategy: str, k: int, stop_ids: tuple[int, ...] = (), stop_strings: tuple[str, ...] = ()
+    ) -> DecodeConfig:
+        strategy, tree = strategy if k else STRATEGIES[0], parse_tree(self.tree)
+        return DecodeConfig(k, self.max_new_tokens, tree, self.sampling, stop_ids, stop_strings, strategy)
 
     @property
     def folder(self) -> str:
@@ -161,7 +163,7 @@ def measure_problem(model: SatModel, problem: Problem, config: BenchConfig, turn
     keys, runs = config.keys, {}
     for place in range(len(keys)):
         strategy, k = keys[(place + turn) % len(keys)]
-        decode = config.decode_config(strategy, k, model.stop_ids + problem.stop_ids)
+        decode = config.decode_config(strategy, k, model.stop_ids + problem.stop_ids, problem.stop_strings)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k beyond the trained depth: said once, when the run starts
             run = transformers_generate if strategy == "transformers" else generate

@@ -98,6 +98,7 @@ def generate(
     dtype: Dtype = "bfloat16",
     device: Device = "",
     sat_token_id: SatId = None,
+    trained_k: TrainedK = None,
     engine: Engine = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Also run AR, and say whether the text is the same.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Save the coloured text as a picture.")] = None,
@@ -113,7 +114,7 @@ def generate(
     )
     require(style in ("chat", "code", "raw"), f"--as={style}: expected chat, code or raw")
     require(svg is None or svg.absolute().parent.is_dir(), f"--svg={svg}: no such folder")
-    show.generate_in_terminal(prompt, model, style, k, decode, dtype, device, sat_token_id, engine, compare, svg)
+    show.generate_in_terminal(prompt, model, style, k, decode, dtype, device, sat_token_id, trained_k, engine, compare, svg)
 
 
 @app.command()
@@ -216,7 +217,9 @@ def report(folder: Annotated[Path, typer.Argument(help="A results folder with wo
 def verify(
     model: Model = embedded.NAME,
     k_list: Annotated[str, typer.Option(envvar="K_LIST")] = "1,3,5,7",
-    strategies: Strategies = "two-step,one-pass,auto",
+    strategies: Annotated[
+        str, typer.Option(envvar="STRATEGIES", help="Of two-step, rounded, one-pass and auto; empty: all that run here.")
+    ] = "",
     tree: Annotated[list[str] | None, typer.Option(help="Draft tree; repeat for more.")] = None,
     temperature: Annotated[str, typer.Option(help="Comma-separated; 0 is greedy, and compared with transformers too.")] = "0",
     seeds: Annotated[str, typer.Option(help="Comma-separated; for temperatures above 0.")] = "0",
@@ -247,7 +250,7 @@ def verify(
     trees = tuple(tree or ["chain"])
     config = VerifyConfig(
         _numbers("k_list", k_list),
-        tuple(strategies.split(",")),
+        tuple(strategies.split(",")) if strategies else (),
         trees,
         temperatures,
         _numbers("seeds", seeds),

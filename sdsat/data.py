@@ -27,7 +27,7 @@ from .config import DecodeConfig, InputError, SamplingConfig, require
 from .decode import iterate_batch
 from .model import SatModel
 from .prompts import Decontaminator, collect_prompts, licences
-from .records import read_json
+from .records import read_json, writing
 
 _TEXT, GREEDY = (".py", ".md", ".txt"), SamplingConfig()
 
@@ -128,8 +128,9 @@ def _write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) ->
         entry = {"file": shard.name, "num_sequences": len(tensors["lengths"]), "num_answer_tokens": num_answer_tokens}
         manifest["shards"].append(entry)
     part = file.with_suffix(f".part{PartialState().process_index}")
-    part.write_text(json.dumps(manifest, indent=1) + "\n")
-    part.replace(file)
+    with writing(file):
+        part.write_text(json.dumps(manifest, indent=1) + "\n")
+        part.replace(file)
 
 
 def _write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]]) -> None:
@@ -139,8 +140,9 @@ def _write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]])
         "lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int32),
         "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32),
     }
-    save_file(tensors, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    with writing(path):
+        save_file(tensors, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from .config import require
 from .datasets import HUMANEVAL, INFILLING, Limit, Task, hub_rows, humaneval_problems, limited, read_lines, rows_of
 
 _FENCE = "```python\n"
+HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # arXiv 2107.03374: what follows a completed function
 _INFILLING_TOKENS = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 _MARK = "☺"  # text that no token joins to what follows
 _NGRAM = 10  # words that a prompt may not share with HumanEval in a row
@@ -35,15 +36,21 @@ class Problem:
     task_id: str
     prompt_ids: tuple[int, ...]
     stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
 
 
 def encode_task(tokenizer: PreTrainedTokenizerBase, task: Task, dataset: str) -> Problem:
-    """How the benchmark asks a problem of `dataset`: code to complete, a line to fill in, or a prompt of the user's own."""
+    """How the benchmark asks a problem of `dataset`: code to complete, a line to fill in, or a prompt of the user's own.
+
+    A chat model ends its answer itself; one that continues HumanEval's code is stopped behind the function.
+    """
     if task.suffix is not None:
         ids, end = encode_infilling(tokenizer, task.prompt, task.suffix, dataset == INFILLING)
         return Problem(task.task_id, tuple(ids), (end,))
-    encode = encode_prompt if dataset == HUMANEVAL else encode_request
-    return Problem(task.task_id, tuple(encode(tokenizer, task.prompt)))
+    if dataset != HUMANEVAL:
+        return Problem(task.task_id, tuple(encode_request(tokenizer, task.prompt)))
+    stops = () if tokenizer.chat_template else HUMANEVAL_STOPS
+    return Problem(task.task_id, tuple(encode_prompt(tokenizer, task.prompt)), stop_strings=stops)
 
 
 def encode_infilling(tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: str, suffix_first: bool) -> tuple[list[int], int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from . import __version__
 from .config import InputError, require
@@ -25,18 +26,29 @@ RECORD_VERSION = 2  # of audits and evaluations: strategies are named, margins a
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What writes within this context: a full disk, say, becomes an InputError, one line that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be written ({reason})") from None
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write, which then becomes `path`: that holds either the old or the new content, never a part.
 
     Raises InputError, one line, where it can't be written.
     """
     part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    with writing(path):
+        try:
+            yield part
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -17,7 +17,7 @@ from .model import SatModel
 def transformers_generate(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> Generation:
     """Greedy `generate` with transformers' own linear layers, attention and cache; ours are detached for the duration.
 
-    Only max_new_tokens and stop_ids of the config are used. All seconds are in decode_seconds.
+    Of the config only max_new_tokens, stop_ids and stop_strings are used. All seconds are in decode_seconds.
     """
     require(config.sampling.greedy, "transformers_generate: greedy only, its random numbers are its own")
     settings = GenerationConfig(
@@ -25,6 +25,7 @@ def transformers_generate(model: SatModel, prompt_ids: list[int], config: Decode
         do_sample=False,
         eos_token_id=list(config.stop_ids) or None,
         pad_token_id=config.stop_ids[0] if config.stop_ids else 0,
+        stop_strings=list(config.stop_strings) or None,
     )
     tokens = torch.tensor([prompt_ids], device=model.device)
     if model.adapter is not None:
@@ -35,7 +36,8 @@ def transformers_generate(model: SatModel, prompt_ids: list[int], config: Decode
     model.model.set_attn_implementation("eager" if capped else "sdpa")  # sdpa would leave Gemma 2's caps out
     try:
         began = time.perf_counter()
-        output = model.model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+        mask, tokenizer = torch.ones_like(tokens), model.tokenizer if config.stop_strings else None
+        output = model.model.generate(tokens, attention_mask=mask, generation_config=settings, tokenizer=tokenizer)
         token_ids = output[0, len(prompt_ids) :].tolist()
         seconds = time.perf_counter() - began
     finally:
@@ -44,5 +46,6 @@ def transformers_generate(model: SatModel, prompt_ids: list[int], config: Decode
             model.packed.attach()
         if model.adapter is not None:
             model.adapter.attach(model.model)
-    finish = "stop_id" if token_ids[-1] in config.stop_ids else "length"
+    cut = "stop_string" if config.stop_strings and len(token_ids) < config.max_new_tokens else "length"
+    finish = "stop_id" if token_ids[-1] in config.stop_ids else cut
     return Generation(token_ids=token_ids, finish=finish, num_passes=max(1, len(token_ids) - 1), decode_seconds=seconds)

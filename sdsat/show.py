@@ -69,13 +69,14 @@ def generate_in_terminal(
     dtype: str,
     device: str,
     sat_token_id: int | None,
+    trained_k: int | None,
     engine: str,
     compare: bool,
     svg: Path | None,
 ) -> None:
     """Stream the answer, then its figures; see `sdsat generate --help` for the arguments. k None: the trained k."""
     require(prompt != "", "prompt: empty; expected some text")
-    model = models.load(name, dtype, device, sat_token_id, engine)
+    model = models.load(name, dtype, device, sat_token_id, engine, trained_k=trained_k)
     assert model.tokenizer is not None
     if k is None:
         k = model.sat.k if model.sat else 0

@@ -28,7 +28,7 @@ from .data import Sequence
 from .loss import SatBatch, sat_batch
 from .model import SatModel
 from .modes import MODES, Mode
-from .records import read_json, write_json
+from .records import read_json, write_json, writing
 from .report import plot_training
 
 
@@ -126,9 +126,11 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
         state["step"], state["log"] = step + 1, [*state["log"], entry]
         if not quiet:
             bar.write(json.dumps(entry))
-        _checkpoint(out, mode, state, config, accelerator)
+        with writing(out):
+            _checkpoint(out, mode, state, config, accelerator)
     final = state["log"][-1]
-    mode.save(out, {"config": asdict(config), **facts, **{key: final[key] for key in final if key not in ("lr", "loss")}})
+    with writing(out):
+        mode.save(out, {"config": asdict(config), **facts, **{key: final[key] for key in final if key not in ("lr", "loss")}})
 
 
 def _checkpoint(out: Path, mode: Mode, state: dict[str, Any], config: TrainConfig, accelerator: Accelerator) -> None:

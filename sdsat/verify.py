@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import DecodeConfig, SamplingConfig
+from .config import STRATEGIES, DecodeConfig, SamplingConfig
 from .datasets import Limit, check_limit
 from .decode import generate, next_logits
 from .model import SatModel
@@ -36,10 +36,13 @@ EXPLAINED = {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0}
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """What is compared: every strategy, k and tree, greedy where temperatures holds 0, else every temperature with every seed."""
+    """What is compared: every strategy, k and tree, greedy where temperatures holds 0, else every temperature with every seed.
+
+    strategies: () for all that run on the model's engine.
+    """
 
     k_list: tuple[int, ...] = (1, 3, 5, 7)
-    strategies: tuple[str, ...] = ("two-step",)
+    strategies: tuple[str, ...] = ()
     trees: tuple[str, ...] = ("chain",)
     temperatures: tuple[float, ...] = (0.0,)
     seeds: tuple[int, ...] = (0,)
@@ -104,6 +107,8 @@ def _sampled_margin(logits: Tensor, ours: int, theirs: int, index: int, sampling
 def verify(model: SatModel, config: VerifyConfig, out: Path | None = None) -> dict[str, Any]:
     """Compare and return the document; with `out` it is rewritten after every problem and an interrupted run resumes."""
     dtype = str(model.dtype).removeprefix("torch.")
+    if not config.strategies:
+        config = replace(config, strategies=tuple(s for s in STRATEGIES if s != "rounded" or model.native))
     problems = humaneval(model.tokenizer, config.data_limit)
     with open_record(model, config, out) as document:
         done = {problem["task_id"] for problem in document["problems"]}

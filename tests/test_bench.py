@@ -1,11 +1,16 @@
-"""A worker's last words: everything it prints, native crashes included, is in its log, and the closing line quotes it."""
+"""Where measured outputs end, and a worker's last words: everything it prints is in its log, and the closing line quotes it."""
 
+import string
 import subprocess
 import sys
 
 import pytest
+from conftest import VOCAB, tiny_llama, tiny_tokenizer, with_adapter
 
 from sdsat import bench
+from sdsat.config import DecodeConfig
+from sdsat.decode import generate
+from sdsat.prompts import HUMANEVAL_STOPS, Problem
 
 DEATHS = {
     "raise RuntimeError('CUDA out of memory')": (1, "RuntimeError: CUDA out of memory"),
@@ -32,3 +37,19 @@ def test_a_workers_last_words_are_in_its_log(tmp_path, death):
 
 def test_labels_are_distinct():
     assert bench._labels(["cpu", "0", "cpu", "0+1", "0+1", "cpu"]) == ["cpu", "0", "cpu.1", "0+1", "0+1.1", "cpu.2"]
+
+
+def test_stop_strings_end_every_output_alike():
+    """AR, drafts and transformers' own generate: the token that completes one is the last."""
+    model = with_adapter(tiny_llama())
+    free = generate(model, [1, 5, 9], DecodeConfig(0, 20)).token_ids
+    last = next(i for i in range(4, 20) if len({*free[: i + 1]}) > len({*free[:i]}) and free[i - 1] not in free[: i - 1])
+    pieces = [*string.ascii_letters, *string.digits, "?", "!"][:VOCAB]
+    pieces[free[last - 1]], pieces[free[last]] = "\n", "#"
+    model.tokenizer = tiny_tokenizer(pieces)
+    config = bench.BenchConfig("x", k_list=(0, 3), max_new_tokens=20, with_generate=True)
+    runs = bench.measure_problem(model, Problem("p", (1, 5, 9), stop_strings=HUMANEVAL_STOPS), config, 0)["runs"]
+    assert [(run["strategy"], run["num_new_tokens"], run["finish"]) for run in runs] == [
+        (strategy, last + 1, "stop_string") for strategy in ("transformers", "ar", "two-step", "auto")
+    ]
+    assert len({run["output_sha256"] for run in runs}) == 1

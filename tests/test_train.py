@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -253,6 +254,21 @@ def test_other_settings_in_the_folder_are_refused(tmp_path):
         train_tiny(tmp_path, lr=0.5, steps=6)
     with one_line_error("steps=2", "has done 4"):
         train_tiny(tmp_path, steps=2)
+
+
+@MODES
+def test_a_full_disk_is_one_line_and_the_run_resumes(tmp_path, mode):
+    """A file may not grow beyond 10 kB for a while, where weights are larger."""
+    whole = train_tiny(tmp_path / "whole", mode=mode)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with one_line_error(f"{tmp_path / 'full'}: cannot be written"):
+            train_tiny(tmp_path / "full", mode=mode)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "full" / FILES[mode]).exists()
+    assert_close(whole, train_tiny(tmp_path / "full", mode=mode), rtol=0, atol=0)
 
 
 @MODES
