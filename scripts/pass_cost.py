@@ -2,14 +2,15 @@
 
     python scripts/pass_cost.py [MODEL] [--dtype DTYPE] [--out FILE.json]
 
-Counts of rows take turns, and at each count both engines, so that noise hits all alike; medians of 20 turns, in milliseconds,
-after contexts of 256 to 4096 tokens. Beside them the memory-bandwidth floor: the time to read as many bytes as the weights have.
+Counts of rows take turns, and at each count all contexts (256 to 4096 tokens) and both engines, so that noise hits all alike;
+medians of 20 turns, in milliseconds. Beside them the memory-bandwidth floor: the time to read as many bytes as the weights have.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,41 +28,42 @@ Times = dict[str, dict[int, float]]  # {variant: {n: milliseconds}}
 
 
 @torch.inference_mode()
-def measure(models: dict[str, SatModel], context: int, counts: tuple[int, ...]) -> Times:
-    """Medians for every engine, after `context` tokens."""
-    times: dict[tuple[str, int], list[float]] = {}
+def measure(models: dict[str, SatModel], contexts: dict[int, tuple[int, ...]]) -> dict[int, Times]:
+    """Medians for every engine. contexts: {tokens before the pass: counts of rows}."""
+    times: dict[tuple[int, str, int], list[float]] = {}
     caches = {}
-    for name, model in models.items():
+    rows = max(map(max, contexts.values()))
+    for (name, model), context in product(models.items(), contexts):
         vocabulary = model.model.get_input_embeddings().weight.shape[0]
-        tokens = (torch.arange(context + max(counts), device=model.device) * 7919 + 11) % vocabulary
-        caches[name] = new_cache(model, context + max(counts) + 16)
-        prefill(model, caches[name], tokens[:context])
+        tokens = (torch.arange(max(contexts) + rows, device=model.device) * 7919 + 11) % vocabulary
+        caches[name, context] = new_cache(model, context + rows + 16)
+        prefill(model, caches[name, context], tokens[:context])
 
-    def once(name: str, count: int, sats: int, rounded: bool) -> float:
-        model, part = models[name], tokens[context : context + count].clone()
+    def once(name: str, context: int, count: int, sats: int, rounded: bool) -> float:
+        model, cache, part = models[name], caches[name, context], tokens[context : context + count].clone()
         if sats and model.sat:
             part[1:] = model.sat.token_id
         began = time.perf_counter()
-        forward(model, caches[name], part, make_tree("chain", count - 1 - sats), ((0, sats),) if sats else (), rounded=rounded)
+        forward(model, cache, part, make_tree("chain", count - 1 - sats), ((0, sats),) if sats else (), rounded=rounded)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         return 1000 * (time.perf_counter() - began)
 
     for turn in range(TURNS + 2):
-        for count in counts:
-            for name, model in models.items():
+        for count in dict.fromkeys(count for counts in contexts.values() for count in counts):
+            for context, (name, model) in product((c for c in contexts if count in contexts[c]), models.items()):
                 kinds = {"verify": (0, False)}
                 if model.sat and count > 1:
                     kinds["draft"] = (count - 1, False)
                     if model.rounded:
                         kinds["draft in 8 bits"] = (count - 1, True)
                 for kind, (sats, rounded) in kinds.items():
-                    taken = once(name, count, sats, rounded)
+                    taken = once(name, context, count, sats, rounded)
                     if turn > 1:
-                        times.setdefault((f"{kind}, {name}", count), []).append(taken)
-    found: Times = {}
-    for (variant, count), values in sorted(times.items(), key=lambda item: item[0][1]):
-        found.setdefault(variant, {})[count] = round(statistics.median(values), 2)
+                        times.setdefault((context, f"{kind}, {name}", count), []).append(taken)
+    found: dict[int, Times] = {context: {} for context in contexts}
+    for (context, variant, count), values in sorted(times.items(), key=lambda item: item[0][2]):
+        found[context].setdefault(variant, {})[count] = round(statistics.median(values), 2)
     return found
 
 
@@ -89,21 +91,19 @@ def main(model: Model = "smollm2-135m-sdsat", dtype: Dtype = "bfloat16", device:
         models = {best.engine_name: best, **models}
     first = next(iter(models.values()))
     weights, floor = floor_milliseconds(first)
-    contexts = []
-    for context in CONTEXTS:
-        counts = COUNTS if context == CONTEXTS[0] else COUNTS[:6]
-        found = measure(models, context, counts)
-        contexts.append({"context": context, "milliseconds": found})
+    contexts = {context: COUNTS if context == CONTEXTS[0] else COUNTS[:6] for context in CONTEXTS}
+    measured = measure(models, contexts)
+    for context, found in measured.items():
         table = Table(title=f"milliseconds a pass after {context} tokens, {model}, {dtype}, {first.device}", title_justify="left")
         for column in ("tokens", *found):
             table.add_column(column, justify="right")
-        for count in counts:
+        for count in contexts[context]:
             table.add_row(str(count), *(f"{costs[count]:.1f}" if count in costs else "" for costs in found.values()))
         Console().print(table)
     print(f"memory-bandwidth floor: {weights / 1e6:.0f} MB of weights, {floor:.1f} ms")
     if out:
         head = {"schema_version": 2, "environment": environment(first), "weight_bytes": weights, "floor_milliseconds": floor}
-        write_json(out, {**head, "contexts": contexts})
+        write_json(out, {**head, "contexts": [{"context": c, "milliseconds": found} for c, found in measured.items()]})
 
 
 if __name__ == "__main__":
