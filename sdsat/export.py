@@ -68,7 +68,7 @@ class Export:
                 "# one GPU",
                 self.vllm_command(),
                 "# a CPU (scripts/setup_vllm.sh)",
-                "VLLM_CPU_KVCACHE_SPACE=2 " + self.vllm_command(1, "--dtype", "bfloat16"),
+                "LD_PRELOAD=.venv-vllm/lib/libiomp5.so VLLM_CPU_KVCACHE_SPACE=2 " + self.vllm_command(1, "--dtype", "bfloat16"),
                 f"# {gpus} GPUs of one machine",
                 self.vllm_command(gpus),
                 f"# {nodes} nodes of {gpus} GPUs, with the same paths on each: on the first, and then on every other",
