@@ -16,14 +16,16 @@ DATA_LIMIT="${DATA_LIMIT:-16}" sdsat bench greedy "$model" cpu --with-generate
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 1.0 --k-list 0,3,5,7
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 0.2 --k-list 0,3,5,7
 python "$SDSAT_ROOT/scripts/peers.py" "$model" --ours two-step:5 --ours rounded:5 --ours one-pass:5 --ours auto --data-limit 8 --general 8 --out "$results/peers.json"
-python "$SDSAT_ROOT/scripts/batch_throughput.py" "$model" --out "$results/batch.json"
+python "$SDSAT_ROOT/scripts/batch_throughput.py" "$model" --strategy two-step:3 --strategy auto --prompts 32 --max-new-tokens 64 --turns 1 --out "$results/batch.json"
 sdsat inspect "$model" --data-limit 8 --out "$results/inspect.json"
 
 mkdir -p "$results/exactness"
+sdsat eval "$model" --dtype float32 --k-list 5 --strategies two-step,auto --device cpu --out "$results/eval.json"
 audit() { OMP_NUM_THREADS=1 sdsat verify "$model" --device cpu --data-limit 40 --out "$results/exactness/$1.json" "${@:2}"; }
-for dtype in float32 bfloat16; do
+for run in float32:0 bfloat16:0,1; do  # type and seeds
+  dtype="${run%:*}"
   audit "greedy_$dtype" --dtype "$dtype" --max-new-tokens 48 --k-list 3,7 &
-  audit "nucleus_$dtype" --dtype "$dtype" --max-new-tokens 24 --temperature 0.2,1.0 --seeds 0,1 --k-list 5 --tree chain --tree 2,2,1 &
+  audit "nucleus_$dtype" --dtype "$dtype" --max-new-tokens 24 --temperature 0.2,1.0 --seeds "${run#*:}" --k-list 5 --tree chain --tree 2,2,1 &
   wait
 done
 audit greedy_trees_bfloat16 --dtype bfloat16 --max-new-tokens 48 --k-list 5 --tree 2,2,1 --tree 3,2,1,1,1
