@@ -166,6 +166,7 @@ class AutoPlanner:
         self.by_lookup = _Rates([0.5, 0.8])  # the first token, the others
         self.by_rounding = _Rates([OWN])  # the first draft of a pass in 8 bits
         self.scores: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in KINDS}  # sum and weight
+        self._found: dict[tuple[int, int, int], tuple[Drafts, float, Plan]] = {}  # by `draft_first`, for `plan`
         self.batch = 1
         self.corrections, self.num_timed = dict.fromkeys((*_SIZES, "rounded"), 1.0), dict.fromkeys((*_SIZES, "rounded"), 0)
         self.num_plain = self.num_drafting = 0  # passes in a row
@@ -238,7 +239,9 @@ class AutoPlanner:
         if drafts.by_sats or not self.costs.rounded or size < 1 or self._again(self.num_drafting):
             return 0
         value = self._score("rounded") - self.rate * self._rounded_cost(size, context)
-        if value <= self._best(drafts, left, context)[0] and not self._again(self.num_plain):
+        exact = self._best(drafts, left, context)
+        if value <= exact[0] and not self._again(self.num_plain):
+            self._found[id(drafts), left, context] = (drafts, *exact)
             return 0
         self._learn("none", value)
         self.num_plain = 0  # of a batch, one sequence tries again
@@ -260,7 +263,8 @@ class AutoPlanner:
         if alone and self._again(self.num_plain) and size > 0:
             self.num_plain = 0
             return Plan([0], ((0, size),))
-        value, plan = self._best(drafts, left, context)
+        found = self._found.pop((id(drafts), left, context), None)
+        value, plan = found[1:] if found else self._best(drafts, left, context)
         self._learn(drafts.kind, value)
         return plan
 
@@ -287,11 +291,14 @@ class AutoPlanner:
             for node in sorted(ending, key=lambda n: -ending[n])[:3]:
                 room = min(self.size, left - 2 - depths[node], self.config.budget - rows - sats)
                 values = worth["root" if not count else "inner" if node in inner else "leaf"]
+                # The largest group is worth most, and the smallest costs least: where that isn't enough, none is.
+                if room < 1 or ending[node] * values[room] - rate * cost(rows + sats + 1, sats + 1, context) + spent <= _MARGIN:
+                    break
                 gains = [
                     (ending[node] * values[size] - rate * cost(rows + sats + size, sats + size, context) + spent, size)
                     for size in range(1, room + 1)
                 ]
-                if not gains or max(gains)[0] <= _MARGIN:
+                if max(gains)[0] <= _MARGIN:
                     break
                 size = max(gains)[1]
                 groups.append((node, size))
@@ -324,6 +331,7 @@ class AutoPlanner:
     def observe_pass(self, rows: int, sats: int, context: int, seconds: float) -> None:
         """Learn from a pass, over all its sequences: its seconds, drafting included."""
         self._time(_class(rows), seconds / self.costs.seconds(rows, sats, context, self.batch))
+        self._found.clear()
         self._settle(context)
 
     def _time(self, kind: int | str, ratio: float) -> None:
