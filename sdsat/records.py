@@ -30,7 +30,9 @@ def writing(path: Path) -> Iterator[None]:
     """What writes within this context: a full disk, say, becomes an InputError, one line that names `path`."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's writer
+            raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason})") from None
 
