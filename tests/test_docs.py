@@ -1,11 +1,14 @@
 """What the documents show works: commands, links, the Python in them, and the example programs."""
 
-import os
+import http.server
+import json
 import re
 import runpy
 import shlex
 import sys
+import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import typer
@@ -91,7 +94,35 @@ def test_the_training_example_runs(tmp_path, monkeypatch, capsys):
     assert "the same output as without drafts" in capsys.readouterr().out
 
 
-def test_the_serving_example_is_a_client_of_a_running_server():
-    """It needs one, and the client's library: run by hand with scripts/serve_vllm.py (docs/serving.md); here it only compiles."""
-    compile((ROOT / "examples/serving.py").read_text(), "serving.py", "exec")
-    assert os.access(ROOT / "scripts/setup_vllm.sh", os.R_OK)
+class _Answers(http.server.BaseHTTPRequestHandler):
+    """Streams two pieces of text, as `vllm serve` does; keeps what it was asked."""
+
+    asked: ClassVar[list] = []
+
+    def do_POST(self):
+        self.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        head = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "sdsat"}
+        for text in ("def f", "(x):"):
+            choices = [{"index": 0, "delta": {"content": text}, "finish_reason": None}]
+            self.wfile.write(f"data: {json.dumps({**head, 'choices': choices})}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_serving_example_runs(monkeypatch, capsys):
+    """The real client, against a stand-in for the server (scripts/serve_vllm.py runs the real one)."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), _Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    example("serving.py", monkeypatch, "Write", "f.")
+    server.shutdown()
+    server.server_close()
+    assert capsys.readouterr().out == "def f(x):\n"
+    ((path, asked),) = _Answers.asked
+    assert path == "/v1/chat/completions"
+    assert (asked["model"], asked["stream"], asked["messages"][0]["content"]) == ("sdsat", True, "Write f.")
