@@ -143,7 +143,7 @@ def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None
         if model.sat and config.k > model.sat.k:
             warnings.warn(f"k={config.k} is beyond the depth k={model.sat.k} that {model.name} was trained for", stacklevel=3)
         require(
-            config.strategy != "rounded" or model.native is not None,
+            config.strategy in model.strategies,
             f"strategy=rounded: {model.name} runs through transformers' modules here, which have no 8 bits; expected another",
         )
         width = make_tree(config.tree, config.k).width

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import adapter as adapters
 from . import attention, devices, embedded
-from .config import InputError, SatConfig, require
+from .config import STRATEGIES, InputError, SatConfig, require
 from .graphs import CudaCapture, Graphs
 from .head import DraftHead
 from .native import NativeEngine, Unavailable
@@ -69,6 +69,11 @@ class SatModel:
     @property
     def engine_name(self) -> str:
         return "native" if self.native else "cuda graphs" if self.graphs and self.graphs.works else "transformers"
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Those that run on its engine: only the native one has 8 bits."""
+        return tuple(strategy for strategy in STRATEGIES if strategy != "rounded" or self.native is not None)
 
     @property
     def device(self) -> torch.device:

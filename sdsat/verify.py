@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import STRATEGIES, DecodeConfig, SamplingConfig
+from .config import DecodeConfig, SamplingConfig
 from .datasets import Limit, check_limit
 from .decode import generate, next_logits
 from .model import SatModel
@@ -108,7 +108,7 @@ def verify(model: SatModel, config: VerifyConfig, out: Path | None = None) -> di
     """Compare and return the document; with `out` it is rewritten after every problem and an interrupted run resumes."""
     dtype = str(model.dtype).removeprefix("torch.")
     if not config.strategies:
-        config = replace(config, strategies=tuple(s for s in STRATEGIES if s != "rounded" or model.native))
+        config = replace(config, strategies=model.strategies)
     problems = humaneval(model.tokenizer, config.data_limit)
     with open_record(model, config, out) as document:
         done = {problem["task_id"] for problem in document["problems"]}
