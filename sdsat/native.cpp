@@ -10,29 +10,38 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-typedef float f32x __attribute__((vector_size(64)));  // 16 lanes; on narrower processors the compiler splits them
-typedef uint32_t u32x __attribute__((vector_size(64)));
-typedef int32_t i32x __attribute__((vector_size(64)));
-typedef uint16_t u16x __attribute__((vector_size(32)));
-typedef int8_t i8x __attribute__((vector_size(16)));
+// Lanes of a vector, and rows whose sums fit its registers beside the weights: TILE, and in 8 bits TILE8.
+#ifdef __AVX512BF16__
+constexpr int LANES = 16, TILE = 14, TILE8 = 10;
+#elif defined(__AVX512F__)
+constexpr int LANES = 16, TILE = 12, TILE8 = 10;
+#else
+constexpr int LANES = 8, TILE = 6, TILE8 = 4;
+#endif
+constexpr int BLOCK = 2 * LANES, KEYS = 4 * LANES;  // outputs and keys that go together
+constexpr int GROUP = 32;                           // in 8 bits: inputs of one scale
+
+typedef float f32x __attribute__((vector_size(4 * LANES)));
+typedef uint32_t u32x __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32x __attribute__((vector_size(4 * LANES)));
+typedef uint16_t u16x __attribute__((vector_size(2 * LANES)));
+typedef int8_t i8x __attribute__((vector_size(LANES)));
 typedef uint16_t bf16;
 
-constexpr int LANES = 16, BLOCK = 2 * LANES, TILE = 14, KEYS = 4 * LANES;  // outputs, rows and keys that go together
-constexpr int GROUP = 32, TILE8 = 10;                                      // in 8 bits: inputs of one scale, and rows
-
-// ---- storage types: load and store 16 values, and the two inner products, for bfloat16 and float ----
+// ---- storage types: load and store a vector, and the two inner products, for bfloat16 and float ----
 
 static inline f32x all(float v) { return v - f32x{}; }
-static inline f32x as_f32(u32x v) { f32x r; memcpy(&r, &v, 64); return r; }
-static inline u32x as_u32(f32x v) { u32x r; memcpy(&r, &v, 64); return r; }
+static inline f32x as_f32(u32x v) { f32x r; memcpy(&r, &v, sizeof r); return r; }
+static inline u32x as_u32(f32x v) { u32x r; memcpy(&r, &v, sizeof r); return r; }
 static inline float sum(f32x v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
 
 static inline float most(f32x v) {
@@ -45,38 +54,76 @@ static inline float most(f32x v) {
 #endif
 }
 
-static inline f32x load(const float* p) { f32x r; memcpy(&r, p, 64); return r; }
-static inline f32x load(const bf16* p) { u16x v; memcpy(&v, p, 32); return as_f32(__builtin_convertvector(v, u32x) << 16); }
-static inline void store(float* p, f32x v) { memcpy(p, &v, 64); }
+static inline f32x load(const float* p) { f32x r; memcpy(&r, p, sizeof r); return r; }
+static inline f32x load(const bf16* p) { u16x v; memcpy(&v, p, sizeof v); return as_f32(__builtin_convertvector(v, u32x) << 16); }
+static inline void store(float* p, f32x v) { memcpy(p, &v, sizeof v); }
+static inline u32x nearest_bf16(f32x v) { return as_u32(v) + 0x7fff + ((as_u32(v) >> 16) & 1); }  // upper halves; ties to even
 static inline void store(bf16* p, f32x v) {
-  u32x bits = as_u32(v);
-  u16x r = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16x);  // to nearest, ties to even
-  memcpy(p, &r, 32);
+  u16x r = __builtin_convertvector(nearest_bf16(v) >> 16, u16x);
+  memcpy(p, &r, sizeof r);
 }
-template <class T> static inline f32x rounded(f32x v) { T t[LANES]; store(t, v); return load(t); }
-template <> inline f32x rounded<float>(f32x v) { return v; }
+template <class T> static inline f32x rounded(f32x v) { return v; }
+template <> inline f32x rounded<bf16>(f32x v) { return as_f32(nearest_bf16(v) & 0xffff0000u); }
 
-template <class T> struct Pairs { static constexpr int step = 1; };  // inputs that one step of an inner product takes
-template <> struct Pairs<bf16> { static constexpr int step = 2; };
-
-// acc += w * x for one step: w holds 16 outputs (bfloat16: 16 pairs), x the input (the pair of inputs).
-static inline f32x step(f32x acc, const float* w, const float* x) { return acc + load(w) * *x; }
-static inline f32x step(f32x acc, const bf16* w, const bf16* x) {
+// How an inner product over values of T goes: how many inputs one step takes, and as what they lie there, values of T all the same.
+template <class T> struct Inner { static constexpr int step = 1; typedef float input; };
 #ifdef __AVX512BF16__
-  int32_t pair;
-  memcpy(&pair, x, 4);
-  return (f32x)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
+template <> struct Inner<bf16> { static constexpr int step = 2; typedef bf16 input; };
 #else
-  u32x bits;
-  memcpy(&bits, w, 64);
-  uint32_t low = uint32_t(x[0]) << 16, high = uint32_t(x[1]) << 16;
-  float a, b;
-  memcpy(&a, &low, 4);
-  memcpy(&b, &high, 4);
-  acc = acc + as_f32(bits << 16) * a;
-  return acc + as_f32(bits & 0xffff0000u) * b;
+template <> struct Inner<bf16> { static constexpr int step = 2; typedef float input; };  // no instruction multiplies bfloat16
 #endif
+template <class T> using In = typename Inner<T>::input;
+
+template <class T, class Y> static inline void put(Y* p, f32x v) {  // rounded to T
+  if constexpr (std::is_same<Y, T>::value) store(p, v);
+  else store(p, rounded<T>(v));
 }
+
+// sums[r][c] += weight(c) * input(r) for R rows and C vectors of outputs; whichever are fewer wait in registers for the others.
+template <int R, int C, class Weight, class Input, class Add>
+static inline void products(f32x (&sums)[R][C], Weight weight, Input input, Add add) {
+  if constexpr (C <= R) {
+    decltype(weight(0)) w[C];
+    for (int c = 0; c < C; c++) w[c] = weight(c);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      auto x = input(r);
+      for (int c = 0; c < C; c++) sums[r][c] = add(sums[r][c], w[c], x);
+    }
+  } else {
+    decltype(input(0)) x[R];
+    for (int r = 0; r < R; r++) x[r] = input(r);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+      auto w = weight(c);
+      for (int r = 0; r < R; r++) sums[r][c] = add(sums[r][c], w, x[r]);
+    }
+  }
+}
+
+// The same for one step of inner products: vectors of weights lie `apart` from each other, and rows of inputs `ld`.
+static inline f32x plus_product(f32x sum, f32x w, f32x x) { return sum + w * x; }
+template <int R, int C> static inline void step(f32x (&sums)[R][C], const float* w, int64_t apart, const float* x, int64_t ld) {
+  products(sums, [&](int c) { return load(w + c * apart); }, [&](int r) { return all(x[r * ld]); }, plus_product);
+}
+#ifdef __AVX512BF16__
+template <int R, int C> static inline void step(f32x (&sums)[R][C], const bf16* w, int64_t apart, const bf16* x, int64_t ld) {
+  auto pair = [&](int r) {
+    int32_t bits;
+    memcpy(&bits, x + r * ld, 4);
+    return _mm512_set1_epi32(bits);
+  };
+  products(sums, [&](int c) { return _mm512_loadu_si512(w + c * apart); }, pair,
+           [](f32x sum, __m512i w, __m512i x) { return (f32x)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); });
+}
+#else
+template <int R, int C> static inline void step(f32x (&sums)[R][C], const bf16* w, int64_t apart, const float* x, int64_t ld) {
+  auto pairs = [&](int c) { u32x v; memcpy(&v, w + c * apart, sizeof v); return v; };
+  products(sums, [&](int c) { return as_f32(pairs(c) << 16); }, [&](int r) { return all(x[r * ld]); }, plus_product);
+  asm("" : "+r"(w));  // read the pairs again: there are too few registers to keep them
+  products(sums, [&](int c) { return as_f32(pairs(c) & 0xffff0000u); }, [&](int r) { return all(x[r * ld + 1]); }, plus_product);
+}
+#endif
 
 static inline f32x nearest(f32x v) { return (v + 12582912.f) - 12582912.f; }  // whole numbers, by a magic one
 
@@ -90,62 +137,91 @@ static inline f32x exp16(f32x x) {
   return as_f32(as_u32(p) + (u32x)(__builtin_convertvector(n, i32x) << 23));
 }
 
-// ---- linear layers: weights [out / 32][in / step][2][16][step], in 8 bits [out / 16][in / 4][16][4] ----
+// ---- linear layers: weights [out / BLOCK][in / step][2][LANES][step], in 8 bits [out / LANES][in / 4][LANES][4] ----
 
 struct Matrix {
   const char* weight;
-  const char* scale;  // 32 floats a block, where the weights are rounded to 8 bits: (byte - 128) * scale
-  int64_t stride;     // bytes from one block of 32 outputs to the next: what is read together lies together
+  const char* scale;  // BLOCK floats a block, where the weights are rounded to 8 bits: (byte - 128) * scale
+  int64_t stride;     // bytes from one block of outputs to the next: what is read together lies together
 };
 
 // Rows that a linear layer reads. Beside rounded weights they are rounded too, GROUP inputs to a scale.
 template <class T> struct Rows {
-  const T* x;
+  const In<T>* x;
   int64_t size;
   const int8_t* bytes;   // [rows, size]
   const float* scales;   // [rows, size / GROUP]
-  const float* offsets;  // [rows]: what the weights' 128 adds
+  const float* offsets;  // [rows]: what the weights' 128 adds, if step8() leaves it there
   Rows from(int64_t r) const {
     return {x + r * size, size, bytes + r * size, scales + r * (size / GROUP), offsets + r};
   }
 };
 
-template <class T, int R> static inline void tile(const T* x, int64_t ldx, const T* w, int in, float* y) {
-  constexpr int S = Pairs<T>::step;
-  f32x a[R] = {}, b[R] = {};
-  for (int i = 0; i < in; i += S, w += BLOCK * S) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      a[r] = step(a[r], w, x + r * ldx + i);
-      b[r] = step(b[r], w + LANES * S, x + r * ldx + i);
-    }
-  }
-  for (int r = 0; r < R; r++) store(y + r * BLOCK, a[r]), store(y + r * BLOCK + LANES, b[r]);
-}
-
-// acc += w * x over 4 inputs of each of 16 outputs.
-static inline i32x step8(i32x acc, const uint8_t* w, const int8_t* x) {
-#ifdef __AVX512VNNI__
-  int32_t four;
-  memcpy(&four, x, 4);
-  return (i32x)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), _mm512_set1_epi32(four));
-#else
-  for (int o = 0; o < LANES; o++)
-    for (int i = 0; i < 4; i++) acc[o] += int32_t(w[4 * o + i]) * x[i];
-  return acc;
+// Where the next block begins: while rows are multiplied by this one, it comes from memory, a part of it with every tile of rows.
+struct Ahead {
+  const char* at;
+  int tiles;
+  void fetch(int bytes) {
+#ifndef __AVX512F__  // there it did not help
+    __builtin_prefetch(at), at += bytes / tiles;
 #endif
+  }
+};
+
+template <class T, int R> static inline void tile(const In<T>* x, int64_t size, const T* w, Ahead ahead, float* y) {
+  constexpr int S = Inner<T>::step;
+  f32x sums[R][2] = {};
+  for (int i = 0; i < size; i += S, w += BLOCK * S) {
+    ahead.fetch(BLOCK * S * sizeof(T));
+    step(sums, w, LANES * S, x + i, size);
+  }
+  for (int r = 0; r < R; r++) store(y + r * BLOCK, sums[r][0]), store(y + r * BLOCK + LANES, sums[r][1]);
 }
 
-template <int R, class T> static inline void tile8(const Rows<T>& x, const uint8_t* w, const float* scale, float* y) {
+// sums[r] += w * x[r] over 4 inputs of each of LANES outputs, for R rows `ld` apart. w - 128 instead of w where OFFSET is 0.
+#ifdef __AVX512VNNI__
+constexpr int OFFSET = 128;
+template <int R> static inline void step8(i32x* sums, const uint8_t* w, const int8_t* x, int64_t ld) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    int32_t four;
+    memcpy(&four, x + r * ld, 4);
+    sums[r] = (i32x)_mm512_dpbusd_epi32((__m512i)sums[r], _mm512_loadu_si512(w), _mm512_set1_epi32(four));
+  }
+}
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int OFFSET = 0;
+template <int R> static inline void step8(i32x* sums, const uint8_t* w, const int8_t* x, int64_t ld) {
+  const __m256i own = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)w), _mm256_set1_epi8(-128)), size = _mm256_abs_epi8(own);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {  // |w| * (x with the sign of w): of two products of 127 * 127 the sum still fits 16 bits
+    int32_t four;
+    memcpy(&four, x + r * ld, 4);
+    __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(four), own));
+    sums[r] += (i32x)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+}
+#else
+constexpr int OFFSET = 128;
+template <int R> static inline void step8(i32x* sums, const uint8_t* w, const int8_t* x, int64_t ld) {
+  for (int r = 0; r < R; r++)
+    for (int o = 0; o < LANES; o++)
+      for (int i = 0; i < 4; i++) sums[r][o] += int32_t(w[4 * o + i]) * x[r * ld + i];
+}
+#endif
+
+template <int R, class T>
+static inline void tile8(const Rows<T>& x, const uint8_t* w, const float* scale, Ahead ahead, float* y) {
   const int groups = x.size / GROUP;
-  for (int h = 0; h < 2; h++) {  // 16 outputs, whose sums over all inputs stay in registers
+  for (int h = 0; h < 2; h++) {  // LANES outputs, whose sums over all inputs stay in registers
     f32x sums[R] = {};
     for (int g = 0; g < groups; g++, w += LANES * GROUP) {
       i32x a[R] = {};
 #pragma GCC unroll 8
-      for (int i = 0; i < GROUP; i += 4)
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) a[r] = step8(a[r], w + i * LANES, x.bytes + r * x.size + g * GROUP + i);
+      for (int i = 0; i < GROUP; i += 4) {
+        if (LANES == 16 || i % 8 == 0) ahead.fetch(64);
+        step8<R>(a, w + i * LANES, x.bytes + g * GROUP + i, x.size);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) sums[r] += __builtin_convertvector(a[r], f32x) * x.scales[r * groups + g];
     }
@@ -153,16 +229,17 @@ template <int R, class T> static inline void tile8(const Rows<T>& x, const uint8
   }
 }
 
-// y[r][0..32) = x[r] . w for block b of 32 outputs, rows in tiles of nearly equal size.
+// y[r][0..BLOCK) = x[r] . w for block b of outputs, rows in tiles of nearly equal size.
 template <class T> static void block(Rows<T> x, int rows, const Matrix& w, int b, float* y) {
   const void* weight = w.weight + b * w.stride;
   const float* scale = (const float*)(w.scale + b * w.stride);
   int most = w.scale ? TILE8 : TILE, tiles = (rows + most - 1) / most;
   for (int t = 0; t < tiles; t++) {
     int size = (rows + tiles - t - 1) / (tiles - t);
+    Ahead ahead{w.weight + (b + 1) * w.stride + int64_t(x.size) * BLOCK * (w.scale ? 1 : sizeof(T)) / tiles * t, tiles};
     switch (size + (w.scale ? 100 : 0)) {
-#define CASE(n) case n: tile<T, n>(x.x, x.size, (const T*)weight, x.size, y); break;
-#define CASE8(n) case 100 + n: tile8<n>(x, (const uint8_t*)weight, scale, y); break;
+#define CASE(n) case n: if constexpr (n <= TILE) tile<T, n>(x.x, x.size, (const T*)weight, ahead, y); break;
+#define CASE8(n) case 100 + n: if constexpr (n <= TILE8) tile8<n>(x, (const uint8_t*)weight, scale, ahead, y); break;
       CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
       CASE8(1) CASE8(2) CASE8(3) CASE8(4) CASE8(5) CASE8(6) CASE8(7) CASE8(8) CASE8(9) CASE8(10)
 #undef CASE
@@ -178,13 +255,16 @@ template <class T> struct Rounder {
   std::vector<float> scales, offsets;
   Rounder(int64_t rows, int64_t size) : bytes(rows * size), scales(rows * size / GROUP), offsets(rows) {}
 
-  Rows<T> operator()(const T* x, int64_t size, int rows) {
+  Rows<T> operator()(const In<T>* x, int64_t size, int rows) {
     for (int r = 0; r < rows && !bytes.empty(); r++) {
       f32x total = {};
       for (int64_t at = r * size; at < (r + 1) * size; at += GROUP) {
-        f32x a = load(x + at), b = load(x + at + LANES);
-        a = a > -a ? a : -a, b = b > -b ? b : -b;
-        float top = std::max(1e-20f, most(a > b ? a : b));
+        f32x largest = {};
+        for (int h = 0; h < GROUP; h += LANES) {
+          f32x a = load(x + at + h);
+          a = a > -a ? a : -a, largest = a > largest ? a : largest;
+        }
+        float top = std::max(1e-20f, most(largest));
         scales[at / GROUP] = top / 127;
         for (int h = 0; h < GROUP; h += LANES) {
           f32x whole = nearest(load(x + at + h) * (127 / top));
@@ -193,7 +273,7 @@ template <class T> struct Rounder {
           memcpy(bytes.data() + at + h, &small, LANES);
         }
       }
-      offsets[r] = 128 * sum(total);
+      offsets[r] = OFFSET * sum(total);
     }
     return {x, size, bytes.data(), scales.data(), offsets.data()};
   }
@@ -222,7 +302,7 @@ struct Model {
   float draft_eps;
 };
 
-struct Cache {  // of one sequence: keys [layers, kv_heads, T / 16, dim / step, 16, step], values [layers, kv_heads, T / step, dim, step]
+struct Cache {  // of one sequence: keys [layers, kv_heads, T / LANES, dim / step, LANES, step], values [layers, kv_heads, T / step, dim, step]
   void *keys, *values;
   int64_t slots;
 };
@@ -247,16 +327,16 @@ struct Pass {  // see native.py
 };
 
 // What the SAT rows add, low [SATs, rank], which outputs() multiplies by `up`: too little to share among threads.
-template <class T> static Rows<T> lower(const Linear& l, const Rows<T>& x, int sats, float* y, T* low, Rounder<T>& rounder) {
+template <class T> static Rows<T> lower(const Linear& l, const Rows<T>& x, int sats, float* y, In<T>* low, Rounder<T>& rounder) {
   for (int b = 0; b < (sats ? l.rank / BLOCK : 0); b++) {
     block<T>(x, sats, l.down, b, y);
     for (int r = 0; r < sats; r++)
-      for (int c = 0; c < BLOCK; c += LANES) store(low + r * l.rank + b * BLOCK + c, load(y + r * BLOCK + c));
+      for (int c = 0; c < BLOCK; c += LANES) put<T>(low + r * l.rank + b * BLOCK + c, load(y + r * BLOCK + c));
   }
   return rounder(low, l.rank, l.rank ? sats : 0);
 }
 
-// Block b of a linear layer for all rows, the last `sats` of them with their update: y [rows, 32].
+// Block b of a linear layer for all rows, the last `sats` of them with their update: y [rows, BLOCK].
 template <class T>
 static void outputs(const Linear& l, int b, const Rows<T>& x, int rows, int sats, const Rows<T>& low, float* y, float* more) {
   block<T>(x, rows, l.weight, b, y);
@@ -271,38 +351,34 @@ static void outputs(const Linear& l, int b, const Rows<T>& x, int rows, int sats
   }
 }
 
-template <class T> static void norm(const T* x, const void* weight, int size, float eps, T* y) {
+template <class T, class X, class Y> static void norm(const X* x, const void* weight, int size, float eps, Y* y) {
   f32x squares = {};
   for (int i = 0; i < size; i += LANES) squares += load(x + i) * load(x + i);
   float factor = 1.f / std::sqrt(sum(squares) / size + eps);
-  for (int i = 0; i < size; i += LANES) store(y + i, rounded<T>(load(x + i) * factor) * load((const T*)weight + i));
+  for (int i = 0; i < size; i += LANES) put<T>(y + i, rounded<T>(load(x + i) * factor) * load((const T*)weight + i));
 }
 
-template <class T> static void rotate(T* x, const float* cos, const float* sin, int dim) {
+template <class T, class X> static void rotate(X* x, const float* cos, const float* sin, int dim) {
   for (int i = 0; i < dim / 2; i += LANES) {
     f32x a = load(x + i), b = load(x + dim / 2 + i);
-    store(x + i, rounded<T>(a * load(cos + i)) + rounded<T>(-b * load(sin + i)));
-    store(x + dim / 2 + i, rounded<T>(b * load(cos + dim / 2 + i)) + rounded<T>(a * load(sin + dim / 2 + i)));
+    put<T>(x + i, rounded<T>(a * load(cos + i)) + rounded<T>(-b * load(sin + i)));
+    put<T>(x + dim / 2 + i, rounded<T>(b * load(cos + dim / 2 + i)) + rounded<T>(a * load(sin + dim / 2 + i)));
   }
 }
 
 // ---- attention of one row, H query heads of one key/value head ----
 
 template <class T, int H>
-static void attend(const T* q, int dim, const T* keys, const T* values, const int* own, int owned, int length, float scale,
-                   float* scores, int64_t width, T* gathered, T* out) {
-  constexpr int S = Pairs<T>::step;
+static void attend(const In<T>* q, int dim, const T* keys, const T* values, const int* own, int owned, int length, float scale,
+                   float* scores, int64_t width, T* gathered, In<T>* out) {
+  constexpr int S = Inner<T>::step;
   const int last = own[owned - 1] + 1, seen = length + owned;
   const int* other = own;  // the keys that don't lie where their position says: of a chain, none
   while (length < seen && *other == length) length++, other++;
   for (int t = 0; t < last; t += KEYS) {
     f32x a[H][4] = {};
     const T* k = keys + int64_t(t) * dim;
-    for (int d = 0; d < dim; d += S)
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; c++)
-#pragma GCC unroll 3
-        for (int h = 0; h < H; h++) a[h][c] = step(a[h][c], k + c * LANES * dim + d * LANES, q + h * dim + d);
+    for (int d = 0; d < dim; d += S) step(a, k + d * LANES, LANES * dim, q + d, dim);
     for (int h = 0; h < H; h++)
       for (int c = 0; c < 4; c++) store(scores + h * width + t + c * LANES, a[h][c] * scale);
   }
@@ -318,8 +394,8 @@ static void attend(const T* q, int dim, const T* keys, const T* values, const in
     for (int j = seen; j < padded; j++) s[j] = 0;
     for (int j = 0; j < padded; j += LANES) total += load(s + j);
     float factor = 1.f / sum(total);
-    T* p = (T*)s;  // in place: what is written has been read
-    for (int j = 0; j < padded; j += LANES) store(p + j, load(s + j) * factor);
+    In<T>* p = (In<T>*)s;  // in place: what is written has been read
+    for (int j = 0; j < padded; j += LANES) put<T>(p + j, load(s + j) * factor);
   }
   // Keys go S at a time: those before `whole` as they lie in the cache, the others gathered.
   int whole = length / S * S, rest = seen - whole;
@@ -336,13 +412,10 @@ static void attend(const T* q, int dim, const T* keys, const T* values, const in
     f32x a[H][C] = {};
     for (int j = 0; j < seen; j += S) {
       const T* v = (j < whole ? values + int64_t(j) * dim : gathered + int64_t(j - whole) * dim) + d * S;
-#pragma GCC unroll 4
-      for (int c = 0; c < C; c++)
-#pragma GCC unroll 3
-        for (int h = 0; h < H; h++) a[h][c] = step(a[h][c], v + c * LANES * S, (const T*)(scores + h * width) + j);
+      step(a, v, LANES * S, (const In<T>*)scores + j, width * sizeof(float) / sizeof(In<T>));
     }
     for (int h = 0; h < H; h++)
-      for (int c = 0; c < C; c++) store(out + h * dim + d + c * LANES, a[h][c]);
+      for (int c = 0; c < C; c++) put<T>(out + h * dim + d + c * LANES, a[h][c]);
   };
   int d = 0;
   for (; d + 4 * LANES <= dim; d += 4 * LANES) weighted(d, std::integral_constant<int, 4>());
@@ -350,7 +423,7 @@ static void attend(const T* q, int dim, const T* keys, const T* values, const in
 }
 
 template <class T> static void run(const Model& m, const Cache* caches, const Pass& pass) {
-  constexpr int S = Pairs<T>::step;
+  constexpr int S = Inner<T>::step;
   const int n = pass.rows, sats = pass.sats, first = n - sats;
   const int width_q = m.heads * m.dim, width_kv = m.kv_heads * m.dim, group = m.heads / m.kv_heads;
   int64_t rank = 0;
@@ -358,7 +431,8 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
     for (const Linear* l : {&m.layer[i].q, &m.layer[i].k, &m.layer[i].v, &m.layer[i].o, &m.layer[i].gate, &m.layer[i].up, &m.layer[i].down})
       rank = std::max(rank, l->rank);
   T* h = (T*)pass.x;
-  std::vector<T> q(n * width_q), k(n * width_kv), v(n * width_kv), mixed(n * width_q), mid(n * m.inner);
+  std::vector<In<T>> q(n * width_q), mixed(n * width_q), mid(n * m.inner);
+  std::vector<T> k(n * width_kv), v(n * width_kv);
   int64_t width = 0;
   std::vector<int> own, before(n + 1);  // slots of the pass's own rows that a row sees: own[before[r]] .. own[before[r + 1] - 1]
   for (int r = 0; r < n; r++) {
@@ -371,7 +445,8 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
 #pragma omp parallel num_threads(int(m.threads))
   {
     std::vector<float> y(n * BLOCK), y2(n * BLOCK), more(sats * BLOCK), scores(std::min(group, 3) * width);
-    std::vector<T> xn(n * m.hidden), low(sats * rank), low2(sats * rank), gathered((n + S) * m.dim);
+    std::vector<In<T>> xn(n * m.hidden), low(sats * rank), low2(sats * rank);
+    std::vector<T> gathered((n + S) * m.dim);
     const int in_8_bits = m.head.weight.scale ? 1 : 0;
     Rounder<T> rows(in_8_bits * n, std::max({m.hidden, m.inner, int64_t(width_q)})), few(in_8_bits * sats, rank), few2(in_8_bits * sats, rank);
     Rows<T> x{}, small{}, small2{};
@@ -379,16 +454,16 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
       for (int r = 0; r < n; r++) norm<T>(h + r * m.hidden, weight, m.hidden, m.eps, xn.data() + r * m.hidden);
       x = rows(xn.data(), m.hidden, n);
     };
-    auto project = [&](const Linear& l, T* to) {
+    auto project = [&](const Linear& l, auto* to) {
       small = lower<T>(l, x.from(first), sats, y.data(), low.data(), few);
 #pragma omp for schedule(static) nowait
       for (int b = 0; b < l.out / BLOCK; b++) {
         outputs<T>(l, b, x, n, sats, small, y.data(), more.data());
         for (int r = 0; r < n; r++)
-          for (int c = 0; c < BLOCK; c += LANES) store(to + r * l.out + b * BLOCK + c, load(y.data() + r * BLOCK + c));
+          for (int c = 0; c < BLOCK; c += LANES) put<T>(to + r * l.out + b * BLOCK + c, load(y.data() + r * BLOCK + c));
       }
     };
-    auto add_to_h = [&](const Linear& l, const T* from) {
+    auto add_to_h = [&](const Linear& l, const In<T>* from) {
       x = rows(from, l.in, n);
       small = lower<T>(l, x.from(first), sats, y.data(), low.data(), few);
 #pragma omp for schedule(static)
@@ -412,7 +487,7 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
       for (int r = 0; r < n; r++) {
         const float *cos = m.cos + pass.positions[r] * m.dim, *sin = m.sin + pass.positions[r] * m.dim;
         for (int a = 0; a < m.heads; a++) {
-          T* x = q.data() + r * width_q + a * m.dim;
+          In<T>* x = q.data() + r * width_q + a * m.dim;
           if (layer.norm_q) norm<T>(x, layer.norm_q, m.dim, m.eps, x);
           rotate<T>(x, cos, sin, m.dim);
         }
@@ -457,18 +532,18 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
         for (int r = 0; r < n; r++)
           for (int c = 0; c < BLOCK; c += LANES) {
             f32x g = rounded<T>(load(y.data() + r * BLOCK + c)), u = rounded<T>(load(y2.data() + r * BLOCK + c));
-            store(mid.data() + r * m.inner + b * BLOCK + c, rounded<T>(g / (exp16(-g) + 1.f)) * u);
+            put<T>(mid.data() + r * m.inner + b * BLOCK + c, rounded<T>(g / (exp16(-g) + 1.f)) * u);
           }
       }
       add_to_h(layer.down, mid.data());
     }
-    T* states = (T*)pass.states;
-#pragma omp for schedule(static)
-    for (int r = 0; r < n; r++) norm<T>(h + r * m.hidden, m.norm, m.hidden, m.eps, states + r * m.hidden);
+    normed(m.norm);
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < n * m.hidden; i += LANES) store((T*)pass.states + i, load(xn.data() + i));
     const int last = pass.last;  // logits of the last rows only
-    x = rows(states + (n - last) * m.hidden, m.hidden, last);
+    x = x.from(n - last);
 #pragma omp for schedule(static)
-    for (int b = 0; b < (last ? m.head.out / BLOCK : 0); b++) {
+    for (int b = 0; b < (last ? (m.vocabulary + BLOCK - 1) / BLOCK : 0); b++) {
       outputs<T>(m.head, b, x, last, 0, small, y.data(), more.data());
       int count = std::min<int64_t>(BLOCK, m.vocabulary - b * BLOCK);
       for (int r = 0; r < last; r++) {
@@ -482,7 +557,7 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
 
 // Keep rows at `from` slots as the slots length, length + 1, ..: the walk of a tree, made contiguous.
 template <class T> static void move(const Model& m, const Cache& cache, int64_t length, const int64_t* from, int64_t count) {
-  constexpr int S = Pairs<T>::step;
+  constexpr int S = Inner<T>::step;
 #pragma omp parallel for num_threads(int(m.threads)) schedule(static)
   for (int i = 0; i < m.layers * m.kv_heads; i++) {
     int64_t at = i * cache.slots * m.dim;
@@ -521,8 +596,8 @@ static void largest(const T* x, int64_t rows, int64_t size, int64_t count, int64
       bool any = held < count;
       if (!any) {
         i32x more = a > all(best[held - 1]);
-        int64_t bits[8];
-        memcpy(bits, &more, 64);
+        int64_t bits[sizeof more / 8];
+        memcpy(bits, &more, sizeof more);
         for (int64_t part : bits) any |= part != 0;
       }
       if (any)
@@ -564,7 +639,8 @@ static void rank_columns(const std::vector<float>& score, const double* noise, c
 
 template <class T> static void draft(const Model& m, const Drafting& d) {
   const int hidden = m.hidden, inner = m.draft_inner.weight.weight ? m.draft_inner.out : 0, n = d.shortlist;
-  std::vector<T> both(2 * hidden), middle(inner), moves(hidden), ones(hidden);
+  std::vector<In<T>> both(2 * hidden), middle(inner), moves(hidden);
+  std::vector<T> ones(hidden);
   for (int i = 0; i < hidden; i += LANES) store(ones.data() + i, all(1.f));
   std::vector<float> score(n);
   std::vector<int> order;
@@ -587,13 +663,13 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
           block<T>({both.data(), 2 * hidden}, 1, m.draft_inner.weight, b, y);
           for (int c = 0; c < BLOCK; c += LANES) {
             f32x g = rounded<T>(load(y + c));
-            store(middle.data() + b * BLOCK + c, g / (exp16(-g) + 1.f));
+            put<T>(middle.data() + b * BLOCK + c, g / (exp16(-g) + 1.f));
           }
         }
 #pragma omp for schedule(static)
         for (int b = 0; b < hidden / BLOCK; b++) {
           block<T>({middle.data(), inner}, 1, m.draft_outer.weight, b, y);
-          for (int c = 0; c < BLOCK; c += LANES) store(moves.data() + b * BLOCK + c, load(y + c));
+          for (int c = 0; c < BLOCK; c += LANES) put<T>(moves.data() + b * BLOCK + c, load(y + c));
         }
       }
 #pragma omp for schedule(static)
@@ -622,6 +698,7 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
 }
 
 extern "C" {
+int sdsat_lanes() { return LANES; }
 void sdsat_draft(const Model* m, const Drafting* d, int is_bf16) { is_bf16 ? draft<bf16>(*m, *d) : draft<float>(*m, *d); }
 void sdsat_pass(const Model* m, const Cache* caches, const Pass* pass, int is_bf16) {
   is_bf16 ? run<bf16>(*m, caches, *pass) : run<float>(*m, caches, *pass);

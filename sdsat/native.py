@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 _FORMS = ("llama", "mistral", "qwen2", "qwen3")  # native.cpp has all that their modules in transformers compute, and no more
-_BLOCK, _KEYS = 32, 64  # outputs of a linear layer, and keys, that native.cpp takes together
+_MULTIPLE, _KEYS = 32, 64  # multiples of the sizes, and of the keys, that native.cpp takes together on any processor
 
 
 class Unavailable(Exception):
@@ -118,21 +118,21 @@ def library() -> ctypes.CDLL:
 
 
 def pack(weight: Tensor, step: int) -> Tensor:
-    """[out, in] -> [out / 32, in / step, 2, 16, step], zeros where a size is not a whole number of blocks or steps."""
+    """[out, in] -> [out / 2 L, in / step, 2, L, step], L the lanes of a vector; zeros up to whole blocks and steps."""
     out, inner = weight.shape
-    weight = nn.functional.pad(weight.detach(), (0, -inner % step, 0, -out % _BLOCK))
-    return weight.view(-1, 2, 16, weight.shape[1] // step, step).permute(0, 3, 1, 2, 4).contiguous()
+    weight = nn.functional.pad(weight.detach(), (0, -inner % step, 0, -out % _MULTIPLE))
+    return weight.view(-1, 2, library().sdsat_lanes(), weight.shape[1] // step, step).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[out, in] in 8 bits, one scale an output, out padded: (bytes [out / 16, in / 4, 16, 4] from 1 to 255, scales [out]).
+    """[out, in] in 8 bits, one scale an output, out padded: (bytes [out / L, in / 4, L, 4] from 1 to 255, scales [out]).
 
-    An element is (byte - 128) * scale.
+    An element is (byte - 128) * scale; L: the lanes of a vector.
     """
-    weight = nn.functional.pad(weight.detach().float(), (0, 0, 0, -weight.shape[0] % _BLOCK))
+    weight = nn.functional.pad(weight.detach().float(), (0, 0, 0, -weight.shape[0] % _MULTIPLE))
     scale = weight.abs().amax(1).clamp_min(1e-20) / 127
     whole = (weight / scale[:, None]).round().add_(128).to(torch.uint8)
-    return whole.view(-1, 16, weight.shape[1] // 4, 4).transpose(1, 2).contiguous(), scale
+    return whole.view(-1, library().sdsat_lanes(), weight.shape[1] // 4, 4).transpose(1, 2).contiguous(), scale
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -180,9 +180,9 @@ class NativeEngine:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         sizes = {"hidden": config.hidden_size, "dim": dim, "inner": config.intermediate_size}
-        odd = [f"{name}={size}" for name, size in sizes.items() if size % _BLOCK]
+        odd = [f"{name}={size}" for name, size in sizes.items() if size % _MULTIPLE]
         if odd:
-            raise Unavailable(f"{', '.join(odd)}: not a multiple of {_BLOCK}")
+            raise Unavailable(f"{', '.join(odd)}: not a multiple of {_MULTIPLE}")
         if config.hidden_act != "silu":
             raise Unavailable(f"activation {config.hidden_act}")
         library()
@@ -206,7 +206,7 @@ class NativeEngine:
         if adapter is None or adapter.head is None:
             return _Linear(), _Linear()
         inner, outer = adapter.head.inner.detach(), adapter.head.outer.detach()
-        padding = -inner.shape[0] % _BLOCK
+        padding = -inner.shape[0] % _MULTIPLE
         inner, outer = nn.functional.pad(inner, (0, 0, 0, padding)), nn.functional.pad(outer, (0, padding))
         return self._linear(inner), self._linear(outer)
 
@@ -216,7 +216,7 @@ class NativeEngine:
 
     def _packed(self, *weights: Tensor) -> list[_Matrix]:
         """Matrices with as many outputs, block by block beside each other in memory."""
-        blocks = -(-weights[0].shape[0] // _BLOCK)
+        blocks = (weights[0].shape[0] + -weights[0].shape[0] % _MULTIPLE) // (2 * library().sdsat_lanes())
         packed = [pack8(weight) if self._rounded else (pack(weight, self._step),) for weight in weights]
         held = [[part.view(blocks, -1).view(torch.uint8) for part in parts] for parts in packed]  # bytes, and scales in 8 bits
         together = self._keep(torch.cat([part for parts in held for part in parts], 1))
@@ -228,14 +228,14 @@ class NativeEngine:
 
     def _linear(self, weight: Tensor, bias: Tensor | None = None, name: str = "") -> _Linear:
         out, inner = weight.shape
-        struct = _Linear(out=out + -out % _BLOCK, in_=inner)
+        struct = _Linear(out=out + -out % _MULTIPLE, in_=inner)
         if bias is not None:
-            struct.bias = _pointer(self._keep(nn.functional.pad(bias, (0, -out % _BLOCK))))
+            struct.bias = _pointer(self._keep(nn.functional.pad(bias, (0, -out % _MULTIPLE))))
         if self._adapter is None or name not in self._adapter.down:
             (struct.weight,) = self._packed(weight)
             return struct
         down, up = self._adapter.down[name], self._adapter.config.scale * self._adapter.up[name]
-        padding = -down.shape[0] % _BLOCK
+        padding = -down.shape[0] % _MULTIPLE
         down, up = nn.functional.pad(down, (0, 0, 0, padding)), nn.functional.pad(up, (0, padding))
         (struct.down,), (struct.weight, struct.up), struct.rank = self._packed(down), self._packed(weight, up), down.shape[0]
         return struct

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,9 +135,10 @@ def test_weights_in_8_bits(shape):
     weight = torch.randn(shape) * torch.rand(shape[0], 1)
     weight[3] = 0
     packed, scale = native.pack8(weight)
-    assert packed.shape == (len(scale) // 16, shape[1] // 4, 16, 4) and packed.dtype == torch.uint8
+    lanes = native.library().sdsat_lanes()
+    assert packed.shape == (len(scale) // lanes, shape[1] // 4, lanes, 4) and packed.dtype == torch.uint8
     for o, i in [(0, 0), (3, 5), (17, 31), (31, 1), (shape[0] - 1, shape[1] - 1)]:
-        held = (int(packed[o // 16, i // 4, o % 16, i % 4]) - 128) * scale[o]
+        held = (int(packed[o // lanes, i // 4, o % lanes, i % 4]) - 128) * scale[o]
         assert abs(held - weight[o, i]) <= scale[o] * 0.501
     assert torch.allclose(scale[: shape[0]] * 127, weight.abs().amax(1), atol=1e-18)
 
@@ -489,20 +491,28 @@ def test_load_says_why_there_is_no_native_engine(folders, fresh_library, capsys)
 
 if platform.machine() in ("x86_64", "AMD64"):
 
-    @pytest.fixture(scope="module")
-    def narrow(tmp_path_factory):
-        """native.cpp for a processor without AVX-512, and so without its bfloat16 instructions."""
-        target = tmp_path_factory.mktemp("narrow") / "native.so"
-        flags = ["-O1", "-march=x86-64-v3", *native._FLAGS[2:], "-Wno-psabi"]
+    @pytest.fixture(scope="module", params=["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+    def other_build(request, tmp_path_factory):
+        """native.cpp for a processor without AVX2, without AVX-512, and without the latter's instructions for narrow numbers."""
+        if request.param == "x86-64-v4" and "avx512vl" not in Path("/proc/cpuinfo").read_text():
+            pytest.skip("this processor has no AVX-512")
+        target = tmp_path_factory.mktemp("build") / "native.so"
+        flags = ["-O1", f"-march={request.param}", *native._FLAGS[2:], "-Wno-psabi"]
         subprocess.run(["c++", *flags, str(native.SOURCE), "-o", str(target)], check=True)
         return ctypes.CDLL(str(target))
 
     @each_dtype
-    def test_a_processor_without_wide_vectors(dtype, narrow, monkeypatch):
+    def test_other_processors(dtype, other_build, monkeypatch):
+        def drafts(model):
+            cache = new_cache(model, 128)
+            prefill(model, cache, TOKENS[:40])
+            return forward(model, cache, torch.cat([TOKENS[:9], torch.full((3,), VOCAB)]), chain(9), ((8, 3),), rounded=True)[1]
+
         model, tree = model_of("groups of 5", dtype), DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
-        want = in_passes(model, TOKENS[:120], [40, 7, 73])
-        monkeypatch.setattr(native, "library", lambda: narrow)
+        want, guessed = in_passes(model, TOKENS[:120], [40, 7, 73]), drafts(model)
+        monkeypatch.setattr(native, "library", lambda: other_build)
+        model = natively(model.model, model.adapter)
         got = in_passes(model, TOKENS[:120], [40, 7, 73])
-        error, exact = (got.float() - want.float()).abs().max(), want.float().abs().max()
-        assert error <= (1e-5 if dtype == FLOAT else 0.05) * exact
+        for ours, theirs, most in [(got, want, 1e-5 if dtype == FLOAT else 0.05), (drafts(model), guessed, 0.05)]:
+            assert (ours.float() - theirs.float()).abs().max() <= most * theirs.float().abs().max()
         assert_bits(model, TOKENS[:67], [(tree, ((7, 2), (0, 3)))] * 2, torch.Generator().manual_seed(1))
