@@ -388,7 +388,7 @@ def distill(
 
     levels = _numbers("temperatures", temperatures, float)
     manifest = data.distill(
-        models.load(model, dtype, device or _own_gpu(), engine="transformers"),
+        models.load(model, dtype, device or _own_gpu()),
         source or prompts.default_sources(),
         out,
         limit,

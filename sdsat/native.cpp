@@ -6,10 +6,14 @@
 // So a token verified in a draft tree gets the bits that it gets alone, and drafting is lossless in bfloat16 too.
 // Values are rounded to the model's type where transformers' modules round them.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <mutex>
 #include <type_traits>
 #include <vector>
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -36,6 +40,73 @@ typedef int32_t i32x __attribute__((vector_size(4 * LANES)));
 typedef uint16_t u16x __attribute__((vector_size(2 * LANES)));
 typedef int8_t i8x __attribute__((vector_size(LANES)));
 typedef uint16_t bf16;
+
+// ---- threads ----
+
+// Where the threads of a pass wait for each other, 200 times a pass. They spin for some microseconds, then sleep: where another process
+// keeps a core busy, two of them share a core, and OpenMP's, which spin for milliseconds, would keep from work the one that is waited for.
+class Meeting {
+ public:
+  void meet(int size) {
+    uint32_t now = round;
+    if (++arrived < size) return wait(now);
+    arrived = 0, round++;
+    if (!sleepers) return;
+    std::lock_guard<std::mutex> held(lock);
+    changed.notify_all();
+  }
+
+ private:
+  void wait(uint32_t past) {
+    auto began = std::chrono::steady_clock::now();
+    do {
+      for (int i = 0; i < 32; i++) {
+        if (round != past) return;
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+      }
+    } while (std::chrono::steady_clock::now() - began < std::chrono::microseconds(20));
+    std::unique_lock<std::mutex> held(lock);
+    sleepers++;
+    changed.wait(held, [&] { return round != past; });
+    sleepers--;
+  }
+  std::mutex lock;
+  std::condition_variable changed;
+  std::atomic<uint32_t> round{0};
+  std::atomic<int> arrived{0}, sleepers{0};
+};
+
+// One of `size` threads that do a thing together.
+struct Member {
+  Meeting& meeting;
+  int rank, size;
+  void meet() { meeting.meet(size); }
+  template <class F> void each(int64_t count, const F& f) {  // its part of 0 .. count - 1
+    for (int64_t i = count * rank / size; i < count * (rank + 1) / size; i++) f(i);
+  }
+};
+
+template <class F> static void together(int threads, const F& f) {
+  Meeting meeting;
+#pragma omp parallel num_threads(threads)
+  {
+#ifdef _OPENMP
+    Member me{meeting, omp_get_thread_num(), omp_get_num_threads()};
+#else
+    Member me{meeting, 0, 1};
+#endif
+    f(me);
+    me.meet();
+  }
+}
+
+template <class F> static void each_together(int threads, int64_t count, const F& f) {
+  together(threads, [&](Member me) { me.each(count, f); });
+}
 
 // ---- storage types: load and store a vector, and the two inner products, for bfloat16 and float ----
 
@@ -442,8 +513,8 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
     before[r + 1] = own.size();
   }
 
-#pragma omp parallel num_threads(int(m.threads))
-  {
+  std::vector<std::atomic<int>> taken(m.layers);  // attention's items, by whoever is free
+  together(m.threads, [&](Member me) {
     std::vector<float> y(n * BLOCK), y2(n * BLOCK), more(sats * BLOCK), scores(std::min(group, 3) * width);
     std::vector<In<T>> xn(n * m.hidden), low(sats * rank), low2(sats * rank);
     std::vector<T> gathered((n + S) * m.dim);
@@ -456,25 +527,24 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
     };
     auto project = [&](const Linear& l, auto* to) {
       small = lower<T>(l, x.from(first), sats, y.data(), low.data(), few);
-#pragma omp for schedule(static) nowait
-      for (int b = 0; b < l.out / BLOCK; b++) {
+      me.each(l.out / BLOCK, [&](int b) {
         outputs<T>(l, b, x, n, sats, small, y.data(), more.data());
         for (int r = 0; r < n; r++)
           for (int c = 0; c < BLOCK; c += LANES) put<T>(to + r * l.out + b * BLOCK + c, load(y.data() + r * BLOCK + c));
-      }
+      });
     };
     auto add_to_h = [&](const Linear& l, const In<T>* from) {
       x = rows(from, l.in, n);
       small = lower<T>(l, x.from(first), sats, y.data(), low.data(), few);
-#pragma omp for schedule(static)
-      for (int b = 0; b < l.out / BLOCK; b++) {
+      me.each(l.out / BLOCK, [&](int b) {
         outputs<T>(l, b, x, n, sats, small, y.data(), more.data());
         for (int r = 0; r < n; r++)
           for (int c = 0; c < BLOCK; c += LANES) {
             T* to = h + r * m.hidden + b * BLOCK + c;
             store(to, load(to) + rounded<T>(load(y.data() + r * BLOCK + c)));
           }
-      }
+      });
+      me.meet();
     };
     for (int i = 0; i < m.layers; i++) {
       const Layer& layer = m.layer[i];
@@ -482,9 +552,8 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
       project(layer.q, q.data());
       project(layer.k, k.data());
       project(layer.v, v.data());
-#pragma omp barrier
-#pragma omp for schedule(static)
-      for (int r = 0; r < n; r++) {
+      me.meet();
+      me.each(n, [&](int r) {
         const float *cos = m.cos + pass.positions[r] * m.dim, *sin = m.sin + pass.positions[r] * m.dim;
         for (int a = 0; a < m.heads; a++) {
           In<T>* x = q.data() + r * width_q + a * m.dim;
@@ -503,9 +572,9 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
           T* value = (T*)cache.values + at + slot / S * S * m.dim + slot % S;
           for (int d = 0; d < m.dim; d++) value[d * S] = v[r * width_kv + a * m.dim + d];
         }
-      }
-#pragma omp for schedule(dynamic)
-      for (int item = 0; item < n * int(m.kv_heads); item++) {
+      });
+      me.meet();
+      for (int item; (item = taken[i]++) < n * int(m.kv_heads);) {
         int r = item / m.kv_heads, a = item % m.kv_heads;
         const Cache& cache = caches[pass.sequences[r]];
         int64_t at = (i * m.kv_heads + a) * cache.slots * m.dim;
@@ -521,12 +590,12 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
           else args(std::integral_constant<int, 1>());
         }
       }
+      me.meet();
       add_to_h(layer.o, mixed.data());
       normed(layer.norm_mlp);
       small = lower<T>(layer.gate, x.from(first), sats, y.data(), low.data(), few);
       small2 = lower<T>(layer.up, x.from(first), sats, y.data(), low2.data(), few2);
-#pragma omp for schedule(static)
-      for (int b = 0; b < m.inner / BLOCK; b++) {
+      me.each(m.inner / BLOCK, [&](int b) {
         outputs<T>(layer.gate, b, x, n, sats, small, y.data(), more.data());
         outputs<T>(layer.up, b, x, n, sats, small2, y2.data(), more.data());
         for (int r = 0; r < n; r++)
@@ -534,16 +603,15 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
             f32x g = rounded<T>(load(y.data() + r * BLOCK + c)), u = rounded<T>(load(y2.data() + r * BLOCK + c));
             put<T>(mid.data() + r * m.inner + b * BLOCK + c, rounded<T>(g / (exp16(-g) + 1.f)) * u);
           }
-      }
+      });
+      me.meet();
       add_to_h(layer.down, mid.data());
     }
     normed(m.norm);
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < n * m.hidden; i += LANES) store((T*)pass.states + i, load(xn.data() + i));
+    me.each(n * m.hidden / LANES, [&](int64_t i) { store((T*)pass.states + i * LANES, load(xn.data() + i * LANES)); });
     const int last = pass.last;  // logits of the last rows only
     x = x.from(n - last);
-#pragma omp for schedule(static)
-    for (int b = 0; b < (last ? (m.vocabulary + BLOCK - 1) / BLOCK : 0); b++) {
+    me.each(last ? (m.vocabulary + BLOCK - 1) / BLOCK : 0, [&](int b) {
       outputs<T>(m.head, b, x, last, 0, small, y.data(), more.data());
       int count = std::min<int64_t>(BLOCK, m.vocabulary - b * BLOCK);
       for (int r = 0; r < last; r++) {
@@ -551,15 +619,14 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
         for (int c = 0; c < BLOCK; c += LANES) store(part + c, load(y.data() + r * BLOCK + c));
         memcpy((T*)pass.logits + r * m.vocabulary + b * BLOCK, part, count * sizeof(T));
       }
-    }
-  }
+    });
+  });
 }
 
 // Keep rows at `from` slots as the slots length, length + 1, ..: the walk of a tree, made contiguous.
 template <class T> static void move(const Model& m, const Cache& cache, int64_t length, const int64_t* from, int64_t count) {
   constexpr int S = Inner<T>::step;
-#pragma omp parallel for num_threads(int(m.threads)) schedule(static)
-  for (int i = 0; i < m.layers * m.kv_heads; i++) {
+  each_together(m.threads, m.layers * m.kv_heads, [&](int64_t i) {
     int64_t at = i * cache.slots * m.dim;
     T *keys = (T*)cache.keys + at, *values = (T*)cache.values + at;
     for (int64_t j = 0; j < count; j++) {
@@ -571,14 +638,13 @@ template <class T> static void move(const Model& m, const Cache& cache, int64_t 
       for (int d = 0; d < m.dim; d++)
         values[to / S * S * m.dim + d * S + to % S] = values[from[j] / S * S * m.dim + d * S + from[j] % S];
     }
-  }
+  });
 }
 
 // The `count` largest of each row, largest first; of equals the lower id first.
 template <class T>
 static void largest(const T* x, int64_t rows, int64_t size, int64_t count, int64_t* ids, float* values, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
+  each_together(threads, rows, [&](int64_t r) {
     int64_t* id = ids + r * count;
     float* best = values + r * count;
     int64_t held = 0;
@@ -615,7 +681,7 @@ static void largest(const T* x, int64_t rows, int64_t size, int64_t count, int64
       else { uint16_t half; memcpy(&half, row + i, 2); uint32_t u = uint32_t(half) << 16; memcpy(&v, &u, 4); }
       offer(i, v);
     }
-  }
+  });
 }
 
 // The columns of a shortlist from the best on: by score, or by log p + noise among what top-k and top-p leave (sampling.py).
@@ -644,8 +710,7 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
   for (int i = 0; i < hidden; i += LANES) store(ones.data() + i, all(1.f));
   std::vector<float> score(n);
   std::vector<int> order;
-#pragma omp parallel num_threads(int(m.threads))
-  {
+  together(m.threads, [&](Member me) {
     float y[BLOCK];
     for (int node = 0; node < d.nodes; node++) {
       bool leaf = true;
@@ -653,36 +718,35 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
       if (leaf) continue;
       const int sat = d.depths[node];
       if (inner) {
-#pragma omp single
-        {
+        if (me.rank == 0) {
           norm<T>((const T*)d.states + int64_t(sat) * hidden, ones.data(), hidden, m.draft_eps, both.data());
           norm<T>((const T*)m.embedding + d.tokens[node] * hidden, ones.data(), hidden, m.draft_eps, both.data() + hidden);
         }
-#pragma omp for schedule(static)
-        for (int b = 0; b < inner / BLOCK; b++) {
+        me.meet();
+        me.each(inner / BLOCK, [&](int b) {
           block<T>({both.data(), 2 * hidden}, 1, m.draft_inner.weight, b, y);
           for (int c = 0; c < BLOCK; c += LANES) {
             f32x g = rounded<T>(load(y + c));
             put<T>(middle.data() + b * BLOCK + c, g / (exp16(-g) + 1.f));
           }
-        }
-#pragma omp for schedule(static)
-        for (int b = 0; b < hidden / BLOCK; b++) {
+        });
+        me.meet();
+        me.each(hidden / BLOCK, [&](int b) {
           block<T>({middle.data(), inner}, 1, m.draft_outer.weight, b, y);
           for (int c = 0; c < BLOCK; c += LANES) put<T>(moves.data() + b * BLOCK + c, load(y + c));
-        }
+        });
+        me.meet();
       }
-#pragma omp for schedule(static)
-      for (int c = 0; c < n; c++) {
+      me.each(n, [&](int c) {
         f32x s = {};
         if (inner) {
           const T* row = (const T*)m.unembedding + d.ids[sat * n + c] * hidden;
           for (int i = 0; i < hidden; i += LANES) s += load(row + i) * load(moves.data() + i);
         }
         score[c] = d.scores[sat * n + c] + sum(s);
-      }
-#pragma omp single
-      {
+      });
+      me.meet();
+      if (me.rank == 0) {
         rank_columns(score, d.noise ? d.noise + sat * n : nullptr, d, order);
         float most = *std::max_element(score.begin(), score.end()), total = 0;
         for (int c = 0; c < n; c++) total += std::exp(score[c] - most);
@@ -693,8 +757,9 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
             d.likely[child] = std::exp(score[column] - most) / total;
           }
       }
+      me.meet();
     }
-  }
+  });
 }
 
 extern "C" {
