@@ -432,11 +432,17 @@ def train(
     held_out: Annotated[int, typer.Option(help="Sequences to evaluate on, never trained on.")] = 48,
     seed: Annotated[int, typer.Option(envvar="SEED")] = 0,
     eval_every: int = 200,
-    dtype: Annotated[str, typer.Option(envvar="DTYPE", help="Of the frozen base; full mode: float32.")] = "bfloat16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DTYPE", help="Of the frozen base. Default: bfloat16 where the device is fast in it; full mode: float32."
+        ),
+    ] = None,
     device: Device = "",
 ) -> None:
     """Train an adapter for a frozen base, or a whole model; also runs under `accelerate launch`."""
     from . import data as corpora
+    from . import devices
     from . import model as models
     from .train import train as run
 
@@ -463,7 +469,9 @@ def train(
         held_out=held_out,
     )
     require("+" not in device, f"device={device}: training takes one GPU a process; expected one, or accelerate launch for more")
-    loaded = models.load(model, "float32" if mode == "full" else dtype, device or _own_gpu(), engine="transformers")
+    device = device or _own_gpu()
+    dtype = "float32" if mode == "full" else dtype or devices.training_dtype(device)
+    loaded = models.load(model, dtype, device, engine="transformers")
     run(loaded, corpora.read_sequences(data, loaded.tokenizer), out, config)
     if _is_first():
         hint = f"sdsat export {out} --out DRAFT" if mode == "everywhere" else f'sdsat generate "..." --model {out}'
