@@ -1,19 +1,27 @@
 """What a forward pass of n tokens costs, verifying and drafting: in the native engine or CUDA graphs, and without either.
 
-    python scripts/pass_cost.py [MODEL] [--dtype DTYPE] [--out FILE.json]
+    python scripts/pass_cost.py [MODEL] [--dtype DTYPE] [--busy N] [--turns N] [--out FILE.json]
 
 Counts of rows take turns, and at each count all contexts (256 to 4096 tokens) and both engines, so that noise hits all alike;
-medians of 20 turns, in milliseconds. Beside them the memory-bandwidth floor: the time to read as many bytes as the weights have.
+medians of all turns, in milliseconds. Beside them the memory-bandwidth floor: the time to read as many bytes as the weights
+have. --busy N keeps N processes at work meanwhile, as other programs do on a machine that is not ours alone; then
+after 256 tokens only.
 """
 
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -23,12 +31,12 @@ from sdsat.model import SatModel, load
 from sdsat.records import environment, write_json
 from sdsat.tree import make_tree
 
-COUNTS, CONTEXTS, TURNS = (1, 2, 4, 6, 8, 12, 16, 24, 36, 64), (256, 1024, 4096), 20
+COUNTS, CONTEXTS = (1, 2, 4, 6, 8, 12, 16, 24, 36, 64), (256, 1024, 4096)
 Times = dict[str, dict[int, float]]  # {variant: {n: milliseconds}}
 
 
 @torch.inference_mode()
-def measure(models: dict[str, SatModel], contexts: dict[int, tuple[int, ...]]) -> dict[int, Times]:
+def measure(models: dict[str, SatModel], contexts: dict[int, tuple[int, ...]], turns: int) -> dict[int, Times]:
     """Medians for every engine. contexts: {tokens before the pass: counts of rows}."""
     times: dict[tuple[int, str, int], list[float]] = {}
     caches = {}
@@ -49,7 +57,7 @@ def measure(models: dict[str, SatModel], contexts: dict[int, tuple[int, ...]]) -
             torch.cuda.synchronize(model.device)
         return 1000 * (time.perf_counter() - began)
 
-    for turn in range(TURNS + 2):
+    for turn in range(turns + 2):
         for count in dict.fromkeys(count for counts in contexts.values() for count in counts):
             for context, (name, model) in product((c for c in contexts if count in contexts[c]), models.items()):
                 kinds = {"verify": (0, False)}
@@ -83,7 +91,26 @@ def floor_milliseconds(model: SatModel) -> tuple[int, float]:
     return size, round(1000 * best, 2)
 
 
-def main(model: Model = "smollm2-135m-sdsat", dtype: Dtype = "bfloat16", device: Device = "", out: Path | None = None) -> None:
+@contextmanager
+def others_at_work(count: int) -> Iterator[None]:
+    """Within this block, so many processes are never idle."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def main(
+    model: Model = "smollm2-135m-sdsat",
+    dtype: Dtype = "bfloat16",
+    device: Device = "",
+    busy: Annotated[int, typer.Option(min=0, help="Processes that are at work beside.")] = 0,
+    turns: Annotated[int, typer.Option(min=1)] = 20,
+    out: Path | None = None,
+) -> None:
     """Measure MODEL, print a table for each context, and write all to --out."""
     models = {"transformers": load(model, dtype, device, engine="transformers", graphs=False)}
     best = load(model, dtype, device)
@@ -91,10 +118,13 @@ def main(model: Model = "smollm2-135m-sdsat", dtype: Dtype = "bfloat16", device:
         models = {best.engine_name: best, **models}
     first = next(iter(models.values()))
     weights, floor = floor_milliseconds(first)
-    contexts = {context: COUNTS if context == CONTEXTS[0] else COUNTS[:6] for context in CONTEXTS}
-    measured = measure(models, contexts)
+    contexts = {context: COUNTS if context == CONTEXTS[0] else COUNTS[:6] for context in CONTEXTS[: 1 if busy else None]}
+    with others_at_work(busy):
+        measured = measure(models, contexts, turns)
     for context, found in measured.items():
-        table = Table(title=f"milliseconds a pass after {context} tokens, {model}, {dtype}, {first.device}", title_justify="left")
+        beside = f", beside {busy} busy processes" if busy else ""
+        title = f"milliseconds a pass after {context} tokens, {model}, {dtype}, {first.device}{beside}"
+        table = Table(title=title, title_justify="left")
         for column in ("tokens", *found):
             table.add_column(column, justify="right")
         for count in contexts[context]:
@@ -102,7 +132,14 @@ def main(model: Model = "smollm2-135m-sdsat", dtype: Dtype = "bfloat16", device:
         Console().print(table)
     print(f"memory-bandwidth floor: {weights / 1e6:.0f} MB of weights, {floor:.1f} ms")
     if out:
-        head = {"schema_version": 2, "environment": environment(first), "weight_bytes": weights, "floor_milliseconds": floor}
+        head = {
+            "schema_version": 3,
+            "environment": environment(first),
+            "busy": busy,
+            "turns": turns,
+            "weight_bytes": weights,
+            "floor_milliseconds": floor,
+        }
         write_json(out, {**head, "contexts": [{"context": c, "milliseconds": found} for c, found in measured.items()]})
 
 

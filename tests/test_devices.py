@@ -146,6 +146,12 @@ def test_linear_layers_count_twice_where_the_cpu_holds_them_twice(monkeypatch):
         place(size, "cpu", 1)
 
 
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_training_takes_what_the_cpu_is_fast_in(fast, dtype, monkeypatch):
+    monkeypatch.setattr(devices, "can_pack", lambda *_: fast)
+    assert devices.training_dtype("cpu") == dtype
+
+
 def test_a_check_in_a_process_of_its_own_raises_what_it_found(seven_b):
     with one_line_error("GPUS=cpu: model big needs about"):
         aside(place, seven_b, "cpu", 2**40)

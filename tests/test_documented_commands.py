@@ -29,12 +29,12 @@ SMALL = {
     "train": "--steps 2 --eval-every 1 --held-out 2 --anchors 2 --batch-size 1 --rank 4 --dtype float32",
     "verify": "--data-limit 1 --max-new-tokens 6",
     "batch_throughput": "--sizes 1,2 --prompts 2 --max-new-tokens 4 --dtype float32 --device cpu",
-    "pass_cost": "--dtype float32 --device cpu",
+    "pass_cost": "--dtype float32 --device cpu --turns 2",
     "peers": "--data-limit 1 --general 1 --max-new-tokens 4",
     "profile_passes": "",
     "soak": "--generations 20",
 }
-CONSTANTS = {"pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64), "TURNS": 2}}
+CONSTANTS = {"pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)}}
 # These name something else, need what a test has not, or are what runs these tests.
 ELSEWHERE = {
     "bash scripts/setup.sh": "runs before these tests",
