@@ -4,8 +4,8 @@
 
 Counts of rows take turns, and at each count all contexts (256 to 4096 tokens) and both engines, so that noise hits all alike;
 medians of all turns, in milliseconds. Beside them the memory-bandwidth floor: the time to read as many bytes as the weights
-have. --busy N keeps N processes at work meanwhile, as other programs do on a machine that is not ours alone; then
-after 256 tokens only.
+have. --busy N keeps N processes at work meanwhile, as other programs do on a machine that is not ours alone; then the fastest
+engine alone is measured, after 256 tokens. (With transformers' modules beside it a run had not ended after five minutes.)
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def main(
     out: Path | None = None,
 ) -> None:
     """Measure MODEL, print a table for each context, and write all to --out."""
-    models = {"transformers": load(model, dtype, device, engine="transformers", graphs=False)}
+    models = {} if busy else {"transformers": load(model, dtype, device, engine="transformers", graphs=False)}
     best = load(model, dtype, device)
     if best.engine_name not in models:
         models = {best.engine_name: best, **models}

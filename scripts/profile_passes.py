@@ -33,7 +33,7 @@ PARTS = {
     "linear layers": r"\b(tile|block|outputs|lower)<",
     "attention, rotary embedding, activations, cache": r"\b(run|attend|rotate)<",
     "norms": r"\bnorm<",
-    "waiting for the other threads": r"0x[0-9a-f]{16}|gomp",
+    "waiting for the other threads": r"0x[0-9a-f]{16}|gomp|Meeting",
 }
 
 

@@ -10,6 +10,7 @@ model=smollm2-135m-sdsat
 mkdir -p "$RESULTS_DIR/$model"
 results="$RESULTS_DIR/$model"
 python "$SDSAT_ROOT/scripts/pass_cost.py" "$model" --out "$results/passes_bfloat16.json"
+python "$SDSAT_ROOT/scripts/pass_cost.py" "$model" --busy 1 --out "$results/passes_busy.json"
 python "$SDSAT_ROOT/scripts/profile_passes.py" "$model" --out "$results/profile.json"
 export STRATEGIES=two-step,rounded,one-pass,auto
 DATA_LIMIT="${DATA_LIMIT:-16}" sdsat bench greedy "$model" cpu --with-generate
