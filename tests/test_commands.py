@@ -103,7 +103,7 @@ def last_line(errors):
 
 
 def test_interrupted_run_resumes_and_keeps_others_out_while_it_runs(start):
-    process = start.begin("greedy", DATA_LIMIT="40")
+    process = start.begin("greedy", DATA_LIMIT="all")
     wait_for_problems(start.results / "greedy", 1)
     _, errors = start("greedy", code=2)
     assert last_line(errors) == (
