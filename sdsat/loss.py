@@ -200,16 +200,18 @@ def joint_loss(
 def _weighted(logits: Tensor, batch: SatBatch, soft: float, decay: float, teacher: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The SATs' summed loss. logits: [M, V]; teacher: (rows [U], columns [U]) of standard tokens -> their logits [U, V]."""
     labelled = batch.label != IGNORED
-    loss = _CrossEntropy.apply(logits, batch.label[labelled])
-    wide = loss.dtype
+    label, wide = batch.label[labelled], torch.promote_types(logits.dtype, torch.float32)
     if soft:
         log_q = logits.to(wide).log_softmax(-1)
+        hard = -log_q.gather(-1, label[:, None])[:, 0]
         sequence = torch.arange(batch.tokens.shape[0], device=batch.tokens.device)[:, None].expand_as(batch.anchor)
         place = torch.stack([sequence, batch.anchor + batch.depth])[:, labelled]  # where the base predicts the same token
         (rows, columns), index = place.unique(dim=1, return_inverse=True)
         with torch.no_grad():
             p = teacher(rows, columns).to(wide).softmax(-1)
-        loss = (1 - soft) * loss - soft * (p[index] * log_q).sum(-1)
+        loss = (1 - soft) * hard - soft * (p[index] * log_q).sum(-1)
+    else:
+        loss = _CrossEntropy.apply(logits, label)
     return (batch.weights(decay).to(wide) * loss).sum()
 
 

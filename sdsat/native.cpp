@@ -100,7 +100,7 @@ template <class F> static void together(int threads, const F& f) {
     Member me{meeting, 0, 1};
 #endif
     f(me);
-    me.meet();
+    me.meet();  // so that nobody has long to wait, and spin, at OpenMP's own end
   }
 }
 

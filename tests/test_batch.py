@@ -1,10 +1,9 @@
 """Batches: every output, and what it cost, is what that prompt alone gives, whatever stands beside it, enters and leaves."""
 
-import importlib.util
+import importlib
 import json
 from dataclasses import asdict, replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +26,6 @@ from sdsat.planner import AutoPlanner
 from sdsat.tree import batch_layout, make_tree
 
 VOCAB, SAT, K = 64, 64, 4
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 ENGINES = {
     "native, float32": (True, torch.float32),
     "native, bfloat16": (True, torch.bfloat16),
@@ -298,10 +296,7 @@ def test_sequences_of_one_batch_share_what_auto_learns():
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("batch_throughput", SCRIPTS / "batch_throughput.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("batch_throughput")
 
 
 def test_throughput_script(script, tmp_path, monkeypatch, capsys):

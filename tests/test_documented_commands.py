@@ -1,6 +1,6 @@
 """Every command in the documents runs, as it stands there, on tiny models: only sizes are made small, and names are filled in."""
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -31,7 +31,6 @@ SMALL = {
     "batch_throughput": "--sizes 1,2 --prompts 2 --max-new-tokens 4 --dtype float32 --device cpu",
     "pass_cost": "--dtype float32 --device cpu --turns 2",
     "peers": "--data-limit 1 --general 1 --max-new-tokens 4",
-    "profile_passes": "",
     "soak": "--generations 20",
 }
 CONSTANTS = {"pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)}}
@@ -115,9 +114,7 @@ def run(patch, program, arguments):
     patch.setattr(sys, "argv", ["sdsat", program, *arguments])
     main = cli.main
     if program in {path.stem for path in (ROOT / "scripts").glob("*.py")}:
-        spec = importlib.util.spec_from_file_location(program, ROOT / "scripts" / f"{program}.py")
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
+        script = importlib.import_module(program)
         for name, value in CONSTANTS.get(program, {}).items():
             patch.setattr(script, name, value)
         patch.setattr(sys, "argv", [f"{program}.py", *arguments])
