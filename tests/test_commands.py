@@ -103,19 +103,20 @@ def last_line(errors):
 
 
 def test_interrupted_run_resumes_and_keeps_others_out_while_it_runs(start):
-    process = start.begin("greedy", DATA_LIMIT="all")
+    longer = {"MAX_NEW_TOKENS": "48"}  # still at it when the second run has started and gone
+    process = start.begin("greedy", DATA_LIMIT="all", **longer)
     wait_for_problems(start.results / "greedy", 1)
-    _, errors = start("greedy", code=2)
+    _, errors = start("greedy", code=2, **longer)
     assert last_line(errors) == (
         f"error: results folder {start.results / 'greedy'}: another run is writing to it; wait for it or choose another"
     )
     os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "resumes" in last_line(errors)
     kept = documents(start.results / "greedy")[0]["problems"]
     limit = len(kept) + 2
-    start("greedy", DATA_LIMIT=str(limit))
+    start("greedy", DATA_LIMIT=str(limit), **longer)
     problems = documents(start.results / "greedy")[0]["problems"]
     assert problems[: len(kept)] == kept
     assert [problem["task_id"] for problem in problems] == [f"HumanEval/{i}" for i in range(limit)]
