@@ -85,8 +85,10 @@ struct Member {
   Meeting& meeting;
   int rank, size;
   void meet() { meeting.meet(size); }
-  template <class F> void each(int64_t count, const F& f) {  // its part of 0 .. count - 1
-    for (int64_t i = count * rank / size; i < count * (rank + 1) / size; i++) f(i);
+  int64_t begin(int64_t count) { return count * rank / size; }  // its part of 0 .. count - 1
+  int64_t end(int64_t count) { return count * (rank + 1) / size; }
+  template <class F> void each(int64_t count, const F& f) {
+    for (int64_t i = begin(count); i < end(count); i++) f(i);
   }
 };
 
@@ -214,6 +216,7 @@ struct Matrix {
   const char* weight;
   const char* scale;  // BLOCK floats a block, where the weights are rounded to 8 bits: (byte - 128) * scale
   int64_t stride;     // bytes from one block of outputs to the next: what is read together lies together
+  const char* block(int64_t b) const { return weight + b * stride; }
 };
 
 // Rows that a linear layer reads. Beside rounded weights they are rounded too, GROUP inputs to a scale.
@@ -228,12 +231,12 @@ template <class T> struct Rows {
   }
 };
 
-// Where the next block begins: while rows are multiplied by this one, it comes from memory, a part of it with every tile of rows.
+// What is read after a block: while rows are multiplied by the block, it comes from memory, a part of it with every tile of rows.
 struct Ahead {
   const char* at;
   int tiles;
   void fetch(int bytes) {
-#ifndef __AVX512F__  // there it did not help
+#ifndef __AVX512BF16__  // there it did not help
     __builtin_prefetch(at), at += bytes / tiles;
 #endif
   }
@@ -300,14 +303,14 @@ static inline void tile8(const Rows<T>& x, const uint8_t* w, const float* scale,
   }
 }
 
-// y[r][0..BLOCK) = x[r] . w for block b of outputs, rows in tiles of nearly equal size.
-template <class T> static void block(Rows<T> x, int rows, const Matrix& w, int b, float* y) {
-  const void* weight = w.weight + b * w.stride;
+// y[r][0..BLOCK) = x[r] . w for block b of outputs, rows in tiles of nearly equal size. next: what is read after it.
+template <class T> static void block(Rows<T> x, int rows, const Matrix& w, int b, const char* next, float* y) {
+  const void* weight = w.block(b);
   const float* scale = (const float*)(w.scale + b * w.stride);
   int most = w.scale ? TILE8 : TILE, tiles = (rows + most - 1) / most;
   for (int t = 0; t < tiles; t++) {
     int size = (rows + tiles - t - 1) / (tiles - t);
-    Ahead ahead{w.weight + (b + 1) * w.stride + int64_t(x.size) * BLOCK * (w.scale ? 1 : sizeof(T)) / tiles * t, tiles};
+    Ahead ahead{next + int64_t(x.size) * BLOCK * (w.scale ? 1 : sizeof(T)) / tiles * t, tiles};
     switch (size + (w.scale ? 100 : 0)) {
 #define CASE(n) case n: if constexpr (n <= TILE) tile<T, n>(x.x, x.size, (const T*)weight, ahead, y); break;
 #define CASE8(n) case 100 + n: if constexpr (n <= TILE8) tile8<n>(x, (const uint8_t*)weight, scale, ahead, y); break;
@@ -398,9 +401,10 @@ struct Pass {  // see native.py
 };
 
 // What the SAT rows add, low [SATs, rank], which outputs() multiplies by `up`: too little to share among threads.
-template <class T> static Rows<T> lower(const Linear& l, const Rows<T>& x, int sats, float* y, In<T>* low, Rounder<T>& rounder) {
+template <class T>
+static Rows<T> lower(const Linear& l, const Rows<T>& x, int sats, const char* next, float* y, In<T>* low, Rounder<T>& rounder) {
   for (int b = 0; b < (sats ? l.rank / BLOCK : 0); b++) {
-    block<T>(x, sats, l.down, b, y);
+    block<T>(x, sats, l.down, b, b + 1 < l.rank / BLOCK ? l.down.block(b + 1) : next, y);
     for (int r = 0; r < sats; r++)
       for (int c = 0; c < BLOCK; c += LANES) put<T>(low + r * l.rank + b * BLOCK + c, load(y + r * BLOCK + c));
   }
@@ -409,14 +413,14 @@ template <class T> static Rows<T> lower(const Linear& l, const Rows<T>& x, int s
 
 // Block b of a linear layer for all rows, the last `sats` of them with their update: y [rows, BLOCK].
 template <class T>
-static void outputs(const Linear& l, int b, const Rows<T>& x, int rows, int sats, const Rows<T>& low, float* y, float* more) {
-  block<T>(x, rows, l.weight, b, y);
+static void outputs(const Linear& l, int b, const Rows<T>& x, int rows, int sats, const Rows<T>& low, const char* next, float* y, float* more) {
+  block<T>(x, rows, l.weight, b, next, y);
   if (l.bias)
     for (int r = 0; r < rows; r++)
       for (int h = 0; h < BLOCK; h += LANES)
         store(y + r * BLOCK + h, load(y + r * BLOCK + h) + load((const T*)l.bias + b * BLOCK + h));
   if (l.rank && sats) {
-    block<T>(low, sats, l.up, b, more);
+    block<T>(low, sats, l.up, b, next, more);
     float* to = y + (rows - sats) * BLOCK;
     for (int i = 0; i < sats * BLOCK; i += LANES) store(to + i, load(to + i) + load(more + i));
   }
@@ -525,19 +529,22 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
       for (int r = 0; r < n; r++) norm<T>(h + r * m.hidden, weight, m.hidden, m.eps, xn.data() + r * m.hidden);
       x = rows(xn.data(), m.hidden, n);
     };
-    auto project = [&](const Linear& l, auto* to) {
-      small = lower<T>(l, x.from(first), sats, y.data(), low.data(), few);
+    auto start = [&](const Linear& l) { return l.weight.block(me.begin(l.out / BLOCK)); };  // the thread's first block of outputs
+    auto entry = [&](const Linear& l) { return sats && l.rank ? l.down.weight : start(l); };
+    auto after = [&](const Linear& l, int b, const Linear& then) { return b + 1 < me.end(l.out / BLOCK) ? l.weight.block(b + 1) : entry(then); };
+    auto project = [&](const Linear& l, auto* to, const Linear& then) {
+      small = lower<T>(l, x.from(first), sats, start(l), y.data(), low.data(), few);
       me.each(l.out / BLOCK, [&](int b) {
-        outputs<T>(l, b, x, n, sats, small, y.data(), more.data());
+        outputs<T>(l, b, x, n, sats, small, after(l, b, then), y.data(), more.data());
         for (int r = 0; r < n; r++)
           for (int c = 0; c < BLOCK; c += LANES) put<T>(to + r * l.out + b * BLOCK + c, load(y.data() + r * BLOCK + c));
       });
     };
-    auto add_to_h = [&](const Linear& l, const In<T>* from) {
+    auto add_to_h = [&](const Linear& l, const In<T>* from, const Linear& then) {
       x = rows(from, l.in, n);
-      small = lower<T>(l, x.from(first), sats, y.data(), low.data(), few);
+      small = lower<T>(l, x.from(first), sats, start(l), y.data(), low.data(), few);
       me.each(l.out / BLOCK, [&](int b) {
-        outputs<T>(l, b, x, n, sats, small, y.data(), more.data());
+        outputs<T>(l, b, x, n, sats, small, after(l, b, then), y.data(), more.data());
         for (int r = 0; r < n; r++)
           for (int c = 0; c < BLOCK; c += LANES) {
             T* to = h + r * m.hidden + b * BLOCK + c;
@@ -549,9 +556,9 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
     for (int i = 0; i < m.layers; i++) {
       const Layer& layer = m.layer[i];
       normed(layer.norm_attention);
-      project(layer.q, q.data());
-      project(layer.k, k.data());
-      project(layer.v, v.data());
+      project(layer.q, q.data(), layer.k);
+      project(layer.k, k.data(), layer.v);
+      project(layer.v, v.data(), layer.o);
       me.meet();
       me.each(n, [&](int r) {
         const float *cos = m.cos + pass.positions[r] * m.dim, *sin = m.sin + pass.positions[r] * m.dim;
@@ -591,13 +598,13 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
         }
       }
       me.meet();
-      add_to_h(layer.o, mixed.data());
+      add_to_h(layer.o, mixed.data(), layer.gate);
       normed(layer.norm_mlp);
-      small = lower<T>(layer.gate, x.from(first), sats, y.data(), low.data(), few);
-      small2 = lower<T>(layer.up, x.from(first), sats, y.data(), low2.data(), few2);
+      small = lower<T>(layer.gate, x.from(first), sats, entry(layer.up), y.data(), low.data(), few);
+      small2 = lower<T>(layer.up, x.from(first), sats, start(layer.gate), y.data(), low2.data(), few2);
       me.each(m.inner / BLOCK, [&](int b) {
-        outputs<T>(layer.gate, b, x, n, sats, small, y.data(), more.data());
-        outputs<T>(layer.up, b, x, n, sats, small2, y2.data(), more.data());
+        outputs<T>(layer.gate, b, x, n, sats, small, layer.up.weight.block(b), y.data(), more.data());
+        outputs<T>(layer.up, b, x, n, sats, small2, after(layer.gate, b, layer.down), y2.data(), more.data());
         for (int r = 0; r < n; r++)
           for (int c = 0; c < BLOCK; c += LANES) {
             f32x g = rounded<T>(load(y.data() + r * BLOCK + c)), u = rounded<T>(load(y2.data() + r * BLOCK + c));
@@ -605,14 +612,14 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
           }
       });
       me.meet();
-      add_to_h(layer.down, mid.data());
+      add_to_h(layer.down, mid.data(), i + 1 < m.layers ? m.layer[i + 1].q : m.head);
     }
     normed(m.norm);
     me.each(n * m.hidden / LANES, [&](int64_t i) { store((T*)pass.states + i * LANES, load(xn.data() + i * LANES)); });
     const int last = pass.last;  // logits of the last rows only
     x = x.from(n - last);
     me.each(last ? (m.vocabulary + BLOCK - 1) / BLOCK : 0, [&](int b) {
-      outputs<T>(m.head, b, x, last, 0, small, y.data(), more.data());
+      outputs<T>(m.head, b, x, last, 0, small, after(m.head, b, m.layer[0].q), y.data(), more.data());
       int count = std::min<int64_t>(BLOCK, m.vocabulary - b * BLOCK);
       for (int r = 0; r < last; r++) {
         T part[BLOCK];
@@ -724,7 +731,7 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
         }
         me.meet();
         me.each(inner / BLOCK, [&](int b) {
-          block<T>({both.data(), 2 * hidden}, 1, m.draft_inner.weight, b, y);
+          block<T>({both.data(), 2 * hidden}, 1, m.draft_inner.weight, b, m.draft_inner.weight.block(b + 1), y);
           for (int c = 0; c < BLOCK; c += LANES) {
             f32x g = rounded<T>(load(y + c));
             put<T>(middle.data() + b * BLOCK + c, g / (exp16(-g) + 1.f));
@@ -732,7 +739,7 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
         });
         me.meet();
         me.each(hidden / BLOCK, [&](int b) {
-          block<T>({middle.data(), inner}, 1, m.draft_outer.weight, b, y);
+          block<T>({middle.data(), inner}, 1, m.draft_outer.weight, b, m.draft_outer.weight.block(b + 1), y);
           for (int c = 0; c < BLOCK; c += LANES) put<T>(moves.data() + b * BLOCK + c, load(y + c));
         });
         me.meet();
