@@ -152,11 +152,11 @@ def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None
 
 def next_tokens(model: SatModel, logits: Tensor, index: Tensor, sampling: SamplingConfig, seeds: Tensor | None = None) -> Tensor:
     """[N] the model's own next token for logits [N, V] at emitted indices [N]. seeds: [N] in place of the sampling's one."""
-    count = 1 if sampling.greedy else min(sampling.top_k, logits.shape[-1])
-    if not count:
-        return choose(logits, index, sampling, seeds=seeds)[:, 0]
-    values, ids = top(model, logits, count)
-    return ids[:, 0] if sampling.greedy else choose(values, index, sampling, ids=ids, seeds=seeds)[:, 0]
+    if sampling.greedy:
+        return top(model, logits, 1)[1][:, 0]
+    if model.native:
+        return model.native.choose(logits, index, sampling, seeds)
+    return choose(logits, index, sampling, seeds=seeds)[:, 0]
 
 
 def choose_along(

@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import MAX_ROWS, SamplingConfig
 from .engine import top
 from .head import SHORTLIST
-from .sampling import choose_columns, gumbel_noise
+from .sampling import choose_columns
 from .tree import DraftTree
 
 if TYPE_CHECKING:
@@ -120,8 +120,7 @@ def draft_tokens(
     """
     scores, ids = top(model, logits, min(SHORTLIST, logits.shape[-1]))
     if model.native:
-        noise = None if sampling.greedy else gumbel_noise(sampling.seed, torch.arange(index, index + len(ids)), ids)
-        return model.native.draft(x, states, scores, ids, tree, sampling, noise)
+        return model.native.draft(x, states, scores, ids, index, tree, sampling)
     rows = model.model.get_output_embeddings().weight[ids].to(states.dtype) if model.head else None  # [k, C, D]
     tokens, likely = x.repeat(len(tree)), torch.ones(len(tree), dtype=torch.float64, device=x.device)
     for i, (parents, nodes, places, ranks, width) in enumerate(_levels(tree, x.device)):

@@ -381,16 +381,21 @@ struct Cache {  // of one sequence: keys [layers, kv_heads, T / LANES, dim / ste
   int64_t slots;
 };
 
+struct Sampling {
+  double temperature, top_p;
+  int64_t top_k;
+};
+
 struct Drafting {  // see native.py
   const void* states;
   const float* scores;
   const int64_t* ids;
-  const double* noise;
   const int64_t *parents, *ranks, *depths;
   int64_t* tokens;
   float* likely;
-  int64_t nodes, shortlist, top_k;
-  double temperature, top_p;
+  int64_t nodes, shortlist, index;
+  uint64_t seed;
+  Sampling sampling;
 };
 
 struct Pass {  // see native.py
@@ -648,66 +653,155 @@ template <class T> static void move(const Model& m, const Cache& cache, int64_t 
   });
 }
 
-// The `count` largest of each row, largest first; of equals the lower id first.
+static inline float value(float x) { return x; }
+static inline float value(bf16 x) { uint32_t u = uint32_t(x) << 16; float v; memcpy(&v, &u, 4); return v; }
+
+// The `count` largest of a row, largest first; of equals the lower id first.
+template <class T> static void largest_of(const T* row, int64_t size, int64_t count, int64_t* id, float* best) {
+  int64_t held = 0;
+  auto offer = [&](int64_t i, float v) {
+    if (held == count && !(v > best[held - 1])) return;
+    int64_t j = held < count ? held++ : held - 1;
+    for (; j > 0 && v > best[j - 1]; j--) best[j] = best[j - 1], id[j] = id[j - 1];
+    best[j] = v, id[j] = i;
+  };
+  int64_t i = 0;
+  for (; i + 4 * LANES <= size; i += 4 * LANES) {
+    f32x a = load(row + i), b = load(row + i + LANES), c = load(row + i + 2 * LANES), d = load(row + i + 3 * LANES);
+    a = a > b ? a : b, c = c > d ? c : d, a = a > c ? a : c;
+    bool any = held < count;
+    if (!any) {
+      i32x more = a > all(best[held - 1]);
+      int64_t bits[sizeof more / 8];
+      memcpy(bits, &more, sizeof more);
+      for (int64_t part : bits) any |= part != 0;
+    }
+    if (any)
+      for (int j = 0; j < 4 * LANES; j++) offer(i + j, value(row[i + j]));
+  }
+  for (; i < size; i++) offer(i, value(row[i]));
+}
+
 template <class T>
 static void largest(const T* x, int64_t rows, int64_t size, int64_t count, int64_t* ids, float* values, int threads) {
-  each_together(threads, rows, [&](int64_t r) {
-    int64_t* id = ids + r * count;
-    float* best = values + r * count;
-    int64_t held = 0;
-    auto offer = [&](int64_t i, float v) {
-      if (held == count && !(v > best[held - 1])) return;
-      int64_t j = held < count ? held++ : held - 1;
-      for (; j > 0 && v > best[j - 1]; j--) best[j] = best[j - 1], id[j] = id[j - 1];
-      best[j] = v, id[j] = i;
-    };
-    const T* row = x + r * size;
-    int64_t i = 0;
-    for (; i + 4 * LANES <= size; i += 4 * LANES) {
-      f32x a = load(row + i), b = load(row + i + LANES), c = load(row + i + 2 * LANES), d = load(row + i + 3 * LANES);
-      a = a > b ? a : b, c = c > d ? c : d, a = a > c ? a : c;
-      bool any = held < count;
-      if (!any) {
-        i32x more = a > all(best[held - 1]);
-        int64_t bits[sizeof more / 8];
-        memcpy(bits, &more, sizeof more);
-        for (int64_t part : bits) any |= part != 0;
-      }
-      if (any)
-        for (int j = 0; j < 4 * LANES; j++) {
-          T one[1] = {row[i + j]};
-          float v;
-          if (sizeof(T) == 4) memcpy(&v, one, 4);
-          else { uint32_t u; uint16_t half; memcpy(&half, one, 2); u = uint32_t(half) << 16; memcpy(&v, &u, 4); }
-          offer(i + j, v);
-        }
+  each_together(threads, rows, [&](int64_t r) { largest_of(x + r * size, size, count, ids + r * count, values + r * count); });
+}
+
+// ---- choosing tokens: sampling.py says how ----
+
+static uint64_t mix(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// Gumbel noise of the tokens at one emitted index: sampling.gumbel_noise.
+struct Noise {
+  static constexpr uint64_t GOLDEN = 0x9e3779b97f4a7c15u;
+  uint64_t row;
+  Noise(uint64_t seed, int64_t index) : row(mix(mix(seed) + (index + 1) * GOLDEN)) {}
+  uint64_t bits(int64_t token) const { return mix(row + (token + 1) * GOLDEN) >> 12; }
+  static double of(uint64_t bits) { return -std::log(-std::log((bits + 0.5) / (uint64_t(1) << 52))); }
+  double operator()(int64_t token) const { return of(bits(token)); }
+};
+
+// How many of the scores, largest first, top-p leaves: those before which less than its share of `total` lies.
+static int64_t nucleus(const float* score, int64_t count, const Sampling& s, double total) {
+  double before = 0;
+  for (int64_t c = 0; c < count; c++) {
+    if (before >= s.top_p * total) return c;
+    before += std::exp((score[c] - score[0]) / s.temperature);
+  }
+  return count;
+}
+
+static double mass(const float* score, int64_t count, const Sampling& s) {
+  double total = 0;
+  for (int64_t c = 0; c < count; c++) total += std::exp((score[c] - score[0]) / s.temperature);
+  return total;
+}
+
+// The token with the most of log p + noise among all. -log(-log u) <= -log(1 - u) <= log 2 * the zeros that 1 - u begins with: so
+// few tokens need a logarithm.
+template <class T> static int64_t sampled(const T* x, int64_t size, const Sampling& s, const Noise& noise) {
+  constexpr int SOME = 64;
+  constexpr uint64_t ONES = (uint64_t(1) << 52) - 1;
+  double best = -std::numeric_limits<double>::infinity();
+  int64_t token = 0;
+  for (int64_t i = 0; i < size; i += SOME) {
+    const int count = std::min<int64_t>(SOME, size - i);
+    uint64_t bits[SOME], exponents[SOME];
+    double rest[SOME], most[SOME];
+    for (int j = 0; j < SOME; j++) bits[j] = noise.bits(i + j);
+    for (int j = 0; j < SOME; j++) rest[j] = double(int64_t(bits[j] ^ ONES));
+    memcpy(exponents, rest, sizeof rest);
+    for (int j = 0; j < count; j++) most[j] = value(x[i + j]) * (1 / s.temperature) + (1075.001 - double(int64_t(exponents[j] >> 52))) * 0.6931471805599454;
+    for (int j = 0; j < count; j++) {
+      if (most[j] <= best) continue;
+      double score = value(x[i + j]) / s.temperature + Noise::of(bits[j]);
+      if (score > best) best = score, token = i + j;
     }
-    for (; i < size; i++) {
-      float v;
-      if (sizeof(T) == 4) memcpy(&v, row + i, 4);
-      else { uint16_t half; memcpy(&half, row + i, 2); uint32_t u = uint32_t(half) << 16; memcpy(&v, &u, 4); }
-      offer(i, v);
+  }
+  return token;
+}
+
+// The next token of each row of logits: argmax of log p + noise among what the filters leave.
+template <class T>
+static void choose(const T* x, int64_t rows, int64_t size, const int64_t* index, const uint64_t* seeds, const Sampling& s, int64_t* chosen, int threads) {
+  each_together(threads, rows, [&](int64_t r) {
+    const T* row = x + r * size;
+    Noise noise(seeds[r], index[r]);
+    if (!s.top_k && s.top_p == 1) return void(chosen[r] = sampled(row, size, s, noise));
+    std::vector<int64_t> ids;
+    std::vector<float> score;
+    int64_t kept;
+    if (s.top_k) {
+      kept = std::min(s.top_k, size);
+      ids.resize(kept), score.resize(kept);
+      largest_of(row, size, kept, ids.data(), score.data());
+      kept = nucleus(score.data(), kept, s, mass(score.data(), kept, s));
+    } else {
+      float most;
+      largest_of(row, size, 1, &chosen[r], &most);
+      double total = 0;
+      std::vector<float> share(size);
+      for (int64_t i = 0; i < size; i++) share[i] = value(row[i]);
+      int64_t whole = size / LANES * LANES;
+      for (int64_t i = 0; i < whole; i += LANES) {
+        f32x e = exp16((load(share.data() + i) - most) * float(1 / s.temperature));
+        store(share.data() + i, e), total += sum(e);
+      }
+      for (int64_t i = whole; i < size; i++) total += share[i] = std::exp((share[i] - most) / s.temperature);
+      // Tokens of less than this have no more than 1 - top_p together: the others suffice.
+      double least = (1 - s.top_p) * total / size;
+      for (int64_t i = 0; i < size; i++)
+        if (share[i] >= 0.99 * least) ids.push_back(i);
+      std::stable_sort(ids.begin(), ids.end(), [&](int64_t a, int64_t b) { return value(row[a]) > value(row[b]); });
+      for (int64_t id : ids) score.push_back(value(row[id]));
+      kept = nucleus(score.data(), ids.size(), s, total);
+    }
+    double best = -std::numeric_limits<double>::infinity();
+    for (int64_t c = 0; c < kept; c++) {
+      double candidate = score[c] / s.temperature + noise(ids[c]);
+      if (candidate > best) best = candidate, chosen[r] = ids[c];
     }
   });
 }
 
-// The columns of a shortlist from the best on: by score, or by log p + noise among what top-k and top-p leave (sampling.py).
-static void rank_columns(const std::vector<float>& score, const double* noise, const Drafting& d, std::vector<int>& order) {
-  int n = score.size(), kept = n;
-  order.resize(n);
-  for (int c = 0; c < n; c++) order[c] = c;
+// The columns of a shortlist from the best on: by score, or by log p + noise among what top-k and top-p leave.
+static void rank_columns(const std::vector<float>& score, const int64_t* ids, const Noise& noise, const Sampling& s, std::vector<int>& order) {
+  int64_t kept = score.size();
+  order.resize(kept);
+  for (int c = 0; c < kept; c++) order[c] = c;
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return score[a] > score[b]; });
-  if (!noise) return;
-  if (d.top_k) kept = std::min<int64_t>(kept, d.top_k);
-  double total = 0, before = 0;
-  for (int c = 0; c < kept; c++) total += std::exp((score[order[c]] - score[order[0]]) / d.temperature);
-  for (int c = 0; c < kept; c++) {
-    if (before >= d.top_p * total) kept = c;
-    before += std::exp((score[order[c]] - score[order[0]]) / d.temperature);
-  }
-  std::stable_sort(order.begin(), order.begin() + kept, [&](int a, int b) {
-    return score[a] / d.temperature + noise[a] > score[b] / d.temperature + noise[b];
-  });
+  if (!s.temperature) return;
+  if (s.top_k) kept = std::min(kept, s.top_k);
+  std::vector<float> sorted(kept);
+  for (int c = 0; c < kept; c++) sorted[c] = score[order[c]];
+  kept = nucleus(sorted.data(), kept, s, mass(sorted.data(), kept, s));
+  std::vector<double> noisy(score.size());
+  for (int c = 0; c < kept; c++) noisy[order[c]] = score[order[c]] / s.temperature + noise(ids[order[c]]);
+  std::stable_sort(order.begin(), order.begin() + kept, [&](int a, int b) { return noisy[a] > noisy[b]; });
 }
 
 template <class T> static void draft(const Model& m, const Drafting& d) {
@@ -754,7 +848,7 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
       });
       me.meet();
       if (me.rank == 0) {
-        rank_columns(score, d.noise ? d.noise + sat * n : nullptr, d, order);
+        rank_columns(score, d.ids + sat * n, Noise(d.seed, d.index + sat), d.sampling, order);
         float most = *std::max_element(score.begin(), score.end()), total = 0;
         for (int c = 0; c < n; c++) total += std::exp(score[c] - most);
         for (int child = node + 1; child < d.nodes; child++)
@@ -777,6 +871,9 @@ void sdsat_pass(const Model* m, const Cache* caches, const Pass* pass, int is_bf
 }
 void sdsat_move(const Model* m, const Cache* cache, int64_t length, const int64_t* from, int64_t count, int is_bf16) {
   is_bf16 ? move<bf16>(*m, *cache, length, from, count) : move<float>(*m, *cache, length, from, count);
+}
+void sdsat_choose(const void* x, int64_t rows, int64_t size, const int64_t* index, const uint64_t* seeds, const Sampling* s, int64_t* chosen, int threads, int is_bf16) {
+  is_bf16 ? choose((const bf16*)x, rows, size, index, seeds, *s, chosen, threads) : choose((const float*)x, rows, size, index, seeds, *s, chosen, threads);
 }
 void sdsat_largest(const void* x, int64_t rows, int64_t size, int64_t count, int64_t* ids, float* values, int threads, int is_bf16) {
   is_bf16 ? largest((const bf16*)x, rows, size, count, ids, values, threads)

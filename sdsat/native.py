@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .attention import sliding_window
 from .config import MAX_ROWS
+from .sampling import as_seed
 
 if TYPE_CHECKING:
     from .adapter import SatAdapter
@@ -73,11 +74,19 @@ class _Model(Structure):
     ]
 
 
+class _Sampling(Structure):
+    _fields_ = [("temperature", c_double), ("top_p", c_double), ("top_k", c_int64)]
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig) -> _Sampling:
+        return cls(sampling.temperature, sampling.top_p, sampling.top_k)
+
+
 class _Drafting(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("states", "scores", "ids", "noise", "parents", "ranks", "depths", "tokens", "likely")),
-        *((name, c_int64) for name in ("nodes", "shortlist", "top_k")),
-        *((name, c_double) for name in ("temperature", "top_p")),
+        *((name, c_void_p) for name in ("states", "scores", "ids", "parents", "ranks", "depths", "tokens", "likely")),
+        *((name, c_int64) for name in ("nodes", "shortlist", "index", "seed")),
+        ("sampling", _Sampling),
     ]
 
 
@@ -285,23 +294,31 @@ class NativeEngine:
         library().sdsat_largest(x, *sizes, i, v, torch.get_num_threads(), self.is_bf16)
         return values, ids
 
+    def choose(self, logits: Tensor, index: Tensor, sampling: SamplingConfig, seeds: Tensor | None = None) -> Tensor:
+        """`sampling.choose` of one token a row, without sorting or noise for the whole vocabulary: [N] for logits [N, V]."""
+        chosen, seeds = torch.empty_like(index), torch.full_like(index, as_seed(sampling.seed)) if seeds is None else seeds
+        x, i, s, out = (c_void_p(tensor.data_ptr()) for tensor in (logits, index, seeds, chosen))
+        sizes = (c_int64(len(logits)), c_int64(logits.shape[-1]))
+        library().sdsat_choose(x, *sizes, i, s, byref(_Sampling.of(sampling)), out, torch.get_num_threads(), self.is_bf16)
+        return chosen
+
     def draft(
         self,
         x: Tensor,
         states: Tensor,
         scores: Tensor,
         ids: Tensor,
+        index: int,
         tree: DraftTree,
         sampling: SamplingConfig,
-        noise: Tensor | None,
     ) -> Tensor:
-        """`draft.draft_tokens` in one call. states [k, D]; scores, ids [k, C]: shortlists; noise [k, C] float64 or None."""
+        """`draft.draft_tokens` in one call. states [k, D]; scores, ids [k, C]: shortlists."""
         nodes = len(tree)
         tokens, likely = x.repeat(nodes), torch.ones(nodes)
         shape = torch.tensor([tree.parents, tree.ranks, tree.depths])
-        tensors = (states, scores, ids, noise, *shape, tokens, likely)
-        numbers = (nodes, ids.shape[1], sampling.top_k, sampling.temperature, sampling.top_p)
-        struct = _Drafting(*map(_pointer, tensors), *numbers)
+        tensors = (states, scores, ids, *shape, tokens, likely)
+        numbers = (nodes, ids.shape[1], index, as_seed(sampling.seed))
+        struct = _Drafting(*map(_pointer, tensors), *numbers, _Sampling.of(sampling))
         self.struct.threads = torch.get_num_threads()
         library().sdsat_draft(byref(self.struct), byref(struct), self.is_bf16)
         return torch.stack([tokens.double(), likely.double()])

@@ -2,10 +2,12 @@
 
 import copy
 import ctypes
+import math
 import platform
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from sdsat.draft import draft_tokens
 from sdsat.engine import forward, new_cache, prefill, probe_rows
 from sdsat.model import SatModel, load
 from sdsat.native import NativeEngine, Unavailable
+from sdsat.sampling import as_seed, gumbel_noise
 from sdsat.tree import DraftTree, make_tree
 
 VOCAB = 75
@@ -347,6 +350,44 @@ def test_top_is_a_sort_with_the_lower_id_first(dtype, rows, size, kinds, seed, d
         want = sorted(range(size), key=lambda i, row=row: (-row[i], i))[:count]
         assert got_ids == want
         assert got_values == [row[i] for i in want]
+
+
+def chosen_by_sorting(row, index, sampling):
+    """The token with the most of log p + noise among what the filters leave, all of them in order, in float64."""
+    order = sorted(range(len(row)), key=lambda i: (-row[i], i))[: sampling.top_k or None]
+    weights = [math.exp((row[i] - row[order[0]]) / sampling.temperature) for i in order]
+    before = [sum(weights[:place]) for place in range(len(order))]
+    kept = [i for i, passed in zip(order, before, strict=True) if sampling.top_p == 1 or passed < sampling.top_p * sum(weights)]
+    noise = gumbel_noise(sampling.seed, torch.tensor([index]), torch.arange(len(row)))[0].tolist()
+    return max(kept, key=lambda i: row[i] / sampling.temperature + noise[i])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    dtype=st.sampled_from([FLOAT, HALF]),
+    rows=st.integers(1, 4),
+    size=st.integers(1, 300),
+    spread=st.sampled_from([0.01, 1.0, 6.0, 40.0]),
+    sampling=st.builds(
+        SamplingConfig,
+        st.sampled_from([0.2, 1.0, 2.5]),
+        st.sampled_from([0, 1, 7, 400]),
+        st.sampled_from([1e-6, 0.5, 0.95, 1.0]),
+        st.integers(-(2**63), 2**64 - 1),
+    ),
+    seed=st.integers(0, 999),
+)
+def test_choices_are_those_of_sorting_everything(dtype, rows, size, spread, sampling, seed):
+    logits = (spread * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    if size > 1:
+        logits[:, seed % size] = float("-inf")  # the SAT
+    index = torch.arange(rows) + seed
+    got = model_of("llama", dtype).native.choose(logits, index, sampling)
+    assert got.tolist() == [chosen_by_sorting(row, i, sampling) for row, i in zip(logits.tolist(), index.tolist(), strict=True)]
+    seeds = torch.tensor([as_seed(sampling.seed + row) for row in range(rows)])
+    each = model_of("llama", dtype).native.choose(logits, index, replace(sampling, seed=0), seeds)
+    alone = [replace(sampling, seed=seed) for seed in seeds.tolist()]
+    assert each.tolist() == [chosen_by_sorting(*args) for args in zip(logits.tolist(), index.tolist(), alone, strict=True)]
 
 
 @st.composite
