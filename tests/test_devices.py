@@ -146,9 +146,16 @@ def test_linear_layers_count_twice_where_the_cpu_holds_them_twice(monkeypatch):
         place(size, "cpu", 1)
 
 
-@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
-def test_training_takes_what_the_cpu_is_fast_in(fast, dtype, monkeypatch):
-    monkeypatch.setattr(devices, "can_pack", lambda *_: fast)
+@pytest.mark.parametrize(
+    ("has", "dtype"),
+    [
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"bf16": True}, "bfloat16"),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, "float32"),
+    ],
+)
+def test_training_takes_what_the_cpu_is_fast_in(has, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert devices.training_dtype("cpu") == dtype
 
 
