@@ -87,7 +87,9 @@ def generate(
     lookup: Annotated[
         int | None, typer.Option(help="Tokens to look up in the text so far as further drafts. Default: 12 for auto, else 0.")
     ] = None,
-    budget: Annotated[int, typer.Option(help="Rows of a pass that one-pass and auto may use.")] = 16,
+    budget: Annotated[
+        int | None, typer.Option(help="Rows of a pass that one-pass and auto may use. Default: as many as pay here; auto: 16.")
+    ] = None,
     tree: Tree = "chain",
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,

@@ -82,7 +82,8 @@ class DecodeConfig:
     """One generation. k = 0 is AR: plain autoregressive decoding by the same loop.
 
     strategy: 'two-step' (the paper's), 'rounded', 'one-pass' or 'auto': see planner.py. All give the same output.
-    k: SATs a group; for 'auto' at most so many. budget: rows of a pass that 'one-pass' and 'auto' may use.
+    k: SATs a group; for 'auto' at most so many.
+    budget: rows of a pass that 'one-pass' and 'auto' may use; None: for 'one-pass' as many as pay on this machine, 16 for 'auto'.
     lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None: 12 for 'auto', else none.
     tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list with one width a depth.
     stop_ids: token ids that end the output; the id itself is kept as the last token, as `transformers` does.
@@ -96,13 +97,14 @@ class DecodeConfig:
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     strategy: str = "two-step"
-    budget: int = 16
+    budget: int | None = None
     lookup: int | None = None
 
     def __post_init__(self) -> None:
         require(self.k >= 0, f"k={self.k}: expected 0 (AR) or a positive number of SATs")
         require(self.strategy in STRATEGIES, f"strategy={self.strategy}: expected one of {', '.join(STRATEGIES)}")
-        require(2 <= self.budget <= MAX_ROWS, f"budget={self.budget}: expected a number of rows from 2 to {MAX_ROWS}")
+        in_range = self.budget is None or 2 <= self.budget <= MAX_ROWS
+        require(in_range, f"budget={self.budget}: expected a number of rows from 2 to {MAX_ROWS}")
         if self.lookup is None:
             object.__setattr__(self, "lookup", 12 if self.strategy == "auto" and self.k else 0)
         require(0 <= self.num_lookup <= 32, f"lookup={self.lookup}: expected 0 (off) to 32 tokens")

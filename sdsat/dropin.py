@@ -146,7 +146,7 @@ def generate(
     strategy: str = "auto",
     k: int | None = None,
     tree: str | tuple[int, ...] = "chain",
-    budget: int = 16,
+    budget: int | None = None,
     lookup: int | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from .config import DecodeConfig
-from .costs import CostCurve, measured_costs
+from .config import MAX_ROWS, DecodeConfig
+from .costs import CONTEXTS, CostCurve, measured_costs
 from .draft import OWN, Drafts
-from .tree import DraftTree
+from .tree import DraftTree, make_tree
 
 if TYPE_CHECKING:
     from .model import SatModel
@@ -37,6 +37,7 @@ KINDS = ("root", "leaf", "inner", "rounded", "none")
 _SIZES = (1, 4, 8, 12, 16, 32, 64, 128, 256)  # classes of rows whose cost is corrected together
 _MARGIN = 0.1  # tokens that SATs must promise beyond what they cost: the best of many estimates is an optimistic one
 _MEMORY = 0.98  # what an observed pass still counts for one pass later
+_ROWS = 16  # of a pass of auto, at most
 _TRY_AGAIN = 48  # plain passes in a row before drafting is tried again, and drafting loops before a plain pass is timed again
 
 
@@ -96,7 +97,7 @@ class FixedPlanner:
 
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
         """left: tokens still to come, this pass's included. context: tokens so far."""
-        nodes, k, budget = shallow(drafts.tree, left - 1), self.config.k, self.config.budget
+        nodes, k, budget = shallow(drafts.tree, left - 1), self.config.k, self.config.budget or MAX_ROWS
         if self.strategy == "one-pass":
             nodes, k = nodes[:budget], min(k, budget - 1)
         room = budget - len(nodes)
@@ -145,6 +146,11 @@ def _class(rows: int) -> int:
     return _SIZES[min(bisect_left(_SIZES, rows), len(_SIZES) - 1)]
 
 
+def _expected(accuracy: Sequence[float], k: int) -> list[float]:
+    """Of drafts by depth, where an adapter's metadata may say less than k."""
+    return [*accuracy[:k], *[0.3] * (k - len(accuracy))]
+
+
 class AutoPlanner:
     """Maximises expected tokens - rate * expected seconds, where rate is the tokens per second of the best fixed loop, or of AR.
 
@@ -159,9 +165,9 @@ class AutoPlanner:
     """
 
     def __init__(self, config: DecodeConfig, costs: CostCurve, k: int, accuracy: Sequence[float]):
-        self.config, self.costs, self.k = config, costs, k
+        self.config, self.costs, self.k, self.budget = config, costs, k, config.budget or _ROWS
         self._seconds = lru_cache(4096)(costs.seconds)  # plans ask for the same few again and again
-        self.by_depth = _Rates([*accuracy[:k], *[0.3] * (k - len(accuracy))])
+        self.by_depth = _Rates(_expected(accuracy, k))
         self.by_confidence = _Rates([(i + 0.5) / _BINS for i in range(_BINS)])
         self.by_lookup = _Rates([0.5, 0.8])  # the first token, the others
         self.by_rounding = _Rates([OWN])  # the first draft of a pass in 8 bits
@@ -256,7 +262,7 @@ class AutoPlanner:
 
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
         """See FixedPlanner.plan."""
-        size = min(self.size, left - 2, self.config.budget - 1)
+        size = min(self.size, left - 2, self.budget - 1)
         alone = len(drafts.tokens) == 1
         if alone and self._again(self.num_drafting):
             return Plan([0])
@@ -279,7 +285,7 @@ class AutoPlanner:
         worth = {kind: [self._worth(kind) - less for less in loss] for kind in ("root", "leaf", "inner")}
         best: tuple[float, int, tuple[tuple[int, int], ...]] = (-1e9, 0, ())
         ending, kept_value, inner = {0: 1.0}, 0.0, set[int]()
-        for count in range(min(len(order), self.config.budget - 1) + 1):
+        for count in range(min(len(order), self.budget - 1) + 1):
             if count:
                 node = order[count - 1]
                 ending[node] = through[node]
@@ -289,7 +295,7 @@ class AutoPlanner:
             rows, sats, value = 1 + count, 0, kept_value
             spent, groups = rate * cost(rows, 0, context), []
             for node in sorted(ending, key=lambda n: -ending[n])[:3]:
-                room = min(self.size, left - 2 - depths[node], self.config.budget - rows - sats)
+                room = min(self.size, left - 2 - depths[node], self.budget - rows - sats)
                 values = worth["root" if not count else "inner" if node in inner else "leaf"]
                 # The largest group is worth most, and the smallest costs least: where that isn't enough, none is.
                 if room < 1 or ending[node] * values[room] - rate * cost(rows + sats + 1, sats + 1, context) + spent <= _MARGIN:
@@ -343,13 +349,38 @@ class AutoPlanner:
 Planner = FixedPlanner | AutoPlanner
 
 
+def groups_that_pay(tree: DraftTree, k: int, accuracy: Sequence[float], costs: CostCurve) -> int:
+    """How many groups of k SATs one-pass places in a pass: at the likeliest ends of the walk. Where it ends elsewhere, a pass
+    follows that only drafts and gives one token.
+
+    accuracy: by depth, of drafts whose parents were right.
+    """
+    through = [1.0]
+    for likely in _expected(accuracy, k):
+        through.append(through[-1] * likely)
+    ending = sorted((now - after for now, after in zip(through, [*through[1:], 0.0], strict=True)), reverse=True)
+    drafting = costs.seconds(1 + k, k, CONTEXTS[0])
+
+    def rate(groups: int) -> float:
+        missed = 1 - sum(ending[:groups])
+        seconds = costs.seconds(len(tree) + groups * k, groups * k, CONTEXTS[0]) + missed * drafting
+        return (sum(through) + missed) / seconds
+
+    return max(range(1, 1 + max(1, min(len(ending), (MAX_ROWS - len(tree)) // k))), key=rate)
+
+
 def make_planner(model: SatModel, config: DecodeConfig) -> Planner:
     """The planner of a generation. auto's is kept with the model for each way of sampling, and learns from one to the next."""
-    if config.strategy != "auto" or not config.k or model.sat is None:
+    if config.strategy not in ("one-pass", "auto") or not config.k or model.sat is None:
+        return FixedPlanner(config, config.strategy)
+    accuracy = model.adapter.config.training.get("accuracy_by_depth", []) if model.adapter else []
+    if config.strategy == "one-pass":
+        if config.budget is None:
+            tree, k = make_tree(config.tree, config.k), config.k
+            groups = groups_that_pay(tree, k, accuracy, measured_costs(model))
+            config = replace(config, budget=min(MAX_ROWS, len(tree) + config.num_lookup + groups * k))
         return FixedPlanner(config, config.strategy)
     key = (config.sampling.temperature, config.k, config.tree, config.budget, config.lookup)
     if key not in model.planners:
-        training = model.adapter.config.training if model.adapter else {}
-        accuracy = training.get("accuracy_by_depth", [])
         model.planners[key] = AutoPlanner(config, measured_costs(model), config.k, accuracy)
     return model.planners[key]

@@ -15,7 +15,7 @@ from sdsat.config import MAX_ROWS, STRATEGIES, DecodeConfig
 from sdsat.costs import CONTEXTS, COUNTS, CostCurve, measured_costs
 from sdsat.decode import generate
 from sdsat.draft import Drafts
-from sdsat.planner import AutoPlanner, FixedPlanner, Plan, ends, kind_at, make_planner, reach
+from sdsat.planner import AutoPlanner, FixedPlanner, Plan, ends, groups_that_pay, kind_at, make_planner, reach
 from sdsat.tree import DraftTree, make_tree
 
 
@@ -157,6 +157,41 @@ def test_one_pass_drafts_on_where_the_walk_most_likely_ends(drafts, left, k, bud
 def test_one_pass_keeps_to_its_budget(drafts, left, k, budget, strategy):
     plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy=strategy), strategy).plan(drafts, left, 100)
     assert rows_of(plan) <= budget
+
+
+def one_pass_rate(accuracy, costs, groups, loops=20_000):
+    """Tokens a second of simulated one-pass loops, whose drafts are right independently, by depth."""
+    k, chance, tokens, seconds, drafted = len(accuracy), random.Random(0), 0, 0.0, True
+    through = list(itertools.accumulate([1.0, *accuracy], lambda reached, likely: reached * likely))
+    ending = [through[depth] - (through[depth + 1] if depth < k else 0) for depth in range(k + 1)]
+    with_groups = sorted(range(k + 1), key=lambda depth: -ending[depth])[:groups]
+    for _ in range(loops):
+        if not drafted:
+            tokens, seconds, drafted = tokens + 1, seconds + costs.seconds(1 + k, k, CONTEXTS[0]), True
+            continue
+        accepted = next((depth for depth in range(k) if chance.random() > accuracy[depth]), k)
+        tokens, drafted = tokens + 1 + accepted, accepted in with_groups
+        seconds += costs.seconds(1 + k + groups * k, groups * k, CONTEXTS[0])
+    return tokens / seconds
+
+
+@pytest.mark.parametrize("accuracy", [[0.7], [0.9, 0.6, 0.5], [0.3, 0.3, 0.3], [0.7, 0.6, 0.6, 0.5]], ids=str)
+@pytest.mark.parametrize("costs", ["flat", "mild", "linear", "steep"])
+def test_one_pass_places_as_many_groups_as_pay(accuracy, costs):
+    k = len(accuracy)
+    rates = {groups: one_pass_rate(accuracy, CURVES[costs], groups) for groups in range(1, k + 2)}
+    chosen = groups_that_pay(make_tree("chain", k), k, accuracy, CURVES[costs])
+    assert rates[chosen] >= 0.99 * max(rates.values())
+    assert chosen == {"flat": k + 1, "steep": 1}.get(costs, chosen)
+
+
+def test_one_pass_has_a_budget_by_the_costs_of_this_machine():
+    model = with_adapter(tiny_llama())
+    for costs, rows in ((STEEP, 4 + 3), (FLAT, 4 + 4 * 3)):
+        model.costs = costs
+        assert make_planner(model, DecodeConfig(3, strategy="one-pass")).config.budget == rows
+        assert make_planner(model, DecodeConfig(3, strategy="one-pass", lookup=5)).config.budget == rows + 5
+    assert make_planner(model, DecodeConfig(3, strategy="one-pass", budget=30)).config.budget == 30
 
 
 def random_path(tree, chance):
@@ -433,11 +468,12 @@ def test_one_file_for_each_dtype_and_shape(tmp_path, monkeypatch):
     assert len(list((tmp_path / "costs").iterdir())) == len(shapes)
 
 
-def test_generate_measures_with_auto_only(monkeypatch, tmp_path):
+def test_generate_measures_only_where_a_plan_depends_on_it(monkeypatch, tmp_path):
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
     monkeypatch.setattr(costing, "measure_costs", refuse)
     model = with_adapter(tiny_llama(), k=3)
-    for strategy, k in (("two-step", 3), ("one-pass", 3), ("auto", 0)):
-        generate(model, [1, 5], DecodeConfig(k, 4, strategy=strategy))
-    with pytest.raises(AssertionError, match="measured again"):
-        generate(model, [1, 5], DecodeConfig(3, 4, strategy="auto"))
+    for strategy, k, budget in (("two-step", 3, None), ("one-pass", 3, 16), ("one-pass", 0, None), ("auto", 0, None)):
+        generate(model, [1, 5], DecodeConfig(k, 4, strategy=strategy, budget=budget))
+    for strategy in ("one-pass", "auto"):
+        with pytest.raises(AssertionError, match="measured again"):
+            generate(model, [1, 5], DecodeConfig(3, 4, strategy=strategy))
