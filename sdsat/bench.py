@@ -180,11 +180,17 @@ def _warm_up(model: SatModel, problem: Problem, config: BenchConfig) -> None:
     measure_problem(model, problem, short, 0)
 
 
+def heed_interrupts() -> None:
+    """An interrupt ends this process at once; not where the run itself ignores them, as one in a script's background does."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _worker(config: BenchConfig, device: str, label: str, todo: list[Task], folder: Path, pipe: Connection) -> None:
     """A worker process: load, warm up, measure its problems. Sends ('problem', the runs of a finished one), ('warning', a line)
     and ('error', a line); all that it prints goes to its log.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    heed_interrupts()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def warn(message: Any, *_: Any, **__: Any) -> None:
@@ -256,7 +262,7 @@ def _check_memory(config: BenchConfig, devices: list[str]) -> None:
 def aside(function: Callable[..., None], *arguments: Any) -> None:
     """Call in a process of its own, which takes with it what it holds of the GPUs; raises what the function raises."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+    with ProcessPoolExecutor(1, context, heed_interrupts) as pool:
         pool.submit(function, *arguments).result()
 
 

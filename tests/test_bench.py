@@ -1,5 +1,6 @@
 """Where measured outputs end, and a worker's last words: everything it prints is in its log, and the closing line quotes it."""
 
+import signal
 import string
 import subprocess
 import sys
@@ -53,3 +54,13 @@ def test_stop_strings_end_every_output_alike():
         (strategy, last + 1, "stop_string") for strategy in ("transformers", "ar", "two-step", "auto")
     ]
     assert len({run["output_sha256"] for run in runs}) == 1
+
+
+@pytest.mark.parametrize(("held", "then"), [(signal.SIG_IGN, signal.SIG_IGN), (signal.default_int_handler, signal.SIG_DFL)])
+def test_a_worker_ignores_interrupts_where_its_run_does(held, then):
+    before = signal.signal(signal.SIGINT, held)
+    try:
+        bench.heed_interrupts()
+        assert signal.getsignal(signal.SIGINT) == then
+    finally:
+        signal.signal(signal.SIGINT, before)
