@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -52,7 +52,8 @@ class BenchConfig:
     k_list: the k to measure; AR (0) is always among them. strategies: each at every k of k_list, but auto once, with the largest.
     dataset: see datasets.read_tasks; source: what that returns, entered by `bench`. data_limit: see datasets.limited.
     engine, sat_token_id, trained_k: see model.load.
-    with_generate: also time transformers' own greedy `generate` on the same weights.
+    with_generate: also time transformers' own greedy `generate` on the same weights. turns: how often each is measured on each
+    problem, of which the run of the median time counts.
     """
 
     model: str
@@ -73,6 +74,7 @@ class BenchConfig:
     sat_token_id: int | None = None
     trained_k: int | None = None
     source: str | None = None
+    turns: int = 1
 
     def __post_init__(self) -> None:
         require(self.method in ("greedy", "nucleus"), f"method={self.method}: expected greedy or nucleus")
@@ -85,6 +87,7 @@ class BenchConfig:
             "with_generate: transformers' generate draws other random numbers; use it with greedy only",
         )
         models.check_dtype(self.dtype)
+        require(self.turns >= 1, f"turns={self.turns}: expected 1 or more")
         check_dataset(self.dataset)
         check_limit(self.data_limit)
         object.__setattr__(self, "k_list", tuple(sorted({0, *self.k_list})))
@@ -158,25 +161,26 @@ def _run_record(strategy: str, k: int, out: Generation) -> dict[str, Any]:
     }
 
 
-def measure_problem(model: SatModel, problem: Problem, config: BenchConfig, turn: int) -> dict[str, Any]:
-    """Every strategy and k once on one problem, in an order that rotates with `turn`."""
-    keys, runs = config.keys, {}
-    for place in range(len(keys)):
-        strategy, k = keys[(place + turn) % len(keys)]
+def measure_problem(model: SatModel, problem: Problem, config: BenchConfig, first: int) -> dict[str, Any]:
+    """Every strategy and k, config.turns times in turn, on one problem; `first` of them begins."""
+    keys = config.keys
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {key: [] for key in keys}
+    for place in range(config.turns * len(keys)):
+        strategy, k = keys[(place + first) % len(keys)]
         decode = config.decode_config(strategy, k, model.stop_ids + problem.stop_ids, problem.stop_strings)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k beyond the trained depth: said once, when the run starts
             run = transformers_generate if strategy == "transformers" else generate
-            runs[strategy, k] = _run_record(strategy, k, run(model, list(problem.prompt_ids), decode))
+            runs[strategy, k].append(_run_record(strategy, k, run(model, list(problem.prompt_ids), decode)))
     return {
         "task_id": problem.task_id,
         "num_prompt_tokens": len(problem.prompt_ids),
-        "runs": [runs[key] for key in keys],
+        "runs": [sorted(runs[key], key=seconds_of)[(config.turns - 1) // 2] for key in keys],
     }
 
 
 def _warm_up(model: SatModel, problem: Problem, config: BenchConfig) -> None:
-    short = BenchConfig(**{**asdict(config), "max_new_tokens": min(_WARM_UP_TOKENS, config.max_new_tokens)})
+    short = replace(config, turns=1, max_new_tokens=min(_WARM_UP_TOKENS, config.max_new_tokens))
     measure_problem(model, problem, short, 0)
 
 
@@ -212,8 +216,8 @@ def _worker(config: BenchConfig, device: str, label: str, todo: list[Task], fold
         problems = [encode_task(model.tokenizer, task, config.dataset) for task in todo]
         _warm_up(model, problems[0], config)
         document = _open_document(folder, label, config, environment(model))
-        for turn, problem in enumerate(problems):
-            record = measure_problem(model, problem, config, turn)
+        for number, problem in enumerate(problems):
+            record = measure_problem(model, problem, config, number)
             document["problems"].append(record)
             write_json(folder / f"worker_{label}.json", document)
             pipe.send(("problem", record))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from . import native
 from .config import MAX_ROWS
 from .engine import forward, new_cache, prefill
 from .sampling import SamplingConfig
@@ -125,7 +126,9 @@ def measure_costs(model: SatModel) -> CostCurve:
 
 
 def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
-    """The curve from the cache folder, or measured now and put there. One file for each machine, number of threads and model."""
+    """The curve from the cache folder, or measured now and put there. One file for each machine, number of threads,
+    model and native engine.
+    """
     from .embedded import cache_dir
     from .records import environment, write_json
 
@@ -139,7 +142,8 @@ def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
         "k": model.sat and model.sat.k,
         **sizes,
     }
-    found |= {"dtype": str(model.dtype), "shape": shape, "form": 2}
+    engine = hashlib.sha256(native.SOURCE.read_bytes()).hexdigest() if model.native else None  # another version, other costs
+    found |= {"dtype": str(model.dtype), "shape": shape, "native": engine, "form": 2}
     name = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
     file = cache_dir() / "costs" / f"{name}.json"
     if file.is_file() and not anew:

@@ -9,8 +9,8 @@ import pytest
 from conftest import VOCAB, tiny_llama, tiny_tokenizer, with_adapter
 
 from sdsat import bench
-from sdsat.config import DecodeConfig
-from sdsat.decode import generate
+from sdsat.config import DecodeConfig, InputError
+from sdsat.decode import Generation, generate
 from sdsat.prompts import HUMANEVAL_STOPS, Problem
 
 DEATHS = {
@@ -54,6 +54,25 @@ def test_stop_strings_end_every_output_alike():
         (strategy, last + 1, "stop_string") for strategy in ("transformers", "ar", "two-step", "auto")
     ]
     assert len({run["output_sha256"] for run in runs}) == 1
+
+
+def test_of_several_turns_the_median_run_is_kept(monkeypatch):
+    """They take turns, so that a slow minute of the machine hits all alike."""
+    times = {"ar": [9.0, 1.0, 2.0, 3.0], "two-step": [5.0, 8.0, 7.0, 6.0]}
+    measured = []
+
+    def scripted(model, prompt, config):
+        strategy = config.strategy if config.k else "ar"
+        measured.append(strategy)
+        return Generation([7], decode_seconds=times[strategy][measured.count(strategy) - 1])
+
+    monkeypatch.setattr(bench, "generate", scripted)
+    config = bench.BenchConfig("x", k_list=(0, 3), strategies=("two-step",), turns=4)
+    runs = bench.measure_problem(with_adapter(tiny_llama()), Problem("p", (1,)), config, 0)["runs"]
+    assert measured == ["ar", "two-step"] * 4
+    assert [run["decode_seconds"] for run in runs] == [2.0, 6.0]  # of four the second
+    with pytest.raises(InputError, match="turns=0: expected 1 or more"):
+        bench.BenchConfig("x", turns=0)
 
 
 @pytest.mark.parametrize(("held", "then"), [(signal.SIG_IGN, signal.SIG_IGN), (signal.default_int_handler, signal.SIG_DFL)])
