@@ -418,7 +418,8 @@ static Rows<T> lower(const Linear& l, const Rows<T>& x, int sats, const char* ne
 
 // Block b of a linear layer for all rows, the last `sats` of them with their update: y [rows, BLOCK].
 template <class T>
-static void outputs(const Linear& l, int b, const Rows<T>& x, int rows, int sats, const Rows<T>& low, const char* next, float* y, float* more) {
+static void outputs(const Linear& l, int b, const Rows<T>& x, int rows, int sats, const Rows<T>& low, const char* next, float* y,
+                    float* more) {
   block<T>(x, rows, l.weight, b, next, y);
   if (l.bias)
     for (int r = 0; r < rows; r++)
@@ -536,7 +537,9 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
     };
     auto start = [&](const Linear& l) { return l.weight.block(me.begin(l.out / BLOCK)); };  // the thread's first block of outputs
     auto entry = [&](const Linear& l) { return sats && l.rank ? l.down.weight : start(l); };
-    auto after = [&](const Linear& l, int b, const Linear& then) { return b + 1 < me.end(l.out / BLOCK) ? l.weight.block(b + 1) : entry(then); };
+    auto after = [&](const Linear& l, int b, const Linear& then) {  // what the thread reads after block b
+      return b + 1 < me.end(l.out / BLOCK) ? l.weight.block(b + 1) : entry(then);
+    };
     auto project = [&](const Linear& l, auto* to, const Linear& then) {
       small = lower<T>(l, x.from(first), sats, start(l), y.data(), low.data(), few);
       me.each(l.out / BLOCK, [&](int b) {
@@ -705,22 +708,6 @@ struct Noise {
   double operator()(int64_t token) const { return of(bits(token)); }
 };
 
-// How many of the scores, largest first, top-p leaves: those before which less than its share of `total` lies.
-static int64_t nucleus(const float* score, int64_t count, const Sampling& s, double total) {
-  double before = 0;
-  for (int64_t c = 0; c < count; c++) {
-    if (before >= s.top_p * total) return c;
-    before += std::exp((score[c] - score[0]) / s.temperature);
-  }
-  return count;
-}
-
-static double mass(const float* score, int64_t count, const Sampling& s) {
-  double total = 0;
-  for (int64_t c = 0; c < count; c++) total += std::exp((score[c] - score[0]) / s.temperature);
-  return total;
-}
-
 // The token with the most of log p + noise among all. -log(-log u) <= -log(1 - u) <= log 2 * the zeros that 1 - u begins with: so
 // few tokens need a logarithm.
 template <class T> static int64_t sampled(const T* x, int64_t size, const Sampling& s, const Noise& noise) {
@@ -735,7 +722,8 @@ template <class T> static int64_t sampled(const T* x, int64_t size, const Sampli
     for (int j = 0; j < SOME; j++) bits[j] = noise.bits(i + j);
     for (int j = 0; j < SOME; j++) rest[j] = double(int64_t(bits[j] ^ ONES));
     memcpy(exponents, rest, sizeof rest);
-    for (int j = 0; j < count; j++) most[j] = value(x[i + j]) * (1 / s.temperature) + (1075.001 - double(int64_t(exponents[j] >> 52))) * 0.6931471805599454;
+    for (int j = 0; j < count; j++)  // 1075 - its exponent field: how many zeros
+      most[j] = value(x[i + j]) * (1 / s.temperature) + (1075.001 - double(int64_t(exponents[j] >> 52))) * 0.6931471805599454;
     for (int j = 0; j < count; j++) {
       if (most[j] <= best) continue;
       double score = value(x[i + j]) / s.temperature + Noise::of(bits[j]);
@@ -745,63 +733,65 @@ template <class T> static int64_t sampled(const T* x, int64_t size, const Sampli
   return token;
 }
 
-// The next token of each row of logits: argmax of log p + noise among what the filters leave.
-template <class T>
-static void choose(const T* x, int64_t rows, int64_t size, const int64_t* index, const uint64_t* seeds, const Sampling& s, int64_t* chosen, int threads) {
-  each_together(threads, rows, [&](int64_t r) {
-    const T* row = x + r * size;
-    Noise noise(seeds[r], index[r]);
-    if (!s.top_k && s.top_p == 1) return void(chosen[r] = sampled(row, size, s, noise));
-    std::vector<int64_t> ids;
-    std::vector<float> score;
-    int64_t kept;
-    if (s.top_k) {
-      kept = std::min(s.top_k, size);
-      ids.resize(kept), score.resize(kept);
-      largest_of(row, size, kept, ids.data(), score.data());
-      kept = nucleus(score.data(), kept, s, mass(score.data(), kept, s));
-    } else {
-      float most;
-      largest_of(row, size, 1, &chosen[r], &most);
-      double total = 0;
-      std::vector<float> share(size);
-      for (int64_t i = 0; i < size; i++) share[i] = value(row[i]);
-      int64_t whole = size / LANES * LANES;
-      for (int64_t i = 0; i < whole; i += LANES) {
-        f32x e = exp16((load(share.data() + i) - most) * float(1 / s.temperature));
-        store(share.data() + i, e), total += sum(e);
-      }
-      for (int64_t i = whole; i < size; i++) total += share[i] = std::exp((share[i] - most) / s.temperature);
-      // Tokens of less than this have no more than 1 - top_p together: the others suffice.
-      double least = (1 - s.top_p) * total / size;
-      for (int64_t i = 0; i < size; i++)
-        if (share[i] >= 0.99 * least) ids.push_back(i);
-      std::stable_sort(ids.begin(), ids.end(), [&](int64_t a, int64_t b) { return value(row[a]) > value(row[b]); });
-      for (int64_t id : ids) score.push_back(value(row[id]));
-      kept = nucleus(score.data(), ids.size(), s, total);
-    }
-    double best = -std::numeric_limits<double>::infinity();
-    for (int64_t c = 0; c < kept; c++) {
-      double candidate = score[c] / s.temperature + noise(ids[c]);
-      if (candidate > best) best = candidate, chosen[r] = ids[c];
-    }
-  });
-}
-
 // The columns of a shortlist from the best on: by score, or by log p + noise among what top-k and top-p leave.
-static void rank_columns(const std::vector<float>& score, const int64_t* ids, const Noise& noise, const Sampling& s, std::vector<int>& order) {
+// total: what exp(score / temperature), as a share of the largest one, is in all; 0: in the columns that top-k leaves.
+static void rank_columns(const std::vector<float>& score, const int64_t* ids, const Noise& noise, const Sampling& s, double total,
+                         std::vector<int>& order) {
   int64_t kept = score.size();
   order.resize(kept);
   for (int c = 0; c < kept; c++) order[c] = c;
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return score[a] > score[b]; });
   if (!s.temperature) return;
+  auto share = [&](int c) { return std::exp((score[order[c]] - score[order[0]]) / s.temperature); };
   if (s.top_k) kept = std::min(kept, s.top_k);
-  std::vector<float> sorted(kept);
-  for (int c = 0; c < kept; c++) sorted[c] = score[order[c]];
-  kept = nucleus(sorted.data(), kept, s, mass(sorted.data(), kept, s));
+  double before = 0;
+  for (int c = 0, all = total ? 0 : kept; c < all; c++) total += share(c);
+  for (int c = 0; c < kept; c++) {
+    if (before >= s.top_p * total) kept = c;
+    else before += share(c);
+  }
   std::vector<double> noisy(score.size());
   for (int c = 0; c < kept; c++) noisy[order[c]] = score[order[c]] / s.temperature + noise(ids[order[c]]);
   std::stable_sort(order.begin(), order.begin() + kept, [&](int a, int b) { return noisy[a] > noisy[b]; });
+}
+
+// The tokens that top-p of the whole vocabulary can leave, and their logits. Returns `total` for rank_columns.
+template <class T>
+static double likely(const T* x, int64_t size, const Sampling& s, std::vector<int64_t>& ids, std::vector<float>& score) {
+  int64_t first;
+  float most;
+  largest_of(x, size, 1, &first, &most);
+  double total = 0;
+  std::vector<float> share((size + LANES - 1) / LANES * LANES, -std::numeric_limits<float>::infinity());
+  for (int64_t i = 0; i < size; i++) share[i] = value(x[i]);
+  for (size_t i = 0; i < share.size(); i += LANES) {
+    f32x e = exp16((load(share.data() + i) - most) * float(1 / s.temperature));
+    store(share.data() + i, e), total += sum(e);
+  }
+  double least = (1 - s.top_p) * total / size;  // tokens of less have no more than 1 - top_p together: the others suffice
+  for (int64_t i = 0; i < size; i++)
+    if (!(share[i] < 0.99 * least)) ids.push_back(i), score.push_back(value(x[i]));
+  return total;
+}
+
+// The next token of each row of logits: argmax of log p + noise among what the filters leave.
+template <class T>
+static void choose(const T* x, int64_t rows, int64_t size, const int64_t* index, const uint64_t* seeds, const Sampling& s,
+                   int64_t* chosen, int threads) {
+  each_together(threads, rows, [&](int64_t r) {
+    const T* row = x + r * size;
+    Noise noise(seeds[r], index[r]);
+    if (!s.top_k && s.top_p == 1) return void(chosen[r] = sampled(row, size, s, noise));
+    int64_t shortlist = std::min(s.top_k, size);
+    std::vector<int64_t> ids(shortlist);
+    std::vector<float> score(shortlist);
+    std::vector<int> order;
+    double total = 0;
+    if (s.top_k) largest_of(row, size, shortlist, ids.data(), score.data());
+    else total = likely(row, size, s, ids, score);
+    rank_columns(score, ids.data(), noise, s, total, order);
+    chosen[r] = ids[order[0]];
+  });
 }
 
 template <class T> static void draft(const Model& m, const Drafting& d) {
@@ -848,7 +838,7 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
       });
       me.meet();
       if (me.rank == 0) {
-        rank_columns(score, d.ids + sat * n, Noise(d.seed, d.index + sat), d.sampling, order);
+        rank_columns(score, d.ids + sat * n, Noise(d.seed, d.index + sat), d.sampling, 0, order);
         float most = *std::max_element(score.begin(), score.end()), total = 0;
         for (int c = 0; c < n; c++) total += std::exp(score[c] - most);
         for (int child = node + 1; child < d.nodes; child++)
@@ -872,8 +862,10 @@ void sdsat_pass(const Model* m, const Cache* caches, const Pass* pass, int is_bf
 void sdsat_move(const Model* m, const Cache* cache, int64_t length, const int64_t* from, int64_t count, int is_bf16) {
   is_bf16 ? move<bf16>(*m, *cache, length, from, count) : move<float>(*m, *cache, length, from, count);
 }
-void sdsat_choose(const void* x, int64_t rows, int64_t size, const int64_t* index, const uint64_t* seeds, const Sampling* s, int64_t* chosen, int threads, int is_bf16) {
-  is_bf16 ? choose((const bf16*)x, rows, size, index, seeds, *s, chosen, threads) : choose((const float*)x, rows, size, index, seeds, *s, chosen, threads);
+void sdsat_choose(const void* x, int64_t rows, int64_t size, const int64_t* index, const uint64_t* seeds, const Sampling* s,
+                  int64_t* chosen, int threads, int is_bf16) {
+  is_bf16 ? choose((const bf16*)x, rows, size, index, seeds, *s, chosen, threads)
+          : choose((const float*)x, rows, size, index, seeds, *s, chosen, threads);
 }
 void sdsat_largest(const void* x, int64_t rows, int64_t size, int64_t count, int64_t* ids, float* values, int threads, int is_bf16) {
   is_bf16 ? largest((const bf16*)x, rows, size, count, ids, values, threads)

@@ -355,10 +355,9 @@ def groups_that_pay(tree: DraftTree, k: int, accuracy: Sequence[float], costs: C
 
     accuracy: by depth, of drafts whose parents were right.
     """
-    through = [1.0]
-    for likely in _expected(accuracy, k):
-        through.append(through[-1] * likely)
-    ending = sorted((now - after for now, after in zip(through, [*through[1:], 0.0], strict=True)), reverse=True)
+    chain = make_tree("chain", k)
+    through = reach(chain, [1.0, *_expected(accuracy, k)])
+    ending = sorted(ends(chain, through), reverse=True)
     drafting = costs.seconds(1 + k, k, CONTEXTS[0])
 
     def rate(groups: int) -> float:

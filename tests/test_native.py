@@ -332,15 +332,16 @@ def test_sat_rows_are_those_of_transformers(name, targets, one_pass, context):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
+LOGITS = dict(
     dtype=st.sampled_from([FLOAT, HALF]),
     rows=st.integers(1, 4),
     size=st.integers(1, 300),
-    kinds=st.sampled_from([1, 2, 9, 1000]),
     seed=st.integers(0, 999),
-    data=st.data(),
 )
+
+
+@settings(max_examples=40, deadline=None)
+@given(**LOGITS, kinds=st.sampled_from([1, 2, 9, 1000]), data=st.data())
 def test_top_is_a_sort_with_the_lower_id_first(dtype, rows, size, kinds, seed, data):
     count = data.draw(st.integers(1, min(size, 70)))
     logits = (torch.randint(kinds, (rows, size), generator=torch.Generator().manual_seed(seed)) - kinds / 2).to(dtype) / 7
@@ -364,9 +365,7 @@ def chosen_by_sorting(row, index, sampling):
 
 @settings(max_examples=80, deadline=None)
 @given(
-    dtype=st.sampled_from([FLOAT, HALF]),
-    rows=st.integers(1, 4),
-    size=st.integers(1, 300),
+    **LOGITS,
     spread=st.sampled_from([0.01, 1.0, 6.0, 40.0]),
     sampling=st.builds(
         SamplingConfig,
@@ -375,7 +374,6 @@ def chosen_by_sorting(row, index, sampling):
         st.sampled_from([1e-6, 0.5, 0.95, 1.0]),
         st.integers(-(2**63), 2**64 - 1),
     ),
-    seed=st.integers(0, 999),
 )
 def test_choices_are_those_of_sorting_everything(dtype, rows, size, spread, sampling, seed):
     logits = (spread * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))).to(dtype)
