@@ -78,7 +78,7 @@ def test_many_generations_on_one_cache_equal_those_without_graphs(capture, head)
 
 
 def test_a_full_model_without_adapter():
-    settings = dict(k=3, strategy="one-pass")
+    settings = dict(k=3, strategy="one-pass", budget=16)
     plain, model = with_adapter(tiny_llama(), k=5), recorded_model()
     for each in (plain, model):
         each.adapter.detach()
@@ -89,7 +89,7 @@ def test_a_full_model_without_adapter():
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e9])
 def test_what_a_cache_held_before_does_not_leak(model, poison):
-    settings = config(k=3, strategy="one-pass")
+    settings = config(k=3, strategy="one-pass", budget=16)
     want = [generate(model, prompt, settings).token_ids for prompt in PROMPTS]
     for prompt, tokens in zip(PROMPTS, want, strict=True):
         for layer in storage(model).layers:
