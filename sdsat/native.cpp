@@ -235,10 +235,8 @@ template <class T> struct Rows {
 struct Ahead {
   const char* at;
   int tiles;
-  void fetch(int bytes) {
-#ifndef __AVX512BF16__  // there it did not help
-    __builtin_prefetch(at), at += bytes / tiles;
-#endif
+  void fetch(int bytes) {  // of `bytes` that are read, in lines of 64
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(at), at += 64 / tiles;
   }
 };
 
