@@ -60,7 +60,7 @@ class BenchConfig:
     method: str = "greedy"
     k_list: tuple[int, ...] = (0, 1, 3, 5, 7)
     strategies: tuple[str, ...] = ("two-step", "auto")
-    tree: str = "chain"
+    tree: str = "auto"
     temperature: float = 1.0
     top_k: int = 10
     top_p: float = 0.95

@@ -37,7 +37,7 @@ Device = Annotated[
         help="cpu, a GPU number, or 0+1 for a model that one GPU can't hold; empty: GPU 0 where there is one, else the CPU."
     ),
 ]
-Tree = Annotated[str, typer.Option(envvar="TREE", help="Draft tree: chain, paper, or a branching list such as 2,1,1.")]
+Tree = Annotated[str, typer.Option(envvar="TREE", help="Draft tree: auto, chain, paper, or a branching list such as 2,1,1.")]
 Strategies = Annotated[
     str, typer.Option(envvar="STRATEGIES", help="Of two-step, rounded, one-pass and auto, with commas between.")
 ]
@@ -90,7 +90,7 @@ def generate(
     budget: Annotated[
         int | None, typer.Option(help="Rows of a pass that one-pass and auto may use. Default: as many as pay here; auto: 16.")
     ] = None,
-    tree: Tree = "chain",
+    tree: Tree = "auto",
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
@@ -132,7 +132,9 @@ def bench(
     temperature: Annotated[str, typer.Argument(help="For nucleus.")] = "1.0",
     k_list: Annotated[str | None, typer.Option(envvar="K_LIST", help="Values of k; AR (0) is always measured.")] = None,
     strategies: Strategies = "two-step,auto",
-    tree: Annotated[str | None, typer.Option(envvar="TREE", help="chain, paper, or a branching list such as 2,1,1.")] = None,
+    tree: Annotated[
+        str | None, typer.Option(envvar="TREE", help="auto, chain, paper, or a branching list such as 2,1,1.")
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -251,7 +253,7 @@ def verify(
 
     require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
     temperatures = _numbers("temperature", temperature, float)
-    trees = tuple(tree or ["chain"])
+    trees = tuple(tree or ["auto"])
     config = VerifyConfig(
         _numbers("k_list", k_list),
         tuple(strategies.split(",")) if strategies else (),
@@ -300,7 +302,7 @@ def evaluate(
     model: Model = embedded.NAME,
     k_list: Annotated[str, typer.Option(envvar="K_LIST", help="Values of k; AR (0) is always there.")] = "5",
     strategies: Strategies = "two-step,auto",
-    tree: Tree = "chain",
+    tree: Tree = "auto",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     samples: Annotated[int, typer.Option(help="Answers to each problem, with seeds 0, 1, ...; for temperatures above 0.")] = 1,
     top_k: int = 10,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 STRATEGIES = ("two-step", "rounded", "one-pass", "auto")
 MAX_ROWS = 96  # of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length
+MAX_TRAINED_K = 16
 TRAIN_MODES = ("adapter", "everywhere", "full")
 _ONLY_IN = {
     "rank": ("adapter", "everywhere"), "targets": ("adapter", "everywhere"), "head": ("adapter",),
@@ -85,14 +86,15 @@ class DecodeConfig:
     k: SATs a group; for 'auto' at most so many.
     budget: rows of a pass that 'one-pass' and 'auto' may use; None: for 'one-pass' as many as pay on this machine, 16 for 'auto'.
     lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None: 12 for 'auto', else none.
-    tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list with one width a depth.
+    tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list with one width a depth; 'auto': for
+        strategy 'auto', which verifies of it what pays, 2,2,1, else a chain.
     stop_ids: token ids that end the output; the id itself is kept as the last token, as `transformers` does.
     stop_strings: the output ends with the token that completes one; `Generation.text` is cut before it.
     """
 
     k: int = 0
     max_new_tokens: int = 256
-    tree: str | tuple[int, ...] = "chain"
+    tree: str | tuple[int, ...] = "auto"
     sampling: SamplingConfig = SamplingConfig()
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
@@ -107,6 +109,8 @@ class DecodeConfig:
         require(in_range, f"budget={self.budget}: expected a number of rows from 2 to {MAX_ROWS}")
         if self.lookup is None:
             object.__setattr__(self, "lookup", 12 if self.strategy == "auto" and self.k else 0)
+        if self.tree == "auto":
+            object.__setattr__(self, "tree", (2, 2, 1) if self.strategy == "auto" and self.k <= MAX_TRAINED_K else "chain")
         require(0 <= self.num_lookup <= 32, f"lookup={self.lookup}: expected 0 (off) to 32 tokens")
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: expected 1 or more")
         require(all(self.stop_strings), "stop_strings: an empty string would stop at once; leave it out")
@@ -171,7 +175,7 @@ class TrainConfig:
         require(0 < self.keep <= 1, f"keep={self.keep}: expected a number in (0, 1]")
         require(0 <= self.soft <= 1, f"soft={self.soft}: expected a number from 0 to 1")
         require(0 < self.decay <= 1, f"decay={self.decay}: expected a number in (0, 1]")
-        require(self.k <= 16, f"k={self.k}: expected 16 or less")
+        require(self.k <= MAX_TRAINED_K, f"k={self.k}: expected {MAX_TRAINED_K} or less")
         require(self.mode in TRAIN_MODES, f"mode={self.mode}: expected one of {', '.join(TRAIN_MODES)}")
         require(self.standard >= 0, f"standard={self.standard}: expected 0 or more")
         require(self.head >= 0, f"head={self.head}: expected 0 (none) or a positive size")

@@ -418,13 +418,15 @@ def _run(
         targets = _targets(model, sequences, parts, logits[:nodes], index.to(logits.device))
     else:
         targets = torch.cat(_ask(sequences, parts, logits[:nodes]))
+    free = iter(targets.tolist()) if targets.device.type == "cpu" else None  # there reading costs nothing
     first, node, below = nodes, 0, []
     for sequence, part in zip(sequences, parts, strict=True):
         groups: dict[int, tuple[DraftTree, Tensor]] = {}
+        end = part.tree.walk(part.tokens, list(islice(free, len(part.tokens))))[-1] if free else None
         if part.groups:
             rows = slice(first, first + part.sats)
             own = targets[node : node + len(part.tokens)].clamp_min(0)  # off the walk SATs draft for nobody
-            groups = _drafts_below(model, sequence.config, part, own, states[rows], logits[rows], sequence.emitted)
+            groups = _drafts_below(model, sequence.config, part, own, states[rows], logits[rows], sequence.emitted, end)
         below.append(groups)
         first, node = first + part.sats, node + len(part.tokens)
     every = [targets.double(), *(found.flatten() for groups in below for _, found in groups.values())]
@@ -475,17 +477,20 @@ def _drafts_below(
     states: Tensor,
     logits: Tensor,
     emitted: int,
+    end: int | None,
 ) -> dict[int, tuple[DraftTree, Tensor]]:
-    """{node: (tree, `draft_tokens`)}: what the SATs at a node draft after the token that follows there, for every group.
+    """{node: (tree, `draft_tokens`)}: what the SATs at a node draft after the token that follows there.
 
     targets [N]: the model's own next token at every node; states [M, D], logits [M, V]: of the part's SATs, group by group.
+    end: the node where the walk ends, whose group alone is wanted; None: it isn't known, and every group drafts.
     """
     below, first = {}, 0
     for node, size in part.groups:
-        shape, rows = _truncated(config.tree, config.k, size), slice(first, first + size)
-        index = emitted + part.tree.depths[node] + 1
-        x = targets[node : node + 1]
-        below[node] = shape, draft_tokens(model, x, states[rows], logits[rows], index, shape, config.sampling)
+        if end in (None, node):
+            shape, rows = _truncated(config.tree, config.k, size), slice(first, first + size)
+            index = emitted + part.tree.depths[node] + 1
+            x = targets[node : node + 1]
+            below[node] = shape, draft_tokens(model, x, states[rows], logits[rows], index, shape, config.sampling)
         first += size
     return below
 

@@ -118,9 +118,10 @@ def draft_tokens(
     head, all nodes of a depth draw from the same candidates; with one, the children of a node are the best given that node's
     token. Likely: the token's share among the SHORTLIST best of its SAT. Nothing is read by the host.
     """
-    scores, ids = top(model, logits, min(SHORTLIST, logits.shape[-1]))
+    shortlist = min(SHORTLIST, logits.shape[-1])
     if model.native:
-        return model.native.draft(x, states, scores, ids, index, tree, sampling)
+        return model.native.draft(x, states, logits, shortlist, index, tree, sampling)
+    scores, ids = top(model, logits, shortlist)
     rows = model.model.get_output_embeddings().weight[ids].to(states.dtype) if model.head else None  # [k, C, D]
     tokens, likely = x.repeat(len(tree)), torch.ones(len(tree), dtype=torch.float64, device=x.device)
     for i, (parents, nodes, places, ranks, width) in enumerate(_levels(tree, x.device)):

@@ -145,7 +145,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     strategy: str = "auto",
     k: int | None = None,
-    tree: str | tuple[int, ...] = "chain",
+    tree: str | tuple[int, ...] = "auto",
     budget: int | None = None,
     lookup: int | None = None,
     seed: int | None = None,

@@ -385,13 +385,10 @@ struct Sampling {
 };
 
 struct Drafting {  // see native.py
-  const void* states;
-  const float* scores;
-  const int64_t* ids;
+  const void *states, *logits;
   const int64_t *parents, *ranks, *depths;
-  int64_t* tokens;
-  float* likely;
-  int64_t nodes, shortlist, index;
+  double *tokens, *likely;
+  int64_t nodes, sats, shortlist, index;
   uint64_t seed;
   Sampling sampling;
 };
@@ -792,60 +789,77 @@ static void choose(const T* x, int64_t rows, int64_t size, const int64_t* index,
   });
 }
 
+// Depth by depth: all nodes of one go through the draft head together, as its weights take longer to read than to use.
 template <class T> static void draft(const Model& m, const Drafting& d) {
   const int hidden = m.hidden, inner = m.draft_inner.weight.weight ? m.draft_inner.out : 0, n = d.shortlist;
-  std::vector<In<T>> both(2 * hidden), middle(inner), moves(hidden);
+  std::vector<int64_t> ids(d.sats * n);  // the shortlists
+  std::vector<float> scores(d.sats * n);
+  std::vector<std::vector<int>> levels;  // by depth: the nodes with children
+  size_t most = 0;
+  for (int child = 1; child < d.nodes; child++) {
+    int node = d.parents[child], depth = d.depths[node];
+    levels.resize(std::max<size_t>(levels.size(), depth + 1));
+    auto& level = levels[depth];
+    if (std::find(level.begin(), level.end(), node) == level.end()) level.push_back(node);
+    most = std::max(most, level.size());
+  }
+  std::vector<In<T>> both(most * 2 * hidden), middle(most * inner), moves(most * hidden);
   std::vector<T> ones(hidden);
   for (int i = 0; i < hidden; i += LANES) store(ones.data() + i, all(1.f));
-  std::vector<float> score(n);
-  std::vector<int> order;
+  std::vector<std::vector<float>> score(most, std::vector<float>(n));
   together(m.threads, [&](Member me) {
-    float y[BLOCK];
-    for (int node = 0; node < d.nodes; node++) {
-      bool leaf = true;
-      for (int child = node + 1; child < d.nodes; child++) leaf = leaf && d.parents[child] != node;
-      if (leaf) continue;
-      const int sat = d.depths[node];
+    std::vector<float> y(most * BLOCK);
+    std::vector<int> order;
+    me.each(d.sats, [&](int64_t i) {
+      largest_of((const T*)d.logits + i * m.vocabulary, m.vocabulary, n, ids.data() + i * n, scores.data() + i * n);
+    });
+    me.meet();
+    for (size_t sat = 0; sat < levels.size(); sat++) {
+      const auto& level = levels[sat];
+      const int rows = level.size();
       if (inner) {
-        if (me.rank == 0) {
-          norm<T>((const T*)d.states + int64_t(sat) * hidden, ones.data(), hidden, m.draft_eps, both.data());
-          norm<T>((const T*)m.embedding + d.tokens[node] * hidden, ones.data(), hidden, m.draft_eps, both.data() + hidden);
-        }
+        me.each(rows, [&](int r) {
+          In<T>* x = both.data() + int64_t(r) * 2 * hidden;
+          norm<T>((const T*)d.states + int64_t(sat) * hidden, ones.data(), hidden, m.draft_eps, x);
+          norm<T>((const T*)m.embedding + int64_t(d.tokens[level[r]]) * hidden, ones.data(), hidden, m.draft_eps, x + hidden);
+        });
         me.meet();
         me.each(inner / BLOCK, [&](int b) {
-          block<T>({both.data(), 2 * hidden}, 1, m.draft_inner.weight, b, m.draft_inner.weight.block(b + 1), y);
-          for (int c = 0; c < BLOCK; c += LANES) {
-            f32x g = rounded<T>(load(y + c));
-            put<T>(middle.data() + b * BLOCK + c, g / (exp16(-g) + 1.f));
-          }
+          block<T>({both.data(), 2 * hidden}, rows, m.draft_inner.weight, b, m.draft_inner.weight.block(b + 1), y.data());
+          for (int r = 0; r < rows; r++)
+            for (int c = 0; c < BLOCK; c += LANES) {
+              f32x g = rounded<T>(load(y.data() + r * BLOCK + c));
+              put<T>(middle.data() + r * inner + b * BLOCK + c, g / (exp16(-g) + 1.f));
+            }
         });
         me.meet();
         me.each(hidden / BLOCK, [&](int b) {
-          block<T>({middle.data(), inner}, 1, m.draft_outer.weight, b, m.draft_outer.weight.block(b + 1), y);
-          for (int c = 0; c < BLOCK; c += LANES) put<T>(moves.data() + b * BLOCK + c, load(y + c));
+          block<T>({middle.data(), inner}, rows, m.draft_outer.weight, b, m.draft_outer.weight.block(b + 1), y.data());
+          for (int r = 0; r < rows; r++)
+            for (int c = 0; c < BLOCK; c += LANES) put<T>(moves.data() + r * hidden + b * BLOCK + c, load(y.data() + r * BLOCK + c));
         });
         me.meet();
       }
       me.each(n, [&](int c) {
-        f32x s = {};
-        if (inner) {
-          const T* row = (const T*)m.unembedding + d.ids[sat * n + c] * hidden;
-          for (int i = 0; i < hidden; i += LANES) s += load(row + i) * load(moves.data() + i);
+        const T* row = (const T*)m.unembedding + ids[sat * n + c] * hidden;
+        for (int r = 0; r < rows; r++) {
+          f32x s = {};
+          for (int i = 0; i < hidden && inner; i += LANES) s += load(row + i) * load(moves.data() + r * hidden + i);
+          score[r][c] = scores[sat * n + c] + sum(s);
         }
-        score[c] = d.scores[sat * n + c] + sum(s);
       });
       me.meet();
-      if (me.rank == 0) {
-        rank_columns(score, d.ids + sat * n, Noise(d.seed, d.index + sat), d.sampling, 0, order);
-        float most = *std::max_element(score.begin(), score.end()), total = 0;
-        for (int c = 0; c < n; c++) total += std::exp(score[c] - most);
-        for (int child = node + 1; child < d.nodes; child++)
-          if (d.parents[child] == node) {
+      me.each(rows, [&](int r) {
+        rank_columns(score[r], ids.data() + sat * n, Noise(d.seed, d.index + sat), d.sampling, 0, order);
+        float best = *std::max_element(score[r].begin(), score[r].end()), total = 0;
+        for (int c = 0; c < n; c++) total += std::exp(score[r][c] - best);
+        for (int child = level[r] + 1; child < d.nodes; child++)
+          if (d.parents[child] == level[r]) {
             int column = order[d.ranks[child]];
-            d.tokens[child] = d.ids[sat * n + column];
-            d.likely[child] = std::exp(score[column] - most) / total;
+            d.tokens[child] = ids[sat * n + column];
+            d.likely[child] = std::exp(score[r][column] - best) / total;
           }
-      }
+      });
       me.meet();
     }
   });

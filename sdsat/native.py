@@ -84,8 +84,8 @@ class _Sampling(Structure):
 
 class _Drafting(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("states", "scores", "ids", "parents", "ranks", "depths", "tokens", "likely")),
-        *((name, c_int64) for name in ("nodes", "shortlist", "index", "seed")),
+        *((name, c_void_p) for name in ("states", "logits", "parents", "ranks", "depths", "tokens", "likely")),
+        *((name, c_int64) for name in ("nodes", "sats", "shortlist", "index", "seed")),
         ("sampling", _Sampling),
     ]
 
@@ -303,22 +303,26 @@ class NativeEngine:
         return chosen
 
     def draft(
-        self,
-        x: Tensor,
-        states: Tensor,
-        scores: Tensor,
-        ids: Tensor,
-        index: int,
-        tree: DraftTree,
-        sampling: SamplingConfig,
+        self, x: Tensor, states: Tensor, logits: Tensor, shortlist: int, index: int, tree: DraftTree, sampling: SamplingConfig
     ) -> Tensor:
-        """`draft.draft_tokens` in one call. states [k, D]; scores, ids [k, C]: shortlists."""
-        nodes = len(tree)
-        tokens, likely = x.repeat(nodes), torch.ones(nodes)
-        shape = torch.tensor([tree.parents, tree.ranks, tree.depths])
-        tensors = (states, scores, ids, *shape, tokens, likely)
-        numbers = (nodes, ids.shape[1], index, as_seed(sampling.seed))
-        struct = _Drafting(*map(_pointer, tensors), *numbers, _Sampling.of(sampling))
+        """`draft.draft_tokens` in one call. shortlist: how many of a SAT's candidates are looked at."""
+        nodes, out = len(tree), torch.empty(2, len(tree), dtype=torch.float64)
+        out[0, 0], out[1, 0] = x[0], 1.0
+        shape, tokens = _shape(tree), out.data_ptr()
+        pointers = (
+            states.data_ptr(),
+            logits.data_ptr(),
+            *(shape.data_ptr() + 8 * nodes * i for i in range(3)),
+            tokens,
+            tokens + 8 * nodes,
+        )
+        struct = _Drafting(*pointers, nodes, len(logits), shortlist, index, as_seed(sampling.seed), _Sampling.of(sampling))
         self.struct.threads = torch.get_num_threads()
         library().sdsat_draft(byref(self.struct), byref(struct), self.is_bf16)
-        return torch.stack([tokens.double(), likely.double()])
+        return out
+
+
+@lru_cache(maxsize=256)
+def _shape(tree: DraftTree) -> Tensor:
+    """[3, N]: parents, ranks and depths."""
+    return torch.tensor([tree.parents, tree.ranks, tree.depths])

@@ -31,7 +31,7 @@ class QualityConfig:
 
     k_list: tuple[int, ...] = (5,)
     strategies: tuple[str, ...] = ("two-step", "auto")
-    tree: str = "chain"
+    tree: str = "auto"
     temperature: float = 0.0
     samples: int = 1
     top_k: int = 10

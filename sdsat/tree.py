@@ -235,10 +235,10 @@ def make_tree(spec: str | tuple[int, ...], k: int) -> DraftTree:
 
 
 def parse_tree(text: str) -> str | tuple[int, ...]:
-    """'chain', 'paper', or '2,1,1' -> (2, 1, 1)."""
-    if text in ("chain", "paper"):
+    """'auto', 'chain', 'paper', or '2,1,1' -> (2, 1, 1)."""
+    if text in ("auto", "chain", "paper"):
         return text
     try:
         return tuple(int(width) for width in text.split(","))
     except ValueError:
-        raise InputError(f"tree={text!r}: expected 'chain', 'paper' or a branching list such as 2,1,1") from None
+        raise InputError(f"tree={text!r}: expected 'auto', 'chain', 'paper' or a branching list such as 2,1,1") from None

@@ -43,7 +43,7 @@ class VerifyConfig:
 
     k_list: tuple[int, ...] = (1, 3, 5, 7)
     strategies: tuple[str, ...] = ()
-    trees: tuple[str, ...] = ("chain",)
+    trees: tuple[str, ...] = ("auto",)
     temperatures: tuple[float, ...] = (0.0,)
     seeds: tuple[int, ...] = (0,)
     top_k: int = 10
