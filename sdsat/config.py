@@ -86,8 +86,8 @@ class DecodeConfig:
     k: SATs a group; for 'auto' at most so many.
     budget: rows of a pass that 'one-pass' and 'auto' may use; None: for 'one-pass' as many as pay on this machine, 16 for 'auto'.
     lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None: 12 for 'auto', else none.
-    tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list with one width a depth; 'auto': 2,2,1
-        for strategy 'auto', which verifies of it what pays, else a chain.
+    tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list with one width a depth; 'auto':
+        for strategy 'auto' 2,2,1, of which it verifies what pays, else a chain.
     stop_ids: token ids that end the output; the id itself is kept as the last token, as `transformers` does.
     stop_strings: the output ends with the token that completes one; `Generation.text` is cut before it.
     """
