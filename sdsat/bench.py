@@ -133,7 +133,7 @@ def paper_settings(method: str, dataset: str) -> dict[str, Any]:
     greedy, infilling = method == "greedy", dataset in (INFILLING, INFILLING_PSM)
     return {
         "k_list": tuple(range(14)) if greedy else (0, *PAPER_WIDTHS),
-        "tree": "chain" if greedy else "paper",
+        "tree": "auto" if greedy else "paper",
         "data_limit": Fraction(3, 100) if infilling else Fraction(1, 2) if dataset == HUMANEVAL else None,
         "max_new_tokens": 50 if infilling else 512,
         "dtype": "auto",

@@ -116,6 +116,11 @@ class DecodeConfig:
         require(all(self.stop_strings), "stop_strings: an empty string would stop at once; leave it out")
 
     @property
+    def tree_name(self) -> str:
+        """The tree as the command line has it."""
+        return self.tree if isinstance(self.tree, str) else ",".join(map(str, self.tree))
+
+    @property
     def depth(self) -> int:
         """How many drafts a pass can accept at most."""
         return max(self.k + self.may_round, self.num_lookup)

@@ -418,23 +418,32 @@ def _run(
         targets = _targets(model, sequences, parts, logits[:nodes], index.to(logits.device))
     else:
         targets = torch.cat(_ask(sequences, parts, logits[:nodes]))
-    free = iter(targets.tolist()) if targets.device.type == "cpu" else None  # there reading costs nothing
+    own = _by_part(iter(targets.tolist()), parts) if _reads_freely(targets) else None
     first, node, below = nodes, 0, []
-    for sequence, part in zip(sequences, parts, strict=True):
+    for i, (sequence, part) in enumerate(zip(sequences, parts, strict=True)):
         groups: dict[int, tuple[DraftTree, Tensor]] = {}
-        end = part.tree.walk(part.tokens, list(islice(free, len(part.tokens))))[-1] if free else None
         if part.groups:
+            end = part.tree.walk(part.tokens, own[i])[-1] if own else None
             rows = slice(first, first + part.sats)
-            own = targets[node : node + len(part.tokens)].clamp_min(0)  # off the walk SATs draft for nobody
-            groups = _drafts_below(model, sequence.config, part, own, states[rows], logits[rows], sequence.emitted, end)
+            after = targets[node : node + len(part.tokens)].clamp_min(0)  # off the walk SATs draft for nobody
+            groups = _drafts_below(model, sequence.config, part, after, states[rows], logits[rows], sequence.emitted, end)
         below.append(groups)
         first, node = first + part.sats, node + len(part.tokens)
-    every = [targets.double(), *(found.flatten() for groups in below for _, found in groups.values())]
-    values = torch.cat(every).tolist()  # the one host read
-    read = iter(values)
-    tokens = [[int(value) for value in islice(read, len(part.tokens))] for part in parts]
+    every = [*([] if own else [targets.double()]), *(found.flatten() for groups in below for _, found in groups.values())]
+    read = iter(torch.cat(every).tolist() if every else [])  # the one host read, but for a free one
+    own = own or _by_part(read, parts)
     drafted = [{at: (shape, list(islice(read, found.numel()))) for at, (shape, found) in groups.items()} for groups in below]
-    return tokens, drafted
+    return own, drafted
+
+
+def _reads_freely(tensor: Tensor) -> bool:
+    """Whether the host may read it without waiting for anything."""
+    return tensor.device.type == "cpu"
+
+
+def _by_part(values: Iterator[float], parts: list[Part]) -> list[list[int]]:
+    """The next values as token ids, one for every node of every part."""
+    return [[int(value) for value in islice(values, len(part.tokens))] for part in parts]
 
 
 def _targets(model: SatModel, sequences: list[_Sequence], parts: list[Part], logits: Tensor, index: Tensor) -> Tensor:

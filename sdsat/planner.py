@@ -168,7 +168,7 @@ class AutoPlanner:
         self.config, self.costs, self.k, self.budget = config, costs, k, config.budget or _ROWS
         self._seconds = lru_cache(4096)(costs.seconds)  # plans ask for the same few again and again
         self.by_depth = _Rates(_expected(accuracy, k))
-        self.by_confidence = _Rates([(i + 0.5) / _BINS for i in range(_BINS)])
+        self.by_confidence = _Rates([(i + 0.5) / _BINS for i in range(_BINS)] * 2)  # of first choices, of others
         self.by_lookup = _Rates([0.5, 0.8])  # the first token, the others
         self.by_rounding = _Rates([OWN])  # the first draft of a pass in 8 bits
         self.scores: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in KINDS}  # sum and weight
@@ -237,7 +237,11 @@ class AutoPlanner:
             return self.by_rounding[0]
         if drafts.looked_up[node]:
             return self.by_lookup[min(1, drafts.tree.parents[node])]
-        return self.by_confidence[min(_BINS - 1, int(drafts.likely[node] * _BINS))]
+        return self.by_confidence[self._bin(drafts, node)]
+
+    def _bin(self, drafts: Drafts, node: int) -> int:
+        """The class of a SAT's draft. With the noise of sampling, a first choice is likelier than it seems, and the others less."""
+        return min(_BINS - 1, int(drafts.likely[node] * _BINS)) + _BINS * bool(drafts.tree.ranks[node])
 
     def draft_first(self, drafts: Drafts, left: int, context: int) -> int:
         """See FixedPlanner.draft_first."""
@@ -327,7 +331,7 @@ class AutoPlanner:
             elif drafts.looked_up[node]:
                 self.by_lookup.add(min(1, tree.parents[node]), hit)
             else:
-                self.by_confidence.add(min(_BINS - 1, int(drafts.likely[node] * _BINS)), hit)
+                self.by_confidence.add(self._bin(drafts, node), hit)
                 depth = tree.depths[node] - drafts.rounded
                 if 0 < depth <= self.k and not tree.ranks[node]:
                     self.by_depth.add(depth - 1, hit)

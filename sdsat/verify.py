@@ -159,7 +159,7 @@ def _compare(model: SatModel, prompt_ids: list[int], config: VerifyConfig) -> li
                     warnings.simplefilter("ignore")  # depth beyond the trained one changes speed, not the output
                     tokens = generate(model, prompt_ids, decode).token_ids
                 divergence = first_divergence(model, prompt_ids, ar, tokens, decode)
-                comparisons.append({"against": strategy, **facts, "k": k, "tree": tree, "divergence": divergence})
+                comparisons.append({"against": strategy, **facts, "k": k, "tree": decode.tree_name, "divergence": divergence})
     return comparisons
 
 

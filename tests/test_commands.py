@@ -282,7 +282,7 @@ BAD_INPUT = [
             [
                 dict(
                     method="nucleus", temperature=0.2, dataset="infilling-psm", max_new_tokens=50, k_list=(0, 5), dtype="auto",
-                    trained_k=6,
+                    trained_k=6, tree="chain",
                 )
             ],
         ),

@@ -151,7 +151,7 @@ def test_sats_that_see_what_the_model_sees_draft_what_it_samples(strategy, sampl
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     model = drafting(lm, native=native, k=4, strength=0.0)
-    out = generate(model, PROMPT, DecodeConfig(4, 50, sampling=sampling, strategy=strategy, lookup=0, budget=32))
+    out = generate(model, PROMPT, DecodeConfig(4, 50, "chain", sampling, strategy=strategy, lookup=0, budget=32))
     assert len(set(out.token_ids)) > 5
     in_8_bits = out.num_rounded_passes > 0  # whose logits are nearly the same
     assert out.acceptance_rate == 1 or (in_8_bits and out.acceptance_rate > 0.8)

@@ -312,7 +312,7 @@ def test_auto_drafts_in_a_generation_where_it_pays(costs, pays, monkeypatch):
     model = with_adapter(tiny_llama(), k=4)
     model.costs = costs
     want = generate(model, [1, 5, 9], DecodeConfig(0, 150)).token_ids
-    out = generate(model, [1, 5, 9], DecodeConfig(4, 150, strategy="auto", lookup=0))
+    out = generate(model, [1, 5, 9], DecodeConfig(4, 150, "chain", strategy="auto", lookup=0))
     assert out.token_ids == want
     assert (sum(out.proposed_by_depth) > 0) == pays
     assert (out.num_plain_passes > 60) == (not pays) and out.num_plain_passes < out.num_passes
