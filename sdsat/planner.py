@@ -240,7 +240,7 @@ class AutoPlanner:
         return self.by_confidence[self._bin(drafts, node)]
 
     def _bin(self, drafts: Drafts, node: int) -> int:
-        """The class of a SAT's draft. With sampling's noise a first choice is likelier than its share says, and the others less."""
+        """The class of a SAT's draft. With sampling's noise a first choice is likelier than its share, and the others less."""
         return min(_BINS - 1, int(drafts.likely[node] * _BINS)) + _BINS * bool(drafts.tree.ranks[node])
 
     def draft_first(self, drafts: Drafts, left: int, context: int) -> int:
