@@ -11,7 +11,11 @@ sdsat_fail() { echo "setup: $1" >&2; exit 2; }
 # True if the interpreter $1 has a torch >= 2.11 that was built for CUDA.
 sdsat_has_cuda_torch() {
   "$1" - 2>/dev/null <<'PY'
-import sys, torch
+import sys
+from importlib import metadata
+if metadata.version("torch").endswith("+cpu"):
+    sys.exit(1)  # known without seconds of importing it
+import torch
 version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 sys.exit(0 if torch.version.cuda and torch.cuda.is_available() and version >= (2, 11) else 1)
 PY

@@ -77,7 +77,7 @@ def wait_for_problems(folder, count):
 
 @pytest.mark.parametrize(
     ("method", "arguments", "folder"),
-    [("greedy", ["cpu"], "greedy"), ("nucleus", ["cpu", "0.2"], "nucleus_t0.2"), ("nucleus", [], "nucleus_t1.0")],
+    [("greedy", ["cpu"], "greedy"), ("nucleus", [], "nucleus_t1.0")],
 )
 def test_start_scripts(start, method, arguments, folder):
     out, _ = start(method, *arguments)

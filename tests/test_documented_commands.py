@@ -30,10 +30,10 @@ SMALL = {
     "verify": "--data-limit 1 --max-new-tokens 6",
     "batch_throughput": "--sizes 1,2 --prompts 2 --max-new-tokens 4 --dtype float32 --device cpu",
     "pass_cost": "--dtype float32 --device cpu --turns 2",
-    "peers": "--data-limit 1 --general 1 --max-new-tokens 4",
+    "peers": "--data-limit 1 --general 1 --max-new-tokens 4 --ours auto",
     "soak": "--generations 20",
 }
-CONSTANTS = {"pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)}}
+CONSTANTS = {"pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)}, "profile_passes": {"SHAPES": ((2, 1),)}}
 # These name something else, need what a test has not, or are what runs these tests.
 ELSEWHERE = {
     "bash scripts/setup.sh": "runs before these tests",
