@@ -158,7 +158,7 @@ def bench(
 
     What is left open is as in the paper for CodeLlama-form SDSAT checkpoints: HumanEval's first half, up to 512 new tokens, and
     the first 3 % of single-line infilling, up to 50; k = 0..13 greedy, 0,5,7,9,11,13 with the paper's trees for nucleus; weights
-    in their own dtype. For other models: HumanEval, all, up to 256; k = 0,1,3,5,7 in chains; bfloat16. On a CPU 6 problems.
+    in their own dtype. For other models: HumanEval, all, up to 256; k = 0,1,3,5,7; bfloat16. On a CPU 6 problems.
     """
     import torch
 

@@ -87,7 +87,7 @@ class DecodeConfig:
     budget: rows of a pass that 'one-pass' and 'auto' may use; None: for 'one-pass' as many as pay on this machine, 16 for 'auto'.
     lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None: 12 for 'auto', else none.
     tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list with one width a depth; 'auto':
-        for strategy 'auto' 2,2,1, of which it verifies what pays, else a chain.
+        see `decode.with_tree`.
     stop_ids: token ids that end the output; the id itself is kept as the last token, as `transformers` does.
     stop_strings: the output ends with the token that completes one; `Generation.text` is cut before it.
     """
@@ -109,8 +109,6 @@ class DecodeConfig:
         require(in_range, f"budget={self.budget}: expected a number of rows from 2 to {MAX_ROWS}")
         if self.lookup is None:
             object.__setattr__(self, "lookup", 12 if self.strategy == "auto" and self.k else 0)
-        if self.tree == "auto":
-            object.__setattr__(self, "tree", (2, 2, 1) if self.strategy == "auto" and self.k <= MAX_TRAINED_K else "chain")
         require(0 <= self.num_lookup <= 32, f"lookup={self.lookup}: expected 0 (off) to 32 tokens")
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: expected 1 or more")
         require(all(self.stop_strings), "stop_strings: an empty string would stop at once; leave it out")

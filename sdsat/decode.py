@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import MAX_ROWS, DecodeConfig, InputError, SamplingConfig, require
+from .config import MAX_ROWS, MAX_TRAINED_K, DecodeConfig, InputError, SamplingConfig, require
 from .draft import Drafts, draft_tokens
 from .engine import AnyCache, Part, Room, forward, forward_batch, new_cache, prefill, probe_rows, top
 from .lookup import Lookup
@@ -123,7 +123,18 @@ def next_logits(model: SatModel, token_ids: list[int], prompt_length: int, confi
     return logits[0]
 
 
-def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None:
+def with_tree(model: SatModel, config: DecodeConfig) -> DecodeConfig:
+    """The settings with a tree for 'auto': 2,2,1 for strategy 'auto' on the native engine, where trees have AR's bits (engine.py)
+    and it verifies of them what pays; else a chain.
+    """
+    if config.tree != "auto":
+        return config
+    wide = config.strategy == "auto" and model.native is not None and 0 < config.k <= MAX_TRAINED_K
+    return replace(config, tree=(2, 2, 1) if wide else "chain")
+
+
+def _checked(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> DecodeConfig:
+    """The settings with their tree, if they fit the prompt and the model."""
     require(len(prompt_ids) > 0, "prompt: no tokens; expected at least one")
     needed = len(prompt_ids) + config.max_new_tokens
     require(
@@ -135,6 +146,7 @@ def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None
     strange = next((token for token in prompt_ids if not 0 <= token < vocabulary), None)
     require(strange is None, f"prompt: token id {strange} is not in the model's vocabulary of {vocabulary}")
     require(model.tokenizer is not None or not config.stop_strings, "stop_strings: the model came without a tokenizer")
+    config = with_tree(model, config)
     if config.k:
         require(
             model.sat is not None,
@@ -148,6 +160,7 @@ def _check(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> None
         )
         width = make_tree(config.tree, config.k).width
         require(width < vocabulary, f"tree={config.tree}: {width} candidates, but the vocabulary has {vocabulary} tokens")
+    return config
 
 
 def next_tokens(model: SatModel, logits: Tensor, index: Tensor, sampling: SamplingConfig, seeds: Tensor | None = None) -> Tensor:
@@ -193,7 +206,7 @@ def generate(
     then chooses instead of config.sampling, which only drafts go by.
     Raises InputError where the prompt, the settings and the model do not fit together.
     """
-    _check(model, prompt_ids, config)
+    config = _checked(model, prompt_ids, config)
     report = None if on_tokens is None else lambda _, tokens, drafted: on_tokens(tokens, drafted)
     return next(_decode(model, [prompt_ids], [config], 1, report, [chooser]))[1]
 
@@ -232,7 +245,7 @@ def iterate_batch(
     require(len(configs) == len(prompts), f"configs: {len(configs)} for {len(prompts)} prompts; expected one, or one a prompt")
     for number, (prompt_ids, config) in enumerate(zip(prompts, configs, strict=True)):
         try:
-            _check(model, prompt_ids, config)
+            configs[number] = _checked(model, prompt_ids, config)
         except InputError as error:
             raise InputError(f"prompts[{number}]: {error}") from None
     return _decode(model, prompts, configs, batch_size, on_tokens, choosers or [None] * len(prompts))

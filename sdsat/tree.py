@@ -222,8 +222,10 @@ def _layout_of_one(tree: DraftTree, groups: tuple[tuple[int, int], ...], rows: i
 
 @cache
 def make_tree(spec: str | tuple[int, ...], k: int) -> DraftTree:
-    """The draft tree for k SATs. spec: 'chain', 'paper', or a branching list; a list shorter than k ends in a chain."""
-    if spec == "chain":
+    """The draft tree for k SATs. spec: 'chain', 'paper', or a branching list; a list shorter than k ends in a chain. 'auto':
+    a chain, where no model has been asked (decode.with_tree).
+    """
+    if spec in ("auto", "chain"):
         spec = (1,)
     if spec == "paper":
         require(k in PAPER_WIDTHS, f"tree=paper with k={k}: the paper's trees are for k in {sorted(PAPER_WIDTHS)}")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .config import STRATEGIES, DecodeConfig, SamplingConfig
 from .datasets import Limit, check_limit
-from .decode import generate, next_logits
+from .decode import generate, next_logits, with_tree
 from .model import SatModel
 from .prompts import humaneval
 from .records import open_record, write_json
@@ -154,7 +154,7 @@ def _compare(model: SatModel, prompt_ids: list[int], config: VerifyConfig) -> li
         for tree in config.trees:
             for strategy, k in product(config.strategies, config.k_list):
                 settings = (k, config.max_new_tokens, parse_tree(tree), sampling, model.stop_ids)
-                decode = DecodeConfig(*settings, strategy=strategy)
+                decode = with_tree(model, DecodeConfig(*settings, strategy=strategy))
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # depth beyond the trained one changes speed, not the output
                     tokens = generate(model, prompt_ids, decode).token_ids
