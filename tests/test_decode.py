@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sdsat.config import STRATEGIES, DecodeConfig, InputError, SamplingConfig
 from sdsat.costs import COUNTS, CostCurve
-from sdsat.decode import generate
+from sdsat.decode import generate, with_tree
 from sdsat.model import SatModel
 from sdsat.native import NativeEngine
 from sdsat.sampling import choose, gumbel_noise
@@ -137,6 +137,15 @@ def test_native_bfloat16_drafts_equal_ar(head, sampling, strategy):
         for lookup, budget in ((0, 16), (5, 32)):
             config = DecodeConfig(k, 60, tree, sampling, strategy=strategy, lookup=lookup, budget=budget)
             assert generate(model, PROMPT, config).token_ids == want
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_tree_for_auto_is_wide_only_where_trees_have_the_bits_of_ar(strategy, native):
+    model = drafting(tiny_llama(torch.float32, **WHOLE), native=native, k=4)
+    found = [with_tree(model, DecodeConfig(k, tree=tree, strategy=strategy)).tree for k in (4, 0) for tree in ("auto", (3,))]
+    assert found == [(2, 2, 1) if native and strategy == "auto" else "chain", (3,), "chain", (3,)]
+    assert with_tree(model, DecodeConfig(40, strategy=strategy)).tree == "chain"  # 2,2,1 would be too many nodes
 
 
 @pytest.mark.parametrize("sampling", [NUCLEUS, SamplingConfig(1.0, seed=9)], ids=["nucleus", "all"])

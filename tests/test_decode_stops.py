@@ -14,7 +14,7 @@ from tokenizers import decoders
 
 from sdsat import decode
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.decode import generate
+from sdsat.decode import generate, generate_batch
 from sdsat.engine import RowPolicy
 from sdsat.model import SatModel
 
@@ -317,6 +317,19 @@ def test_one_host_synchronisation_a_pass(monkeypatch, k, tree, strategy):
     passes = []
     generate(model, PROMPT, config, lambda *call: passes.append(call))
     assert len(reads) == len(passes), reads
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_on_a_cpu_only_sats_where_a_walk_ends_draft(monkeypatch, size):
+    model = with_adapter(tiny_llama())
+    config = DecodeConfig(3, 30, "chain", strategy="one-pass", budget=24)  # room for a group at every node
+    want, calls, passes = generate(model, PROMPT, config).token_ids, [], []
+    draft, run = decode.draft_tokens, decode.forward_batch
+    monkeypatch.setattr(decode, "draft_tokens", lambda *args: calls.append(args) or draft(*args))
+    monkeypatch.setattr(decode, "forward_batch", lambda *args: passes.append(args[1]) or run(*args))
+    outs = generate_batch(model, [PROMPT] * size, config, batch_size=size)
+    assert [out.token_ids for out in outs] == [want] * size
+    assert len(calls) <= sum(len(parts) for parts in passes) < sum(len(part.groups) for parts in passes for part in parts)
 
 
 def test_text_keeps_the_space_it_begins_with(truths):

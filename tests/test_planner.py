@@ -346,6 +346,16 @@ def test_chances_go_to_what_is_observed(likely, share, looked_up):
     assert after == auto(3)._chance(one_draft(likely, not looked_up), 1)  # the two are counted apart
 
 
+def test_first_choices_and_others_are_counted_apart():
+    """A tree of two drafts that seem equally likely, of which the first is always right."""
+    planner, drafts = auto(3), Drafts(DraftTree((-1, 0, 0), (0, 0, 1)), [0] * 3, [1.0, 0.4, 0.4], [False] * 3, "root")
+    before = planner._chance(drafts, 1)
+    assert planner._chance(drafts, 2) == before
+    for _ in range(100):
+        planner.observe(drafts, Plan([0, 1, 2]), [0, 1])
+    assert planner._chance(drafts, 1) > 0.95 and planner._chance(drafts, 2) < 0.05
+
+
 def test_drafts_below_a_rejected_one_say_nothing():
     planner, drafts = auto(3), Drafts(make_tree("chain", 3), [0] * 4, [1.0, 0.9, 0.6, 0.3], [False] * 4, "root")
     before = [planner._chance(drafts, node) for node in (1, 2, 3)]
