@@ -111,7 +111,7 @@ def test_published_checkpoints_on_the_hub_are_known_without_it(monkeypatch):
 
 def test_the_papers_settings():
     greedy, nucleus = (paper_settings(method, "humaneval") for method in ("greedy", "nucleus"))
-    assert (greedy["k_list"], greedy["tree"]) == (tuple(range(14)), "chain")
+    assert (greedy["k_list"], greedy["tree"]) == (tuple(range(14)), "auto")
     assert (nucleus["k_list"], nucleus["tree"]) == ((0, 5, 7, 9, 11, 13), "paper")
     assert (greedy["data_limit"], greedy["max_new_tokens"], greedy["dtype"]) == (Fraction(1, 2), 512, "auto")
     infilling = paper_settings("greedy", "infilling")
