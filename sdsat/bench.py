@@ -95,9 +95,9 @@ class BenchConfig:
             len(set(self.strategies)) == len(self.strategies) > 0, f"strategies={','.join(self.strategies)}: one is there twice"
         )
         for strategy, k in self.keys:
-            tree = self.decode_config(strategy, k).tree
+            self.decode_config(strategy, k)
             if k:
-                make_tree(tree, k)
+                make_tree(parse_tree(self.tree), k)
 
     @property
     def keys(self) -> list[tuple[str, int]]:

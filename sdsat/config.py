@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 STRATEGIES = ("two-step", "rounded", "one-pass", "auto")
 MAX_ROWS = 96  # of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length
-MAX_TRAINED_K = 16
+MAX_TRAINED_K = 16  # depth of an adapter
 TRAIN_MODES = ("adapter", "everywhere", "full")
 _ONLY_IN = {
     "rank": ("adapter", "everywhere"), "targets": ("adapter", "everywhere"), "head": ("adapter",),

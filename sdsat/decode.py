@@ -354,7 +354,7 @@ def _draft_first(model: SatModel, live: list[_Sequence]) -> None:
     if not wanting:
         return
     drafted = [sequence for sequence, _ in wanting]
-    _, values = _run(model, drafted, [part for _, part in wanting], rounded=True)
+    *_, values = _run(model, drafted, [part for _, part in wanting], rounded=True)
     for sequence, below in zip(drafted, values, strict=True):
         sequence.drafts = sequence.with_lookup(Drafts.of_rounded(sequence.x, *below[0]))
         sequence.out.num_passes += 1
@@ -375,8 +375,7 @@ def _step(model: SatModel, live: list[_Sequence], on_tokens: OnBatchTokens | Non
         plan = sequence.plan = sequence.planner.plan(sequence.drafts, sequence.left, sequence.context)
         drafts = sequence.drafts = sequence.drafts.kept(plan.nodes)
         parts.append(Part(sequence.cache, drafts.tokens, drafts.tree, plan.groups))
-    targets, drafted = _run(model, live, parts)
-    paths = [part.tree.walk(part.tokens, own) for part, own in zip(parts, targets, strict=True)]
+    targets, paths, drafted = _run(model, live, parts)
     for sequence, path in zip(live, paths, strict=True):
         sequence.cache.commit(tuple(path))
         sequence.planner.observe(sequence.drafts, sequence.plan, path)
@@ -420,9 +419,9 @@ def _emit(
 
 def _run(
     model: SatModel, sequences: list[_Sequence], parts: list[Part], rounded: bool = False
-) -> tuple[list[list[int]], list[dict[int, tuple[DraftTree, list[float]]]]]:
-    """A pass. For each sequence: the model's own next token at every node, and what SATs draft after the token that follows at
-    their node, {node: (tree, `draft_tokens`, flat)}.
+) -> tuple[list[list[int]], list[list[int]], list[dict[int, tuple[DraftTree, list[float]]]]]:
+    """A pass. For each sequence: the model's own next token at every node, the walk's path, and what SATs draft after the token
+    that follows at their node, {node: (tree, `draft_tokens`, flat)}.
     """
     states, logits = forward_batch(model, parts, rounded)
     nodes = sum(len(part.tokens) for part in parts)
@@ -431,22 +430,24 @@ def _run(
         targets = _targets(model, sequences, parts, logits[:nodes], index.to(logits.device))
     else:
         targets = torch.cat(_ask(sequences, parts, logits[:nodes]))
-    own = _by_part(iter(targets.tolist()), parts) if _reads_freely(targets) else None
+    free = _reads_freely(targets)
+    own, paths = _walked(iter(targets.tolist()), parts) if free else ([], [])
+    ends = [path[-1] for path in paths] if free else [None] * len(parts)
     first, node, below = nodes, 0, []
-    for i, (sequence, part) in enumerate(zip(sequences, parts, strict=True)):
+    for sequence, part, end in zip(sequences, parts, ends, strict=True):
         groups: dict[int, tuple[DraftTree, Tensor]] = {}
         if part.groups:
-            end = part.tree.walk(part.tokens, own[i])[-1] if own else None
             rows = slice(first, first + part.sats)
             after = targets[node : node + len(part.tokens)].clamp_min(0)  # off the walk SATs draft for nobody
             groups = _drafts_below(model, sequence.config, part, after, states[rows], logits[rows], sequence.emitted, end)
         below.append(groups)
         first, node = first + part.sats, node + len(part.tokens)
-    every = [*([] if own else [targets.double()]), *(found.flatten() for groups in below for _, found in groups.values())]
+    every = [*([] if free else [targets.double()]), *(found.flatten() for groups in below for _, found in groups.values())]
     read = iter(torch.cat(every).tolist() if every else [])  # the one host read, but for a free one
-    own = own or _by_part(read, parts)
+    if not free:
+        own, paths = _walked(read, parts)
     drafted = [{at: (shape, list(islice(read, found.numel()))) for at, (shape, found) in groups.items()} for groups in below]
-    return own, drafted
+    return own, paths, drafted
 
 
 def _reads_freely(tensor: Tensor) -> bool:
@@ -454,9 +455,10 @@ def _reads_freely(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _by_part(values: Iterator[float], parts: list[Part]) -> list[list[int]]:
-    """The next values as token ids, one for every node of every part."""
-    return [[int(value) for value in islice(values, len(part.tokens))] for part in parts]
+def _walked(values: Iterator[float], parts: list[Part]) -> tuple[list[list[int]], list[list[int]]]:
+    """The next values as the model's own tokens, one for every node of every part; and the path that each part's walk takes."""
+    own = [[int(value) for value in islice(values, len(part.tokens))] for part in parts]
+    return own, [part.tree.walk(part.tokens, targets) for part, targets in zip(parts, own, strict=True)]
 
 
 def _targets(model: SatModel, sequences: list[_Sequence], parts: list[Part], logits: Tensor, index: Tensor) -> Tensor:

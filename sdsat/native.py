@@ -306,23 +306,17 @@ class NativeEngine:
         self, x: Tensor, states: Tensor, logits: Tensor, shortlist: int, index: int, tree: DraftTree, sampling: SamplingConfig
     ) -> Tensor:
         """`draft.draft_tokens` in one call. shortlist: how many of a SAT's candidates are looked at."""
-        nodes, out = len(tree), torch.empty(2, len(tree), dtype=torch.float64)
+        out = torch.empty(2, len(tree), dtype=torch.float64)
         out[0, 0], out[1, 0] = x[0], 1.0
-        shape, tokens = _shape(tree), out.data_ptr()
-        pointers = (
-            states.data_ptr(),
-            logits.data_ptr(),
-            *(shape.data_ptr() + 8 * nodes * i for i in range(3)),
-            tokens,
-            tokens + 8 * nodes,
-        )
-        struct = _Drafting(*pointers, nodes, len(logits), shortlist, index, as_seed(sampling.seed), _Sampling.of(sampling))
+        pointers = map(_pointer, (states, logits, *_shape(tree), *out))
+        numbers = (len(tree), len(logits), shortlist, index, as_seed(sampling.seed))
+        struct = _Drafting(*pointers, *numbers, _Sampling.of(sampling))
         self.struct.threads = torch.get_num_threads()
         library().sdsat_draft(byref(self.struct), byref(struct), self.is_bf16)
         return out
 
 
 @lru_cache(maxsize=256)
-def _shape(tree: DraftTree) -> Tensor:
-    """[3, N]: parents, ranks and depths."""
-    return torch.tensor([tree.parents, tree.ranks, tree.depths])
+def _shape(tree: DraftTree) -> tuple[Tensor, ...]:
+    """Parents, ranks and depths, [N] each."""
+    return tuple(torch.tensor([tree.parents, tree.ranks, tree.depths]))

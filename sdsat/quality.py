@@ -46,7 +46,8 @@ class QualityConfig:
         require(self.samples == 1 or self.temperature > 0, f"samples={self.samples}: greedy answers are all the same; expected 1")
         check_limit(self.data_limit)
         for strategy, k in self.keys:
-            make_tree(self.decode(strategy, k, 0, ()).tree, max(1, k))
+            self.decode(strategy, k, 0, ())
+            make_tree(parse_tree(self.tree), max(1, k))
 
     @property
     def keys(self) -> list[tuple[str, int]]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import STRATEGIES, DecodeConfig, SamplingConfig
+from .config import DecodeConfig, SamplingConfig
 from .datasets import Limit, check_limit
 from .decode import generate, next_logits, with_tree
 from .model import SatModel
@@ -53,10 +53,11 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         check_limit(self.data_limit)
-        for strategy in self.strategies or STRATEGIES:
-            for tree in self.trees:
-                for k in self.k_list:
-                    make_tree(DecodeConfig(k, tree=parse_tree(tree), strategy=strategy).tree, max(1, k))
+        for tree in self.trees:
+            for k in self.k_list:
+                make_tree(parse_tree(tree), max(1, k))
+        for strategy in self.strategies:
+            DecodeConfig(1, strategy=strategy)
 
     def samplings(self) -> list[SamplingConfig]:
         nucleus = [t for t in self.temperatures if t > 0]
