@@ -32,7 +32,7 @@ from .draft import Drafts, draft_tokens
 from .engine import AnyCache, Part, Room, forward, forward_batch, new_cache, prefill, probe_rows, top
 from .lookup import Lookup
 from .model import SatModel
-from .planner import PLAIN, Plan, Planner, kind_at, make_planner
+from .planner import PLAIN, Plan, Planner, make_planner
 from .sampling import as_seed, choose
 from .tree import DraftTree, make_tree
 
@@ -407,7 +407,7 @@ def _emit(
         out.count(max(drafts.tree.depths), len(path) - 1, kept if out.finish else None)
     block = block[:kept]
     out.token_ids += block
-    sequence.drafts = Drafts.of_sats(*below[end], kind_at(end, drafts.tree)) if end in below else Drafts.none(x)
+    sequence.drafts = Drafts.of_sats(*below[end], sequence.plan.kind(end)) if end in below else Drafts.none(x)
     if sequence.lookup:
         sequence.lookup.add(block)
     if on_tokens is not None:

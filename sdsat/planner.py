@@ -6,8 +6,8 @@ the node at which its walk ended, a tree of drafts below x. A plan says which dr
     AR         x                      never a SAT
     two-step   x + SATs, then x + drafts, then x + SATs, ..           (the paper's; arXiv 2403.18647, section 3.2)
     rounded    in 8 bits x + SATs, then x + drafts                    (one true pass a loop, after one that only drafts)
-    one-pass   x + drafts + SATs at the nodes where the walk most likely ends, under a budget of rows; where it ends at
-               another one, the next pass is x + SATs
+    one-pass   x + drafts + SATs at the nodes where the walk most likely ends: a fixed budget of rows full of them, or as many as
+               pay; where it ends at another one, the next pass is x + SATs
     auto       of all these what promises most tokens per second, given what a pass of so many rows costs here (costs.py) and how
                often drafts of that confidence and depth were accepted so far
 
@@ -23,30 +23,40 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .config import MAX_ROWS, DecodeConfig
-from .costs import CONTEXTS, CostCurve, measured_costs
+from .costs import CostCurve, measured_costs
 from .draft import OWN, Drafts
-from .tree import DraftTree, make_tree
+from .tree import DraftTree
 
 if TYPE_CHECKING:
     from .model import SatModel
 
 _BINS = 8  # of confidence
 _PRIOR = 4.0  # how many observations the prior counts for
-# Where drafts come from: SATs at x alone, at a last draft, at an inner one, in a pass in 8 bits; or nowhere.
-KINDS = ("root", "leaf", "inner", "rounded", "none")
+# Where drafts come from: SATs at x alone, at a last draft, at one whose drafts were all left out, at an inner one, in a pass in
+# 8 bits; or nowhere. Where the walk ends at an inner one the token that follows was not foreseen, and what comes after it is
+# harder to draft; at one whose drafts were too doubtful to be kept that is likely; at a last one nothing says so.
+KINDS = ("root", "leaf", "cut", "inner", "rounded", "none")
 _SIZES = (1, 4, 8, 12, 16, 32, 64, 128, 256)  # classes of rows whose cost is corrected together
-_MARGIN = 0.1  # tokens that SATs must promise beyond what they cost: the best of many estimates is an optimistic one
-_MEMORY = 0.98  # what an observed pass still counts for one pass later
-_ROWS = 16  # of a pass of auto, at most
+_MARGIN = 0.03  # tokens that SATs must promise beyond what they cost: the best of many estimates is an optimistic one
+_MEMORY = 0.99  # what an observed pass still counts for one pass later
+_UNTRIED = 0.95  # what is known of passes in 8 bits still counts after one was declined: so they are tried again
+_GROUPS = 8  # of a pass of auto, at most
 _TRY_AGAIN = 48  # plain passes in a row before drafting is tried again, and drafting loops before a plain pass is timed again
 
 
 @dataclass(frozen=True)
 class Plan:
-    """nodes: the drafts to verify, ascending, 0 (x) among them. groups: (node, number of SATs), node counted among these."""
+    """nodes: the drafts to verify, ascending, 0 (x) among them. groups: (node, number of SATs), node counted among these.
+    kinds: of KINDS, one a group, where the planner tells them apart.
+    """
 
     nodes: list[int]
     groups: tuple[tuple[int, int], ...] = ()
+    kinds: tuple[str, ...] = ()
+
+    def kind(self, node: int) -> str:
+        """Which of KINDS the drafts of the SATs at this node are."""
+        return next((kind for (at, _), kind in zip(self.groups, self.kinds, strict=False) if at == node), "root")
 
 
 PLAIN = Plan([0])
@@ -73,14 +83,9 @@ def shallow(tree: DraftTree, depth: int) -> list[int]:
     return [node for node, d in enumerate(tree.depths) if d <= depth]
 
 
-def kind_at(end: int, tree: DraftTree) -> str:
-    """Which of KINDS the drafts of SATs at node `end` of a verified tree are."""
-    return "root" if len(tree) == 1 else "inner" if end in tree.parents else "leaf"
-
-
 @dataclass
 class FixedPlanner:
-    """two-step, rounded, one-pass, and AR (k = 0): always the same k, tree and budget."""
+    """AR (k = 0), two-step, rounded, and one-pass with a budget: always the same k, tree and number of rows."""
 
     config: DecodeConfig
     strategy: str
@@ -148,7 +153,7 @@ def _class(rows: int) -> int:
 
 def _expected(accuracy: Sequence[float], k: int) -> list[float]:
     """Of drafts by depth, where an adapter's metadata may say less than k."""
-    return [*accuracy[:k], *[0.3] * (k - len(accuracy))]
+    return [*accuracy[:k], *[0.5] * (k - len(accuracy))]
 
 
 class AutoPlanner:
@@ -160,12 +165,14 @@ class AutoPlanner:
     next place worth more; and a plain pass. All pay for their rows. Seconds are the cost curve's, corrected by what
     passes of that many rows take as it runs. When nothing pays, passes are plain, and now and then drafting is tried again.
 
+    one-pass is the same without passes in 8 bits.
+
     In a batch of B sequences a plan of n rows counts as 1/B of a pass of B n rows: what it costs if the others do as much. The
     larger B, the more nearly that is in proportion to n, and drafts stop paying. All sequences of a batch learn together.
     """
 
     def __init__(self, config: DecodeConfig, costs: CostCurve, k: int, accuracy: Sequence[float]):
-        self.config, self.costs, self.k, self.budget = config, costs, k, config.budget or _ROWS
+        self.config, self.costs, self.k, self.budget = config, costs, k, config.budget or MAX_ROWS
         self._seconds = lru_cache(4096)(costs.seconds)  # plans ask for the same few again and again
         self.by_depth = _Rates(_expected(accuracy, k))
         self.by_confidence = _Rates([(i + 0.5) / _BINS for i in range(_BINS)] * 2)  # of first choices, of others
@@ -252,6 +259,7 @@ class AutoPlanner:
         exact = self._best(drafts, left, context)
         if value <= exact[0] and not self._again(self.num_plain):
             self._found[id(drafts), left, context] = (drafts, *exact)
+            self.scores["rounded"] = [_UNTRIED * part for part in self.scores["rounded"]]
             return 0
         self._learn("none", value)
         self.num_plain = 0  # of a batch, one sequence tries again
@@ -269,7 +277,7 @@ class AutoPlanner:
         size = min(self.size, left - 2, self.budget - 1)
         alone = len(drafts.tokens) == 1
         if alone and self._again(self.num_drafting):
-            return Plan([0])
+            return PLAIN
         if alone and self._again(self.num_plain) and size > 0:
             self.num_plain = 0
             return Plan([0], ((0, size),))
@@ -282,12 +290,12 @@ class AutoPlanner:
         """The pass that promises most, and how much, in tokens."""
         cost, rate, tree = self._cost, self.rate, drafts.tree
         through = reach(tree, [1.0, *(self._chance(drafts, node) for node in range(1, len(tree)))])
-        depths = tree.depths
+        depths, parents = tree.depths, set(tree.parents)
         order = sorted((n for n in range(1, len(tree)) if depths[n] < left), key=lambda n: -through[n])
         reached = self._reached(self.size)
         loss = [sum(reached[size:]) for size in range(self.size + 1)]  # of a smaller group
-        worth = {kind: [self._worth(kind) - less for less in loss] for kind in ("root", "leaf", "inner")}
-        best: tuple[float, int, tuple[tuple[int, int], ...]] = (-1e9, 0, ())
+        worth = {kind: [self._worth(kind) - less for less in loss] for kind in KINDS[:4]}
+        best: tuple[float, int, tuple[tuple[int, int, str], ...]] = (-1e9, 0, ())
         ending, kept_value, inner = {0: 1.0}, 0.0, set[int]()
         for count in range(min(len(order), self.budget - 1) + 1):
             if count:
@@ -298,9 +306,10 @@ class AutoPlanner:
                 inner.add(tree.parents[node])
             rows, sats, value = 1 + count, 0, kept_value
             spent, groups = rate * cost(rows, 0, context), []
-            for node in sorted(ending, key=lambda n: -ending[n])[:3]:
+            for node in sorted(ending, key=lambda n: -ending[n])[:_GROUPS]:
                 room = min(self.size, left - 2 - depths[node], self.budget - rows - sats)
-                values = worth["root" if not count else "inner" if node in inner else "leaf"]
+                kind = "root" if not count else "inner" if node in inner else "cut" if node in parents else "leaf"
+                values = worth[kind]
                 # The largest group is worth most, and the smallest costs least: where that isn't enough, none is.
                 if room < 1 or ending[node] * values[room] - rate * cost(rows + sats + 1, sats + 1, context) + spent <= _MARGIN:
                     break
@@ -311,13 +320,14 @@ class AutoPlanner:
                 if max(gains)[0] <= _MARGIN:
                     break
                 size = max(gains)[1]
-                groups.append((node, size))
+                groups.append((node, size, kind))
                 value, sats = value + ending[node] * values[size], sats + size
                 spent = rate * cost(rows + sats, sats, context)
             if value - spent > best[0]:
                 best = (value - spent, count, tuple(groups))
         nodes = sorted([0, *order[: best[1]]])
-        return 1 + best[0], Plan(nodes, tuple((nodes.index(node), size) for node, size in best[2]))
+        placed = tuple((nodes.index(node), size) for node, size, _ in best[2])
+        return 1 + best[0], Plan(nodes, placed, tuple(kind for _, _, kind in best[2]))
 
     def observe(self, drafts: Drafts, plan: Plan, path: list[int]) -> None:
         """Learn from a pass over one sequence: drafts as planned (kept), and the walked path."""
@@ -353,37 +363,15 @@ class AutoPlanner:
 Planner = FixedPlanner | AutoPlanner
 
 
-def groups_that_pay(tree: DraftTree, k: int, accuracy: Sequence[float], costs: CostCurve) -> int:
-    """How many groups of k SATs one-pass places in a pass: at the likeliest ends of the walk. Where it ends elsewhere, a pass
-    follows that only drafts and gives one token.
-
-    accuracy: by depth, of drafts whose parents were right.
-    """
-    chain = make_tree("chain", k)
-    through = reach(chain, [1.0, *_expected(accuracy, k)])
-    ending = sorted(ends(chain, through), reverse=True)
-    drafting = costs.seconds(1 + k, k, CONTEXTS[0])
-
-    def rate(groups: int) -> float:
-        missed = 1 - sum(ending[:groups])
-        seconds = costs.seconds(len(tree) + groups * k, groups * k, CONTEXTS[0]) + missed * drafting
-        return (sum(through) + missed) / seconds
-
-    return max(range(1, 1 + max(1, min(len(ending), (MAX_ROWS - len(tree)) // k))), key=rate)
-
-
 def make_planner(model: SatModel, config: DecodeConfig) -> Planner:
-    """The planner of a generation. auto's is kept with the model for each way of sampling, and learns from one to the next."""
-    if config.strategy not in ("one-pass", "auto") or not config.k or model.sat is None:
+    """The planner of a generation. One that learns is kept with the model for each way of sampling, and goes on learning."""
+    learns = config.strategy == "auto" or (config.strategy == "one-pass" and config.budget is None)
+    if not learns or not config.k or model.sat is None:
         return FixedPlanner(config, config.strategy)
-    accuracy = model.adapter.config.training.get("accuracy_by_depth", []) if model.adapter else []
-    if config.strategy == "one-pass":
-        if config.budget is None:
-            tree, k = make_tree(config.tree, config.k), config.k
-            groups = groups_that_pay(tree, k, accuracy, measured_costs(model))
-            config = replace(config, budget=min(MAX_ROWS, len(tree) + config.num_lookup + groups * k))
-        return FixedPlanner(config, config.strategy)
-    key = (config.sampling.temperature, config.k, config.tree, config.budget, config.lookup)
+    key = (config.strategy, config.sampling.temperature, config.k, config.tree, config.budget, config.lookup)
     if key not in model.planners:
-        model.planners[key] = AutoPlanner(config, measured_costs(model), config.k, accuracy)
+        accuracy = model.adapter.config.training.get("accuracy_by_depth", []) if model.adapter else []
+        costs = measured_costs(model)
+        costs = costs if config.may_round else replace(costs, rounded=[])
+        model.planners[key] = AutoPlanner(config, costs, config.k, accuracy)
     return model.planners[key]
