@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -286,8 +285,7 @@ def test_kinds_say_where_groups_are_in_the_whole_tree(drafts, left, costs):
 def test_passes_in_8_bits_are_tried_again_after_a_bad_start():
     planner = auto(5, ROUNDED)
     planner.scores["rounded"] = [-100.0, 50.0]
-    world = World(ROUNDED, CLAIMS["often"]).run(planner, 3000)
-    assert world.rounded > 0.8 * World(ROUNDED, CLAIMS["often"]).run(auto(5, ROUNDED), 3000).rounded > 100
+    assert World(ROUNDED, CLAIMS["mixed"]).run(planner, 3000).rounded > 200
 
 
 @pytest.mark.parametrize(("costs", "pays"), [(FLAT, True), (STEEP, False)], ids=["flat", "steep"])
