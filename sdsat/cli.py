@@ -88,7 +88,7 @@ def generate(
         int | None, typer.Option(help="Tokens to look up in the text so far as further drafts. Default: 12 for auto, else 0.")
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(help="Rows of a pass that one-pass and auto may use. Default: as many as pay here; auto: 16.")
+        int | None, typer.Option(help="Rows of a pass that one-pass and auto may use. Default: as many as pay here.")
     ] = None,
     tree: Tree = "auto",
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 256,

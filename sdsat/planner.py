@@ -41,7 +41,8 @@ _MARGIN = 0.03  # tokens that SATs must promise beyond what they cost: the best 
 _MEMORY = 0.99  # what an observed pass still counts for one pass later
 _UNTRIED = 0.95  # what is known of passes in 8 bits still counts after one was declined: so they are tried again
 _GROUPS = 8  # of a pass of auto, at most
-_TRY_AGAIN = 48  # plain passes in a row before drafting is tried again, and drafting loops before a plain pass is timed again
+_TRY_AGAIN = 48  # plain passes in a row before drafting is tried again
+_TIME_AGAIN = 192  # passes with drafts in a row before a plain one is timed again
 
 
 @dataclass(frozen=True)
@@ -253,11 +254,11 @@ class AutoPlanner:
     def draft_first(self, drafts: Drafts, left: int, context: int) -> int:
         """See FixedPlanner.draft_first."""
         size = min(self.size, left - 2)
-        if drafts.by_sats or not self.costs.rounded or size < 1 or self._again(self.num_drafting):
+        if drafts.by_sats or not self.costs.rounded or size < 1 or self._time_again():
             return 0
         value = self._score("rounded") - self.rate * self._rounded_cost(size, context)
         exact = self._best(drafts, left, context)
-        if value <= exact[0] and not self._again(self.num_plain):
+        if value <= exact[0] and not self._try_again():
             self._found[id(drafts), left, context] = (drafts, *exact)
             self.scores["rounded"] = [_UNTRIED * part for part in self.scores["rounded"]]
             return 0
@@ -265,8 +266,11 @@ class AutoPlanner:
         self.num_plain = 0  # of a batch, one sequence tries again
         return size
 
-    def _again(self, passes: int) -> bool:
-        return passes >= _TRY_AGAIN * self.batch
+    def _try_again(self) -> bool:
+        return self.num_plain >= _TRY_AGAIN * self.batch
+
+    def _time_again(self) -> bool:
+        return self.num_drafting >= _TIME_AGAIN * self.batch
 
     def observe_drafting(self, sats: int, context: int, seconds: float) -> None:
         """Learn from a pass in 8 bits: its seconds, drafting included. sats: its rows but one."""
@@ -276,9 +280,9 @@ class AutoPlanner:
         """See FixedPlanner.plan."""
         size = min(self.size, left - 2, self.budget - 1)
         alone = len(drafts.tokens) == 1
-        if alone and self._again(self.num_drafting):
+        if alone and self._time_again():
             return PLAIN
-        if alone and self._again(self.num_plain) and size > 0:
+        if alone and self._try_again() and size > 0:
             self.num_plain = 0
             return Plan([0], ((0, size),))
         found = self._found.pop((id(drafts), left, context), None)
