@@ -66,7 +66,7 @@ def test_standard_logits_are_the_bases_bit_for_bit(model):
 def test_shipped_adapter_is_small_enough_and_says_how_it_was_trained():
     files = list(embedded.ADAPTER_DIR.iterdir())
     assert sum(file.stat().st_size for file in files) <= 25 * 2**20
-    logs = {"train_log_stage1.jsonl", "train_log_stage2.jsonl", "train_log_stage3.jsonl", "train_log_stage4.jsonl", "train_log.jsonl"}
+    logs = {"train_log.jsonl", *(f"train_log_stage{number}.jsonl" for number in range(1, 5))}
     assert {"adapter_config.json", "adapter_model.safetensors", *logs} == {file.name for file in files}
     training = adapters.read_config(embedded.ADAPTER_DIR).training
     assert training["answer_tokens"] > 100_000 and training["seconds"] > 3600 / 2

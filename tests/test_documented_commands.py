@@ -91,7 +91,8 @@ def workplace(tmp_path_factory):
             tokenizer.save_pretrained(root / name)
         else:
             save_tokenizer(pieces, root / name)
-    for name in ("MODEL", "adapters/default", "runs/stage1", "runs/stage2", "runs/stage3", "runs/adapter", "runs/everywhere"):
+    stages = [f"runs/stage{number}" for number in range(1, 5)]
+    for name in ("MODEL", "adapters/default", *stages, "runs/adapter", "runs/everywhere"):
         model = with_adapter(tiny(128), k=5)
         sample, everywhere = model.adapter.config.base_sample, name == "runs/everywhere"
         model.adapter.config = AdapterConfig(str(root / "base"), model.sat, 4, everywhere=everywhere, base_sample=sample)
