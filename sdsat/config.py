@@ -84,8 +84,8 @@ class DecodeConfig:
 
     strategy: 'two-step' (the paper's), 'rounded', 'one-pass' or 'auto': see planner.py. All give the same output.
     k: SATs a group; for 'auto' at most so many.
-    budget: rows of a pass that 'one-pass' and 'auto' may use; None: as many as pay on this machine. With a number, 'one-pass' fills
-        every pass up to it.
+    budget: rows of a pass that 'one-pass' and 'auto' may use; None: as many as pay on this machine. With a number,
+        'one-pass' fills every pass up to it.
     lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None: 12 for 'auto', else none.
     tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list with one width a depth; 'auto':
         see `decode.with_tree`.

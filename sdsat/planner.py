@@ -180,7 +180,7 @@ class AutoPlanner:
         self.by_lookup = _Rates([0.5, 0.8])  # the first token, the others
         self.by_rounding = _Rates([OWN])  # the first draft of a pass in 8 bits
         self.scores: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in KINDS}  # sum and weight
-        self._found: dict[tuple[int, int, int], tuple[Drafts, float, Plan]] = {}  # by `draft_first`, for `plan`
+        self._found: dict[object, tuple[Drafts, float, Plan]] = {}  # by `_best`, until the pass is over
         self.batch = 1
         self.corrections, self.num_timed = dict.fromkeys((*_SIZES, "rounded"), 1.0), dict.fromkeys((*_SIZES, "rounded"), 0)
         self.num_plain = self.num_drafting = 0  # passes in a row
@@ -195,6 +195,7 @@ class AutoPlanner:
         """See FixedPlanner.share."""
         if batch != self.batch:
             self.batch = batch
+            self._found.clear()
             self._settle(context)
 
     def _cost(self, rows: int, sats: int, context: int) -> float:
@@ -259,7 +260,6 @@ class AutoPlanner:
         value = self._score("rounded") - self.rate * self._rounded_cost(size, context)
         exact = self._best(drafts, left, context)
         if value <= exact[0] and not self._try_again():
-            self._found[id(drafts), left, context] = (drafts, *exact)
             self.scores["rounded"] = [_UNTRIED * part for part in self.scores["rounded"]]
             return 0
         self._learn("none", value)
@@ -285,13 +285,21 @@ class AutoPlanner:
         if alone and self._try_again() and size > 0:
             self.num_plain = 0
             return Plan([0], ((0, size),))
-        found = self._found.pop((id(drafts), left, context), None)
-        value, plan = found[1:] if found else self._best(drafts, left, context)
+        value, plan = self._best(drafts, left, context)
         self._learn(drafts.kind, value)
         return plan
 
     def _best(self, drafts: Drafts, left: int, context: int) -> tuple[float, Plan]:
-        """The pass that promises most, and how much, in tokens."""
+        """The pass that promises most, and how much, in tokens. Before a pass it is found once for each place, and for all places
+        without drafts together.
+        """
+        alone = len(drafts.tokens) == 1
+        key = (min(left, self.size + 2), context & -64) if alone else id(drafts)
+        if key not in self._found:
+            self._found[key] = (drafts, *self._search(drafts, left, context))
+        return self._found[key][1:]
+
+    def _search(self, drafts: Drafts, left: int, context: int) -> tuple[float, Plan]:
         cost, rate, tree = self._cost, self.rate, drafts.tree
         through = reach(tree, [1.0, *(self._chance(drafts, node) for node in range(1, len(tree)))])
         depths, parents = tree.depths, set(tree.parents)
