@@ -309,6 +309,7 @@ class AutoPlanner:
         worth = {kind: [self._worth(kind) - less for less in loss] for kind in KINDS[:4]}
         best: tuple[float, int, tuple[tuple[int, int, str], ...]] = (-1e9, 0, ())
         ending, kept_value, inner = {0: 1.0}, 0.0, set[int]()
+        most = sum(through[node] for node in order) + max(0.0, *(values[-1] for values in worth.values()))
         for count in range(min(len(order), self.budget - 1) + 1):
             if count:
                 node = order[count - 1]
@@ -318,6 +319,10 @@ class AutoPlanner:
                 inner.add(tree.parents[node])
             rows, sats, value = 1 + count, 0, kept_value
             spent, groups = rate * cost(rows, 0, context), []
+            if (
+                most - spent <= best[0]
+            ):  # more rows cost no less, and nothing is worth more than all drafts and the best place after
+                break
             for node in sorted(ending, key=lambda n: -ending[n])[:_GROUPS]:
                 room = min(self.size, left - 2 - depths[node], self.budget - rows - sats)
                 kind = "root" if not count else "inner" if node in inner else "cut" if node in parents else "leaf"
