@@ -233,10 +233,6 @@ class AutoPlanner:
         total, weight = self.scores[kind]
         return (total + _PRIOR * prior) / (weight + _PRIOR)
 
-    def _worth(self, kind: str) -> float:
-        """The same over a place with no drafts."""
-        return self._score(kind) - self._score("none")
-
     def _learn(self, kind: str, score: float) -> None:
         held = self.scores[kind]
         held[0], held[1] = _MEMORY * held[0] + score, _MEMORY * held[1] + 1
@@ -306,10 +302,11 @@ class AutoPlanner:
         order = sorted((n for n in range(1, len(tree)) if depths[n] < left), key=lambda n: -through[n])
         reached = self._reached(self.size)
         loss = [sum(reached[size:]) for size in range(self.size + 1)]  # of a smaller group
-        worth = {kind: [self._worth(kind) - less for less in loss] for kind in KINDS[:4]}
+        full = {kind: self._score(kind) - self._score("none") for kind in KINDS[:4]}
+        worth = {kind: [value - less for less in loss] for kind, value in full.items()}
         best: tuple[float, int, tuple[tuple[int, int, str], ...]] = (-1e9, 0, ())
         ending, kept_value, inner = {0: 1.0}, 0.0, set[int]()
-        most = sum(through[node] for node in order) + max(0.0, *(values[-1] for values in worth.values()))
+        most = sum(through[node] for node in order) + max(0.0, *full.values())
         for count in range(min(len(order), self.budget - 1) + 1):
             if count:
                 node = order[count - 1]
@@ -319,9 +316,7 @@ class AutoPlanner:
                 inner.add(tree.parents[node])
             rows, sats, value = 1 + count, 0, kept_value
             spent, groups = rate * cost(rows, 0, context), []
-            if (
-                most - spent <= best[0]
-            ):  # more rows cost no less, and nothing is worth more than all drafts and the best place after
+            if most - spent <= best[0]:  # more rows cost no less, and all drafts and the best place after them are worth no more
                 break
             for node in sorted(ending, key=lambda n: -ending[n])[:_GROUPS]:
                 room = min(self.size, left - 2 - depths[node], self.budget - rows - sats)
