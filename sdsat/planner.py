@@ -256,7 +256,8 @@ class AutoPlanner:
         value = self._score("rounded") - self.rate * self._rounded_cost(size, context)
         exact = self._best(drafts, left, context)
         if value <= exact[0] and not self._try_again():
-            self.scores["rounded"] = [_UNTRIED * part for part in self.scores["rounded"]]
+            kept = _UNTRIED ** (1 / self.batch)  # each sequence declines, a try is one pass for all
+            self.scores["rounded"] = [kept * part for part in self.scores["rounded"]]
             return 0
         self._learn("none", value)
         self.num_plain = 0  # of a batch, one sequence tries again

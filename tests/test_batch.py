@@ -49,7 +49,7 @@ def strategies(engine):
 def what_counts(out, config):
     """All of a Generation but its seconds; of `auto` and `one-pass` without a budget, which learn as they go, the output."""
     held = {name: value for name, value in asdict(out).items() if not name.endswith("seconds")}
-    learns = config.budget is None and config.strategy in ("auto", "one-pass")
+    learns = config.strategy == "auto" or (config.strategy == "one-pass" and config.budget is None)
     return {name: held[name] for name in ("token_ids", "text", "finish")} if learns else held
 
 
