@@ -103,7 +103,7 @@ def last_line(errors):
 
 
 def test_interrupted_run_resumes_and_keeps_others_out_while_it_runs(start):
-    longer = {"MAX_NEW_TOKENS": "48"}  # still at it when the second run has started and gone
+    longer = {"MAX_NEW_TOKENS": "128"}  # still at it when the second run has started and gone
     process = start.begin("greedy", DATA_LIMIT="all", **longer)
     wait_for_problems(start.results / "greedy", 1)
     _, errors = start("greedy", code=2, **longer)
