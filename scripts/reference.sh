@@ -12,13 +12,14 @@ results="$RESULTS_DIR/$model"
 python "$SDSAT_ROOT/scripts/pass_cost.py" "$model" --out "$results/passes_bfloat16.json"
 python "$SDSAT_ROOT/scripts/pass_cost.py" "$model" --busy 1 --out "$results/passes_busy.json"
 python "$SDSAT_ROOT/scripts/profile_passes.py" "$model" --out "$results/profile.json"
-export STRATEGIES=two-step,rounded,one-pass,auto
+export STRATEGIES=two-step,rounded,one-pass,auto K_LIST=0,3,5,7 TURNS=3
 DATA_LIMIT="${DATA_LIMIT:-16}" sdsat bench greedy "$model" cpu --with-generate
-DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 1.0 --k-list 0,3,5,7
-DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 0.2 --k-list 0,3,5,7
-python "$SDSAT_ROOT/scripts/peers.py" "$model" --ours two-step:5 --ours rounded:5 --ours one-pass:5 --ours auto --data-limit 8 --general 8 --out "$results/peers.json"
-python "$SDSAT_ROOT/scripts/batch_throughput.py" "$model" --strategy two-step:3 --strategy auto --prompts 32 --max-new-tokens 64 --turns 1 --out "$results/batch.json"
-sdsat inspect "$model" --data-limit 8 --out "$results/inspect.json"
+DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 1.0
+DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 0.2
+python "$SDSAT_ROOT/scripts/peers.py" "$model" --ours two-step:5 --ours rounded:7 --ours one-pass:5 --ours auto --data-limit 8 --general 8 --out "$results/peers.json"
+python "$SDSAT_ROOT/scripts/batch_throughput.py" "$model" --strategy two-step:3 --strategy auto --prompts 32 --max-new-tokens 64 --turns 2 --out "$results/batch.json"
+python "$SDSAT_ROOT/scripts/soak.py" --out "$results/soak.json"
+sdsat inspect "$model" --out "$results/inspect.json"
 
 mkdir -p "$results/exactness"
 sdsat eval "$model" --dtype float32 --k-list 5 --strategies two-step,auto --device cpu --out "$results/eval.json"

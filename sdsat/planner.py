@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 
 _BINS = 8  # of confidence
 _PRIOR = 4.0  # how many observations the prior counts for
-# Where drafts come from: SATs at x alone, at a last draft, at one whose drafts were all left out, at an inner one, in a pass in
-# 8 bits; or nowhere. Where the walk ends at an inner one the token that follows was not foreseen, and what comes after it is
-# harder to draft; at one whose drafts were too doubtful to be kept that is likely; at a last one nothing says so.
-KINDS = ("root", "leaf", "cut", "inner", "rounded", "none")
+# Where the SATs of an exact pass stand: at x alone, at a last draft, at one whose drafts were all left out, at an inner one.
+# Where the walk ends at an inner one the token that follows was not foreseen, and what comes after it is harder to draft; at
+# one whose drafts were too doubtful to be kept that is likely; at a last one nothing says so.
+_PLACES = ("root", "leaf", "cut", "inner")
+KINDS = (*_PLACES, "rounded", "none")  # where drafts come from: such SATs, those of a pass in 8 bits, or nowhere
 _SIZES = (1, 4, 8, 12, 16, 32, 64, 128, 256)  # classes of rows whose cost is corrected together
 _MARGIN = 0.03  # tokens that SATs must promise beyond what they cost: the best of many estimates is an optimistic one
 _MEMORY = 0.99  # what an observed pass still counts for one pass later
@@ -303,7 +304,7 @@ class AutoPlanner:
         order = sorted((n for n in range(1, len(tree)) if depths[n] < left), key=lambda n: -through[n])
         reached = self._reached(self.size)
         loss = [sum(reached[size:]) for size in range(self.size + 1)]  # of a smaller group
-        full = {kind: self._score(kind) - self._score("none") for kind in KINDS[:4]}
+        full = {kind: self._score(kind) - self._score("none") for kind in _PLACES}
         worth = {kind: [value - less for less in loss] for kind, value in full.items()}
         best: tuple[float, int, tuple[tuple[int, int, str], ...]] = (-1e9, 0, ())
         ending, kept_value, inner = {0: 1.0}, 0.0, set[int]()
@@ -317,7 +318,7 @@ class AutoPlanner:
                 inner.add(tree.parents[node])
             rows, sats, value = 1 + count, 0, kept_value
             spent, groups = rate * cost(rows, 0, context), []
-            if most - spent <= best[0]:  # more rows cost no less, and all drafts and the best place after them are worth no more
+            if most - spent <= best[0]:  # more rows cost no less, and promise no more unless siblings are likely at once
                 break
             for node in sorted(ending, key=lambda n: -ending[n])[:_GROUPS]:
                 room = min(self.size, left - 2 - depths[node], self.budget - rows - sats)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -271,6 +272,19 @@ def test_auto_is_never_much_slower_than_plain_decoding_and_finds_what_pays(costs
     assert rate >= 0.9 * best
 
 
+@pytest.mark.parametrize("claims", CLAIMS)
+@pytest.mark.parametrize("costs", CURVES)
+def test_one_pass_places_as_many_groups_as_pay(costs, claims):
+    """Without a budget, and without passes in 8 bits."""
+    model = with_adapter(tiny_llama(), k=5)
+    model.costs, claims = CURVES[costs], CLAIMS[claims]
+    exact = replace(model.costs, rounded=[])
+    best = max(World(exact, claims).run(planner, 1000).rate for planner in fixed_planners(exact))
+    world = World(model.costs, claims).run(make_planner(model, DecodeConfig(5, strategy="one-pass")), 3000)
+    assert world.rounded == 0
+    assert world.rate >= 0.9 * best
+
+
 @settings(max_examples=60, deadline=None)
 @given(some_drafts(), st.integers(1, 9), st.sampled_from([FLAT, LINEAR]))
 def test_kinds_say_where_groups_are_in_the_whole_tree(drafts, left, costs):
@@ -286,6 +300,15 @@ def test_passes_in_8_bits_are_tried_again_after_a_bad_start():
     planner = auto(5, ROUNDED)
     planner.scores["rounded"] = [-100.0, 50.0]
     assert World(ROUNDED, CLAIMS["mixed"]).run(planner, 3000).rounded > 200
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_declined_passes_in_8_bits_are_forgotten_once_a_pass_however_many_decline(batch):
+    planner = auto(5, ROUNDED)
+    planner.share(batch, 100)
+    planner.scores["rounded"] = [-1000.0, 10.0]
+    assert [planner.draft_first(Drafts.none(0), 100, 100) for _ in range(batch)] == [0] * batch
+    assert planner.scores["rounded"] == pytest.approx([-950.0, 9.5])
 
 
 @pytest.mark.parametrize(("costs", "pays"), [(FLAT, True), (STEEP, False)], ids=["flat", "steep"])
