@@ -7,21 +7,24 @@ tokens never enter its arithmetic, so their logits are bit-identical to the base
     with adapter.on_rows(1, 6):    rows 1..5 of the pass are SATs
         model(inputs_embeds=...)
 
-Files: `adapter_config.json` (base, a sample of its weights, SAT settings, rank, training facts), `adapter_model.safetensors`.
+Files: `adapter_config.json` (base, a sample of its weights, SAT settings, rank, training facts, the hash of the other file),
+`adapter_model.safetensors`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -41,6 +44,7 @@ class AdapterConfig:
     base_model: hub id, directory or embedded name of the base. base_sample: a few weights of it, {tensor: numbers}.
     targets: names of the linear layers that get an update. head: inner size of the draft head, 0 for none. everywhere: the update
     was trained to act on every row of a draft pass, not on SATs alone (export.py). training: free-form facts on how it was made.
+    weights_sha256: of the weights' file beside it; None in adapters that were saved without.
     """
 
     base_model: str
@@ -52,6 +56,7 @@ class AdapterConfig:
     everywhere: bool = False
     base_sample: dict[str, list[float]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str | None = field(default=None, compare=False)
 
 
 def sample_weights(model: nn.Module) -> dict[str, list[float]]:
@@ -171,26 +176,36 @@ class SatAdapter(nn.Module):
             self._rows = None
 
     def save(self, directory: str | Path) -> None:
-        """Write both files; each appears whole or not at all."""
+        """Write both files; each appears whole or not at all, and a pair of which only one was replaced is refused by `load`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        weights = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in self.named_parameters()}
+        content = tensors_to_bytes(weights, metadata={"format": "pt"})
+        self.config = replace(self.config, weights_sha256=hashlib.sha256(content).hexdigest())
         config = {"format": FORMAT, "format_version": 1, "base_model": self.config.base_model}
         config |= {"sat_token_id": self.config.sat.token_id, "k": self.config.sat.k}
         config |= {"rank": self.config.rank, "scale": self.config.scale, "targets": list(self.config.targets)}
         config |= {"head": self.config.head, "everywhere": self.config.everywhere}
+        config |= {"weights_sha256": self.config.weights_sha256}
         config |= {"base_sample": self.config.base_sample, "training": self.config.training}
-        weights = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in self.named_parameters()}
-        save_file(weights, directory / (WEIGHTS_FILE + ".part"), metadata={"format": "pt"})
-        (directory / (CONFIG_FILE + ".part")).write_text(json.dumps(config, indent=1) + "\n")
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            (directory / (name + ".part")).replace(directory / name)
+        # The config comes last: until it is there, the hash in the one before tells that these weights are not its own.
+        files = {WEIGHTS_FILE: content, CONFIG_FILE: (json.dumps(config, indent=1) + "\n").encode()}
+        parts = {directory / name: directory / f"{name}.part" for name in files}
+        try:
+            for part, data in zip(parts.values(), files.values(), strict=True):
+                part.write_bytes(data)
+            for file, part in parts.items():
+                part.replace(file)
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
 
 
 def read_config(directory: str | Path) -> AdapterConfig:
     """The checked `adapter_config.json` of an adapter directory. Raises InputError, one line, for anything odd in it."""
     where = f"adapter {directory}: {CONFIG_FILE}"
     try:
-        raw = {"head": 0, "everywhere": False, **json.loads((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))}
+        raw = {**_SINCE, **json.loads((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))}
         require(raw.get("format") == FORMAT, f"its format is not {FORMAT!r}")
         for key, kind in _KINDS.items():
             require(
@@ -204,7 +219,8 @@ def read_config(directory: str | Path) -> AdapterConfig:
             require(len(numbers) == 8 and all(isinstance(n, (int, float)) for n in numbers), f"base_sample of {name} is damaged")
         sat, targets = SatConfig(raw["sat_token_id"], raw["k"]), tuple(raw["targets"])
         rest = {key: raw[key] for key in ("rank", "scale", "head", "everywhere", "base_sample", "training")}
-        return AdapterConfig(raw["base_model"], sat, targets=targets, **rest)
+        weights_sha256 = raw["weights_sha256"] or None
+        return AdapterConfig(raw["base_model"], sat, targets=targets, weights_sha256=weights_sha256, **rest)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -213,8 +229,9 @@ def read_config(directory: str | Path) -> AdapterConfig:
 
 _KINDS: dict[str, Any] = {
     "base_model": str, "sat_token_id": int, "k": int, "rank": int, "scale": (int, float), "targets": list,
-    "head": int, "everywhere": bool, "base_sample": dict, "training": dict,
+    "head": int, "everywhere": bool, "base_sample": dict, "training": dict, "weights_sha256": str,
 }  # fmt: skip
+_SINCE: dict[str, Any] = {"head": 0, "everywhere": False, "weights_sha256": ""}  # what the first adapters do not have
 
 
 def _check_base(model: nn.Module, config: AdapterConfig, directory: str | Path) -> None:
@@ -227,6 +244,20 @@ def _check_base(model: nn.Module, config: AdapterConfig, directory: str | Path) 
             )
 
 
+def _read_weights(directory: Path, sha256: str | None) -> dict[str, Tensor]:
+    """The tensors of an adapter directory, which are those that its config was written with (`sha256`)."""
+    where = f"adapter {directory}: {WEIGHTS_FILE}"
+    try:
+        content = (directory / WEIGHTS_FILE).read_bytes()
+        require(
+            sha256 in (None, hashlib.sha256(content).hexdigest()),
+            f"{where} is damaged, or not the one that {CONFIG_FILE} was written with; run the command that makes it again",
+        )
+        return parse_tensors(content)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{where} is missing or damaged ({error})") from None
+
+
 def load(model: nn.Module, directory: str | Path) -> SatAdapter:
     """Read an adapter for `model`, in the model's dtype and device, not yet attached.
 
@@ -234,10 +265,7 @@ def load(model: nn.Module, directory: str | Path) -> SatAdapter:
     """
     config = read_config(directory)
     _check_base(model, config, directory)
-    try:
-        weights = load_file(Path(directory) / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"adapter {directory}: {WEIGHTS_FILE} is missing or damaged ({error})") from None
+    weights = _read_weights(Path(directory), config.weights_sha256)
     try:
         adapter = SatAdapter(model, config)
     except InputError as error:

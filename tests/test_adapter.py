@@ -1,7 +1,9 @@
 """The adapter leaves standard rows alone to the bit, and its files round-trip or are refused."""
 
+import hashlib
 import json
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,6 +179,7 @@ def edit_weights(change):
         weights = load_file(directory / WEIGHTS_FILE)
         change(weights)
         save_file(weights, directory / WEIGHTS_FILE)
+        edit_config(weights_sha256=hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest())(directory)
 
     return edit
 
@@ -221,26 +224,74 @@ def test_load_refuses_another_base(saved, other):
         adapters.load(tiny_llama(torch.float32, **other), directory)
 
 
-def fail_half_way(part, *args, **kwargs):
-    part.write_bytes(b"half")
-    raise OSError("disk full")
+@pytest.mark.parametrize("kept", [CONFIG_FILE, WEIGHTS_FILE])
+def test_files_of_two_saves_are_no_pair(saved, tmp_path, kept):
+    """Both have the right names and shapes: a save that was killed between the two, or a copy of one file."""
+    lm, directory, _ = saved
+    other = with_adapter(tiny_llama(torch.float32), seed=9).adapter
+    other.save(tmp_path / "other")
+    (directory / kept).write_bytes((tmp_path / "other" / kept).read_bytes())
+    with one_line_error(directory, f"{WEIGHTS_FILE} is damaged, or not the one that {CONFIG_FILE} was written with"):
+        adapters.load(lm, directory)
 
 
-@pytest.mark.parametrize("stage", ["weights", "config"])
+def test_a_flipped_bit_is_seen(saved):
+    lm, directory, _ = saved
+    content = bytearray((directory / WEIGHTS_FILE).read_bytes())
+    content[-1] ^= 1
+    (directory / WEIGHTS_FILE).write_bytes(content)
+    with one_line_error(directory, WEIGHTS_FILE, "damaged"):
+        adapters.load(lm, directory)
+
+
+def test_an_adapter_saved_without_a_hash_loads(saved):
+    lm, directory, adapter = saved
+    edit_config(weights_sha256=None)(directory)
+    assert torch.equal(adapters.load(lm, directory).sat_embedding, adapter.sat_embedding)
+
+
+def fail_at(monkeypatch, method, number):
+    """Make the `number`th call of this method of Path fail, as a full disk does; a write leaves half of its content."""
+    real, calls = getattr(Path, method), []
+
+    def failing(path, *arguments):
+        calls.append(path)
+        if len(calls) == number:
+            if method == "write_bytes":
+                real(path, b"half")
+            raise OSError("disk full")
+        return real(path, *arguments)
+
+    monkeypatch.setattr(Path, method, failing)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["weights", "config"])
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh folder", "over an old adapter"])
-def test_a_failing_save_leaves_nothing_half_written(saved, tmp_path, monkeypatch, stage, fresh):
+def test_a_failing_save_leaves_nothing_half_written(saved, tmp_path, monkeypatch, number, fresh):
     lm, directory, _ = saved
     target = tmp_path / "new" if fresh else directory
     old = {file.name: file.read_bytes() for file in target.iterdir()} if not fresh else {}
     changed = with_adapter(tiny_llama(torch.float32), seed=9).adapter
-    if stage == "weights":
-        monkeypatch.setattr(adapters, "save_file", lambda weights, part, **kwargs: fail_half_way(part))
-    else:
-        monkeypatch.setattr("pathlib.Path.write_text", fail_half_way)
+    fail_at(monkeypatch, "write_bytes", number)
     with pytest.raises(OSError, match="disk full"):
         changed.save(target)
-    assert {name: (target / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE) if (target / name).exists()} == old
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == old
     monkeypatch.undo()
     changed.save(target)
     assert torch.equal(adapters.load(lm, target).sat_embedding, changed.sat_embedding.bfloat16().float())
     assert {file.name for file in target.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_save_that_ends_between_its_files_is_never_a_mixture(saved, monkeypatch, number):
+    lm, directory, adapter = saved
+    changed = with_adapter(tiny_llama(torch.float32), seed=9).adapter
+    fail_at(monkeypatch, "replace", number)
+    with pytest.raises(OSError, match="disk full"):
+        changed.save(directory)
+    monkeypatch.undo()
+    if number == 1:  # nothing had been replaced
+        assert torch.equal(adapters.load(lm, directory).sat_embedding, adapter.sat_embedding)
+    else:
+        with one_line_error(directory, WEIGHTS_FILE, "again"):
+            adapters.load(lm, directory)
