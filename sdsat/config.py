@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-STRATEGIES = ("two-step", "rounded", "one-pass", "auto")
+STRATEGIES = ("two-step", "rounded", "one-pass", "auto")  # that draft with SATs
+LOOKUP = "lookup"  # the strategy that drafts without them, from the text so far alone
+ALL_STRATEGIES = (LOOKUP, *STRATEGIES)
+NUM_LOOKUP = 12  # tokens that 'auto' and 'lookup' look up where nothing else is said
 MAX_ROWS = 96  # of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length
 MAX_TRAINED_K = 16  # depth of an adapter
 TRAIN_MODES = ("adapter", "everywhere", "full")
@@ -60,6 +65,14 @@ class SamplingConfig:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    def of_problem(self, task_id: str) -> SamplingConfig:
+        """The same with a seed of this problem's own, so that the problems of a run are independent draws.
+
+        It is the first 63 bits of the SHA-256 of 'SEED TASK_ID'.
+        """
+        digest = hashlib.sha256(f"{self.seed} {task_id}".encode()).digest()
+        return self if self.greedy else replace(self, seed=int.from_bytes(digest[:8], "big") >> 1)
+
 
 @dataclass(frozen=True)
 class SatConfig:
@@ -80,20 +93,23 @@ class SatConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """One generation. k = 0 is AR: plain autoregressive decoding by the same loop.
+    """One generation. What it leaves open (None, 'auto') `decode.resolved` chooses, for the model at hand.
 
-    strategy: 'two-step' (the paper's), 'rounded', 'one-pass' or 'auto': see planner.py. All give the same output.
-    k: SATs a group; for 'auto' at most so many.
+    strategy: 'two-step' (the paper's), 'rounded', 'one-pass', 'auto', or 'lookup', which works without SATs: see planner.py. All
+        give the same output.
+    k: SATs a group; for 'auto' at most so many; None: what they were trained for. 0 is AR, plain autoregressive decoding by the
+        same loop, one token a pass, but for strategy 'lookup', which has no SATs.
     budget: rows of a pass that 'one-pass' and 'auto' may use; None: as many as pay on this machine. With a number,
         'one-pass' fills every pass up to it.
-    lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None: 12 for 'auto', else none.
+    lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None: 12 for 'auto' and 'lookup', else
+        none.
     tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list with one width a depth; 'auto':
-        see `decode.with_tree`.
+        see `decode.resolved`.
     stop_ids: token ids that end the output; the id itself is kept as the last token, as `transformers` does.
     stop_strings: the output ends with the token that completes one; `Generation.text` is cut before it.
     """
 
-    k: int = 0
+    k: int | None = 0
     max_new_tokens: int = 256
     tree: str | tuple[int, ...] = "auto"
     sampling: SamplingConfig = SamplingConfig()
@@ -104,13 +120,18 @@ class DecodeConfig:
     lookup: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.k >= 0, f"k={self.k}: expected 0 (AR) or a positive number of SATs")
-        require(self.strategy in STRATEGIES, f"strategy={self.strategy}: expected one of {', '.join(STRATEGIES)}")
+        require(self.k is None or self.k >= 0, f"k={self.k}: expected 0 (AR) or a positive number of SATs")
+        require(self.strategy in ALL_STRATEGIES, f"strategy={self.strategy}: expected one of {', '.join(ALL_STRATEGIES)}")
         in_range = self.budget is None or 2 <= self.budget <= MAX_ROWS
         require(in_range, f"budget={self.budget}: expected a number of rows from 2 to {MAX_ROWS}")
-        if self.lookup is None:
-            object.__setattr__(self, "lookup", 12 if self.strategy == "auto" and self.k else 0)
         require(0 <= self.num_lookup <= 32, f"lookup={self.lookup}: expected 0 (off) to 32 tokens")
+        if self.strategy == LOOKUP:
+            require(not self.k, f"k={self.k}: strategy={LOOKUP} drafts without SATs; expected 0")
+            require(self.lookup != 0, f"lookup=0: strategy={LOOKUP} drafts nothing else; expected 1 to 32 tokens")
+        elif self.k == 0:
+            require(
+                not self.lookup, f"lookup={self.lookup}: k=0 is plain decoding; expected strategy={LOOKUP} with it, or k above 0"
+            )
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: expected 1 or more")
         require(all(self.stop_strings), "stop_strings: an empty string would stop at once; leave it out")
 
@@ -122,16 +143,32 @@ class DecodeConfig:
     @property
     def depth(self) -> int:
         """How many drafts a pass can accept at most."""
-        return max(self.k + self.may_round, self.num_lookup)
+        return max(self.num_sats + self.may_round, self.num_lookup)
 
     @property
     def may_round(self) -> bool:
         """Whether passes in 8 bits may draft."""
-        return self.k > 0 and self.strategy in ("rounded", "auto")
+        return self.num_sats > 0 and self.strategy in ("rounded", "auto")
+
+    @property
+    def num_sats(self) -> int:
+        """k, once it is resolved."""
+        return self.k or 0
 
     @property
     def num_lookup(self) -> int:
+        """The tokens to look up, once that is resolved."""
         return self.lookup or 0
+
+    @property
+    def plain(self) -> DecodeConfig:
+        """AR with the same length, sampling and ends."""
+        return replace(self, k=0, tree="auto", strategy=STRATEGIES[0], budget=None, lookup=None)
+
+
+def keys_of(strategies: Sequence[str], k_list: Sequence[int]) -> list[tuple[str, int]]:
+    """(strategy, k) of all combinations that draft: 'lookup', which has no SATs, once."""
+    return [(strategy, k) for strategy in strategies for k in ([0] if strategy == LOOKUP else k_list) if k or strategy == LOOKUP]
 
 
 @dataclass(frozen=True)

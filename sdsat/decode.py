@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import MAX_ROWS, MAX_TRAINED_K, DecodeConfig, InputError, SamplingConfig, require
+from .config import LOOKUP, MAX_ROWS, MAX_TRAINED_K, NUM_LOOKUP, DecodeConfig, InputError, SamplingConfig, require
 from .draft import Drafts, draft_tokens
 from .engine import AnyCache, Part, Room, forward, forward_batch, new_cache, prefill, probe_rows, top
 from .lookup import Lookup
@@ -123,18 +123,33 @@ def next_logits(model: SatModel, token_ids: list[int], prompt_length: int, confi
     return logits[0]
 
 
-def with_tree(model: SatModel, config: DecodeConfig) -> DecodeConfig:
-    """The settings with a tree for 'auto': 2,2,1 for strategy 'auto' on the native engine, where trees have AR's bits (engine.py)
-    and it verifies of them what pays; else a chain.
+def resolved(model: SatModel, config: DecodeConfig) -> DecodeConfig:
+    """The settings with all that they leave open chosen for this model: the one place where that is done.
+
+    k None: what the SATs were trained for. lookup None: NUM_LOOKUP for 'lookup' and, with SATs, 'auto'; else none, so that AR has
+    nothing but the model's own tokens. tree 'auto': 2,2,1 for strategy 'auto' on the native engine, where trees have AR's bits
+    (engine.py) and it verifies of them what pays; else a chain. Settings that are resolved stay as they are.
+    Raises InputError where SATs are wanted of a model that has none.
     """
-    if config.tree != "auto":
-        return config
-    wide = config.strategy == "auto" and model.native is not None and 0 < config.k <= MAX_TRAINED_K
-    return replace(config, tree=(2, 2, 1) if wide else "chain")
+    k, lookup, tree = config.k, config.lookup, config.tree
+    if k is None and config.strategy == LOOKUP:
+        k = 0
+    if k is None or k > 0:
+        wanted = f"strategy={config.strategy}" if k is None else f"k={k}"
+        instead = f"an adapter (`sdsat train` makes one), strategy={LOOKUP}, or k=0, plain decoding"
+        require(model.sat is not None, f"{wanted}: model {model.name} has no SATs to draft with; expected {instead}")
+        assert model.sat is not None
+        k = model.sat.k if k is None else k
+    if lookup is None:
+        lookup = NUM_LOOKUP if config.strategy == LOOKUP or (config.strategy == "auto" and k) else 0
+    if tree == "auto":
+        wide = config.strategy == "auto" and model.native is not None and 0 < k <= MAX_TRAINED_K
+        tree = (2, 2, 1) if wide else "chain"
+    return replace(config, k=k, lookup=lookup, tree=tree)
 
 
 def _checked(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> DecodeConfig:
-    """The settings with their tree, if they fit the prompt and the model."""
+    """The settings, resolved, if they fit the prompt and the model."""
     require(len(prompt_ids) > 0, "prompt: no tokens; expected at least one")
     needed = len(prompt_ids) + config.max_new_tokens
     require(
@@ -146,19 +161,15 @@ def _checked(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> De
     strange = next((token for token in prompt_ids if not 0 <= token < vocabulary), None)
     require(strange is None, f"prompt: token id {strange} is not in the model's vocabulary of {vocabulary}")
     require(model.tokenizer is not None or not config.stop_strings, "stop_strings: the model came without a tokenizer")
-    config = with_tree(model, config)
-    if config.k:
-        require(
-            model.sat is not None,
-            f"k={config.k}: model {model.name} has no SAT to draft with; expected k=0, or an adapter",
-        )
-        if model.sat and config.k > model.sat.k:
+    config = resolved(model, config)
+    if config.num_sats:
+        if model.sat and config.num_sats > model.sat.k:
             warnings.warn(f"k={config.k} is beyond the depth k={model.sat.k} that {model.name} was trained for", stacklevel=3)
         require(
             config.strategy in model.strategies,
             f"strategy=rounded: {model.name} runs through transformers' modules here, which have no 8 bits; expected another",
         )
-        width = make_tree(config.tree, config.k).width
+        width = make_tree(config.tree, config.num_sats).width
         require(width < vocabulary, f"tree={config.tree}: {width} candidates, but the vocabulary has {vocabulary} tokens")
     return config
 
@@ -511,7 +522,7 @@ def _drafts_below(
     below, first = {}, 0
     for node, size in part.groups:
         if end in (None, node):
-            shape, rows = _truncated(config.tree, config.k, size), slice(first, first + size)
+            shape, rows = _truncated(config.tree, config.num_sats, size), slice(first, first + size)
             index = emitted + part.tree.depths[node] + 1
             x = targets[node : node + 1]
             below[node] = shape, draft_tokens(model, x, states[rows], logits[rows], index, shape, config.sampling)
@@ -548,4 +559,9 @@ def _has_stop(model: SatModel, before: int, tokens: list[int], config: DecodeCon
 
 def _text(model: SatModel, before: int, out: Generation, config: DecodeConfig) -> str:
     text = text_after(model.tokenizer, before, out.token_ids) if model.tokenizer else ""
-    return text[: min((text.find(stop) for stop in config.stop_strings if stop in text), default=len(text))]
+    return text[: end_of_text(text, config.stop_strings)]
+
+
+def end_of_text(text: str, stop_strings: Sequence[str]) -> int:
+    """Where an output's text ends: before the first of the stop strings in it, else behind it."""
+    return min((text.find(stop) for stop in stop_strings if stop in text), default=len(text))

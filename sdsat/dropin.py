@@ -11,7 +11,7 @@ What can't be honoured is refused, by name.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from . import embedded
 from . import model as models
 from .config import DecodeConfig, SamplingConfig, require
-from .decode import Generation, generate_batch, next_tokens
+from .decode import Generation, generate_batch, next_tokens, resolved
 from .model import SatModel
 from .sampling import choose
 from .tree import parse_tree
@@ -167,10 +167,6 @@ def generate(
         "sdsat.attach(model, tokenizer, ADAPTER) before it",
     )
     assert isinstance(sat, SatModel)
-    require(
-        k is not None or sat.sat is not None,
-        f"model {sat.name} has no SATs to draft with; expected an adapter (`sdsat train` makes one) or k=0, plain decoding",
-    )
     _refuse(generation_config, model_kwargs)
     prompts = _prompts(input_ids, model_kwargs)
     sequences = _Sequences(
@@ -183,7 +179,7 @@ def generate(
     )
     if len(prompts) > 1:
         _refuse_in_batch([*logits_processor, *stopping_criteria], streamer)
-    settings = (sat.sat.k if k is None and sat.sat else k, tree, strategy, budget, lookup)
+    settings = (k, tree, strategy, budget, lookup)
     generations = sequences.decode(prompts, settings, streamer)
     if streamer is not None:
         streamer.end()
@@ -303,10 +299,9 @@ class _Sequences:
         tree = parse_tree(tree) if isinstance(tree, str) else tuple(tree)
         plain = not (self.own or self.criteria or self.keep_scores or self.keep_logits)
         self.choosers = [_Chooser(self, row) for row in range(len(prompts))]
-        configs = [
-            DecodeConfig(k, self.max_new_tokens, tree, chooser.drafting, self.stop_ids, (), strategy, budget, lookup)
-            for chooser in self.choosers
-        ]
+        asked = DecodeConfig(k, self.max_new_tokens, tree, SamplingConfig(), self.stop_ids, (), strategy, budget, lookup)
+        config = resolved(self.sat, asked)
+        configs = [replace(config, sampling=chooser.drafting) for chooser in self.choosers]
         on_tokens = None if streamer is None else partial(_stream, streamer)
         return generate_batch(self.sat, prompts, configs, on_tokens, len(prompts), None if plain else self.choosers)
 

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import adapter as adapters
 from . import attention, devices, embedded
-from .config import STRATEGIES, InputError, SatConfig, require
+from .config import LOOKUP, STRATEGIES, InputError, SatConfig, require
 from .graphs import CudaCapture, Graphs
 from .head import DraftHead
 from .native import NativeEngine, Unavailable
@@ -72,8 +72,9 @@ class SatModel:
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """Those that run on its engine: only the native one has 8 bits."""
-        return tuple(strategy for strategy in STRATEGIES if strategy != "rounded" or self.native is not None)
+        """Those that it has SATs and an engine for: only the native one has 8 bits, and looking tokens up takes nothing."""
+        with_sats = STRATEGIES if self.sat else ()
+        return (LOOKUP, *(strategy for strategy in with_sats if strategy != "rounded" or self.native is not None))
 
     @property
     def device(self) -> torch.device:

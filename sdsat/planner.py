@@ -4,6 +4,7 @@ One loop serves every strategy (decode.py). Before a pass there is the last true
 the node at which its walk ended, a tree of drafts below x. A plan says which drafts to keep, and where SATs go:
 
     AR         x                      never a SAT
+    lookup     x + drafts, which are looked up in the text so far: no SATs, any model
     two-step   x + SATs, then x + drafts, then x + SATs, ..           (the paper's; arXiv 2403.18647, section 3.2)
     rounded    in 8 bits x + SATs, then x + drafts                    (one true pass a loop, after one that only drafts)
     one-pass   x + drafts + SATs at the nodes where the walk most likely ends: a fixed budget of rows full of them, or as many as
@@ -87,14 +88,14 @@ def shallow(tree: DraftTree, depth: int) -> list[int]:
 
 @dataclass
 class FixedPlanner:
-    """AR (k = 0), two-step, rounded, and one-pass with a budget: always the same k, tree and number of rows."""
+    """AR and lookup (k = 0), two-step, rounded, and one-pass with a budget: always the same k, tree and number of rows."""
 
     config: DecodeConfig
     strategy: str
 
     def draft_first(self, drafts: Drafts, left: int, context: int) -> int:
         """How many SATs draft in a pass in 8 bits before this pass; 0: no such pass. Arguments as those of `plan`."""
-        return max(0, min(self.config.k, left - 2)) if self.strategy == "rounded" else 0
+        return max(0, min(self.config.num_sats, left - 2)) if self.strategy == "rounded" else 0
 
     def share(self, batch: int, context: int) -> None:
         """Say of how many sequences the coming passes are."""
@@ -104,7 +105,7 @@ class FixedPlanner:
 
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
         """left: tokens still to come, this pass's included. context: tokens so far."""
-        nodes, k, budget = shallow(drafts.tree, left - 1), self.config.k, self.config.budget or MAX_ROWS
+        nodes, k, budget = shallow(drafts.tree, left - 1), self.config.num_sats, self.config.budget or MAX_ROWS
         if self.strategy == "one-pass":
             nodes, k = nodes[:budget], min(k, budget - 1)
         room = budget - len(nodes)
@@ -387,5 +388,5 @@ def make_planner(model: SatModel, config: DecodeConfig) -> Planner:
         accuracy = model.adapter.config.training.get("accuracy_by_depth", []) if model.adapter else []
         costs = measured_costs(model)
         costs = costs if config.may_round else replace(costs, rounded=[])
-        model.planners[key] = AutoPlanner(config, costs, config.k, accuracy)
+        model.planners[key] = AutoPlanner(config, costs, config.num_sats, accuracy)
     return model.planners[key]

@@ -22,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from .config import require
 from .datasets import HUMANEVAL, INFILLING, Limit, Task, hub_rows, humaneval_problems, limited, read_lines, rows_of
 
+# What warms a model up before anything is measured: no problem of any data set.
+WARM_UP = 'def seconds_of_day(clock):\n    """Return the seconds since midnight of a clock such as "07:30:05"."""\n'
 _FENCE = "```python\n"
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # arXiv 2107.03374: what follows a completed function
 _INFILLING_TOKENS = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")

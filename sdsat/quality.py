@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from . import sandbox
-from .config import STRATEGIES, DecodeConfig, SamplingConfig, require
+from .config import DecodeConfig, SamplingConfig, keys_of, require
 from .datasets import Limit, check_limit, humaneval_problems
 from .decode import generate
 from .model import SatModel
@@ -27,7 +27,9 @@ from .tree import make_tree, parse_tree
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """Each problem is answered `samples` times by AR and by every strategy and k: greedy once, or sampled with seeds 0, 1, ..."""
+    """Each problem is answered `samples` times by AR and by every strategy and k: greedy once, or sampled
+    with seeds 0, 1, ..., of which each problem has its own form (`SamplingConfig.of_problem`).
+    """
 
     k_list: tuple[int, ...] = (5,)
     strategies: tuple[str, ...] = ("two-step", "auto")
@@ -46,19 +48,19 @@ class QualityConfig:
         require(self.samples == 1 or self.temperature > 0, f"samples={self.samples}: greedy answers are all the same; expected 1")
         check_limit(self.data_limit)
         for strategy, k in self.keys:
-            self.decode(strategy, k, 0, ())
+            self.decode(strategy, k, 0, "", ())
             make_tree(parse_tree(self.tree), max(1, k))
 
     @property
     def keys(self) -> list[tuple[str, int]]:
         """(strategy, k) of everything that answers a problem, AR first."""
-        return [("ar", 0), *((strategy, k) for strategy in self.strategies for k in self.k_list if k)]
+        return [("ar", 0), *keys_of(self.strategies, self.k_list)]
 
-    def decode(self, strategy: str, k: int, seed: int, stop_ids: tuple[int, ...]) -> DecodeConfig:
+    def decode(self, strategy: str, k: int, seed: int, task_id: str, stop_ids: tuple[int, ...]) -> DecodeConfig:
         greedy = SamplingConfig(self.temperature)
         sampling = greedy if greedy.greedy else replace(greedy, top_k=self.top_k, top_p=self.top_p, seed=seed)
-        strategy = strategy if k else STRATEGIES[0]
-        return DecodeConfig(k, self.max_new_tokens, parse_tree(self.tree), sampling, stop_ids, strategy=strategy)
+        decode = DecodeConfig(None, self.max_new_tokens, parse_tree(self.tree), sampling.of_problem(task_id), stop_ids)
+        return decode.plain if strategy == "ar" else replace(decode, k=k, strategy=strategy)
 
 
 def completion(answer: str, chat: bool) -> str:
@@ -97,8 +99,8 @@ def _answer(model: SatModel, problem: dict[str, str], config: QualityConfig) -> 
     for seed in range(config.samples):
         ar: list[int] = []
         for strategy, k in config.keys:
-            out = generate(model, prompt, config.decode(strategy, k, seed, model.stop_ids))
-            ar = ar if k else out.token_ids
+            out = generate(model, prompt, config.decode(strategy, k, seed, problem["task_id"], model.stop_ids))
+            ar = out.token_ids if strategy == "ar" else ar
             code = completion(out.text, chat)
             if code not in results:
                 results[code] = sandbox.check(problem, code)

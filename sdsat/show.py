@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -11,36 +13,56 @@ from transformers import PreTrainedTokenizerBase
 
 from . import model as models
 from .config import DecodeConfig, InputError, require
-from .decode import Generation, generate, text_after
-from .prompts import encode_prompt, encode_request
+from .decode import Generation, end_of_text, generate, resolved, text_after
+from .prompts import WARM_UP, encode_prompt, encode_request
 
 ACCEPTED = "bold green"
 
 
 class TokenStream:
-    """Turns tokens into styled text: each call returns what the new tokens add.
+    """Turns tokens into styled text: each call returns what the new tokens add, up to where `Generation.text` ends.
 
-    Bytes that do not make a whole character yet are held back until they do. before: the prompt's last token.
+    Held back until it is known: bytes that do not make a whole character yet, and what may become a stop string.
+    before: the prompt's last token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: int):
-        self.tokenizer, self.before = tokenizer, before
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: int, stop_strings: Sequence[str] = ()):
+        self.tokenizer, self.before, self.stop_strings = tokenizer, before, stop_strings
         self.tokens: list[int] = []
-        self.text = ""
+        self.text = ""  # of all tokens, but for bytes at the end that make no character yet
+        self.drafted: list[bool] = []  # of each character of it, whether it came with an accepted draft
+        self.shown = 0  # characters of it that were returned
 
     def add(self, tokens: list[int], drafted: list[bool]) -> Text:
-        shown = Text()
         for token, accepted in zip(tokens, drafted, strict=True):
             self.tokens.append(token)
             text = text_after(self.tokenizer, self.before, self.tokens)
             if not text.endswith("\ufffd"):
-                shown.append(text[len(self.text) :], style=ACCEPTED if accepted else "")
-                self.text = text
-        return shown
+                self._take(text, accepted)
+        return self._up_to(len(self.text) - self._begun(self.text))
 
     def rest(self) -> Text:
         """What was held back to the end."""
-        return Text(text_after(self.tokenizer, self.before, self.tokens)[len(self.text) :])
+        self._take(text_after(self.tokenizer, self.before, self.tokens), False)
+        return self._up_to(len(self.text))
+
+    def _take(self, text: str, drafted: bool) -> None:
+        self.drafted += [drafted] * (len(text) - len(self.text))
+        self.text = text
+
+    def _begun(self, text: str) -> int:
+        """How many characters at the end of `text` are the beginning of a stop string."""
+        sizes = (size for stop in self.stop_strings for size in range(1, len(stop)) if text.endswith(stop[:size]))
+        return max(sizes, default=0)
+
+    def _up_to(self, end: int) -> Text:
+        """The text from what was returned before to `end`, or to where the output ends."""
+        end = min(end, end_of_text(self.text, self.stop_strings))
+        new = Text()
+        for drafted, places in groupby(range(self.shown, end), key=self.drafted.__getitem__):
+            new.append("".join(self.text[place] for place in places), style=ACCEPTED if drafted else "")
+        self.shown = max(self.shown, end)
+        return new
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, style: str) -> list[int]:
@@ -50,10 +72,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, style: str) -> list[
     return tokenizer(prompt)["input_ids"] if style == "raw" else encode_request(tokenizer, prompt)
 
 
-def figures(out: Generation, k: int) -> str:
-    """The closing line."""
+def figures(out: Generation, depth: int) -> str:
+    """The closing line. depth: how many drafts a pass may accept at most."""
     line = f"{out.num_new_tokens} tokens, {out.tokens_per_second:.1f} tokens/s, {out.tokens_per_pass:.2f} tokens per pass"
-    if k:
+    if depth:
         line += f", {out.accepted_per_loop:.2f} drafts accepted a verify pass ({out.acceptance_rate:.0%})"
         if 2 * out.num_plain_passes > out.num_passes:
             line += "; drafts do not pay here: mostly plain decoding"
@@ -64,7 +86,6 @@ def generate_in_terminal(
     prompt: str,
     name: str,
     style: str,
-    k: int | None,
     decode: DecodeConfig,
     dtype: str,
     device: str,
@@ -74,25 +95,25 @@ def generate_in_terminal(
     compare: bool,
     svg: Path | None,
 ) -> None:
-    """Stream the answer, then its figures; see `sdsat generate --help` for the arguments. k None: the trained k."""
+    """Stream the answer, then its figures; see `sdsat generate --help` for the arguments."""
     require(prompt != "", "prompt: empty; expected some text")
     model = models.load(name, dtype, device, sat_token_id, engine, trained_k=trained_k)
     assert model.tokenizer is not None
-    if k is None:
-        k = model.sat.k if model.sat else 0
-    decode = replace(decode, k=k, stop_ids=model.stop_ids)
+    decode = resolved(model, replace(decode, stop_ids=model.stop_ids))
     prompt_ids = encode(model.tokenizer, prompt, style)
-    generate(model, prompt_ids, replace(decode, max_new_tokens=min(8, decode.max_new_tokens)))  # warm-up, for fair figures
-    stream, console = TokenStream(model.tokenizer, prompt_ids[-1]), Console(record=svg is not None, highlight=False)
+    warm_up = encode_prompt(model.tokenizer, WARM_UP)  # another prompt: planners learn as they go
+    generate(model, warm_up, replace(decode, max_new_tokens=min(8, decode.max_new_tokens)))
+    stream = TokenStream(model.tokenizer, prompt_ids[-1], decode.stop_strings)
+    console = Console(record=svg is not None, highlight=False)
 
     def show(tokens: list[int], drafted: list[bool]) -> None:
         console.print(stream.add(tokens, drafted), end="", soft_wrap=True)
 
     out = generate(model, prompt_ids, decode, show)
     console.print(stream.rest())
-    console.print(Text(figures(out, k), style="dim"), soft_wrap=True)
+    console.print(Text(figures(out, decode.depth), style="dim"), soft_wrap=True)
     if compare:
-        ar = generate(model, prompt_ids, replace(decode, k=0))
+        ar = generate(model, prompt_ids, decode.plain)
         same = "the same text" if ar.token_ids == out.token_ids else "another text"
         ratio = out.tokens_per_second / ar.tokens_per_second
         console.print(
@@ -100,7 +121,8 @@ def generate_in_terminal(
             soft_wrap=True,
         )
     if svg is not None:
+        how = f"{name}, {decode.strategy}, k = {decode.k}"
         try:
-            console.save_svg(str(svg), title=f"sdsat generate: accepted drafts in green ({name}, k = {k})")
+            console.save_svg(str(svg), title=f"sdsat generate: accepted drafts in green ({how})")
         except OSError as error:
             raise InputError(f"--svg={svg}: cannot be written ({error.strerror})") from None

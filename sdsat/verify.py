@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import DecodeConfig, SamplingConfig
+from .config import DecodeConfig, SamplingConfig, keys_of
 from .datasets import Limit, check_limit
-from .decode import generate, next_logits, with_tree
+from .decode import generate, next_logits, resolved
 from .model import SatModel
-from .prompts import humaneval
+from .prompts import Problem, humaneval
 from .records import open_record, write_json
 from .reference import transformers_generate
 from .sampling import choose
@@ -38,7 +37,8 @@ EXPLAINED = {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0}
 class VerifyConfig:
     """What is compared: every strategy, k and tree, greedy where temperatures holds 0, else every temperature with every seed.
 
-    strategies: () for all that run on the model's engine.
+    Every seed takes a form of its own for each problem (`SamplingConfig.of_problem`).
+    strategies: () for all that the model has SATs and an engine for; 'lookup' is compared once, for it has neither k nor tree.
     """
 
     k_list: tuple[int, ...] = (1, 3, 5, 7)
@@ -57,7 +57,7 @@ class VerifyConfig:
             for k in self.k_list:
                 make_tree(parse_tree(tree), max(1, k))
         for strategy in self.strategies:
-            DecodeConfig(1, strategy=strategy)
+            DecodeConfig(None, strategy=strategy)
 
     def samplings(self) -> list[SamplingConfig]:
         nucleus = [t for t in self.temperatures if t > 0]
@@ -114,7 +114,7 @@ def verify(model: SatModel, config: VerifyConfig, out: Path | None = None) -> di
         done = {problem["task_id"] for problem in document["problems"]}
         todo = [problem for problem in problems if problem.task_id not in done]
         for problem in tqdm(todo, desc=f"verify {dtype}", unit="problem", disable=None):
-            comparisons = _compare(model, list(problem.prompt_ids), config)
+            comparisons = _compare(model, problem, config)
             document["problems"].append({"task_id": problem.task_id, "comparisons": comparisons})
             document["summary"] = _summarize(document["problems"], dtype)
             if out is not None:
@@ -142,25 +142,25 @@ def divergences(document: dict[str, Any], tokenizer: Any) -> Iterator[str]:
                 yield f"{where} is {ours} in AR, {theirs} there; AR's margin {found['ar_margin']}, {verdict}"
 
 
-def _compare(model: SatModel, prompt_ids: list[int], config: VerifyConfig) -> list[dict[str, Any]]:
-    comparisons = []
+def _compare(model: SatModel, problem: Problem, config: VerifyConfig) -> list[dict[str, Any]]:
+    prompt_ids, comparisons = list(problem.prompt_ids), list[dict[str, Any]]()
+    keys = keys_of(config.strategies, config.k_list)
+    asked = [(strategy, k, tree) for strategy, k in keys for tree in (config.trees if k else ("auto",))]
     for sampling in config.samplings():
-        base = DecodeConfig(0, config.max_new_tokens, "chain", sampling, model.stop_ids)
-        ar = generate(model, prompt_ids, base).token_ids
         facts = {"temperature": sampling.temperature, "seed": None if sampling.greedy else sampling.seed}
+        base = DecodeConfig(0, config.max_new_tokens, "auto", sampling.of_problem(problem.task_id), model.stop_ids)
+        ar = generate(model, prompt_ids, base).token_ids
         if sampling.greedy:
             theirs = transformers_generate(model, prompt_ids, base).token_ids
             divergence = first_divergence(model, prompt_ids, ar, theirs, base)
             comparisons.append({"against": "transformers", **facts, "k": 0, "tree": None, "divergence": divergence})
-        for tree in config.trees:
-            for strategy, k in product(config.strategies, config.k_list):
-                settings = (k, config.max_new_tokens, parse_tree(tree), sampling, model.stop_ids)
-                decode = with_tree(model, DecodeConfig(*settings, strategy=strategy))
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # depth beyond the trained one changes speed, not the output
-                    tokens = generate(model, prompt_ids, decode).token_ids
-                divergence = first_divergence(model, prompt_ids, ar, tokens, decode)
-                comparisons.append({"against": strategy, **facts, "k": k, "tree": decode.tree_name, "divergence": divergence})
+        for strategy, k, tree in asked:
+            decode = resolved(model, replace(base, k=k, tree=parse_tree(tree), strategy=strategy))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # depth beyond the trained one changes speed, not the output
+                tokens = generate(model, prompt_ids, decode).token_ids
+            found = {"against": strategy, **facts, "k": k, "tree": decode.tree_name if k else None}
+            comparisons.append({**found, "divergence": first_divergence(model, prompt_ids, ar, tokens, decode)})
     return comparisons
 
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sdsat import attention
 from sdsat.adapter import AdapterConfig, SatAdapter, sample_weights
-from sdsat.config import InputError, SatConfig
+from sdsat.config import LOOKUP, DecodeConfig, InputError, SatConfig
 from sdsat.data import Sequence
 from sdsat.model import SatModel
 
@@ -98,6 +98,12 @@ def tokenizer():
 @pytest.fixture
 def llama():
     return tiny_llama()
+
+
+def drafted(strategy, k, lookup, *arguments, **settings):
+    """Settings as they are drawn for a test: 'lookup' takes no SATs, and plain decoding (k = 0) looks nothing up."""
+    k, lookup = (0, lookup or None) if strategy == LOOKUP else (k, lookup if k else None)
+    return DecodeConfig(k, *arguments, strategy=strategy, lookup=lookup, **settings)
 
 
 @pytest.fixture(scope="session")

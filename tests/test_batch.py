@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import CHARACTERS, one_line_error, tiny_llama, tiny_tokenizer
+from conftest import CHARACTERS, drafted, one_line_error, tiny_llama, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import EXACT, NUCLEUS, WHOLE, drafting
@@ -17,7 +17,7 @@ from test_planner import curve
 from transformers import AutoModelForCausalLM
 
 from sdsat import attention, decode
-from sdsat.config import STRATEGIES, DecodeConfig, InputError, SamplingConfig
+from sdsat.config import LOOKUP, STRATEGIES, DecodeConfig, InputError, SamplingConfig
 from sdsat.costs import CONTEXTS, MAX_ROWS
 from sdsat.decode import generate, generate_batch, iterate_batch
 from sdsat.draft import Drafts
@@ -43,7 +43,7 @@ def model_of(engine, head=6):
 
 
 def strategies(engine):
-    return STRATEGIES if ENGINES[engine][0] else EXACT
+    return (LOOKUP, *(STRATEGIES if ENGINES[engine][0] else EXACT))
 
 
 def what_counts(out, config):
@@ -68,7 +68,7 @@ def assert_as_alone(model, prompts, configs, **options):
 def test_each_row_equals_that_row_alone(engine, strategy, sampling):
     for k, tree, lookup, size in ((K, "chain", 0, 5), (3, (2, 2, 1), 5, 2)):
         budget = 24 if strategy == "one-pass" else None
-        config = DecodeConfig(k, 12, tree, sampling, stop_ids=(9,), strategy=strategy, lookup=lookup, budget=budget)
+        config = drafted(strategy, k, lookup, 12, tree, sampling, stop_ids=(9,), budget=budget)
         configs = [replace(config, max_new_tokens=12 + 3 * i) for i in range(len(PROMPTS))]
         assert_as_alone(model_of(engine), PROMPTS, configs, batch_size=size)
 
@@ -78,10 +78,11 @@ def requests(draw, engine):
     sampling = SamplingConfig(
         draw(st.sampled_from([0.0, 0.7, 1.3])), draw(st.sampled_from([0, 5])), seed=draw(st.integers(-3, 3))
     )
-    config = DecodeConfig(
-        draw(st.integers(0, K)), draw(st.integers(1, 14)), draw(st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple)),
+    config = drafted(
+        draw(st.sampled_from(strategies(engine))), draw(st.integers(0, K)), draw(st.sampled_from([0, 4])),
+        draw(st.integers(1, 14)), draw(st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple)),
         sampling, tuple(draw(st.sets(st.integers(0, VOCAB - 1), max_size=2))), ("ab",) if draw(st.booleans()) else (),
-        draw(st.sampled_from(strategies(engine))), draw(st.integers(4, 32)), draw(st.sampled_from([0, 4])),
+        budget=draw(st.integers(4, 32)),
     )  # fmt: skip
     return draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)), config
 

@@ -5,13 +5,13 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import VOCAB, tiny_llama, with_adapter
+from conftest import VOCAB, drafted, one_line_error, tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdsat.config import STRATEGIES, DecodeConfig, InputError, SamplingConfig
+from sdsat.config import ALL_STRATEGIES, LOOKUP, STRATEGIES, DecodeConfig, InputError, SamplingConfig
 from sdsat.costs import COUNTS, CostCurve
-from sdsat.decode import generate, with_tree
+from sdsat.decode import generate, resolved
 from sdsat.model import SatModel
 from sdsat.native import NativeEngine
 from sdsat.sampling import choose, gumbel_noise
@@ -59,13 +59,14 @@ def model(request):
 
 @pytest.mark.parametrize(
     ("strategy", "settings"),
-    [("two-step", {}), ("one-pass", {"lookup": 5, "budget": 12}), ("auto", {"lookup": 5, "budget": 32})],
-    ids=EXACT,
+    [("two-step", {}), ("one-pass", {"lookup": 5, "budget": 12}), ("auto", {"lookup": 5, "budget": 32}), (LOOKUP, {"lookup": 5})],
+    ids=[*EXACT, LOOKUP],
 )
 @pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS], ids=["greedy", "nucleus"])
 @pytest.mark.parametrize(("k", "tree"), SHAPES, ids=str)
 def test_equals_naive_decoding(model, sampling, tree, k, strategy, settings):
-    out = generate(model, PROMPT, DecodeConfig(k, 23, tree, sampling, strategy=strategy, **settings))
+    lookup, budget = settings.get("lookup", 0), settings.get("budget")
+    out = generate(model, PROMPT, drafted(strategy, k, lookup, 23, tree, sampling, budget=budget))
     assert out.token_ids == naive_of_plain(sampling)
     assert out.finish == "length"
 
@@ -85,14 +86,14 @@ DRAFTING = dict(
 
 
 @settings(max_examples=40, deadline=None)
-@given(temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]), strategy=st.sampled_from(EXACT), **DRAFTING)
+@given(temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]), strategy=st.sampled_from([*EXACT, LOOKUP]), **DRAFTING)
 def test_equals_naive_decoding_on_random_models(
     seed, k, tree, temperature, prompt, repeated, num_tokens, head, strategy, lookup, budget, costs
 ):
     prompt = prompt * repeated
     model = drafting(tiny_llama(seed=seed), costs, k=5, seed=seed, head=head)
     sampling = SamplingConfig(temperature, seed=seed)
-    config = DecodeConfig(k, num_tokens, tree, sampling, strategy=strategy, lookup=lookup, budget=budget)
+    config = drafted(strategy, k, lookup, num_tokens, tree, sampling, budget=budget)
     assert generate(model, prompt, config).token_ids == naive(model, prompt, num_tokens, sampling)
 
 
@@ -111,7 +112,7 @@ def assert_own_choices(lm, prompt, tokens, sampling):
 @settings(max_examples=40, deadline=None)
 @given(
     sampling=st.sampled_from([SamplingConfig(), SamplingConfig(1.0, seed=3), SamplingConfig(0.7, 10, seed=4)]),
-    strategy=st.sampled_from(STRATEGIES),
+    strategy=st.sampled_from(ALL_STRATEGIES),
     **DRAFTING,
 )
 def test_native_passes_choose_what_transformers_chooses(
@@ -119,14 +120,14 @@ def test_native_passes_choose_what_transformers_chooses(
 ):
     lm, prompt = tiny_llama(torch.float32, seed=seed % 5, **WHOLE), prompt * repeated
     model = drafting(lm, costs, native=True, k=5, seed=seed, head=head)
-    config = DecodeConfig(k, num_tokens, tree, sampling, strategy=strategy, lookup=lookup, budget=budget)
+    config = drafted(strategy, k, lookup, num_tokens, tree, sampling, budget=budget)
     tokens = generate(model, prompt, config).token_ids
     assert tokens == generate(model, prompt, DecodeConfig(0, num_tokens, sampling=sampling)).token_ids
     lm.set_attn_implementation("sdpa")
     assert_own_choices(lm, prompt, tokens, sampling)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ALL_STRATEGIES)
 @pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS], ids=["greedy", "nucleus"])
 @pytest.mark.parametrize("head", [0, 6], ids=["", "head"])
 def test_native_bfloat16_drafts_equal_ar(head, sampling, strategy):
@@ -135,7 +136,7 @@ def test_native_bfloat16_drafts_equal_ar(head, sampling, strategy):
     assert model.row_policy.stable and len(set(want)) > 5
     for k, tree in SHAPES[::2]:
         for lookup, budget in ((0, 16), (5, 32)):
-            config = DecodeConfig(k, 60, tree, sampling, strategy=strategy, lookup=lookup, budget=budget)
+            config = drafted(strategy, k, lookup, 60, tree, sampling, budget=budget)
             assert generate(model, PROMPT, config).token_ids == want
 
 
@@ -143,9 +144,9 @@ def test_native_bfloat16_drafts_equal_ar(head, sampling, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_tree_for_auto_is_wide_only_where_trees_have_the_bits_of_ar(strategy, native):
     model = drafting(tiny_llama(torch.float32, **WHOLE), native=native, k=4)
-    found = [with_tree(model, DecodeConfig(k, tree=tree, strategy=strategy)).tree for k in (4, 0) for tree in ("auto", (3,))]
+    found = [resolved(model, DecodeConfig(k, tree=tree, strategy=strategy)).tree for k in (4, 0) for tree in ("auto", (3,))]
     assert found == [(2, 2, 1) if native and strategy == "auto" else "chain", (3,), "chain", (3,)]
-    assert with_tree(model, DecodeConfig(40, strategy=strategy)).tree == "chain"  # 2,2,1 would be too many nodes
+    assert resolved(model, DecodeConfig(40, strategy=strategy)).tree == "chain"  # 2,2,1 would be too many nodes
 
 
 @pytest.mark.parametrize("sampling", [NUCLEUS, SamplingConfig(1.0, seed=9)], ids=["nucleus", "all"])
@@ -169,14 +170,61 @@ def test_sats_that_see_what_the_model_sees_draft_what_it_samples(strategy, sampl
     assert out.num_passes == {"one-pass": 11, "two-step": 18}.get(strategy, out.num_passes)
 
 
-@pytest.mark.parametrize(("k", "strategy"), [(0, "two-step"), *((3, strategy) for strategy in EXACT)])
+CIRCLE = dict(seed=3, initializer_range=0.02)  # of a model that goes round in a circle of five tokens
+
+
+@pytest.mark.parametrize(("k", "strategy"), [(0, LOOKUP), *((3, strategy) for strategy in EXACT)])
 def test_a_text_that_repeats_itself_is_looked_up(k, strategy):
-    model = drafting(tiny_llama(seed=3, initializer_range=0.02), k=3)  # it goes round in a circle of five tokens
+    model = drafting(tiny_llama(**CIRCLE), k=3)
     want = naive(model, PROMPT, 50, SamplingConfig())
     assert len(set(want)) < 10
     out = generate(model, PROMPT, DecodeConfig(k, 50, strategy=strategy, lookup=5))
     assert out.token_ids == want
     assert sum(out.accepted_by_depth) >= 25
+
+
+def test_lookup_takes_no_sats():
+    """A model as it comes, without an adapter: looking tokens up gives plain decoding's text in fewer passes."""
+    plain = SatModel(tiny_llama(**CIRCLE), None, "plain")
+    out = generate(plain, PROMPT, DecodeConfig(None, 50, strategy=LOOKUP))
+    assert out.token_ids == naive(plain, PROMPT, 50, SamplingConfig())
+    assert out.num_passes <= 25 and len(out.proposed_by_depth) == 12
+    with one_line_error("strategy=auto: model plain has no SATs", "expected an adapter", "strategy=lookup", "k=0"):
+        generate(plain, PROMPT, DecodeConfig(None, 50, strategy="auto"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("sats", [True, False])
+def test_ar_makes_one_token_a_pass(strategy, sats):
+    """Whatever it is derived from, and where there is much to look up."""
+    lm = tiny_llama(**CIRCLE)
+    model = drafting(lm, k=3) if sats else SatModel(lm, None, "plain")
+    asked = DecodeConfig(3, 50, strategy=strategy, lookup=5, tree=(2, 1), budget=8)
+    derived = [replace(DecodeConfig(3, 50, strategy=strategy), k=0), asked.plain]
+    for config in [*derived, resolved(model, asked).plain] if sats else derived:
+        out = generate(model, PROMPT, config)
+        assert (out.num_passes, out.num_plain_passes, out.proposed_by_depth) == (50, 50, [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "k", "lookup", "tree"),
+    [
+        (dict(), 0, 0, "chain"),
+        (dict(k=None), 4, 0, "chain"),
+        (dict(k=None, strategy="auto"), 4, 12, (2, 2, 1)),
+        (dict(k=2, strategy="auto", lookup=0, tree="chain"), 2, 0, "chain"),
+        (dict(k=0, strategy="auto"), 0, 0, "chain"),
+        (dict(k=None, strategy="one-pass", lookup=3), 4, 3, "chain"),
+        (dict(strategy=LOOKUP), 0, 12, "chain"),
+        (dict(k=None, strategy=LOOKUP, lookup=7), 0, 7, "chain"),
+    ],
+    ids=str,
+)
+def test_what_is_left_open_is_chosen_for_the_model(asked, k, lookup, tree):
+    model = drafting(tiny_llama(torch.float32, **WHOLE), native=True, k=4)
+    config = resolved(model, DecodeConfig(**asked))
+    assert (config.k, config.lookup, config.tree) == (k, lookup, tree)
+    assert resolved(model, config) == config
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

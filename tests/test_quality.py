@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,7 +83,8 @@ def scripted(monkeypatch, answers):
     def generate(model, prompt_ids, config):
         number = len(calls) // answers["runs"]
         calls.append(config)
-        good = answers[number][config.k, config.sampling.seed]
+        drawn = [replace(config.sampling, seed=seed).of_problem(PROBLEMS[number]["task_id"]).seed for seed in (0, 1)]
+        good = answers[number][config.k, drawn.index(config.sampling.seed)]  # each problem has seeds of its own
         return Generation(
             token_ids=[1 + good, config.sampling.seed], text=PROBLEMS[number]["canonical_solution"] if good else "    pass\n"
         )
@@ -133,6 +135,10 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
 
 def test_settings_are_checked():
     assert QualityConfig((5, 3, 5), ("auto", "auto")).keys == [("ar", 0), ("auto", 3), ("auto", 5)]
+    config = QualityConfig((5, 3), ("lookup", "auto"))
+    assert config.keys == [("ar", 0), ("lookup", 0), ("auto", 3), ("auto", 5)]
+    decoded = [config.decode(strategy, k, 0, "p", ()) for strategy, k in config.keys]
+    assert [(c.k, c.strategy) for c in decoded] == [(0, "two-step"), (0, "lookup"), (3, "auto"), (5, "auto")]
     with one_line_error("strategy=beam: expected one of"):
         QualityConfig(strategies=("beam",))
     with one_line_error("samples=2", "expected 1"):
