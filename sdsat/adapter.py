@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,16 +74,28 @@ class _Fused:
         self.sizes = [up.shape[0] for up in ups]
         self.down = packed.best_linear(torch.cat(downs))
         self.up = packed.best_linear(scale * torch.block_diag(*ups))
-        self._input: Tensor | None = None
-        self._updates: tuple[Tensor, ...] = ()
 
-    def update(self, x: Tensor, rows: slice, index: int) -> Tensor:
+    def update(self, x: Tensor, on: _Pass, index: int) -> Tensor:
         """[B, rows, out] of the group's layer `index` for the input x [B, S, in] of a pass."""
-        if self._input is not x:
-            self._input, self._updates = x, self.up(self.down(x[:, rows])).split(self.sizes, dim=-1)
-        if index + 1 == len(self.sizes):
-            self._input = None  # the last of the group has come: keep no memory
-        return self._updates[index]
+        read, updates = on.computed.pop(self, (None, ()))
+        if read is not x:
+            updates = self.up(self.down(x[:, on.rows])).split(self.sizes, dim=-1)
+        if index + 1 < len(self.sizes):  # else the last of the group has come: keep no memory
+            on.computed[self] = x, updates
+        return updates[index]
+
+
+@dataclass
+class _Pass:
+    """A forward pass with SATs: of which adapter, in which rows, and what its layers have computed for others of their group."""
+
+    adapter: SatAdapter
+    rows: slice
+    computed: dict[_Fused, tuple[Tensor | None, tuple[Tensor, ...]]] = field(default_factory=dict)
+
+
+# The pass that runs in this thread. Another thread's pass, on the same modules, has its own; plain `generate` has none.
+_CURRENT: ContextVar[_Pass | None] = ContextVar("sdsat_pass", default=None)
 
 
 class SatAdapter(nn.Module):
@@ -91,7 +104,6 @@ class SatAdapter(nn.Module):
     def __init__(self, model: Any, config: AdapterConfig):
         super().__init__()
         self.config = config
-        self._rows: slice | None = None
         self._handles: list[Any] = []
         self._fused: dict[str, tuple[_Fused, int]] = {}
         embedding = model.get_input_embeddings().weight
@@ -145,35 +157,42 @@ class SatAdapter(nn.Module):
         scale = self.config.scale
 
         def add_update(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-            if self._rows is None:
+            on = self._current()
+            if on is None:
                 return None
-            x = inputs[0][:, self._rows]
+            x = inputs[0][:, on.rows]
             # Two dimensions and F.linear: on a CPU in bfloat16 a third of the time of `x @ down.T @ up.T` on three.
             update = linear(linear(x.flatten(0, 1), down.to(x)), up.to(x)).view(*x.shape[:2], -1)
             if scale != 1:
                 update = scale * update
             if update.shape == output.shape:  # every row is a SAT, as in training: keep autograd simple
                 return output + update
-            output[:, self._rows].add_(update)
+            output[:, on.rows].add_(update)
             return output
 
         return add_update
 
     def _fused_hook(self, group: _Fused, index: int) -> Any:
         def add_update(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            if self._rows is not None:
-                output[:, self._rows].add_(group.update(inputs[0], self._rows, index))
+            on = self._current()
+            if on is not None:
+                output[:, on.rows].add_(group.update(inputs[0], on, index))
 
         return add_update
 
+    def _current(self) -> _Pass | None:
+        """The pass of this thread, if it has SATs of this adapter."""
+        on = _CURRENT.get()
+        return on if on is not None and on.adapter is self else None
+
     @contextmanager
     def on_rows(self, start: int, end: int) -> Iterator[None]:
-        """Within this block, rows start..end-1 of every forward pass are SATs."""
-        self._rows = slice(start, end) if end > start else None
+        """Within this block, rows start..end-1 of every forward pass of this thread are SATs."""
+        before = _CURRENT.set(_Pass(self, slice(start, end)) if end > start else None)
         try:
             yield
         finally:
-            self._rows = None
+            _CURRENT.reset(before)
 
     def save(self, directory: str | Path) -> None:
         """Write both files; each appears whole or not at all, and a pair of which only one was replaced is refused by `load`."""

@@ -305,21 +305,30 @@ def _decode(
     on_tokens: OnBatchTokens | None,
     choosers: Sequence[Chooser | None],
 ) -> Iterator[tuple[int, Generation]]:
-    """The loop. Up to `size` sequences are live; each pass carries what their plans want of all of them."""
-    probe_rows(model)
-    planners = [make_planner(model, config) for config in configs]
-    if any(config.may_round for config in configs):
-        _ = model.rounded  # is made now, before seconds count
+    """The loop. Up to `size` sequences are live; each pass carries what their plans want of all of them.
+
+    Other threads' passes of the model come between these, never beside them; while the caller has what a pass made, the model is
+    free.
+    """
+    with model.lock.held():
+        probe_rows(model)
+        planners = [make_planner(model, config) for config in configs]
+        if any(config.may_round for config in configs):
+            _ = model.rounded  # is made now, before seconds count
     slots = [num_slots(len(ids), config.max_new_tokens) for ids, config in zip(prompts, configs, strict=True)]
     size = max(1, min(size, len(prompts)))
     room, waiting, live = Room(model, size, max(slots, default=0)), deque(range(len(prompts))), list[_Sequence]()
     while waiting or live:
         free = size - len(live)
-        if waiting and 16 * free >= size:  # several prompts are read in one pass where that can be
-            numbers = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-            live += _enter(model, room, numbers, prompts, configs, planners, slots, choosers)
-        _draft_first(model, live)
-        _step(model, live, on_tokens)
+        with model.lock.held():
+            if waiting and 16 * free >= size:  # several prompts are read in one pass where that can be
+                numbers = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                live += _enter(model, room, numbers, prompts, configs, planners, slots, choosers)
+            _draft_first(model, live)
+            emitted = _step(model, live)
+        if on_tokens is not None:
+            for event in emitted:
+                on_tokens(*event)
         for sequence in [sequence for sequence in live if sequence.out.finish]:
             live.remove(sequence)
             room.leave(sequence.cache)
@@ -379,8 +388,8 @@ def _mean_context(sequences: list[_Sequence]) -> int:
     return sum(sequence.context for sequence in sequences) // len(sequences)
 
 
-def _step(model: SatModel, live: list[_Sequence], on_tokens: OnBatchTokens | None) -> None:
-    """One pass: verify the drafts that the plans keep, draft where they want SATs, and emit."""
+def _step(model: SatModel, live: list[_Sequence]) -> list[tuple[int, list[int], list[bool]]]:
+    """One pass: verify the drafts that the plans keep, draft where they want SATs, and emit. Returns what `on_tokens` is told."""
     began, context, parts = time.perf_counter(), _mean_context(live), list[Part]()
     for sequence in live:
         plan = sequence.plan = sequence.planner.plan(sequence.drafts, sequence.left, sequence.context)
@@ -393,8 +402,8 @@ def _step(model: SatModel, live: list[_Sequence], on_tokens: OnBatchTokens | Non
     rows, sats, seconds = sum(len(p.tokens) + p.sats for p in parts), sum(p.sats for p in parts), time.perf_counter() - began
     for planner in {id(sequence.planner): sequence.planner for sequence in live}.values():
         planner.observe_pass(rows, sats, context, seconds)
-    for sequence, path, own, below in zip(live, paths, targets, drafted, strict=True):
-        _emit(model, sequence, path, own, below, on_tokens)
+    every = zip(live, paths, targets, drafted, strict=True)
+    return [(sequence.number, *_emit(model, sequence, path, own, below)) for sequence, path, own, below in every]
 
 
 def _emit(
@@ -403,9 +412,11 @@ def _emit(
     path: list[int],
     targets: list[int],
     below: dict[int, tuple[DraftTree, list[float]]],
-    on_tokens: OnBatchTokens | None,
-) -> None:
-    """Enter a pass into the output: the walked path's drafts and the token after them, as far as the output goes on."""
+) -> tuple[list[int], list[bool]]:
+    """Enter a pass into the output: the walked path's drafts and the token after them, as far as the output goes on.
+
+    Returns them, and for each whether it was an accepted draft.
+    """
     out, config, drafts, end = sequence.out, sequence.config, sequence.drafts, path[-1]
     x = sequence.x = targets[end]
     out.num_passes += 1
@@ -421,11 +432,10 @@ def _emit(
     sequence.drafts = Drafts.of_sats(*below[end], sequence.plan.kind(end)) if end in below else Drafts.none(x)
     if sequence.lookup:
         sequence.lookup.add(block)
-    if on_tokens is not None:
-        on_tokens(sequence.number, block, [i < len(path) - 1 for i in range(len(block))])
     if out.finish:
         out.decode_seconds = time.perf_counter() - sequence.prefilled
         out.text = _text(model, sequence.prompt_ids[-1], out, config)
+    return block, [i < len(path) - 1 for i in range(len(block))]
 
 
 def _run(

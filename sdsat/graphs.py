@@ -17,6 +17,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +85,8 @@ class Graphs:
         """A cache of at least so many slots, with room for padding, that nobody else has."""
         num_slots = -(-(num_slots + 32) // SLOTS) * SLOTS
         kept = next((kept for kept in self.free if kept.num_slots == num_slots), None) or _Kept(num_slots)
-        self.free = [other for other in self.free if other is not kept]
+        with suppress(ValueError):  # another thread's generation may have ended meanwhile, and dropped it
+            self.free.remove(kept)
         cache = SlotCache(num_layers, num_slots, kept.layers)
         kept.layers, cache.graphs = cache.layers, kept.graphs
         stale = [part for layer in cache.layers if layer.is_initialized for part in (layer.keys, layer.values)]
@@ -94,7 +96,8 @@ class Graphs:
         return cache
 
     def _give_back(self, kept: _Kept) -> None:
-        self.free = [*self.free, kept][-MAX_CACHES:]
+        self.free.append(kept)  # in place: whenever a cache is no longer referenced, in any thread
+        del self.free[:-MAX_CACHES]
 
     def run(
         self, held: Held, shape: Hashable, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor

@@ -19,6 +19,7 @@ from . import attention, devices, embedded
 from .config import LOOKUP, STRATEGIES, InputError, SatConfig, require
 from .graphs import CudaCapture, Graphs
 from .head import DraftHead
+from .lock import FairLock
 from .native import NativeEngine, Unavailable
 from .packed import PackedLinears, can_pack
 
@@ -47,6 +48,7 @@ class SatModel:
     sat is None for a plain model: it decodes with k = 0 only. native: the CPU engine, None where passes go through
     transformers' modules; then packed may hold their linear layers' weights in the processor's own order. row_policy: see
     engine.probe_rows; costs: see costs.py; planners: what `auto` has learned, by settings. graphs: see graphs.py, None off GPUs.
+    lock: held by the thread whose passes run (decode.py).
     """
 
     model: PreTrainedModel
@@ -60,6 +62,7 @@ class SatModel:
     costs: CostCurve | None = None
     planners: dict[Any, AutoPlanner] = field(default_factory=dict)
     graphs: Graphs | None = None
+    lock: FairLock = field(default_factory=FairLock)
 
     @cached_property
     def rounded(self) -> NativeEngine | None:
