@@ -27,8 +27,9 @@ from sdsat.decode import num_slots
 from sdsat.draft import draft_tokens
 from sdsat.embedded import BASE_NAME
 from sdsat.engine import forward, new_cache, prefill
+from sdsat.files import write_json
 from sdsat.model import load
-from sdsat.records import environment, write_json
+from sdsat.records import environment
 from sdsat.train import train
 from sdsat.tree import make_tree
 

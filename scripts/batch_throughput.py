@@ -25,9 +25,10 @@ from sdsat.config import DecodeConfig, require
 from sdsat.decode import generate_batch
 from sdsat.embedded import NAME
 from sdsat.engine import probe_rows
+from sdsat.files import sha256_of, write_json
 from sdsat.model import SatModel, load
 from sdsat.prompts import humaneval
-from sdsat.records import environment, resumed, write_json
+from sdsat.records import environment, resumed
 
 AR, WARM_UP_TOKENS = "ar", 12
 STRATEGIES = ("two-step:3", "rounded:3", "auto")
@@ -138,6 +139,7 @@ def main(
     }  # fmt: skip
     probe_rows(loaded)  # so that the environment knows the row policy
     head = {"schema_version": 1, "environment": environment(loaded), "settings": settings}
+    head["environment"]["script"] = sha256_of(Path(__file__))
     document = resumed(out, {**head, "summary": {}, "runs": []})
     done = {(run["turn"], run["batch_size"], run["strategy"]) for run in document["runs"]}
     for name in strategies:  # what is measured once, and compiled, and learned

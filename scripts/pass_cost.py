@@ -28,8 +28,9 @@ from rich.table import Table
 
 from sdsat.cli import Device, Dtype, Model, run
 from sdsat.engine import forward, new_cache, prefill
+from sdsat.files import write_json
 from sdsat.model import SatModel, load
-from sdsat.records import environment, write_json
+from sdsat.records import environment
 from sdsat.tree import make_tree
 
 COUNTS, CONTEXTS = (1, 2, 4, 6, 8, 12, 16, 24, 36, 64), (256, 1024, 4096)

@@ -36,11 +36,13 @@ from transformers import AutoTokenizer, GenerationConfig
 from sdsat.cli import Model, run
 from sdsat.config import DecodeConfig, require
 from sdsat.decode import Generation, generate
-from sdsat.embedded import BASE_NAME, NAME, _fetch, base_dir, cache_dir
+from sdsat.embedded import BASE_NAME, NAME, _fetch, base_dir
 from sdsat.engine import probe_rows
+from sdsat.files import sha256_of, write_json
+from sdsat.kept import cache_dir
 from sdsat.model import SatModel, _load_base, load
 from sdsat.prompts import Problem, encode_request, humaneval, read_sources
-from sdsat.records import environment, resumed, write_json
+from sdsat.records import environment, resumed
 from sdsat.reference import transformers_generate
 from sdsat.report import _bootstrap, _interval, seconds_of
 
@@ -215,6 +217,7 @@ def new_document(model: SatModel, strategies: list[str], max_new_tokens: int) ->
     engines = {"engine": model.engine_name, "llama_cpp_python": llama_cpp and llama_cpp.__version__}
     settings = {"model": model.name, "dtype": DTYPE, "strategies": strategies, "max_new_tokens": max_new_tokens}
     settings |= {"prompt_lookup_num_tokens": LOOKUP_TOKENS, "general_sha256": hashlib.sha256(GENERAL.read_bytes()).hexdigest()}
+    engines["script"] = sha256_of(Path(__file__))
     head = {"schema_version": 1, "environment": environment(model) | engines, "settings": settings}
     return {**head, "memory": {}, "summary": [], "prompts": []}
 

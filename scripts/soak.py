@@ -20,9 +20,10 @@ from tqdm import tqdm
 from sdsat.cli import Model, run
 from sdsat.config import STRATEGIES, DecodeConfig, SamplingConfig, require
 from sdsat.decode import generate
+from sdsat.files import write_json
 from sdsat.model import load
 from sdsat.prompts import humaneval
-from sdsat.records import environment, write_json
+from sdsat.records import environment
 
 OUT = Path("results/reference/smollm2-135m-sdsat/soak.json")
 SAMPLINGS = (SamplingConfig(), SamplingConfig(temperature=1.0, top_k=10, top_p=0.95))

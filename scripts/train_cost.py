@@ -26,9 +26,10 @@ from sdsat.cli import run
 from sdsat.config import SatConfig, TrainConfig
 from sdsat.data import read_sequences
 from sdsat.embedded import BASE_NAME
+from sdsat.files import write_json
 from sdsat.loss import IGNORED, SatBatch, sat_batch, sat_loss, sat_mask
 from sdsat.model import load
-from sdsat.records import environment, write_json
+from sdsat.records import environment
 
 LAYOUTS, STEPS = ("own sequences", "one pass", "shared"), 2
 CONFIG = TrainConfig(anchors=48)

@@ -33,9 +33,10 @@ from . import model as models
 from .config import STRATEGIES, DecodeConfig, InputError, SamplingConfig, require
 from .datasets import HUMANEVAL, INFILLING, INFILLING_PSM, Limit, Task, check_dataset, check_limit, limited, read_tasks
 from .decode import Generation, generate
+from .files import locked, write_json
 from .model import SatModel
 from .prompts import Problem, encode_task
-from .records import check_environment, environment, locked, plain, write_json
+from .records import check_environment, environment, identity, plain
 from .reference import transformers_generate
 from .report import SCHEMA_VERSION, read_workers, seconds_of
 from .tree import PAPER_WIDTHS, make_tree, parse_tree
@@ -289,9 +290,9 @@ def _open_document(folder: Path, label: str, config: BenchConfig, found: dict[st
 
 
 def _finished(folder: Path, config: BenchConfig) -> list[dict[str, Any]]:
-    """Problems that the folder already holds; refuses a folder that holds other settings."""
-    problems = []
-    for document in read_workers(folder):
+    """Problems that the folder already holds; refuses a folder that holds other settings, or figures of other code or weights."""
+    problems, documents = [], read_workers(folder)
+    for document in documents:
         for key, value in _settings(config).items():
             held = document["settings"].get(key)
             require(
@@ -299,6 +300,10 @@ def _finished(folder: Path, config: BenchConfig) -> list[dict[str, Any]]:
                 f"results folder {folder}: holds results for {key}={held}, not {value}; delete it or set RESULTS_DIR",
             )
         problems += document["problems"]
+    found = identity(config.model) if documents else {}
+    for document in documents:
+        held = document.get("environment", {})
+        check_environment({key: held.get(key) for key in found}, found, f"results folder {folder}")
     return problems
 
 
@@ -332,7 +337,8 @@ class _Progress:
 def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path, list[str]]:
     """Measure, one worker for each of `devices` (see devices.py). Returns the results folder and a line a worker that died.
 
-    Raises InputError for bad input, before or in a worker; KeyboardInterrupt leaves what is finished in place.
+    Raises InputError for bad input: before, or where every worker met it; one that dies ends alone. KeyboardInterrupt leaves
+    what is finished in place.
     """
     folder = results / config.folder
     for device in devices:
@@ -361,6 +367,7 @@ def _run_workers(config: BenchConfig, devices: list[str], todo: list[Task], fold
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, tuple[str, Any]] = {}
     dead: list[str] = []
+    refused: dict[str, str] = {}  # a line a worker that could not go on, by its name
     warned: set[str] = set()
     try:
         for i, (device, label) in enumerate(zip(devices, _labels(devices), strict=True)):
@@ -370,20 +377,21 @@ def _run_workers(config: BenchConfig, devices: list[str], todo: list[Task], fold
                 process.start()
                 send.close()
                 workers[receive] = (label, process)
+        started = len(workers)
         while workers:
             for pipe in wait(list(workers)):
                 assert isinstance(pipe, Connection)
                 label, process = workers[pipe]
                 try:
                     kind, content = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     process.join()
                     del workers[pipe]
-                    if process.exitcode:
+                    if label not in refused and process.exitcode:
                         dead.append(_obituary(label, process.exitcode, _log(folder, label)))
                     continue
                 if kind == "error":
-                    raise InputError(content)
+                    refused[label] = content
                 if kind == "warning" and content not in warned:
                     warned.add(content)
                     tqdm.write(f"warning: {content}", file=sys.stderr)
@@ -395,7 +403,9 @@ def _run_workers(config: BenchConfig, devices: list[str], todo: list[Task], fold
         for _, process in workers.values():
             process.join()
         progress.bar.close()
-    return dead
+    if len(refused) == started:  # what none of them can do is no worker's own misfortune
+        raise InputError(next(iter(refused.values())))
+    return dead + [f"worker {label} ({content})" for label, content in refused.items()]
 
 
 def _obituary(label: str, code: int, log: Path) -> str:

@@ -354,7 +354,7 @@ def inspect(
     from . import inspection, prompts
     from . import model as models
     from .datasets import check_limit
-    from .records import write_json
+    from .files import write_json
 
     limit = _limit(data_limit)
     check_limit(limit)

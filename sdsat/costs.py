@@ -129,12 +129,13 @@ def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
     """The curve from the cache folder, or measured now and put there. One file for each machine, number of threads,
     model and native engine.
     """
-    from .embedded import cache_dir
-    from .records import environment, write_json
+    from .files import write_json
+    from .kept import cache_dir
+    from .records import machine
 
     if model.costs is not None and not anew:
         return model.costs
-    found = {key: value for key, value in environment(model).items() if key not in ("commit", "platform", "python", "row_policy")}
+    found = machine(model)
     adapter = model.adapter.config if model.adapter else None
     sizes = {key: value for key, value in sorted(model.model.config.to_dict().items()) if isinstance(value, (int, float))}
     shape = {
@@ -143,7 +144,7 @@ def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
         **sizes,
     }
     engine = hashlib.sha256(native.SOURCE.read_bytes()).hexdigest() if model.native else None  # another version, other costs
-    found |= {"dtype": str(model.dtype), "shape": shape, "native": engine, "form": 2}
+    found |= {"dtype": str(model.dtype), "shape": shape, "native": engine, "form": 3}
     name = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
     file = cache_dir() / "costs" / f"{name}.json"
     if file.is_file() and not anew:

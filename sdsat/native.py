@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from .attention import sliding_window
 from .config import MAX_ROWS
+from .kept import load_library
 from .sampling import as_seed
 
 if TYPE_CHECKING:
@@ -104,24 +104,19 @@ class _Pass(Structure):
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The compiled native.cpp; compiles it unless the cache folder has it for this source, compiler and processor."""
-    from .embedded import cache_dir
-
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise Unavailable("no C++ compiler was found (c++, g++ or $CXX)")
+
+    def build(target: Path) -> None:
+        done = subprocess.run([compiler, *_FLAGS, str(SOURCE), "-o", str(target)], capture_output=True, text=True)
+        if done.returncode:
+            raise Unavailable(f"{compiler} failed ({(done.stderr.strip().splitlines() or ['no message'])[0]})")
+
     try:
         version = subprocess.run([compiler, "-v", "-march=native", "-E", "-x", "c++", os.devnull], capture_output=True).stderr
         name = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(_FLAGS).encode()).hexdigest()[:16]
-        target = cache_dir() / "native" / f"{name}.so"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(target) + ".lock"):
-            if not target.exists():
-                part = target.with_suffix(".part")
-                done = subprocess.run([compiler, *_FLAGS, str(SOURCE), "-o", str(part)], capture_output=True, text=True)
-                if done.returncode:
-                    raise Unavailable(f"{compiler} failed ({(done.stderr.strip().splitlines() or ['no message'])[0]})")
-                part.replace(target)
-        return ctypes.CDLL(str(target))
+        return load_library(name, build)
     except OSError as error:
         raise Unavailable(f"native.cpp could not be built ({error})") from None
 

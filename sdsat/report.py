@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from .config import STRATEGIES, InputError, require
-from .records import replacing, write_json
+from .files import replacing, write_json
 
 SCHEMA_VERSION = 3
 _RESAMPLES = 10_000

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from .config import InputError, TrainConfig, require
 from .data import Sequence
+from .files import read_json, write_json, writing
 from .loss import SatBatch, sat_batch
 from .model import SatModel
 from .modes import MODES, Mode
-from .records import read_json, write_json, writing
 from .report import plot_training
 
 

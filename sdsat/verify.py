@@ -21,9 +21,10 @@ from tqdm import tqdm
 from .config import DecodeConfig, SamplingConfig, keys_of
 from .datasets import Limit, check_limit
 from .decode import generate, next_logits, resolved
+from .files import write_json
 from .model import SatModel
 from .prompts import Problem, humaneval
-from .records import open_record, write_json
+from .records import open_record
 from .reference import transformers_generate
 from .sampling import choose
 from .tree import make_tree, parse_tree

@@ -15,8 +15,8 @@ from sdsat.cache import SlotCache, pass_mask
 from sdsat.config import DecodeConfig, SatConfig
 from sdsat.decode import generate
 from sdsat.engine import RowPolicy, probe_rows
+from sdsat.files import read_json
 from sdsat.model import SatModel, load
-from sdsat.records import read_json
 
 PIECES = ["<unk>", *(f"t{n} " for n in range(1, VOCAB))]
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import one_line_error
 
 from sdsat.config import InputError
-from sdsat.records import read_json, write_json
+from sdsat.files import read_json, write_json
 from sdsat.report import markdown_table, read_workers, report, summarize
 
 REFERENCES = sorted((Path(__file__).parent.parent / "results/reference").glob("*/*/summary.json"))

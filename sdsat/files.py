@@ -1,0 +1,148 @@
+"""Files: written whole or not at all, one writer at a time, only where a file belongs; and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from .config import InputError, require
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a few words without the file's name."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What writes within this context: a full disk, say, becomes an InputError, one line that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's writer
+            raise
+        raise InputError(f"{path}: cannot be written ({reason(error)})") from None
+
+
+def destination(path: Path, argument: str = "") -> Path:
+    """The file that writing to `path` replaces, which need not be there yet. Symbolic links are followed: a link stays a link.
+
+    argument: what gave the path, such as '--out'. Raises InputError, one line, where the folder is missing or can't be written
+    to, or where something else than a regular file is: a device or a pipe must not be replaced, or read to its end.
+    """
+    name = _named(path, argument)
+    with _usable(name):
+        target = path.resolve()
+        kind = "it is a folder" if target.is_dir() else "it is no regular file"
+        require(
+            target.is_file() or not os.path.lexists(target), f"{name}: cannot be written ({kind}; expected a file or a new name)"
+        )
+        require(target.parent.is_dir(), f"{name}: no such folder")
+        _check_access(target.parent, name)
+    return target
+
+
+def make_folder(path: Path, argument: str = "") -> Path:
+    """Make the folder, and those above it, where it is missing; InputError, one line, where it can't be made or written to."""
+    name = _named(path, argument)
+    with _usable(name):
+        path.mkdir(parents=True, exist_ok=True)
+        _check_access(path, name)
+    return path
+
+
+def _named(path: Path, argument: str) -> str:
+    return f"{argument}={path}" if argument else str(path)
+
+
+@contextmanager
+def _usable(name: str) -> Iterator[None]:
+    """Whatever is wrong with a path as one InputError: a name too long, a loop of links, a zero byte, a read-only disk."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{name}: cannot be written ({reason(error)})") from None
+
+
+def _check_access(folder: Path, name: str) -> None:
+    writable = os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+    require(writable, f"{name}: cannot be written (no permission for {folder})")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, of a name of its own, which then becomes `path`: that holds either the old or the new content, never a
+    part, and of several writers the last one's.
+
+    Raises InputError, one line, where it can't be written.
+    """
+    target = destination(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    with writing(path):
+        try:
+            yield part
+            part.replace(target)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, document: Any) -> None:
+    with replacing(path) as part:
+        part.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content, or an InputError that names the file."""
+    require(path.is_file() or not path.exists(), f"{path}: cannot be read (not a regular file)")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+@contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """Hold the lock `file`, so that one run at a time writes `what`; InputError, one line, for a second one."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{what}: another run is writing to it; wait for it or choose another") from None
+    except OSError as error:
+        raise InputError(f"{what}: cannot be written ({reason(error)})") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sha256_of(file: Path) -> str:
+    """The sha256 of a regular file's content, in hex. Raises InputError, one line, where it can't be read."""
+    require(file.is_file() or not file.exists(), f"{file}: cannot be read (not a regular file)")
+    try:
+        digest = hashlib.sha256()
+        with file.open("rb") as content:
+            while block := content.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({reason(error)})") from None
+    return digest.hexdigest()
+
+
+def sha256_of_all(hashes: Iterable[tuple[str, str]]) -> str:
+    """One hash for several (name, hash), whatever their order."""
+    return hashlib.sha256(json.dumps(sorted(hashes)).encode()).hexdigest()
