@@ -1,7 +1,11 @@
 """Small random models: exact oracles that need no download."""
 
+import os
+import shutil
 import string
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +97,21 @@ def write(folder, **files):
 @pytest.fixture
 def tokenizer():
     return tiny_tokenizer(CHARACTERS)
+
+
+@pytest.fixture
+def unprivileged():
+    """A new folder of a user for whom modes count, which root is not: who runs the tests, or nobody."""
+    folder = Path(tempfile.mkdtemp())
+    if root := os.geteuid() == 0:
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        shutil.rmtree(folder)
 
 
 @pytest.fixture
