@@ -316,7 +316,10 @@ def evaluate(
     engine: Engine = "auto",
     out: Annotated[Path | None, typer.Option(help="JSON file for every completion; an interrupted run resumes.")] = None,
 ) -> None:
-    """Run HumanEval answers of AR and SDSAT against the tests: pass@k side by side. Executes what the model writes."""
+    """Run HumanEval answers of AR and SDSAT against the tests: pass@k side by side.
+
+    Runs what the model writes, in a sandbox (docs/results.md says what it keeps out).
+    """
     from rich.table import Table
 
     from . import model as models

@@ -1,8 +1,6 @@
-"""pass@k: the sandbox's verdicts on real problems, what is tested of an answer, and the figures over problems."""
+"""pass@k: what is tested of an answer, and the figures over problems."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -31,48 +29,21 @@ def test_given_solutions_pass_in_every_form_of_an_answer():
 
 
 @pytest.mark.parametrize(
-    ("body", "verdict"),
+    "answer",
     [
-        ("return None", "failed"),
-        ("while True: pass", "timed out"),
-        ("return len([0] * 10**9) > 0", "failed"),
-        ("raise SystemExit(0)", "failed"),
-        ("import os; os._exit(0)", "failed"),
-        ("import socket; return bool(socket.create_connection(('127.0.0.1', 9), timeout=1))", "failed"),
-        ("import os; os.system('touch /tmp/x')", "failed"),
-        ("syntax error", "failed"),
+        "```python\nCODE```\nThis works.",  # the fence that the prompt has opened, once more
+        "\n```python\nCODE\n```",
+        "```\nCODE```",
+        "```Python\nCODE",
+        "Here is the function:\n\n```python\nCODE```\nIt is used so:\n```python\nprint(1)\n```",
+        "Here is the function:\n```\nCODE```",
+        "CODE```\nIt is used so:\n```python\nprint(1)\n```",
+        "CODE",
     ],
 )
-def test_bad_answers_do_not_pass_and_do_no_harm(body, verdict):
-    assert sandbox.check(PROBLEMS[0], f"    {body}\n", seconds=1.0).startswith(verdict)
-
-
-def test_no_network_inside(tmp_path):
-    """A server that waits outside sees nobody."""
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.2)
-        address = server.getsockname()
-        body = f"    import socket\n    socket.create_connection({address!r}, timeout=1)\n    return True\n"
-        assert sandbox.check(PROBLEMS[0], body).startswith("failed")
-        with pytest.raises(TimeoutError):
-            server.accept()
-
-
-def test_no_sockets_inside_where_the_system_gives_no_namespace():
-    script = (
-        "import ctypes, types; ctypes.CDLL = lambda *_: types.SimpleNamespace(unshare=lambda flags: -1)\n"
-        "from sdsat import sandbox; sandbox._cut_off()\n"
-        "import socket, _socket, http.client, ssl\n"
-        "connect = lambda: socket.create_connection(('127.0.0.1', 9))\n"
-        "for make in (socket.socket, _socket.socket, ssl.SSLSocket, connect, http.client.HTTPConnection('127.0.0.1').connect):\n"
-        "    try: make()\n"
-        "    except (OSError, TypeError) as error: print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    said = done.stdout.splitlines()
-    assert (said.count("no network here"), len(said)) == (4, 5), done.stderr
+def test_the_code_of_a_chat_answer(answer):
+    code = "def double(x):\n    return 2 * x\n"
+    assert completion(answer.replace("CODE", code), True).strip() == f"pass\n\n{code}".strip()
 
 
 def scripted(monkeypatch, answers):
@@ -131,6 +102,36 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
     )
     with one_line_error(out, "other settings"):
         evaluate(model, QualityConfig((5,), data_limit=3), out)
+
+
+def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_again(monkeypatch, tmp_path):
+    """Problem 0 is solved by both and problem 1 by SDSAT only; at first nothing can be tested, then all but one answer."""
+    answers = {"runs": 2, 0: {(0, 0): True, (3, 0): True}, 1: {(0, 0): False, (3, 0): True}}
+    config, out = QualityConfig((3,), ("two-step",), data_limit=2), tmp_path / "eval.json"
+    model, calls = scripted(monkeypatch, answers)
+    real = sandbox.check
+    monkeypatch.setattr(sandbox, "check", lambda problem, code: "sandbox error: no memory")
+    with pytest.warns(UserWarning, match=r"2 problems are left out .*no memory.*eval.json"):
+        rows = evaluate(model, config, out)["summary"]
+    assert [(row["num_problems"], row["num_untested"], row["num_passed"], row["pass@1"]) for row in rows] == [(2, 2, 0, None)] * 2
+    assert [row["identical"] for row in rows] == [2, 1]  # a comparison of tokens, which needs no test
+
+    fails = {PROBLEMS[1]["task_id"]}
+    monkeypatch.setattr(
+        sandbox,
+        "check",
+        lambda problem, code: "sandbox error: x" if problem["task_id"] in fails and code != "    pass\n" else real(problem, code),
+    )
+    with pytest.warns(UserWarning, match="1 problems are left out"):
+        rows = evaluate(model, config, out)["summary"]
+    figures = [(row["num_untested"], row["num_passed"], row["pass@1"]) for row in rows]
+    assert figures == [(1, 1, 1.0), (1, 1, 1.0)]  # without AR's failure too
+
+    fails.clear()
+    document = evaluate(model, config, out)
+    assert [(row["num_untested"], row["num_passed"], row["pass@1"]) for row in document["summary"]] == [(0, 1, 0.5), (0, 2, 1.0)]
+    assert len(calls) == 4  # nothing was answered twice
+    assert json.loads(out.read_text()) == document
 
 
 def test_settings_are_checked():
