@@ -6,7 +6,8 @@ import hashlib
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+import warnings
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 
 from . import native
-from .config import MAX_ROWS
+from .config import MAX_ROWS, InputError
 from .engine import forward, new_cache, prefill
+from .files import make_folder, read_json, sha256_of, write_json
 from .sampling import SamplingConfig
 from .tree import make_tree
 
@@ -31,20 +33,34 @@ _TURNS = 7
 class CostCurve:
     """verify[c][i]: seconds of a pass of COUNTS[i] standard rows at CONTEXTS[c]; draft[c][i]: of one whose rows but the first
     are SATs; rounded[c][i]: of the same in 8 bits, [] where there is no such engine. drafting: seconds to turn one SAT's logits
-    into a draft.
+    into a draft. measured: by this program, here, and not given by the caller.
+
+    What it says rises with rows, SATs and context, and is positive: the nearest such curve to what was measured, for a clock
+    on a busy machine is noisy. Raises ValueError unless there is a positive time for every size.
     """
 
     verify: list[list[float]]
     draft: list[list[float]]
     drafting: float
     rounded: list[list[float]] = field(default_factory=list)
+    measured: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for part in (self.verify, self.draft, *([self.rounded] if self.rounded else [])):
+            if np.shape(part) != (len(CONTEXTS), len(COUNTS)) or not np.isfinite(part).all() or np.min(part) <= 0:
+                raise ValueError("a cost curve needs a positive time for every number of rows and every context")
+        if not 0 <= self.drafting < np.inf:
+            raise ValueError(f"drafting={self.drafting}: expected seconds")
 
     @cached_property
     def _tables(self) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
         """By context: seconds of a pass for each number of rows, what each number of SATs adds, and passes in 8 bits."""
-        verify, draft, rounded = ([_by_rows(times) for times in part] for part in (self.verify, self.draft, self.rounded))
-        extra = [np.maximum(0, np.append(d[1:], d[-1]) - np.append(v[1:], v[-1])) for v, d in zip(verify, draft, strict=True)]
-        return [times.tolist() for times in verify], [times.tolist() for times in extra], [times.tolist() for times in rounded]
+        verify = _rising(np.array(self.verify))
+        extra = _rising(np.maximum(0, np.array(self.draft) - verify))
+        rounded = _rising(np.array(self.rounded)) if self.rounded else np.empty((0, len(COUNTS)))
+        by_sats = [np.append(times[1:], times[-1]) for times in map(_by_rows, extra)]
+        by_rows, in_8_bits = ([_by_rows(times).tolist() for times in part] for part in (verify, rounded))
+        return by_rows, [times.tolist() for times in by_sats], in_8_bits
 
     def seconds(self, rows: int, sats: int, context: int, batch: int = 1) -> float:
         """Of a pass of `rows` rows, `sats` of them SATs, after `context` tokens, with the drafting of one group a sequence.
@@ -61,9 +77,21 @@ class CostCurve:
         return _between(low, high, context) + self.drafting * sats
 
 
-def _by_rows(times: list[float]) -> np.ndarray:
-    """Seconds for 0..MAX_ROWS rows out of those for COUNTS: never falling, and a straight line beyond the last count."""
-    grown = np.interp(np.arange(MAX_ROWS + 1), COUNTS, np.maximum.accumulate(times))
+def _rising(times: np.ndarray) -> np.ndarray:
+    """[contexts, counts] near `times` by least squares: rising with the rows, as does what a longer context adds, from 0 on.
+
+    So a line through both contexts rises with the rows at any other one, too.
+    """
+    from scipy.optimize import isotonic_regression  # takes a while, and AR needs no costs
+
+    near, far = np.where(times[0] <= times[1], times, times.mean(0))
+    near, added = isotonic_regression(near).x, isotonic_regression(far - near).x
+    return np.stack([near, near + added])
+
+
+def _by_rows(times: np.ndarray) -> np.ndarray:
+    """Seconds for 0..MAX_ROWS rows out of those for COUNTS, and a straight line beyond the last count."""
+    grown = np.interp(np.arange(MAX_ROWS + 1), COUNTS, times)
     last = COUNTS[-1]
     grown[last:] = grown[last] + grown[last] / last * np.arange(MAX_ROWS + 1 - last)
     return grown
@@ -127,15 +155,33 @@ def measure_costs(model: SatModel) -> CostCurve:
 
 def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
     """The curve from the cache folder, or measured now and put there. One file for each machine, number of threads,
-    model and native engine.
+    model and native engine. One process measures at a time, and those that wait take what it found.
     """
-    from .files import write_json
-    from .kept import cache_dir
-    from .records import machine
+    from .kept import creating
 
     if model.costs is not None and not anew:
         return model.costs
-    found = machine(model)
+    found = _circumstances(model)
+    name = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16] + ".json"
+    curve = None if anew else _read(name)
+    try:
+        if curve is None:
+            with creating("costs") as folder:
+                curve = (None if anew else _read(name)) or measure_costs(model)
+                content = {key: value for key, value in asdict(curve).items() if key != "measured"}
+                make_folder(folder / "costs")
+                document = {"counts": COUNTS, "contexts": CONTEXTS, "curve": content, "environment": found}
+                write_json(folder / "costs" / name, document)
+    except (InputError, OSError) as error:
+        warnings.warn(f"what a pass costs is measured in every process: it cannot be kept ({error})", stacklevel=2)
+    model.costs = replace(curve or measure_costs(model), measured=True)
+    return model.costs
+
+
+def _circumstances(model: SatModel) -> dict[str, Any]:
+    """All that the curve depends on, and that another machine, version or model may have otherwise."""
+    from .records import machine
+
     adapter = model.adapter.config if model.adapter else None
     sizes = {key: value for key, value in sorted(model.model.config.to_dict().items()) if isinstance(value, (int, float))}
     shape = {
@@ -143,15 +189,15 @@ def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
         "k": model.sat and model.sat.k,
         **sizes,
     }
-    engine = hashlib.sha256(native.SOURCE.read_bytes()).hexdigest() if model.native else None  # another version, other costs
-    found |= {"dtype": str(model.dtype), "shape": shape, "native": engine, "form": 3}
-    name = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
-    file = cache_dir() / "costs" / f"{name}.json"
-    if file.is_file() and not anew:
-        held = json.loads(file.read_text())
-        model.costs = CostCurve(**held["curve"])
-    else:
-        model.costs = measure_costs(model)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"counts": COUNTS, "contexts": CONTEXTS, "curve": asdict(model.costs), "environment": found})
-    return model.costs
+    engine = sha256_of(native.SOURCE) if model.native else None  # another version, other costs
+    return machine(model) | {"dtype": str(model.dtype), "shape": shape, "native": engine, "form": 3}
+
+
+def _read(name: str) -> CostCurve | None:
+    """A curve of the cache folder, if there is one and it is whole."""
+    from .kept import cache_dir
+
+    try:
+        return CostCurve(**read_json(cache_dir() / "costs" / name)["curve"])
+    except (InputError, OSError, ValueError, TypeError, KeyError):
+        return None

@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .config import MAX_ROWS, DecodeConfig
-from .costs import CostCurve, measured_costs
+from .costs import CONTEXTS, COUNTS, CostCurve, measured_costs
 from .draft import OWN, Drafts
 from .tree import DraftTree
 
@@ -44,6 +44,7 @@ _MEMORY = 0.99  # what an observed pass still counts for one pass later
 _UNTRIED = 0.95  # what is known of passes in 8 bits still counts after one was declined: so they are tried again
 _GROUPS = 8  # of a pass of auto, at most
 _TRY_AGAIN = 48  # plain passes in a row before drafting is tried again
+_OUTPACED, _PATIENCE = 0.6, 64  # a curve is of a busy machine where so many passes take so much less; see AutoPlanner.outpaces
 _TIME_AGAIN = 192  # passes with drafts in a row before a plain one is timed again
 
 
@@ -186,6 +187,7 @@ class AutoPlanner:
         self.batch = 1
         self.corrections, self.num_timed = dict.fromkeys((*_SIZES, "rounded"), 1.0), dict.fromkeys((*_SIZES, "rounded"), 0)
         self.num_plain = self.num_drafting = 0  # passes in a row
+        self.pace, self.num_paced, self.patience = 1.0, 0, _PATIENCE
         self._settle(0)
 
     def _settle(self, context: int) -> None:
@@ -365,9 +367,26 @@ class AutoPlanner:
 
     def observe_pass(self, rows: int, sats: int, context: int, seconds: float) -> None:
         """Learn from a pass, over all its sequences: its seconds, drafting included."""
-        self._time(_class(rows), seconds / self.costs.seconds(rows, sats, context, self.batch))
+        ratio = seconds / self.costs.seconds(rows, sats, context, self.batch)
+        self._time(_class(rows), ratio)
+        if rows <= COUNTS[-1] and context <= CONTEXTS[-1]:  # what was measured, not what was concluded from it
+            self.num_paced += 1
+            self.pace += max(1 / _PATIENCE, 1 / self.num_paced) * (min(2.0, ratio) - self.pace)
         self._found.clear()
         self._settle(context)
+
+    @property
+    def outpaces(self) -> bool:
+        """Whether passes take so much less than the cost curve says that it must have been measured on a busy machine."""
+        return self.costs.measured and self.num_paced >= self.patience and self.pace < _OUTPACED
+
+    def take(self, costs: CostCurve) -> None:
+        """Go on with another cost curve; what is known of drafts stays. The next such change takes more evidence."""
+        self.costs, self._seconds = costs, lru_cache(4096)(costs.seconds)
+        self.corrections, self.num_timed = dict.fromkeys((*_SIZES, "rounded"), 1.0), dict.fromkeys((*_SIZES, "rounded"), 0)
+        self.pace, self.num_paced, self.patience = 1.0, 0, 8 * self.patience
+        self._found.clear()
+        self._settle(0)
 
     def _time(self, kind: int | str, ratio: float) -> None:
         """ratio: a pass's seconds over the cost curve's."""
@@ -379,14 +398,23 @@ Planner = FixedPlanner | AutoPlanner
 
 
 def make_planner(model: SatModel, config: DecodeConfig) -> Planner:
-    """The planner of a generation. One that learns is kept with the model for each way of sampling, and goes on learning."""
+    """The planner of a generation. One that learns is kept with the model for each way of sampling, and goes on learning.
+
+    Where its passes tell that the cost curve is of a busy machine, that is measured again before.
+    """
     learns = config.strategy == "auto" or (config.strategy == "one-pass" and config.budget is None)
     if not learns or not config.k or model.sat is None:
         return FixedPlanner(config, config.strategy)
     key = (config.strategy, config.sampling.temperature, config.k, config.tree, config.budget, config.lookup)
-    if key not in model.planners:
-        accuracy = model.adapter.config.training.get("accuracy_by_depth", []) if model.adapter else []
-        costs = measured_costs(model)
-        costs = costs if config.may_round else replace(costs, rounded=[])
-        model.planners[key] = AutoPlanner(config, costs, config.num_sats, accuracy)
+    known = model.planners.get(key)
+    if known is not None and not known.outpaces:
+        return known
+    stale = known is not None and model.costs is not None and known.costs.verify is model.costs.verify
+    costs = measured_costs(model, anew=stale)  # else another planner has had it measured again
+    costs = costs if config.may_round else replace(costs, rounded=[])
+    if known is not None:
+        known.take(costs)
+        return known
+    accuracy = model.adapter.config.training.get("accuracy_by_depth", []) if model.adapter else []
+    model.planners[key] = AutoPlanner(config, costs, config.num_sats, accuracy)
     return model.planners[key]

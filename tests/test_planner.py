@@ -3,8 +3,12 @@
 import itertools
 import json
 import random
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama, with_adapter
@@ -12,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdsat import costs as costing
-from sdsat.config import MAX_ROWS, STRATEGIES, DecodeConfig
+from sdsat.config import MAX_ROWS, STRATEGIES, DecodeConfig, SamplingConfig
 from sdsat.costs import CONTEXTS, COUNTS, CostCurve, measured_costs
 from sdsat.decode import generate
 from sdsat.draft import Drafts
@@ -437,7 +441,24 @@ def test_more_rows_never_take_less(times, context):
 def test_a_slip_of_the_clock_is_no_dip():
     """A larger pass that was measured faster than a smaller one counts as no faster."""
     times = [[1, 2, 1.5, 3, 3, 3, 3, 3, 3]] * 2
-    assert [CostCurve(times, times, 0.0).seconds(rows, 0, 128) for rows in (1, 2, 4, 5, 6)] == [1, 2, 2, 2.5, 3]
+    assert [CostCurve(times, times, 0.0).seconds(rows, 0, 128) for rows in (1, 2, 4, 5, 6)] == [1, 1.75, 1.75, 2.375, 3]
+
+
+def noisy():
+    """Times in no order at all, as a busy machine may give them."""
+    return st.lists(st.lists(st.floats(0.001, 10), min_size=len(COUNTS), max_size=len(COUNTS)), min_size=2, max_size=2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(noisy(), noisy(), noisy())
+def test_whatever_was_measured_costs_are_positive_and_rise_with_rows_sats_and_context(verify, draft, rounded):
+    costs, contexts = CostCurve(verify, draft, 0.01, rounded), (1, 128, 500, 1024, 4000, 32000)
+    surface = np.array([[[costs.seconds(rows, sats, c) for sats in range(40)] for rows in range(40, 300, 20)] for c in contexts])
+    in_8_bits = np.array([[costs.rounded_seconds(sats, c) for sats in range(60)] for c in contexts])
+    for found in (surface, in_8_bits):
+        assert found.min() > 0
+        for axis in range(found.ndim):
+            assert np.diff(found, axis=axis).min() >= -1e-9
 
 
 def test_short_contexts_cost_what_the_shortest_measured_does():
@@ -458,6 +479,7 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     assert all(len(part) == len(COUNTS) for part in (*first.verify, *first.draft)) and len(first.verify) == len(CONTEXTS)
     assert min(times) > 0 and first.drafting > 0
     (file,) = (tmp_path / "costs").iterdir()
+    assert [name.name for name in tmp_path.iterdir() if name.suffix != ".lock"] == ["costs"]
     assert json.loads(file.read_text())["curve"]["verify"] == first.verify
     monkeypatch.setattr(costing, "measure_costs", refuse)
     again = with_adapter(tiny_llama(torch.float32, seed=9), k=3)
@@ -486,6 +508,109 @@ def test_one_file_for_each_dtype_and_shape(tmp_path, monkeypatch):
             model.adapter.detach()
     assert measured_costs(model, anew=True).drafting == len(shapes) + 1
     assert len(list((tmp_path / "costs").iterdir())) == len(shapes)
+
+
+BROKEN = [
+    "",
+    "{",
+    "[]",
+    "{}",
+    '{"curve": 1}',
+    '{"curve": {"verify": []}}',
+    '{"curve": {"verify": 1, "draft": 1, "drafting": "x"}}',
+]
+
+
+@pytest.mark.parametrize("content", [*BROKEN, "zeros", "cut short", "a folder"])
+def test_a_file_that_is_not_whole_is_measured_again(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
+    fresh = curve(lambda n: 2.0 + n)
+    monkeypatch.setattr(costing, "measure_costs", lambda model: fresh)
+    measured_costs(with_adapter(tiny_llama(torch.float32), k=3))
+    (file,) = (tmp_path / "costs").iterdir()
+    whole = file.read_text()
+    if content == "a folder":
+        file.unlink()
+        file.mkdir()
+        with pytest.warns(UserWarning, match="cannot be kept"):
+            assert measured_costs(with_adapter(tiny_llama(torch.float32), k=3)) == fresh
+        return
+    nothing = [[0.0] * len(COUNTS)] * 2
+    zeros = json.dumps({**json.loads(whole), "curve": {"verify": nothing, "draft": nothing, "drafting": 0}})
+    file.write_text({"zeros": zeros, "cut short": whole[: len(whole) // 2]}.get(content, content))
+    assert measured_costs(with_adapter(tiny_llama(torch.float32), k=3)) == fresh
+    assert json.loads(file.read_text()) == json.loads(whole)
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "no home", "not mine"])
+def test_where_a_curve_cannot_be_kept_that_is_a_warning(tmp_path, monkeypatch, unprivileged, obstacle):
+    model, fresh = with_adapter(tiny_llama(torch.float32), k=3), curve(lambda n: 2.0 + n)
+    monkeypatch.setattr(costing, "measure_costs", lambda model: fresh)
+    folder = unprivileged / "cache"
+    if obstacle == "a file":
+        folder.write_text("")
+    elif obstacle == "not mine":
+        folder.mkdir(mode=0o500)
+    monkeypatch.setenv("SDSAT_CACHE", str(folder))
+    if obstacle == "no home":
+        monkeypatch.setenv("SDSAT_CACHE", "~nobody-of-that-name/cache")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert measured_costs(model) == fresh
+    assert measured_costs(model) is model.costs
+
+
+def test_a_complete_cache_that_is_read_only_is_used(monkeypatch, unprivileged):
+    monkeypatch.setenv("SDSAT_CACHE", str(unprivileged))
+    monkeypatch.setattr(costing, "measure_costs", lambda model: curve(lambda n: 2.0 + n))
+    first = measured_costs(with_adapter(tiny_llama(torch.float32), k=3))
+    (unprivileged / "costs.lock").unlink()
+    unprivileged.chmod(0o500)
+    monkeypatch.setattr(costing, "measure_costs", refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measured_costs(with_adapter(tiny_llama(torch.float32), k=3)) == first
+    unprivileged.chmod(0o700)
+
+
+def test_of_many_that_start_together_one_measures(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
+    calls = []
+
+    def measure(model):
+        calls.append(model)
+        time.sleep(0.2)
+        return curve(lambda n: 2.0 + n)
+
+    monkeypatch.setattr(costing, "measure_costs", measure)
+    models = [with_adapter(tiny_llama(torch.float32), k=3) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(measured_costs, models))
+    assert len(calls) == 1 and all(costs == found[0] for costs in found)
+
+
+@pytest.mark.parametrize(("factor", "again"), [(3.0, True), (1.2, False), (0.5, False)])
+def test_a_curve_of_a_busy_machine_is_measured_again(tmp_path, monkeypatch, factor, again):
+    """It says `factor` times what passes then take. One that says too little is left: then it is now that the machine is busy."""
+    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
+    true = curve(lambda n: 1.0 + n / 50)
+    curves = iter([curve(lambda n: factor * (1.0 + n / 50)), true])
+    monkeypatch.setattr(costing, "measure_costs", lambda model: next(curves))
+    model = with_adapter(tiny_llama(torch.float32), k=3)
+    greedy, nucleus = DecodeConfig(3, strategy="auto"), DecodeConfig(3, strategy="auto", sampling=SamplingConfig(1.0))
+    planners = [make_planner(model, greedy), make_planner(model, nucleus)]
+    for rows in [1, 4] * 40:
+        assert make_planner(model, greedy) is planners[0] and model.costs != true
+        for planner in planners:
+            planner.observe_pass(rows, 0, 200, true.seconds(rows, 0, 200))
+        if planners[0].outpaces:
+            break
+    assert [make_planner(model, config) for config in (greedy, nucleus)] == planners
+    (file,) = (tmp_path / "costs").iterdir()
+    assert (model.costs == true) == (json.loads(file.read_text())["curve"]["verify"] == true.verify) == again
+    for planner in planners:
+        assert planner.costs == model.costs  # measured once for both
+        if again:
+            assert planner._cost(4, 0, 200) == pytest.approx(true.seconds(4, 0, 200))
 
 
 def test_generate_measures_only_where_a_plan_depends_on_it(monkeypatch, tmp_path):
