@@ -450,6 +450,9 @@ def train(
     device: Device = "",
 ) -> None:
     """Train an adapter for a frozen base, or a whole model; also runs under `accelerate launch`."""
+    # OpenMP reads this when torch is imported. Threads that spin where they wait for each other keep from work the one they wait
+    # for as soon as another process has a core of theirs: a step then takes two to ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from . import data as corpora
     from . import devices
     from . import model as models

@@ -218,10 +218,11 @@ class TrainConfig:
         require(0 < self.decay <= 1, f"decay={self.decay}: expected a number in (0, 1]")
         require(self.k <= MAX_TRAINED_K, f"k={self.k}: expected {MAX_TRAINED_K} or less")
         require(self.mode in TRAIN_MODES, f"mode={self.mode}: expected one of {', '.join(TRAIN_MODES)}")
-        require(self.standard >= 0, f"standard={self.standard}: expected 0 or more")
+        require(0 <= self.standard < math.inf, f"standard={self.standard}: expected 0 or more")
+        require(self.embedding_steps >= 0, f"embedding_steps={self.embedding_steps}: expected 0 or more")
         require(self.head >= 0, f"head={self.head}: expected 0 (none) or a positive size")
         for name, modes in _ONLY_IN.items():
             held, default = getattr(self, name), getattr(type(self), name)
             only = " and ".join(modes)
             require(self.mode in modes or held == default, f"{name}={held}: only for mode {only}, not {self.mode}")
-        require(self.lr > 0, f"lr={self.lr}: expected a positive number")
+        require(0 < self.lr < math.inf, f"lr={self.lr}: expected a positive number")

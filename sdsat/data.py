@@ -11,7 +11,8 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import DecodeConfig, InputError, SamplingConfig, require
 from .decode import iterate_batch
-from .files import make_folder, read_json, replacing, write_json
+from .files import locked, read_json, replacing, write_json
 from .model import SatModel
 from .prompts import Decontaminator, collect_prompts, licences
+from .records import check_environment, identity
 
 _TEXT, GREEDY = (".py", ".md", ".txt"), SamplingConfig()
+_SINCE = ("base_sha256", "dtype", "stop_ids")  # what the first manifests do not have
+_USUAL_SIZE = 16  # sequences of a text file
 
 
 def answer_batch(
@@ -83,40 +87,54 @@ def distill(
     prompts, counts = collect_prompts(sources, model.tokenizer, limit, max_prompt_tokens)
     turns = [temperatures[(i + again) % len(temperatures)] for again in range(answers) for i in range(len(prompts))]
     settings = {
-        "model": model.name, "seed": seed, "answers": answers, "temperatures": list(temperatures),
+        "model": model.name, "base_sha256": identity(model.name, model)["base"],
+        "dtype": str(model.dtype).removeprefix("torch."), "stop_ids": list(model.stop_ids),
+        "seed": seed, "answers": answers, "temperatures": list(temperatures),
         "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens, "shard_size": shard_size,
         "num_prompts": len(prompts), "prompts": counts,
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }  # fmt: skip
-    make_folder(out, "out")
-    manifest_file = out / "manifest.json"
-    if manifest_file.exists():
-        held = {"answers": 1, **read_json(manifest_file).get("settings", {})}
-        require(held == settings, f"out={out}: holds shards of other settings; choose another folder or delete it")
-    else:
-        require(not list(out.glob("shard_*")), f"out={out}: holds shards without a manifest; choose another folder or delete it")
     manifest: dict[str, Any] = {"format": "sdsat-shards", "format_version": 1, "settings": settings, "shards": []}
     manifest["licences"] = licences(sources)
     prompts = prompts * answers
     shards = [range(n, min(n + shard_size, len(prompts))) for n in range(0, len(prompts), shard_size)]
     files = [out / f"shard_{number:05d}.safetensors" for number in range(len(shards))]
-    own = range(state.process_index, len(shards), state.num_processes)
-    missing = [shards[number] for number in own if not files[number].exists()]
-    # Like lengths together keep attention short; one run over all shards keeps the batch full.
-    todo = [i for shard in missing for i in sorted(shard, key=lambda i: len(prompts[i]))]
-    bar = tqdm(total=len(todo), desc="distill", unit="answer", disable=not state.is_local_main_process)
-    made: dict[int, list[int]] = {}
-    _write_manifest(manifest_file, manifest, files)
-    for i, answer in answer_batch(model, prompts, todo, turns, max_new_tokens, batch_size, seed):
-        made[i] = answer
-        bar.update()
-        shard = shards[i // shard_size]
-        if all(j in made for j in shard):
-            _write_shard(files[i // shard_size], [prompts[j] for j in shard], [made.pop(j) for j in shard])
-            _write_manifest(manifest_file, manifest, files)
-    state.wait_for_everyone()
-    _write_manifest(manifest_file, manifest, files)
+    manifest_file = out / "manifest.json"
+    with locked(out / ".lock", f"out={out}") if state.is_main_process else nullcontext():
+        state.wait_for_everyone()  # none reads what is there before the first holds the lock
+        _check_shards(out, settings)
+        own = range(state.process_index, len(shards), state.num_processes)
+        missing = [shards[number] for number in own if not files[number].exists()]
+        # Like lengths together keep attention short; one run over all shards keeps the batch full.
+        todo = [i for shard in missing for i in sorted(shard, key=lambda i: len(prompts[i]))]
+        bar = tqdm(total=len(todo), desc="distill", unit="answer", disable=not state.is_local_main_process)
+        made: dict[int, list[int]] = {}
+        _write_manifest(manifest_file, manifest, files)
+        for i, answer in answer_batch(model, prompts, todo, turns, max_new_tokens, batch_size, seed):
+            made[i] = answer
+            bar.update()
+            shard = shards[i // shard_size]
+            if all(j in made for j in shard):
+                _write_shard(files[i // shard_size], [prompts[j] for j in shard], [made.pop(j) for j in shard])
+                _write_manifest(manifest_file, manifest, files)
+        state.wait_for_everyone()
+        _write_manifest(manifest_file, manifest, files)
     return manifest
+
+
+def _check_shards(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on in a folder whose shards were made with other settings."""
+    file = out / "manifest.json"
+    if not file.exists():
+        require(not list(out.glob("shard_*")), f"out={out}: holds shards without a manifest; choose another folder or delete it")
+        return
+    manifest = read_json(file)
+    held: Any = manifest.get("settings") if isinstance(manifest, dict) else None
+    require(isinstance(held, dict), f"out={out}: its manifest.json is not one of this program; delete it or choose another")
+    unknown = [key for key in _SINCE if key not in held]
+    if unknown:
+        warnings.warn(f"out={out}: begun by a version that did not keep {', '.join(unknown)}: not compared", stacklevel=3)
+    check_environment({"answers": 1, **{key: settings[key] for key in unknown}, **held}, settings, f"out={out}")
 
 
 def _write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) -> None:
@@ -150,16 +168,46 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Sequence:
-    """One training sequence: token ids, and how many of them are the prompt."""
+    """One training sequence: token ids, and how many of them are the prompt.
+
+    source: names the text that it was cut from, where others may be of the same; None where only the prompt says what is alike.
+    """
 
     ids: Tensor
     prompt_length: int
+    source: str | None = None
+
+
+def sequences_sha256(sequences: list[Sequence]) -> str:
+    """The hash of training data: of all tokens, of where each sequence and its prompt end, and of what belongs together."""
+    digest = hashlib.sha256()
+    for s in sequences:
+        digest.update(f"{len(s.ids)} {s.prompt_length} {s.source}\n".encode() + s.ids.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hold_out(sequences: list[Sequence], count: int) -> tuple[list[Sequence], list[Sequence]]:
+    """The first `count` sequences, to evaluate on, and those to train on: of other texts, and answers to other prompts.
+
+    Raises InputError where none are left.
+    """
+    require(len(sequences) > count, f"data: {len(sequences)} sequences, expected more than held_out={count}")
+
+    def origin(s: Sequence) -> Any:
+        return s.source or tuple(s.ids[: s.prompt_length].tolist())
+
+    held = sequences[:count]
+    taken = {origin(s) for s in held} - {()}
+    rest = [s for s in sequences[count:] if origin(s) not in taken]
+    require(len(rest) > 0, f"held_out={count}: no sequences with other prompts, or from other files, are left to train on")
+    return held, rest
 
 
 def read_sequences(path: Path, tokenizer: PreTrainedTokenizerBase | None, length: int = 512) -> list[Sequence]:
     """Training data: a folder of shards, or plain text or code, a file or all .py, .md and .txt files of a folder.
 
-    Text is cut into sequences of `length` tokens; files that overlap HumanEval are left out, with a warning that counts them.
+    Text is cut into sequences of `length` tokens; files that overlap HumanEval are left out, with a warning that counts them. A
+    file's sequences stay together, so that the first ones, which are held out, are of few files, and these cost training little.
     """
     if path.is_dir() and list(path.glob("shard_*.safetensors")):
         return read_shards(path)
@@ -168,7 +216,8 @@ def read_sequences(path: Path, tokenizer: PreTrainedTokenizerBase | None, length
     files = [path] if path.is_file() else [f for f in sorted(path.rglob("*")) if f.suffix in _TEXT and f.is_file()]
     require(len(files) > 0, f"data={path}: no shard_*.safetensors and no .py, .md or .txt file there; run `sdsat distill`")
     require(tokenizer is not None, f"data={path}: text needs a tokenizer, and the model has none")
-    decontaminator, sequences, dropped = Decontaminator(), [], 0
+    assert tokenizer is not None
+    decontaminator, by_text, dropped = Decontaminator(), dict[str, list[Sequence]](), 0
     for file in files:
         try:
             text = file.read_text(encoding="utf-8", errors="ignore")
@@ -176,12 +225,24 @@ def read_sequences(path: Path, tokenizer: PreTrainedTokenizerBase | None, length
             raise InputError(f"data={file}: cannot be read ({error.strerror})") from None
         if decontaminator.overlaps("", text):
             dropped += 1
-        elif tokenizer is not None:
-            parts = torch.tensor(tokenizer(text)["input_ids"]).split(length)
-            sequences += [Sequence(ids, 0) for ids in parts if len(ids) >= 8]
+            continue
+        source = hashlib.sha256(text.encode()).hexdigest()  # a copy of a file is the same text
+        parts = torch.tensor(tokenizer(text)["input_ids"]).split(length)
+        by_text[source] = [Sequence(ids, 0, source) for ids in parts if len(ids) >= 8]
     if dropped:
         warnings.warn(f"data={path}: {dropped} of {len(files)} files overlap HumanEval and are left out", stacklevel=2)
-    return [sequences[i] for i in torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0)).tolist()]
+    return _in_held_out_order([sequences for sequences in by_text.values() if sequences])
+
+
+def _in_held_out_order(texts: list[list[Sequence]]) -> list[Sequence]:
+    """Texts in an order whose beginning can be held out: any of usual size first, as they come in a shuffle, then by size.
+
+    A single text has no other to be told from: its beginning is held out, and the rest of it is trained on.
+    """
+    if len(texts) == 1:
+        return [replace(s, source=None) for s in texts[0]]
+    shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    return [s for i in sorted(shuffled, key=lambda i: max(len(texts[i]), _USUAL_SIZE)) for s in texts[i]]
 
 
 def read_shards(folder: Path) -> list[Sequence]:

@@ -264,6 +264,7 @@ def evaluate(
         if not labelled.any():
             continue
         confidence, best = predict(batch).float().softmax(-1).max(-1)
+        _require_finite(confidence)
         hit, depth = (best == batch.label[labelled]).float().cpu(), batch.depth[labelled].cpu()
         groups = hit.tensor_split((depth == 1).nonzero()[1:, 0])
         first_misses += [group.cumprod(0).sum() for group in groups]
@@ -293,7 +294,15 @@ def standard_loss(forward: Callable[..., Any], sat_token_id: int, sequences: Lis
         labels = batch.standard.flatten()
         total += torch.nn.functional.cross_entropy(logits[0].float(), labels, ignore_index=IGNORED, reduction="sum").item()
         count += batch.num_standard
+    _require_finite(torch.tensor(total))
     return round(total / count, 4)
+
+
+def _require_finite(values: Tensor) -> None:
+    message = (
+        "logits: not finite (NaN or infinite) on the given answers; expected a base whose weights are finite, and a lower lr"
+    )
+    require(bool(values.isfinite().all()), message)
 
 
 def _calibration_error(hit: Tensor, confidence: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A mode owns the weights that train, and says what a batch's loss is, how to stor
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -234,9 +235,26 @@ class FullMode:
         lm.config.sdsat = {"sat_token_id": self.sat.token_id, "k": self.sat.k, "training": training}
         weights = {name: tensor.to(torch.bfloat16) for name, tensor in self.accelerator.get_state_dict(self.lm).items()}
         lm.config.dtype = torch.bfloat16
-        lm.save_pretrained(out, state_dict=weights, is_main_process=self.accelerator.is_main_process)
-        if self.tokenizer is not None and self.accelerator.is_main_process:
-            self.tokenizer.save_pretrained(out)
+        part = out / "model.part"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
+        self.accelerator.wait_for_everyone()
+        lm.save_pretrained(part, state_dict=weights, is_main_process=self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(part)
+            _move_in(part, out, "config.json")
+
+
+def _move_in(part: Path, out: Path, last: str) -> None:
+    """Move all files of `part` to `out`. Without its file `last` a folder is no model: it never holds a mixture of two."""
+    (out / last).unlink(missing_ok=True)
+    for file in sorted(part.iterdir(), key=lambda file: file.name == last):
+        if (out / file.name).is_dir():
+            shutil.rmtree(out / file.name)
+        file.replace(out / file.name)
+    part.rmdir()
 
 
 MODES: dict[str, Any] = {"adapter": AdapterMode, "everywhere": EverywhereMode, "full": FullMode}

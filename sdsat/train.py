@@ -14,7 +14,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .config import InputError, TrainConfig, require
-from .data import Sequence
-from .files import read_json, write_json, writing
+from .adapter import CONFIG_FILE, WEIGHTS_FILE
+from .config import TrainConfig, require
+from .data import Sequence, hold_out, sequences_sha256
+from .files import locked, read_json, replacing, write_json, writing
 from .loss import SatBatch, sat_batch
 from .model import SatModel
 from .modes import MODES, Mode
+from .records import check_environment, folder_hash, identity
 from .report import plot_training
 
 
@@ -69,84 +72,142 @@ def _batches_of_step(
 def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig) -> None:
     """Train, and write the result with train_log.jsonl and training.png to `out`; a killed run resumes from there.
 
-    Runs as it is in several processes: each takes its own part of every step, and gradients are averaged.
+    Runs as it is in several processes: each takes its own part of every step, and gradients are averaged. Raises InputError for
+    data of another vocabulary, for a folder that holds another run or has one now, and for a loss that is not finite.
     """
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     largest = max((int(s.ids.max()) for s in data), default=0)
     require(largest < vocabulary, f"data: token id {largest} is not in the vocabulary of {model.name}; distil with that model")
     data = [s for s in data if len(s.ids) > s.prompt_length + 1]  # SAT 1 needs two tokens of answer
-    require(len(data) > config.held_out, f"data: {len(data)} sequences, expected more than held_out={config.held_out}")
+    held_out, rest = hold_out(data, config.held_out)
     accelerator = Accelerator(cpu=model.device.type == "cpu")
-    rank, world = accelerator.process_index, accelerator.num_processes
-    held_out, data = data[: config.held_out], data[config.held_out :]
-    asked = {tuple(s.ids[: s.prompt_length].tolist()) for s in held_out if s.prompt_length}
-    data = [s for s in data if tuple(s.ids[: s.prompt_length].tolist()) not in asked]  # other answers to the same prompts
-    require(len(data) > 0, f"held_out={config.held_out}: no sequences with other prompts are left to train on")
-    facts = {"sequences": len(data), "answer_tokens": sum(len(s.ids) - s.prompt_length for s in data)}
-    state = _open(out, config, {"model": model.name, "processes": world, **facts})
-    mode: Mode = MODES[config.mode](model, config, accelerator)
-    if state["step"]:
-        mode.restore(out / f"checkpoint_{state['step']}")
-    else:
-        state["log"] = [{"step": 0, **mode.evaluate(held_out), "sat_predictions": 0, "seconds": 0.0}]
-    order = lru_cache(maxsize=2)(lambda epoch: _epoch_order(data, config.seed * 1_000_003 + epoch))  # a step may touch two
-    quiet = not accelerator.is_local_main_process
-    bar = tqdm(range(state["step"], config.steps), initial=state["step"], total=config.steps, desc="train", disable=quiet)
-    for step in bar:
-        began = time.perf_counter()
-        batches = _batches_of_step(data, order, config, step, rank, world)
+    answer_tokens = sum(len(s.ids) - s.prompt_length for s in rest)
+    facts = {"sequences": len(rest), "answer_tokens": answer_tokens, "data_sha256": sequences_sha256(data)}
+    with locked(out / ".lock", f"out={out}") if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()  # none reads what is there before the first holds the lock
+        state = _open(out, config, {**_origins(model, config, accelerator), **facts})
+        mode: Mode = MODES[config.mode](model, config, accelerator)
+        run = _Run(mode, rest, held_out, out, config, accelerator, model.device, state)
+        run.start()
+        run.go_on()
+        final = {key: value for key, value in state["log"][-1].items() if key not in ("lr", "loss")}
+        with writing(out):
+            mode.save(out, {"config": asdict(config), **facts, **final})
+
+
+def _origins(model: SatModel, config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """What a run's numbers come from, beside its settings and data: a run goes on only where this is the same."""
+    return {
+        "model": model.name,
+        "base_sha256": identity(model.name, model)["base"],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "mixed_precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "init_sha256": folder_hash(Path(config.init), (CONFIG_FILE, WEIGHTS_FILE)) if config.init else None,
+    }
+
+
+@dataclass
+class _Run:
+    """A run on its way from `state` (of `_open`) to its last step."""
+
+    mode: Mode
+    data: list[Sequence]
+    held_out: list[Sequence]
+    out: Path
+    config: TrainConfig
+    accelerator: Accelerator
+    device: torch.device
+    state: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Of the state's checkpoint."""
+        return self.out / f"checkpoint_{self.state['step']}"
+
+    def start(self) -> None:
+        """Take up the weights of the state's checkpoint; a new run evaluates what it starts from."""
+        state = self.state
+        if state["step"]:
+            self.mode.restore(self.folder)
+            self.drop_others()
+        else:
+            state["log"] = [{"step": 0, **self.mode.evaluate(self.held_out), "sat_predictions": 0, "seconds": 0.0}]
+
+    def go_on(self) -> None:
+        """Take all steps that are left, with an evaluation and a checkpoint every `eval_every` and after the last."""
+        config, state = self.config, self.state
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        order = lru_cache(maxsize=2)(  # a step may touch two epochs
+            lambda epoch: _epoch_order(self.data, config.seed * 1_000_003 + epoch)
+        )
+        quiet = not self.accelerator.is_local_main_process
+        bar = tqdm(range(state["step"], config.steps), initial=state["step"], total=config.steps, desc="train", disable=quiet)
+        for step in bar:
+            began = time.perf_counter()
+            figures, predictions = self.step(step, _batches_of_step(self.data, order, config, step, rank, world))
+            state["predictions"] += predictions
+            state["seconds"] += time.perf_counter() - began
+            bar.set_postfix(loss=f"{figures['loss']:.3f}")
+            if (step + 1) % config.eval_every and step + 1 < config.steps:
+                continue
+            entry = {"step": step + 1, **figures, **self.mode.evaluate(self.held_out)}
+            entry |= {"sat_predictions": state["predictions"], "seconds": round(state["seconds"], 1)}
+            state["step"], state["log"] = step + 1, [*state["log"], entry]
+            if not quiet:
+                bar.write(json.dumps(entry))
+            with writing(self.out):
+                self.checkpoint()
+
+    def step(self, step: int, batches: list[SatBatch]) -> tuple[dict[str, float], int]:
+        """One step on this process's micro-batches: (figures for the log, SAT predictions of all processes).
+
+        Raises InputError for a loss or a gradient that is not finite, before it reaches the weights.
+        """
+        mode, accelerator = self.mode, self.accelerator
         counts = [[mode.weight(batch), float((batch.depth > 0).sum())] for batch in batches]
-        total, predictions = accelerator.reduce(torch.tensor(counts, device=model.device).sum(0)).tolist()
-        loss = torch.zeros((), device=model.device)
+        total, predictions = accelerator.reduce(torch.tensor(counts, device=self.device).sum(0)).tolist()
+        loss = torch.zeros((), device=self.device)
         for batch in batches:
-            part = mode.loss(batch.to(model.device)) * world / total
+            part = mode.loss(batch.to(self.device)) * accelerator.num_processes / total
             part.backward()
             loss += part.detach()
         mode.average_gradients()
         mode.before_update(step)
-        norm = accelerator.clip_grad_norm_(mode.parameters(), config.clip)
+        norm = float(accelerator.clip_grad_norm_(mode.parameters(), self.config.clip))
+        mean_loss, lr = accelerator.reduce(loss, "mean").item(), learning_rate(self.config, step)
+        require(
+            math.isfinite(mean_loss) and math.isfinite(norm),
+            f"lr={self.config.lr}: the loss of step {step + 1} is {mean_loss}, its gradient's norm {norm}; training stops here "
+            f"and {self.out} keeps its last checkpoint; expected a lower lr",
+        )
         for group in mode.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = lr
         mode.optimizer.step()
         mode.optimizer.zero_grad(set_to_none=True)
-        mean_loss = accelerator.reduce(loss, "mean").item()
-        state["predictions"] += int(predictions)
-        state["seconds"] += time.perf_counter() - began
-        bar.set_postfix(loss=f"{mean_loss:.3f}")
-        if (step + 1) % config.eval_every and step + 1 < config.steps:
-            continue
-        entry = {
-            "step": step + 1,
-            "loss": round(mean_loss, 4),
-            "lr": learning_rate(config, step),
-            "grad_norm": round(float(norm), 4),
-        }
-        entry |= mode.evaluate(held_out)
-        entry |= {"sat_predictions": state["predictions"], "seconds": round(state["seconds"], 1)}
-        state["step"], state["log"] = step + 1, [*state["log"], entry]
-        if not quiet:
-            bar.write(json.dumps(entry))
-        with writing(out):
-            _checkpoint(out, mode, state, config, accelerator)
-    final = state["log"][-1]
-    with writing(out):
-        mode.save(out, {"config": asdict(config), **facts, **{key: final[key] for key in final if key not in ("lr", "loss")}})
+        return {"loss": round(mean_loss, 4), "lr": lr, "grad_norm": round(norm, 4)}, int(predictions)
 
+    def checkpoint(self) -> None:
+        """Write `checkpoint_<step>`, whose state.json comes last and makes it valid; then drop older ones."""
+        folder = self.folder
+        folder.mkdir(exist_ok=True)
+        self.mode.store(folder)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            log = self.state["log"]
+            with replacing(self.out / "train_log.jsonl") as part:  # before state.json: after the last step nobody writes it again
+                part.write_text("".join(json.dumps(line) + "\n" for line in log))
+            plot_training(log, self.out / "training.png")
+            write_json(folder / "state.json", {**self.state, "config": asdict(self.config)})
+        self.drop_others()
+        self.accelerator.wait_for_everyone()
 
-def _checkpoint(out: Path, mode: Mode, state: dict[str, Any], config: TrainConfig, accelerator: Accelerator) -> None:
-    """Write `checkpoint_<step>`, whose state.json comes last and makes it valid; then drop older ones."""
-    folder = out / f"checkpoint_{state['step']}"
-    folder.mkdir(exist_ok=True)
-    mode.store(folder)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(folder / "state.json", {**state, "config": asdict(config)})  # last: it makes the checkpoint valid
-        for other in out.glob("checkpoint_*"):
-            if other != folder:
-                shutil.rmtree(other)
-        (out / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state["log"]))
-        plot_training(state["log"], out / "training.png")
-    accelerator.wait_for_everyone()
+    def drop_others(self) -> None:
+        """Delete all checkpoints but the state's own: older ones, and one that a killed run was writing."""
+        if self.accelerator.is_main_process:
+            for other in self.out.glob("checkpoint_*"):
+                if other != self.folder:
+                    shutil.rmtree(other)
 
 
 def _open(out: Path, config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
@@ -155,16 +216,14 @@ def _open(out: Path, config: TrainConfig, facts: dict[str, Any]) -> dict[str, An
     With other steps the schedule goes on as if they had been asked for from the start. A run that has done all its steps
     goes straight to saving its result.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out={out}: cannot be written ({error})") from None
     files = list(out.glob("checkpoint_*/state.json"))
     if not files:
         return {"step": 0, "predictions": 0, "seconds": 0.0, "log": [], "facts": facts}
-    state = max((read_json(file) for file in files), key=lambda state: state["step"])
-    held = TrainConfig(**{**state.pop("config"), "steps": config.steps})
-    require(held == config, f"out={out}: holds a run of other settings, {held}; choose another folder")
-    require(state["facts"] == facts, f"out={out}: holds a run on {state['facts']}, not {facts}; choose another folder")
+    states = [read_json(file) for file in files]
+    known = all(isinstance(state, dict) and {"step", "config", "facts", "log"} <= state.keys() for state in states)
+    require(known, f"out={out}: a checkpoint there is not one of this program; choose another folder")
+    state = max(states, key=lambda state: state["step"])
+    held, now = {**state.pop("config"), **state["facts"]}, {**asdict(config), **facts}
+    check_environment({**held, "steps": config.steps}, now, f"out={out}")
     require(state["step"] <= config.steps, f"steps={config.steps}: the run in {out} has done {state['step']}; expected more")
     return state

