@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 STRATEGIES = ("two-step", "rounded", "one-pass", "auto")  # that draft with SATs
 LOOKUP = "lookup"  # the strategy that drafts without them, from the text so far alone
 ALL_STRATEGIES = (LOOKUP, *STRATEGIES)
 NUM_LOOKUP = 12  # tokens that 'auto' and 'lookup' look up where nothing else is said
 MAX_ROWS = 96  # of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length
+MAX_K = MAX_ROWS - 2  # x and, after a pass in 8 bits, one more draft than SATs
 MAX_TRAINED_K = 16  # depth of an adapter
 TRAIN_MODES = ("adapter", "everywhere", "full")
 _ONLY_IN = {
@@ -31,6 +34,37 @@ def require(condition: bool, message: str) -> None:
     """Raise `InputError(message)` unless `condition` holds."""
     if not condition:
         raise InputError(message)
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def whole(name: str, value: Any, expected: str, low: int | None = None, high: int | None = None) -> int:
+    """`value` as an int: a whole number, numpy's too but no bool, from `low` to `high`. Else InputError names it."""
+    good = _is(numbers.Integral, value)
+    good = good and (low is None or value >= low) and (high is None or value <= high)
+    require(good, f"{name}={value!r}: expected {expected}")
+    return int(value)
+
+
+def real(name: str, value: Any, expected: str, low: float, high: float = math.inf) -> float:
+    """`value` as a float: a finite number, numpy's too but no bool, from `low` to `high`. Else InputError names it."""
+    good = _is(numbers.Real, value) and math.isfinite(value) and low <= value <= high
+    require(good, f"{name}={value!r}: expected {expected}")
+    return float(value)
+
+
+def several(name: str, value: Any, expected: str) -> tuple[Any, ...]:
+    """A list or tuple as a tuple; a text is neither. Else InputError names it."""
+    require(isinstance(value, (list, tuple)), f"{name}={value!r}: expected {expected}")
+    return tuple(value)
+
+
+def _keep(config: Any, **values: Any) -> None:
+    """Set fields of a frozen dataclass while it is made: numpy's numbers become Python's, lists tuples."""
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
 
 
 def plain_warnings() -> None:
@@ -54,12 +88,13 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(
-            math.isfinite(self.temperature) and (self.temperature == 0 or self.temperature >= 1e-6),
-            f"temperature={self.temperature}: expected 0 (greedy) or a positive number, at least 1e-6",
-        )
-        require(self.top_k >= 0, f"top_k={self.top_k}: expected 0 (off) or a positive whole number")
-        require(0 < self.top_p <= 1, f"top_p={self.top_p}: expected a number in (0, 1]")
+        expected = "0 (greedy) or a positive number, at least 1e-6"
+        temperature = real("temperature", self.temperature, expected, 0)
+        require(temperature == 0 or temperature >= 1e-6, f"temperature={temperature}: expected {expected}")
+        top_p = real("top_p", self.top_p, "a number in (0, 1]", 0, 1)
+        require(top_p > 0, f"top_p={top_p}: expected a number in (0, 1]")
+        top_k = whole("top_k", self.top_k, "0 (off) or a positive whole number", 0)
+        _keep(self, temperature=temperature, top_k=top_k, top_p=top_p, seed=whole("seed", self.seed, "a whole number"))
 
     @property
     def greedy(self) -> bool:
@@ -87,8 +122,8 @@ class SatConfig:
     k: int
 
     def __post_init__(self) -> None:
-        require(self.token_id >= 0, f"sat_token_id={self.token_id}: expected a token id, 0 or more")
-        require(self.k >= 1, f"trained k={self.k}: expected 1 or more")
+        token_id = whole("sat_token_id", self.token_id, "a token id, 0 or more", 0)
+        _keep(self, token_id=token_id, k=whole("trained_k", self.k, f"a whole number from 1 to {MAX_K}", 1, MAX_K))
 
 
 @dataclass(frozen=True)
@@ -120,11 +155,18 @@ class DecodeConfig:
     lookup: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.k is None or self.k >= 0, f"k={self.k}: expected 0 (AR) or a positive number of SATs")
         require(self.strategy in ALL_STRATEGIES, f"strategy={self.strategy}: expected one of {', '.join(ALL_STRATEGIES)}")
-        in_range = self.budget is None or 2 <= self.budget <= MAX_ROWS
-        require(in_range, f"budget={self.budget}: expected a number of rows from 2 to {MAX_ROWS}")
-        require(0 <= self.num_lookup <= 32, f"lookup={self.lookup}: expected 0 (off) to 32 tokens")
+        require(isinstance(self.sampling, SamplingConfig), f"sampling={self.sampling!r}: expected a SamplingConfig")
+        optional = {
+            "k": ("0 (AR) or a positive number of SATs, {} at most", 0, MAX_K),
+            "budget": ("a number of rows from 2 to {}", 2, MAX_ROWS),
+            "lookup": ("0 (off) to {} tokens", 0, 32),
+        }
+        for name, (expected, low, high) in optional.items():
+            if getattr(self, name) is not None:
+                _keep(self, **{name: whole(name, getattr(self, name), expected.format(high), low, high)})
+        _keep(self, max_new_tokens=whole("max_new_tokens", self.max_new_tokens, "1 or more, a whole number", 1))
+        _keep(self, tree=_tree(self.tree), **_stops(self.stop_ids, self.stop_strings))
         if self.strategy == LOOKUP:
             require(not self.k, f"k={self.k}: strategy={LOOKUP} drafts without SATs; expected 0")
             require(self.lookup != 0, f"lookup=0: strategy={LOOKUP} drafts nothing else; expected 1 to 32 tokens")
@@ -132,8 +174,6 @@ class DecodeConfig:
             require(
                 not self.lookup, f"lookup={self.lookup}: k=0 is plain decoding; expected strategy={LOOKUP} with it, or k above 0"
             )
-        require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: expected 1 or more")
-        require(all(self.stop_strings), "stop_strings: an empty string would stop at once; leave it out")
 
     @property
     def tree_name(self) -> str:
@@ -164,6 +204,36 @@ class DecodeConfig:
     def plain(self) -> DecodeConfig:
         """AR with the same length, sampling and ends."""
         return replace(self, k=0, tree="auto", strategy=STRATEGIES[0], budget=None, lookup=None)
+
+
+def _tree(tree: Any) -> str | tuple[int, ...]:
+    """A name, or widths as a tuple; which names there are tree.py says."""
+    if isinstance(tree, str):
+        return tree
+    expected = "'auto', 'chain', 'paper' or widths such as (2, 1, 1)"
+    widths = several("tree", tree, expected)
+    good = all(_is(numbers.Integral, width) and width >= 1 for width in widths)
+    require(good and len(widths) > 0, f"tree={tree!r}: expected {expected}, every width 1 or more")
+    return tuple(int(width) for width in widths)
+
+
+def _stops(stop_ids: Any, stop_strings: Any) -> dict[str, Any]:
+    ids = several("stop_ids", stop_ids, "a tuple of token ids")
+    strings = several("stop_strings", stop_strings, "a tuple of texts")
+    for text in strings:
+        require(isinstance(text, str), f"stop_strings={text!r}: expected texts")
+        require(text != "", "stop_strings: an empty string would stop at once; leave it out")
+        utf8("stop_strings", text)
+    return {"stop_ids": tuple(whole("stop_ids", token, "token ids, 0 or more", 0) for token in ids), "stop_strings": strings}
+
+
+def utf8(name: str, text: str) -> str:
+    """`text`, if it has characters alone: a command line that is not UTF-8 reaches Python as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: not UTF-8 at character {error.start}; expected text in UTF-8") from None
+    return text
 
 
 def keys_of(strategies: Sequence[str], k_list: Sequence[int]) -> list[tuple[str, int]]:
@@ -212,17 +282,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "k", "rank", "anchors", "batch_size", "accumulate", "eval_every", "held_out"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected 1 or more")
-        require(0 < self.keep <= 1, f"keep={self.keep}: expected a number in (0, 1]")
-        require(0 <= self.soft <= 1, f"soft={self.soft}: expected a number from 0 to 1")
-        require(0 < self.decay <= 1, f"decay={self.decay}: expected a number in (0, 1]")
-        require(self.k <= MAX_TRAINED_K, f"k={self.k}: expected {MAX_TRAINED_K} or less")
+            whole(name, getattr(self, name), "1 or more, a whole number", 1)
+        for name in ("warmup", "embedding_steps"):
+            whole(name, getattr(self, name), "0 or more, a whole number", 0)
+        whole("head", self.head, "0 (none) or a positive size", 0)
+        whole("k", self.k, f"a whole number from 1 to {MAX_TRAINED_K}", 1, MAX_TRAINED_K)
+        whole("seed", self.seed, "a whole number")
+        real("soft", self.soft, "a number from 0 to 1", 0, 1)
+        real("standard", self.standard, "0 or more", 0)
+        for name, high in (("keep", 1), ("decay", 1), ("lr", math.inf), ("clip", math.inf)):
+            expected = "a number in (0, 1]" if high == 1 else "a positive number"
+            require(real(name, getattr(self, name), expected, 0, high) > 0, f"{name}={getattr(self, name)}: expected {expected}")
         require(self.mode in TRAIN_MODES, f"mode={self.mode}: expected one of {', '.join(TRAIN_MODES)}")
-        require(0 <= self.standard < math.inf, f"standard={self.standard}: expected 0 or more")
-        require(self.embedding_steps >= 0, f"embedding_steps={self.embedding_steps}: expected 0 or more")
-        require(self.head >= 0, f"head={self.head}: expected 0 (none) or a positive size")
         for name, modes in _ONLY_IN.items():
             held, default = getattr(self, name), getattr(type(self), name)
             only = " and ".join(modes)
             require(self.mode in modes or held == default, f"{name}={held}: only for mode {only}, not {self.mode}")
-        require(0 < self.lr < math.inf, f"lr={self.lr}: expected a positive number")

@@ -76,7 +76,8 @@ def distill(
     The prompts take the temperatures in turn; each prompt's next answer, of `answers`, the temperature after its last. Under
     `accelerate launch` every process writes its own part of the shards. Returns the manifest, also written to `out`.
     """
-    for name, value in dict(max_new_tokens=max_new_tokens, batch_size=batch_size, shard_size=shard_size, answers=answers).items():
+    positive = dict(max_new_tokens=max_new_tokens, batch_size=batch_size, shard_size=shard_size, answers=answers)
+    for name, value in {**positive, "max_prompt_tokens": max_prompt_tokens}.items():
         require(value >= 1, f"{name}={value}: expected 1 or more")
     require(limit is None or limit >= 1, f"limit={limit}: expected 1 or more")
     room = model.max_context - max_prompt_tokens

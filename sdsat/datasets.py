@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .config import InputError, require
+from .config import InputError, require, utf8
 
 HUMANEVAL, INFILLING, INFILLING_PSM = NAMES = ("humaneval", "infilling", "infilling-psm")
 INFILLING_HUB = "bigcode/santacoder-fim-task"
@@ -126,4 +126,6 @@ def rows_of(file: Path, keys: tuple[str, ...], argument: str) -> Iterator[dict[s
                 row = None
             good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
             require(good, f"{argument}={file}: line {number} is not a JSON object with the text {' and '.join(keys)}")
+            for key in keys:
+                utf8(f"{argument}={file}: {key} in line {number}", row[key])
             yield row

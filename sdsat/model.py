@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import adapter as adapters
 from . import attention, devices, embedded
-from .config import LOOKUP, STRATEGIES, InputError, SatConfig, require
+from .config import LOOKUP, STRATEGIES, InputError, SatConfig, require, whole
 from .graphs import CudaCapture, Graphs
 from .head import DraftHead
 from .lock import FairLock
@@ -146,7 +146,7 @@ class SatModel:
 
 
 def check_dtype(dtype: str) -> None:
-    require(dtype == "auto" or dtype in DTYPES, f"dtype={dtype}: expected auto, {', '.join(DTYPES)}")
+    require(isinstance(dtype, str) and dtype in ("auto", *DTYPES), f"dtype={dtype}: expected auto, {', '.join(DTYPES)}")
 
 
 def check_family(config: Any, name: str) -> None:
@@ -226,7 +226,13 @@ def _adapter_directory(name: str) -> Path:
 
 
 def _base_of(name: str) -> str:
-    return adapters.read_config(_adapter_directory(name)).base_model if is_adapter(name) else name
+    """What to read the weights from. Raises InputError for what only looks like a model: a file, or a folder of GGUF files."""
+    base = adapters.read_config(_adapter_directory(name)).base_model if is_adapter(name) else name
+    path, expected = Path(base), "expected the hub id or the directory (config.json, *.safetensors) that it was made from"
+    require(not path.is_file(), f"model {name}: a file, such as GGUF, not a model directory; {expected}")
+    gguf = next(path.glob("*.gguf"), None) if path.is_dir() and not (path / "config.json").is_file() else None
+    require(gguf is None, f"model {name}: holds GGUF weights ({gguf and gguf.name}), which only llama.cpp reads; {expected}")
+    return base
 
 
 def sized(name: str, dtype: str) -> devices.Size:
@@ -341,7 +347,10 @@ def load(
     context: positions of the cache that memory must be left for; a model that can't fit is refused before it is loaded.
     Raises InputError, one line, for anything that can't be loaded.
     """
+    require(isinstance(name, (str, Path)), f"model={name!r}: expected a hub id, a directory or an embedded name")
+    name = str(name)
     check_dtype(dtype)
+    whole("context", context, "1 or more, a whole number", 1)
     check_options(name, sat_token_id, engine, trained_k)
     devices.pick_devices(device)  # a wrong name is said before anything is fetched
     device_map = devices.place(sized(name, dtype), device, context)
@@ -352,6 +361,8 @@ def load(
 def check_options(name: str, sat_token_id: int | None, engine: str, trained_k: int | None) -> None:
     """Refuse options that don't go together, before weights are read."""
     require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
+    if sat_token_id is not None or trained_k is not None:
+        SatConfig(0 if sat_token_id is None else sat_token_id, 1 if trained_k is None else trained_k)
     given = {"sat_token_id": sat_token_id, "trained_k": trained_k}
     strange = [f"{option}={value}" for option, value in given.items() if value is not None and is_adapter(name)]
     require(not strange, f"{', '.join(strange)}: {name} is an adapter and brings its own SAT")

@@ -232,8 +232,13 @@ def make_tree(spec: str | tuple[int, ...], k: int) -> DraftTree:
         return from_widths(PAPER_WIDTHS[k])
     if isinstance(spec, str):
         raise InputError(f"tree={spec!r}: expected 'chain', 'paper' or a branching list such as 2,1,1")
-    require(all(width >= 1 for width in spec), f"tree={spec}: every width must be 1 or more")
-    return from_branching((spec + (1,) * k)[:k])
+    name = ",".join(map(str, spec))
+    require(all(width >= 1 for width in spec), f"tree={name}: every width must be 1 or more")
+    try:
+        return from_branching((spec + (1,) * k)[:k])
+    except InputError:
+        message = f"tree={name} with k={k}: more than {MAX_ROWS} nodes; expected fewer or smaller widths, or a smaller k"
+        raise InputError(message) from None
 
 
 def parse_tree(text: str) -> str | tuple[int, ...]:

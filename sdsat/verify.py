@@ -54,6 +54,11 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         check_limit(self.data_limit)
+        DecodeConfig(0, self.max_new_tokens)
+        for k in self.k_list:
+            DecodeConfig(k)
+        for temperature in self.temperatures:
+            SamplingConfig(temperature, self.top_k, self.top_p)
         for tree in self.trees:
             for k in self.k_list:
                 make_tree(parse_tree(tree), max(1, k))

@@ -1,12 +1,14 @@
 """Every refusal in config.py names the argument and its value, in one line; the borders themselves are allowed."""
 
+import json
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict
 
+import numpy as np
 import pytest
 from conftest import one_line_error
 
-from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
+from sdsat.config import DecodeConfig, SamplingConfig, SatConfig, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -29,11 +31,44 @@ from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
         (DecodeConfig, dict(strategy="lookup", lookup=0), "lookup=0"),
         (DecodeConfig, dict(max_new_tokens=0), "max_new_tokens=0"),
         (DecodeConfig, dict(stop_strings=("end", "")), "stop_strings"),
+        (SamplingConfig, dict(temperature="1"), "temperature='1'"),
+        (SamplingConfig, dict(temperature=True), "temperature=True"),
+        (SamplingConfig, dict(top_k=2.0), "top_k=2.0"),
+        (SamplingConfig, dict(top_p=None), "top_p=None"),
+        (SamplingConfig, dict(seed=1.5), "seed=1.5"),
+        (SamplingConfig, dict(seed=False), "seed=False"),
+        (SatConfig, dict(token_id="7", k=5), "sat_token_id='7'"),
+        (SatConfig, dict(token_id=7, k=5.0), "k=5.0"),
+        (DecodeConfig, dict(k="5"), "k='5'"),
+        (DecodeConfig, dict(k=2.0), "k=2.0"),
+        (DecodeConfig, dict(k=95), "k=95"),
+        (DecodeConfig, dict(k=True), "k=True"),
+        (DecodeConfig, dict(max_new_tokens=5.0), "max_new_tokens=5.0"),
+        (DecodeConfig, dict(k=3, tree=3), "tree=3"),
+        (DecodeConfig, dict(k=3, tree=(2.0, 1)), "tree=(2.0, 1)"),
+        (DecodeConfig, dict(k=3, tree=()), "tree=()"),
+        (DecodeConfig, dict(k=3, budget=2.5), "budget=2.5"),
+        (DecodeConfig, dict(k=3, budget=97), "budget=97"),
+        (DecodeConfig, dict(k=3, lookup=3.5), "lookup=3.5"),
+        (DecodeConfig, dict(sampling=0.7), "sampling=0.7"),
+        (DecodeConfig, dict(stop_ids=5), "stop_ids=5"),
+        (DecodeConfig, dict(stop_ids=(-1,)), "stop_ids=-1"),
+        (DecodeConfig, dict(stop_strings="end"), "stop_strings='end'"),
+        (DecodeConfig, dict(stop_strings=(5,)), "stop_strings=5"),
+        (DecodeConfig, dict(stop_strings=("\udcff",)), "stop_strings: not UTF-8"),
+        (TrainConfig, dict(steps=2.5), "steps=2.5"),
+        (TrainConfig, dict(k=17), "k=17"),
+        (TrainConfig, dict(lr=math.inf), "lr=inf"),
+        (TrainConfig, dict(lr=0), "lr=0"),
+        (TrainConfig, dict(warmup=-1), "warmup=-1"),
+        (TrainConfig, dict(clip=math.nan), "clip=nan"),
+        (TrainConfig, dict(keep=1.5), "keep=1.5"),
+        (TrainConfig, dict(seed="0"), "seed='0'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_refusals(config, arguments, named):
-    with one_line_error(named, "expected" if "stop" not in named else "empty"):
+    with one_line_error(named, "expected" if named != "stop_strings" else "empty"):
         config(**arguments)
 
 
@@ -42,6 +77,12 @@ def test_borders_are_allowed():
     assert not SamplingConfig(temperature=1e-3, top_k=1, top_p=1e-9, seed=-(2**70)).greedy
     assert SatConfig(token_id=0, k=1).token_id == 0
     assert DecodeConfig(k=0, max_new_tokens=1, stop_ids=(0,), stop_strings=(" ",)).sampling.greedy
+
+
+def test_numbers_of_numpy_and_lists_become_pythons():
+    config = DecodeConfig(np.int64(3), np.int32(9), [np.uint8(2), 1], SamplingConfig(np.float32(0.5), np.int64(4)), [np.int64(7)])
+    assert config == DecodeConfig(3, 9, (2, 1), SamplingConfig(0.5, 4), (7,)) and hash(config)
+    json.dumps(asdict(config))
 
 
 @pytest.mark.parametrize("config", [SamplingConfig(), SatConfig(1, 1), DecodeConfig()], ids=lambda c: type(c).__name__)
