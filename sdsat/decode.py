@@ -148,15 +148,20 @@ def resolved(model: SatModel, config: DecodeConfig) -> DecodeConfig:
     return replace(config, k=k, lookup=lookup, tree=tree)
 
 
+def check_context(model: SatModel, prompt_length: int, config: DecodeConfig) -> None:
+    """Raise InputError where the model has no positions for the prompt and what may come after it."""
+    needed = prompt_length + config.max_new_tokens
+    require(
+        needed <= model.max_context,
+        f"max_new_tokens={config.max_new_tokens}: with a prompt of {prompt_length} tokens the context would reach {needed}, "
+        f"but model {model.name} takes {model.max_context}",
+    )
+
+
 def _checked(model: SatModel, prompt_ids: list[int], config: DecodeConfig) -> DecodeConfig:
     """The settings, resolved, if they fit the prompt and the model."""
     require(len(prompt_ids) > 0, "prompt: no tokens; expected at least one")
-    needed = len(prompt_ids) + config.max_new_tokens
-    require(
-        needed <= model.max_context,
-        f"max_new_tokens={config.max_new_tokens}: with a prompt of {len(prompt_ids)} tokens the context would reach {needed}, "
-        f"but model {model.name} takes {model.max_context}",
-    )
+    check_context(model, len(prompt_ids), config)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     strange = next((token for token in prompt_ids if not 0 <= token < vocabulary), None)
     require(strange is None, f"prompt: token id {strange} is not in the model's vocabulary of {vocabulary}")

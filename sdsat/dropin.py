@@ -5,6 +5,8 @@ sequence becomes a generation of decode.py. What decode.py does itself (temperat
 length) goes into its `DecodeConfig`. Everything else acts through a `Chooser`, which decode.py asks once for each emitted
 position, in order, with the model's logits after true tokens only. So processors and criteria get, each sequence by itself, the
 very calls that plain `generate` makes: the output equals its output when greedy, and AR's with the same seed when sampling.
+A row of a batch is shown to them with its padding, as there, so that the output is plain `generate`'s for that batch: it is what
+the row has alone, too, unless one of them reads the padding.
 What can't be honoured is refused, by name.
 """
 
@@ -24,8 +26,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import embedded
 from . import model as models
-from .config import DecodeConfig, SamplingConfig, require
-from .decode import Generation, generate_batch, next_tokens, resolved
+from .attention import sliding_window
+from .config import DecodeConfig, SamplingConfig, require, whole
+from .decode import Generation, check_context, generate_batch, next_tokens, num_slots, resolved
+from .devices import GIB, free_bytes
 from .model import SatModel
 from .sampling import choose
 from .tree import parse_tree
@@ -120,6 +124,7 @@ def _ready(sat: SatModel) -> PreTrainedModel:
     setattr(model, ATTRIBUTE, sat)
     # transformers gives a callable no streamer and no assistant, and its criteria no tokenizer then: all lost in silence.
     model._extract_generation_mode_kwargs = partial(_mode_arguments, model)
+    model._validate_generation_mode = partial(_check_mode, model)
     return model
 
 
@@ -130,9 +135,33 @@ def _mode_arguments(
     tokenizer = kwargs.get("tokenizer") or getattr(model, ATTRIBUTE).tokenizer
     given = type(model)._extract_generation_mode_kwargs(model, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
     if getattr(custom_generate, "func", custom_generate) is generate:
+        require(
+            streamer is None or (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))),
+            f"streamer={streamer!r}: expected an object with put and end, such as transformers' TextStreamer",
+        )
         own = {"streamer": streamer, "tokenizer": tokenizer, "assistant_model": assistant_model, "synced_gpus": synced_gpus}
         given |= {name: value for name, value in own.items() if value is not None}
+        return _Arguments(given)
     return given
+
+
+class _Arguments(dict[str, Any]):
+    """Of `generate`, by which `_check_mode` knows whose they are."""
+
+
+def _check_mode(model: Any, mode: Any, generation_config: Any, arguments: dict[str, Any]) -> None:
+    """transformers' check of a way of decoding; before it ours, of all that can be said before inputs are copied for so many
+    sequences, and caches of so many positions made.
+    """
+    if isinstance(arguments, _Arguments):
+        sat = getattr(model, ATTRIBUTE)
+        _refuse_settings(generation_config)
+        num = whole("num_return_sequences", generation_config.num_return_sequences, "1 or more, a whole number", 1)
+        name = "max_length" if generation_config.max_new_tokens is None else "max_new_tokens"
+        expected = f"1 to {sat.max_context} tokens, prompt included: so many positions model {sat.name} takes"
+        most = whole(name, getattr(generation_config, name), expected, 1, sat.max_context)
+        _refuse_without_room(sat, num, num, most if name == "max_new_tokens" else 1)
+    type(model)._validate_generation_mode(model, mode, generation_config, arguments)
 
 
 def generate(
@@ -167,8 +196,10 @@ def generate(
         "sdsat.attach(model, tokenizer, ADAPTER) before it",
     )
     assert isinstance(sat, SatModel)
-    _refuse(generation_config, model_kwargs)
-    prompts = _prompts(input_ids, model_kwargs)
+    _refuse_inputs(model_kwargs)
+    prompts = _prompts(sat, input_ids, model_kwargs)
+    if len(prompts) > 1:
+        _refuse_in_batch([*logits_processor, *stopping_criteria], streamer)
     sequences = _Sequences(
         sat,
         input_ids,
@@ -177,8 +208,6 @@ def generate(
         generation_config,
         _seed(seed, generator, generation_config.do_sample),
     )
-    if len(prompts) > 1:
-        _refuse_in_batch([*logits_processor, *stopping_criteria], streamer)
     settings = (k, tree, strategy, budget, lookup)
     generations = sequences.decode(prompts, settings, streamer)
     if streamer is not None:
@@ -186,8 +215,8 @@ def generate(
     return sequences.output(generations)
 
 
-def _refuse(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-    """InputError for settings and inputs that are not honoured."""
+def _refuse_settings(generation_config: Any) -> None:
+    """InputError for settings that are not honoured."""
     for name, only in _ONLY.items():
         value = getattr(generation_config, name, None)
         require(value is None or value == only, f"{name}={value}: sdsat.generate does not support it; expected {only}")
@@ -196,11 +225,30 @@ def _refuse(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         not str(cache).startswith(_ELSEWHERE),
         f"cache_implementation={cache}: sdsat.generate has a cache of its own; leave it out",
     )
+
+
+def _refuse_inputs(model_kwargs: dict[str, Any]) -> None:
     given = getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
     require(not given, "past_key_values: sdsat.generate starts with a cache of its own; leave it out")
     for name, value in model_kwargs.items():
         known = name in _PREPARED or value is None or value is False
         require(known, f"{name}: sdsat.generate can't take it; expected input_ids and attention_mask")
+
+
+def _refuse_without_room(sat: SatModel, num_return_sequences: int, rows: int, max_new_tokens: int, longest: int = 1) -> None:
+    """InputError where the caches of `rows` sequences, of prompts of up to `longest` tokens, are larger than the free memory."""
+    config = sat.model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    position = 2 * config.num_hidden_layers * heads * dim * sat.dtype.itemsize
+    needed = rows * num_slots(longest, max_new_tokens) * position
+    free = sum(free_bytes(device) for device in sat.devices)
+    argument = f"num_return_sequences={num_return_sequences}" if num_return_sequences > 1 else "input_ids"
+    require(
+        needed <= free,
+        f"{argument}: {rows} sequences of up to {longest + max_new_tokens} tokens need {needed / GIB:.1f} GiB of cache, and "
+        f"{free / GIB:.1f} are free; expected fewer sequences, or a smaller max_new_tokens",
+    )
 
 
 def _refuse_in_batch(steps: list[Any], streamer: Any) -> None:
@@ -214,27 +262,38 @@ def _refuse_in_batch(steps: list[Any], streamer: Any) -> None:
         )
 
 
-def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[list[int]]:
-    """The prompts [B, L] without the padding on their left."""
+def _prompts(sat: SatModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[list[int]]:
+    """The prompts [B, L] without what the attention mask leaves out: padding on the left and, where transformers has made the
+    mask, padding tokens anywhere. Positions count what is left, so the model never knows of the rest.
+    """
+    whole_ids = input_ids.dim() == 2 and not input_ids.is_floating_point() and input_ids.dtype != torch.bool
+    require(whole_ids, f"input_ids: {input_ids.dtype} {list(input_ids.shape)}; expected token ids [B, L], whole numbers")
+    require(input_ids.shape[1] > 0, "input_ids: no tokens; expected at least one in every prompt")
     mask = model_kwargs.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask
-    mask = mask.to(input_ids.device).long()
-    lengths = mask.sum(-1)
-    left = (torch.arange(mask.shape[1], device=mask.device) >= mask.shape[1] - lengths[:, None]).long()
+    mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device).long()
+    good = mask.shape == input_ids.shape and bool(((mask == 0) | (mask == 1)).all())
+    require(good, f"attention_mask: {list(mask.shape)}; expected 0 or 1 for each of {list(input_ids.shape)} tokens")
+    empty = [row for row, seen in enumerate(mask.tolist()) if not any(seen)]
+    require(not empty, f"attention_mask: prompt {empty and empty[0]} (from 0) has no tokens; expected at least one")
+    require(bool(mask[:, -1].all()), "attention_mask: it leaves out a prompt's last token; expected padding_side='left'")
+    left = bool((mask.diff(dim=-1) >= 0).all())
     require(
-        mask.shape == input_ids.shape and torch.equal(mask, left) and bool(lengths.all()),
-        "attention_mask: expected 0 for padding on the left and 1 for the prompt after it, padding_side='left'",
+        left or sliding_window(sat.model.config) is None,
+        f"attention_mask: it leaves out tokens inside a prompt, which the sliding window of {sat.name} counts; expected padding "
+        "on the left alone, and a mask where a prompt holds pad_token_id",
     )
-    positions = model_kwargs.get("position_ids")
-    counted = (mask.cumsum(-1) - 1).clamp_min(0)
+    positions, counted = model_kwargs.get("position_ids"), mask.cumsum(-1) - 1
     require(
-        positions is None or torch.equal(positions.to(mask.device) + 0 * counted, counted),
+        positions is None or bool(((positions.to(mask.device) == counted) | (mask == 0)).all()),
         "position_ids: expected every prompt to count from 0; leave them out",
     )
-    return [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
+    return [ids[seen == 1].tolist() for ids, seen in zip(input_ids, mask, strict=True)]
 
 
 def _seed(seed: int | None, generator: torch.Generator | None, sample: bool) -> int:
+    seed = None if seed is None else whole("seed", seed, "a whole number")
+    good = generator is None or isinstance(generator, torch.Generator)
+    require(good, f"generator={generator!r}: expected a torch.Generator")
     require(seed is None or generator is None, f"seed={seed}: expected it or a generator, not both")
     if seed is not None or not sample:
         return seed or 0
@@ -286,9 +345,15 @@ class _Sequences:
         in_dict = bool(settings.return_dict_in_generate)
         self.keep_scores, self.keep_logits = in_dict and bool(settings.output_scores), in_dict and bool(settings.output_logits)
         pad = settings._pad_token_tensor
+        several = len(input_ids) > 1
         require(
-            pad is not None or not self.criteria or len(input_ids) == 1,
+            pad is not None or not self.criteria or not several,
             "pad_token_id=None: the sequences may end at different lengths; expected a token id to pad them with",
+        )
+        require(
+            bool(ends) or not self.criteria or not several,
+            f"{', '.join(type(each).__name__ for each in self.criteria)}: without an eos_token_id, plain generate goes on with "
+            "sequences of a batch that it has ended; expected an eos_token_id too, or a single sequence",
         )
         self.pad = 0 if pad is None else int(pad)
         self.choosers: list[_Chooser] = []
@@ -296,11 +361,14 @@ class _Sequences:
     def decode(self, prompts: list[list[int]], settings: tuple[Any, ...], streamer: Any) -> list[Generation]:
         """One generation for each prompt. settings: k, tree, strategy, budget and lookup of a DecodeConfig."""
         k, tree, strategy, budget, lookup = settings
-        tree = parse_tree(tree) if isinstance(tree, str) else tuple(tree)
+        tree = parse_tree(tree) if isinstance(tree, str) else tree
         plain = not (self.own or self.criteria or self.keep_scores or self.keep_logits)
-        self.choosers = [_Chooser(self, row) for row in range(len(prompts))]
         asked = DecodeConfig(k, self.max_new_tokens, tree, SamplingConfig(), self.stop_ids, (), strategy, budget, lookup)
         config = resolved(self.sat, asked)
+        longest, num = max(map(len, prompts)), self.settings.num_return_sequences
+        check_context(self.sat, longest, config)
+        _refuse_without_room(self.sat, num, len(prompts), self.max_new_tokens, longest)
+        self.choosers = [_Chooser(self, row) for row in range(len(prompts))]
         configs = [replace(config, sampling=chooser.drafting) for chooser in self.choosers]
         on_tokens = None if streamer is None else partial(_stream, streamer)
         return generate_batch(self.sat, prompts, configs, on_tokens, len(prompts), None if plain else self.choosers)
@@ -340,13 +408,14 @@ class _Chooser:
         prompt = all_.input_ids[row : row + 1]
         self.ids = torch.nn.functional.pad(prompt, (0, all_.max_new_tokens)).to(all_.sat.device)
         self.length, self.num_new = prompt.shape[1], 0
+        self.inference = torch.is_inference_mode_enabled()  # of the caller, in which processors have made what they keep
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
 
     def __call__(self, logits: Tensor) -> tuple[int, bool]:
         own, native, so_far = self.all.own, self.all.native, self.ids[:, : self.length]
         index = torch.full((1,), self.num_new, device=logits.device)
-        with torch.inference_mode(False), torch.no_grad():  # processors may write where they like, and keep what they get
+        with torch.inference_mode(self.inference), torch.no_grad():  # as in plain generate: what processors keep stays theirs
             scores = logits.to(torch.float32, copy=True)[None]
             if self.all.keep_logits:
                 self.logits.append(scores.clone())

@@ -9,10 +9,12 @@ import string
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import one_line_error, tiny_tokenizer, with_adapter
 from test_families import COSTS, FAMILIES, PROMPT, SAT, VOCAB, alone, checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -260,6 +262,67 @@ def test_batches_with_padding(family, name, engine, case):
     assert torch.equal(drafting(model, batch(*PROMPTS), **settings), want)
 
 
+@pytest.mark.parametrize(
+    "settings", [dict(repetition_penalty=1.7), dict(no_repeat_ngram_size=1), dict(bad_words_ids=[[PAD, 8], [8, PAD]])]
+)
+def test_what_processors_see_of_a_batch_is_what_they_see_in_plain_generate(llama, settings):
+    """Padding, too: where it is the end token, a padded row may go on longer than it does alone. Without them it may not."""
+    lm, model, _ = llama
+    inputs = batch(PROMPT, [8])
+    settings = settings | dict(eos_token_id=PAD)
+    assert torch.equal(drafting(model, inputs, **settings), plainly(lm, inputs, **settings))
+    rows = drafting(model, inputs, eos_token_id=PAD)
+    for row, prompt in zip(rows, (PROMPT, [8]), strict=True):
+        (alone,) = drafting(model, batch(prompt), eos_token_id=PAD)
+        new = row[len(PROMPT) :]
+        assert torch.equal(new[: len(alone) - len(prompt)], alone[len(prompt) :]) and not new[len(alone) - len(prompt) :].any()
+
+
+def test_prompts_that_hold_the_padding_token(llama, family):
+    """transformers leaves it out of the mask that it makes, wherever it stands; sliding windows count it all the same."""
+    lm, model, _ = llama
+    inputs = dict(input_ids=torch.tensor([[3, PAD, 8, PAD, PAD, 5], [PAD, PAD, 4, 9, PAD, 2]]))
+    assert torch.equal(drafting(model, inputs), plainly(lm, inputs))
+    whole = {**inputs, "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    assert torch.equal(drafting(model, whole), plainly(lm, whole))
+    with one_line_error("attention_mask", "last token"):
+        drafting(model, dict(input_ids=torch.tensor([[3, 8, PAD]])))
+    _, windowed, _ = family("mistral, window", "transformers")
+    with one_line_error("attention_mask", "sliding window"):
+        drafting(windowed, inputs)
+
+
+class Remembering(LogitsProcessor):
+    """Keeps a tensor of its own, which it changes in place."""
+
+    def __init__(self):
+        self.counts = torch.zeros(VOCAB)
+
+    def __call__(self, input_ids, scores):
+        self.counts += torch.arange(VOCAB) == scores.argmax(-1)
+        return scores - self.counts
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_inside_inference_mode(family, engine):
+    lm, model, tokenizer = family("llama 3", engine)
+    for settings in (
+        {}, dict(repetition_penalty=1.4), dict(stop_strings="d"), dict(sequence_bias=[[[3], 2.5], [[9, 4], -8.0]]),
+        dict(return_dict_in_generate=True, output_scores=True, output_logits=True),
+    ):  # fmt: skip
+        with torch.inference_mode():
+            out, want = drafting(model, **settings), plainly(lm, **settings, tokenizer=tokenizer)
+        if "output_scores" in settings:
+            assert len(out.scores) == len(out.logits) == NUM
+            out, want = out.sequences, want.sequences
+        assert torch.equal(out, want), settings
+    want = plainly(lm, logits_processor=LogitsProcessorList([Remembering()]))
+    assert torch.equal(drafting(model, logits_processor=LogitsProcessorList([Remembering()])), want)
+    with torch.inference_mode():
+        assert torch.equal(drafting(model, logits_processor=LogitsProcessorList([Remembering()])), want)
+        drafting(model, do_sample=True, seed=1, min_p=0.1)
+
+
 def test_scores_and_logits(llama):
     lm, model, _ = llama
     wanted = dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
@@ -429,6 +492,30 @@ EMBEDDED = torch.zeros(1, 3, 64)
         (dict(do_sample=True, seed=1, generator=torch.Generator()), ["seed=1", "not both"]),
         (dict(strategy="fast"), ["strategy=fast", "two-step"]),
         (dict(k=-1), ["k=-1"]),
+        (dict(k="5"), ["k='5'", "expected 0 (AR) or a positive number"]),
+        (dict(k=2.0), ["k=2.0", "expected 0 (AR)"]),
+        (dict(k=True), ["k=True", "expected 0 (AR)"]),
+        (dict(k=99), ["k=99", "94 at most"]),
+        (dict(tree=3), ["tree=3", "chain"]),
+        (dict(tree=[2, "1"]), ["tree=[2, '1']", "every width"]),
+        (dict(tree=(2, 0)), ["tree=(2, 0)", "every width"]),
+        (dict(tree=(9, 9)), ["tree=9,9 with k=", "more than 96 nodes"]),
+        (dict(budget=2.5), ["budget=2.5", "2 to 96"]),
+        (dict(budget=False), ["budget=False", "2 to 96"]),
+        (dict(lookup=3.5), ["lookup=3.5", "0 (off) to 32"]),
+        (dict(lookup=33), ["lookup=33", "0 (off) to 32"]),
+        (dict(seed=1.5), ["seed=1.5", "a whole number"]),
+        (dict(do_sample=True, seed="1"), ["seed='1'", "a whole number"]),
+        (dict(do_sample=True, generator=7), ["generator=7", "torch.Generator"]),
+        (dict(streamer=7), ["streamer=7", "put and end"]),
+        (dict(strategy=7), ["strategy=7", "two-step"]),
+        (dict(inputs=dict(input_ids=torch.zeros(1, 0, dtype=torch.long))), ["input_ids: no tokens", "at least one"]),
+        (
+            dict(inputs=dict(input_ids=TWO["input_ids"], attention_mask=TWO["attention_mask"] * torch.tensor([[1], [0]]))),
+            ["attention_mask: prompt 1", "no tokens"],
+        ),
+        (dict(inputs=dict(input_ids=TWO["input_ids"], attention_mask=2 * TWO["attention_mask"])), ["attention_mask", "0 or 1"]),
+        (dict(inputs=TWO, stop_strings="d", eos_token_id=None), ["StopStringCriteria", "eos_token_id"]),
         (dict(tree="bush"), ["tree='bush'", "chain"]),
         (dict(max_new_tokens=300), ["max_new_tokens=300", "256"]),
     ],
@@ -438,6 +525,44 @@ def test_what_is_not_honoured_is_refused_by_name(llama, settings, parts):
     _, model, _ = llama
     with one_line_error(*parts):
         drafting(model, **settings)
+
+
+def test_numbers_of_numpy_are_numbers(llama):
+    _, model, _ = llama
+    plain = dict(k=2, lookup=3, budget=9, tree=(2, 1), strategy="one-pass", seed=7, do_sample=True)
+    of_numpy = dict(k=np.int64(2), lookup=np.int32(3), budget=np.uint8(9), tree=[np.int64(2), 1], strategy="one-pass")
+    assert torch.equal(drafting(model, **of_numpy, seed=np.uint64(7), do_sample=True), drafting(model, **plain))
+
+
+class Small(TorchDispatchMode):
+    """No operation in it makes a tensor of more than a million numbers."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for part in out if isinstance(out, (tuple, list)) else [out]:
+            assert not isinstance(part, torch.Tensor) or part.numel() <= 10**6, function
+        return out
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (dict(max_new_tokens=5 * 10**8), ["max_new_tokens=500000000", "1 to 256"]),
+        (dict(max_new_tokens=None, max_length=10**9), ["max_length=1000000000", "1 to 256"]),
+        (dict(max_new_tokens=5 * 10**8, cache_implementation="static"), ["max_new_tokens=500000000", "1 to 256"]),
+        (dict(max_new_tokens=5 * 10**8, return_dict_in_generate=True, output_scores=True), ["max_new_tokens=500000000"]),
+        (dict(do_sample=True, num_return_sequences=10**8), ["num_return_sequences=100000000", "GiB of cache", "fewer sequences"]),
+        (dict(do_sample=True, num_return_sequences=10**9, use_cache=False), ["use_cache=False"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("as_config", [False, True], ids=["arguments", "a config"])
+def test_nothing_is_made_for_what_is_refused(llama, settings, parts, as_config):
+    _, model, _ = llama
+    settings = dict(max_new_tokens=9, pad_token_id=PAD) | settings
+    given = dict(generation_config=GenerationConfig(**settings)) if as_config else settings
+    with Small(), one_line_error(*parts):
+        model.generate(**batch(PROMPT), **given, custom_generate=sdsat.generate)
 
 
 def test_an_assistant_is_refused(llama):
