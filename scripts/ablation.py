@@ -27,7 +27,7 @@ from sdsat.decode import num_slots
 from sdsat.draft import draft_tokens
 from sdsat.embedded import BASE_NAME
 from sdsat.engine import forward, new_cache, prefill
-from sdsat.files import write_json
+from sdsat.files import destination, write_json
 from sdsat.model import load
 from sdsat.records import environment
 from sdsat.train import train
@@ -119,6 +119,7 @@ def main(
 ) -> None:
     """Train the variants that OUT lacks, or --collect its results."""
     if collect_to:
+        destination(collect_to, "--collect")
         return collect(out, collect_to, steps)
     own = read_sequences(data, None)
     for name in variants or VARIANTS:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from sdsat.cli import Device, Dtype, Model, run
 from sdsat.engine import forward, new_cache, prefill
-from sdsat.files import write_json
+from sdsat.files import destination, write_json
 from sdsat.model import SatModel, load
 from sdsat.records import environment
 from sdsat.tree import make_tree
@@ -115,6 +115,8 @@ def main(
     out: Path | None = None,
 ) -> None:
     """Measure MODEL, print a table for each context, and write all to --out."""
+    if out is not None:
+        destination(out, "--out")
     models = {} if busy else {"transformers": load(model, dtype, device, engine="transformers", graphs=False)}
     best = load(model, dtype, device)
     if best.engine_name not in models:

@@ -23,7 +23,7 @@ from sdsat import decode, planner
 from sdsat.cli import Model, run
 from sdsat.config import DecodeConfig
 from sdsat.engine import forward, new_cache, prefill
-from sdsat.files import write_json
+from sdsat.files import destination, write_json
 from sdsat.model import SatModel, load
 from sdsat.prompts import humaneval
 from sdsat.records import environment
@@ -98,6 +98,8 @@ def shares_of_generation(model: SatModel, prompt: list[int], config: DecodeConfi
 
 def main(model: Model = "smollm2-135m-sdsat", out: Path | None = None) -> None:
     """Profile MODEL in bfloat16 on the CPU, print two tables, and write them to --out."""
+    if out is not None:
+        destination(out, "--out")
     loaded = load(model, "bfloat16", "cpu")
     document: dict[str, Any] = {"schema_version": 1, "environment": environment(loaded), "context": CONTEXT}
     prompt = list(humaneval(loaded.tokenizer, 1)[0].prompt_ids)

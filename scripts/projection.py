@@ -27,7 +27,7 @@ from sdsat.config import SamplingConfig, SatConfig, require
 from sdsat.devices import pick_devices
 from sdsat.draft import draft_tokens
 from sdsat.engine import forward, new_cache, prefill, probe_rows, top
-from sdsat.files import read_json, write_json
+from sdsat.files import destination, read_json, write_json
 from sdsat.graphs import CudaCapture, Graphs, padded
 from sdsat.model import SatModel
 from sdsat.records import environment
@@ -181,7 +181,8 @@ def main(
 ) -> None:
     """Measure, print both tables, and write all to --out."""
     require(shape in SHAPES, f"--shape={shape}: expected one of {', '.join(SHAPES)}")
-    require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
+    if out is not None:
+        destination(out, "--out")
     measured = measured_acceptance(summary)
     model = make_model(shape, pick_devices(device)[0])
     size, rate = floor_of(model)

@@ -43,7 +43,7 @@ from sdsat.cli import run
 from sdsat.config import InputError, require
 from sdsat.embedded import BASE_NAME, base_dir
 from sdsat.export import Export
-from sdsat.files import read_json, write_json
+from sdsat.files import destination, read_json, write_json
 from sdsat.prompts import humaneval
 from sdsat.records import commit, cpu_name
 
@@ -259,7 +259,7 @@ def serve(
     """Measure vLLM's own AR and SDSAT in turn; write the figures."""
     config = read_json(draft / "config.json")
     require("pard_token" in config, f"draft={draft}: its config.json has no pard_token; expected a directory of `sdsat export`")
-    require(out.absolute().parent.is_dir(), f"out={out}: no such folder")
+    destination(out, "out")
     target = str(base_dir()) if target == BASE_NAME else target or str(draft.absolute())
     export = Export(target, draft.absolute(), config["pard_token"], k or config["sdsat"]["k"] + 1)
     prompts = [list(problem.prompt_ids) for problem in humaneval(AutoTokenizer.from_pretrained(draft))]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from sdsat.cli import Model, run
 from sdsat.config import STRATEGIES, DecodeConfig, SamplingConfig, require
 from sdsat.decode import generate
-from sdsat.files import write_json
+from sdsat.files import destination, write_json
 from sdsat.model import load
 from sdsat.prompts import humaneval
 from sdsat.records import environment
@@ -36,6 +36,7 @@ def main(
 ) -> None:
     """Resident memory over many generations."""
     require(generations >= 20 and generations % 20 == 0, f"generations={generations}: expected a multiple of 20")
+    destination(out, "--out")
     loaded = load(model, device="cpu")
     assert loaded.tokenizer is not None
     prompts = [list(problem.prompt_ids) for problem in humaneval(loaded.tokenizer)]

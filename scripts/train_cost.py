@@ -26,7 +26,7 @@ from sdsat.cli import run
 from sdsat.config import SatConfig, TrainConfig
 from sdsat.data import read_sequences
 from sdsat.embedded import BASE_NAME
-from sdsat.files import write_json
+from sdsat.files import destination, write_json
 from sdsat.loss import IGNORED, SatBatch, sat_batch, sat_loss, sat_mask
 from sdsat.model import load
 from sdsat.records import environment
@@ -113,6 +113,8 @@ def measure(layout: str, data: Path, results: Any) -> None:
 
 def main(data: Path = Path("data/smollm2-135m-instruct"), out: Path | None = None) -> None:
     """Measure the three layouts, print a table, and write it to --out."""
+    if out is not None:
+        destination(out, "--out")
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         results = manager.dict()

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from . import embedded
 from .config import TARGETS, DecodeConfig, InputError, SamplingConfig, TrainConfig, plain_warnings, require, utf8
+from .files import destination, write_json
 
 _INTERRUPTED = "interrupted; what was finished is kept, and the same command resumes"
 UsageError: Any = typer.BadParameter.__base__  # typer carries a click of its own, without a public name for it
@@ -122,7 +123,8 @@ def generate(
 
     decode = DecodeConfig(k, max_new_tokens, parse_tree(tree), sampling, (), tuple(stop or ()), strategy, budget, lookup)
     require(style in ("chat", "code", "raw"), f"--as={style}: expected chat, code or raw")
-    require(svg is None or svg.absolute().parent.is_dir(), f"--svg={svg}: no such folder")
+    if svg is not None:
+        destination(svg, "--svg")
     show.generate_in_terminal(prompt, model, style, decode, dtype, device, sat_token_id, trained_k, engine, compare, svg)
 
 
@@ -258,7 +260,6 @@ def verify(
     from .verify import VerifyConfig, divergences
     from .verify import verify as run
 
-    require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
     temperatures = _numbers("temperature", temperature, float)
     trees = tuple(tree or ["auto"])
     config = VerifyConfig(
@@ -273,16 +274,19 @@ def verify(
         max_new_tokens,
     )
     dtypes = list(dict.fromkeys(dtype.split(",")))
+    files: dict[str, Path | None] = {}
     for name in dtypes:
         models.check_dtype(name)
+        files[name] = out.with_name(f"{out.stem}_{name}{out.suffix}") if out is not None and len(dtypes) > 1 else out
+        if (file := files[name]) is not None:
+            destination(file, "--out")
     columns = ("dtype", "against", "temperature", "seed", "k", "tree", "identical", "share", "largest_margin", "explained")
     table = Table(*columns, title=f"{model}: outputs equal to AR's, token for token")
     lines: list[str] = []
     rows: list[dict[str, Any]] = []
     for name in dtypes:
         loaded = models.load(model, name, device, sat_token_id, engine, trained_k=trained_k)
-        file = out.with_name(f"{out.stem}_{name}{out.suffix}") if out is not None and len(dtypes) > 1 else out
-        document = run(loaded, config, file)
+        document = run(loaded, config, files[name])
         lines += divergences(document, loaded.tokenizer)
         rows += [{"dtype": document["settings"]["dtype"], **row} for row in document["summary"]]
         del loaded  # before the next one is loaded
@@ -334,7 +338,8 @@ def evaluate(
     from .quality import QualityConfig
     from .quality import evaluate as run
 
-    require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
+    if out is not None:
+        destination(out, "--out")
     limit = _limit(data_limit)
     ks, names = _numbers("k_list", k_list), tuple(strategies.split(","))
     config = QualityConfig(ks, names, tree, temperature, samples, top_k, top_p, limit, max_new_tokens)
@@ -365,12 +370,12 @@ def inspect(
     from . import inspection, prompts
     from . import model as models
     from .datasets import check_limit
-    from .files import write_json
 
     limit = _limit(data_limit)
     check_limit(limit)
     require(text is None or text.is_file(), f"text={text}: no such file")
-    require(out is None or out.absolute().parent.is_dir(), f"--out={out}: no such folder")
+    if out is not None:
+        destination(out, "--out")
     loaded = models.load(model, dtype, device, sat_token_id, trained_k=trained_k)
     answered = prompts.answered_problems(loaded.tokenizer, text, limit)
     require(len(answered) > 0, f"text={text}: no prompts there")

@@ -116,9 +116,10 @@ def draft_tokens(
 
     states [k, D], logits [k, V]: last hidden states and logits of the SATs; index: emitted index of the first draft. Without a
     head, all nodes of a depth draw from the same candidates; with one, the children of a node are the best given that node's
-    token. Likely: the token's share among the SHORTLIST best of its SAT. Nothing is read by the host.
+    token. Likely: the token's share among the SHORTLIST best of its SAT, or as many as the tree is wide. Nothing is read by the
+    host.
     """
-    shortlist = min(SHORTLIST, logits.shape[-1])
+    shortlist = min(max(SHORTLIST, tree.width), logits.shape[-1])
     if model.native:
         return model.native.draft(x, states, logits, shortlist, index, tree, sampling)
     scores, ids = top(model, logits, shortlist)

@@ -14,6 +14,8 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <new>
+#include <optional>
 #include <type_traits>
 #include <vector>
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -40,6 +42,30 @@ typedef int32_t i32x __attribute__((vector_size(4 * LANES)));
 typedef uint16_t u16x __attribute__((vector_size(2 * LANES)));
 typedef int8_t i8x __attribute__((vector_size(LANES)));
 typedef uint16_t bf16;
+
+// ---- errors: nothing here trusts an index, and no exception leaves the library or a thread of its own ----
+
+struct Refused {
+  const char* why;
+};
+
+static void check(bool holds, const char* why) {
+  if (!holds) throw Refused{why};
+}
+
+static const char* const NO_MEMORY = "out of memory";  // native.py knows it by these words
+
+// Nothing, or in one line why f could not be done.
+template <class F> static const char* guarded(const F& f) {
+  try {
+    f();
+    return nullptr;
+  } catch (const Refused& refused) {
+    return refused.why;
+  } catch (...) {
+    return NO_MEMORY;
+  }
+}
 
 // ---- threads ----
 
@@ -92,8 +118,12 @@ struct Member {
   }
 };
 
-template <class F> static void together(int threads, const F& f) {
+// f(member, its own room) by every member, once all have their room, which make() allocates: where one has none, nobody begins,
+// because who began would wait for it. f allocates nothing.
+template <class Make, class F> static void together(int threads, const Make& make, const F& f) {
+  check(threads >= 1, "threads: expected 1 or more");
   Meeting meeting;
+  std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(threads)
   {
 #ifdef _OPENMP
@@ -101,13 +131,32 @@ template <class F> static void together(int threads, const F& f) {
 #else
     Member me{meeting, 0, 1};
 #endif
-    f(me);
-    me.meet();  // so that nobody has long to wait, and spin, at OpenMP's own end
+    std::optional<decltype(make())> room;
+    try {
+      room.emplace(make());
+    } catch (...) {
+      failed = true;
+    }
+    me.meet();
+    if (!failed) {
+      f(me, *room);
+      me.meet();  // so that nobody has long to wait, and spin, at OpenMP's own end
+    }
   }
+  if (failed) throw std::bad_alloc();
 }
 
+// f(i) for i from 0 to count - 1, which may allocate.
 template <class F> static void each_together(int threads, int64_t count, const F& f) {
-  together(threads, [&](Member me) { me.each(count, f); });
+  std::atomic<bool> failed{false};
+  together(threads, [] { return 0; }, [&](Member me, int) {
+    try {
+      me.each(count, f);
+    } catch (...) {
+      failed = true;
+    }
+  });
+  if (failed) throw std::bad_alloc();
 }
 
 // ---- storage types: load and store a vector, and the two inner products, for bfloat16 and float ----
@@ -363,7 +412,7 @@ struct Layer {
 };
 
 struct Model {
-  int64_t layers, hidden, heads, kv_heads, dim, inner, vocabulary, threads;
+  int64_t layers, hidden, heads, kv_heads, dim, inner, vocabulary, positions, threads;
   float eps, scale;
   const float *cos, *sin;  // [positions, dim]
   const void* norm;
@@ -397,7 +446,7 @@ struct Pass {  // see native.py
   void *x, *states, *logits;
   const int64_t *positions, *slots, *sequences, *lengths;
   const uint8_t* within;
-  int64_t rows, sats, last;
+  int64_t caches, rows, sats, last;
 };
 
 // What the SAT rows add, low [SATs, rank], which outputs() multiplies by `up`: too little to share among threads.
@@ -498,8 +547,50 @@ static void attend(const In<T>* q, int dim, const T* keys, const T* values, cons
   for (; d < dim; d += 2 * LANES) weighted(d, std::integral_constant<int, 2>());
 }
 
+// What a member of a pass works in.
+template <class T> struct Desk {
+  std::vector<float> y, y2, more, scores;
+  std::vector<In<T>> xn, low, low2;
+  std::vector<T> gathered;
+  Rounder<T> rows, few, few2;
+  Desk(const Model& m, int64_t n, int64_t sats, int64_t rank, int64_t width)
+      : y(n * BLOCK), y2(n * BLOCK), more(sats * BLOCK), scores(std::min<int64_t>(m.heads / m.kv_heads, 3) * width),
+        xn(n * m.hidden), low(sats * rank), low2(sats * rank), gathered((n + Inner<T>::step) * m.dim),
+        rows(in_8_bits(m) * n, std::max({m.hidden, m.inner, m.heads * m.dim})), few(in_8_bits(m) * sats, rank),
+        few2(in_8_bits(m) * sats, rank) {}
+  static int64_t in_8_bits(const Model& m) { return m.head.weight.scale ? 1 : 0; }
+};
+
+// The slots of a pass's own rows that each row sees: own[before[r]] .. own[before[r + 1] - 1], in ascending order.
+struct Seen {
+  std::vector<int> own, before;
+  int64_t width = 0;  // the most slots that a sequence has
+  Seen(const Model& m, const Cache* caches, const Pass& pass) : before(pass.rows + 1) {
+    for (int64_t r = 0; r < pass.rows; r++) {
+      int64_t sequence = pass.sequences[r];
+      check(sequence >= 0 && sequence < pass.caches, "sequences: a row of a sequence that has no cache");
+      const Cache& cache = caches[sequence];
+      check(cache.slots % KEYS == 0, "cache: expected whole blocks of slots");
+      check(pass.slots[r] >= 0 && pass.slots[r] < cache.slots, "slots: a row beyond the cache's end");
+      check(pass.positions[r] >= 0 && pass.positions[r] < m.positions, "positions: a row beyond those that the model was loaded for");
+      check(pass.lengths[r] >= 0 && pass.within[r * pass.rows + r], "within: every row must see itself");
+      width = std::max(width, cache.slots);
+      int64_t last = pass.lengths[r] - 1;
+      for (int64_t j = 0; j < pass.rows; j++) {
+        if (!pass.within[r * pass.rows + j]) continue;
+        check(pass.sequences[j] == sequence && pass.slots[j] > last && pass.slots[j] < cache.slots,
+              "within: expected rows of the same sequence, with slots that ascend from its length on");
+        own.push_back(last = pass.slots[j]);
+      }
+      before[r + 1] = own.size();
+    }
+  }
+};
+
 template <class T> static void run(const Model& m, const Cache* caches, const Pass& pass) {
   constexpr int S = Inner<T>::step;
+  check(pass.rows >= 1 && pass.sats >= 0 && pass.sats <= pass.rows && pass.last >= 0 && pass.last <= pass.rows,
+        "rows: expected at least one, of which SATs and those with logits are some");
   const int n = pass.rows, sats = pass.sats, first = n - sats;
   const int width_q = m.heads * m.dim, width_kv = m.kv_heads * m.dim, group = m.heads / m.kv_heads;
   int64_t rank = 0;
@@ -509,22 +600,14 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
   T* h = (T*)pass.x;
   std::vector<In<T>> q(n * width_q), mixed(n * width_q), mid(n * m.inner);
   std::vector<T> k(n * width_kv), v(n * width_kv);
-  int64_t width = 0;
-  std::vector<int> own, before(n + 1);  // slots of the pass's own rows that a row sees: own[before[r]] .. own[before[r + 1] - 1]
-  for (int r = 0; r < n; r++) {
-    width = std::max(width, caches[pass.sequences[r]].slots);
-    for (int j = 0; j < n; j++)
-      if (pass.within[int64_t(r) * n + j]) own.push_back(pass.slots[j]);
-    before[r + 1] = own.size();
-  }
-
+  const Seen seen(m, caches, pass);
   std::vector<std::atomic<int>> taken(m.layers);  // attention's items, by whoever is free
-  together(m.threads, [&](Member me) {
-    std::vector<float> y(n * BLOCK), y2(n * BLOCK), more(sats * BLOCK), scores(std::min(group, 3) * width);
-    std::vector<In<T>> xn(n * m.hidden), low(sats * rank), low2(sats * rank);
-    std::vector<T> gathered((n + S) * m.dim);
-    const int in_8_bits = m.head.weight.scale ? 1 : 0;
-    Rounder<T> rows(in_8_bits * n, std::max({m.hidden, m.inner, int64_t(width_q)})), few(in_8_bits * sats, rank), few2(in_8_bits * sats, rank);
+  auto desk = [&] { return Desk<T>(m, n, sats, rank, seen.width); };
+  together(m.threads, desk, [&](Member me, Desk<T>& mine) {
+    auto &y = mine.y, &y2 = mine.y2, &more = mine.more, &scores = mine.scores;
+    auto &xn = mine.xn, &low = mine.low, &low2 = mine.low2;
+    auto& gathered = mine.gathered;
+    auto &rows = mine.rows, &few = mine.few, &few2 = mine.few2;
     Rows<T> x{}, small{}, small2{};
     auto normed = [&](const void* weight) {  // every thread for itself: cheaper than waiting for each other
       for (int r = 0; r < n; r++) norm<T>(h + r * m.hidden, weight, m.hidden, m.eps, xn.data() + r * m.hidden);
@@ -592,8 +675,9 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
         for (int b = 0; b < group; b += 3) {
           int64_t offset = int64_t(r) * width_q + (a * group + b) * m.dim;
           auto args = [&](auto heads) {
-            attend<T, decltype(heads)::value>(q.data() + offset, m.dim, keys, values, own.data() + before[r],
-                                              before[r + 1] - before[r], pass.lengths[r], m.scale, scores.data(), width, gathered.data(), mixed.data() + offset);
+            attend<T, decltype(heads)::value>(q.data() + offset, m.dim, keys, values, seen.own.data() + seen.before[r],
+                                              seen.before[r + 1] - seen.before[r], pass.lengths[r], m.scale, scores.data(),
+                                              seen.width, gathered.data(), mixed.data() + offset);
           };
           if (group - b >= 3) args(std::integral_constant<int, 3>());
           else if (group - b == 2) args(std::integral_constant<int, 2>());
@@ -636,6 +720,10 @@ template <class T> static void run(const Model& m, const Cache* caches, const Pa
 // Keep rows at `from` slots as the slots length, length + 1, ..: the walk of a tree, made contiguous.
 template <class T> static void move(const Model& m, const Cache& cache, int64_t length, const int64_t* from, int64_t count) {
   constexpr int S = Inner<T>::step;
+  check(length >= 0 && length + count <= cache.slots, "rows: more than the cache has room for");
+  for (int64_t j = 0; j < count; j++)
+    check(from[j] >= length + j && from[j] < cache.slots && (!j || from[j] > from[j - 1]),
+          "rows: expected those of the last pass, in ascending order");
   each_together(m.threads, m.layers * m.kv_heads, [&](int64_t i) {
     int64_t at = i * cache.slots * m.dim;
     T *keys = (T*)cache.keys + at, *values = (T*)cache.values + at;
@@ -654,10 +742,11 @@ template <class T> static void move(const Model& m, const Cache& cache, int64_t 
 static inline float value(float x) { return x; }
 static inline float value(bf16 x) { uint32_t u = uint32_t(x) << 16; float v; memcpy(&v, &u, 4); return v; }
 
-// The `count` largest of a row, largest first; of equals the lower id first.
+// The `count` largest of a row, largest first; of equals the lower id first. What is no number counts as the least.
 template <class T> static void largest_of(const T* row, int64_t size, int64_t count, int64_t* id, float* best) {
   int64_t held = 0;
   auto offer = [&](int64_t i, float v) {
+    if (v != v) v = -std::numeric_limits<float>::infinity();
     if (held == count && !(v > best[held - 1])) return;
     int64_t j = held < count ? held++ : held - 1;
     for (; j > 0 && v > best[j - 1]; j--) best[j] = best[j - 1], id[j] = id[j - 1];
@@ -682,6 +771,7 @@ template <class T> static void largest_of(const T* row, int64_t size, int64_t co
 
 template <class T>
 static void largest(const T* x, int64_t rows, int64_t size, int64_t count, int64_t* ids, float* values, int threads) {
+  check(count >= 1 && count <= size, "count: expected 1 to the number of logits of a row");
   each_together(threads, rows, [&](int64_t r) { largest_of(x + r * size, size, count, ids + r * count, values + r * count); });
 }
 
@@ -728,39 +818,79 @@ template <class T> static int64_t sampled(const T* x, int64_t size, const Sampli
   return token;
 }
 
-// The columns of a shortlist from the best on: by score, or by log p + noise among what top-k and top-p leave.
-// total: what exp(score / temperature), as a share of the largest one, is in all; 0: in the columns that top-k leaves.
-static void rank_columns(const std::vector<float>& score, const int64_t* ids, const Noise& noise, const Sampling& s, double total,
-                         std::vector<int>& order) {
-  int64_t kept = score.size();
-  order.resize(kept);
-  for (int c = 0; c < kept; c++) order[c] = c;
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return score[a] > score[b]; });
-  if (!s.temperature) return;
-  auto share = [&](int c) { return std::exp((score[order[c]] - score[order[0]]) / s.temperature); };
-  if (s.top_k) kept = std::min(kept, s.top_k);
-  double before = 0;
-  for (int c = 0, all = total ? 0 : kept; c < all; c++) total += share(c);
-  for (int c = 0; c < kept; c++) {
-    if (before >= s.top_p * total) kept = c;
-    else before += share(c);
+// Columns of a shortlist, best first, and what it takes to put them in order.
+struct Ranking {
+  std::vector<int> order;
+  std::vector<float> scaled;
+  std::vector<double> noisy;
+  explicit Ranking(int64_t size) : order(size), scaled(size), noisy(size) {}
+
+  // By score; or by log p + noise among what top-k and top-p leave, and behind them by score. Columns are in order of their
+  // ids: of equal scores those with the lower ids are the first that top-p drops (sampling.py says why).
+  // total: what exp(score / temperature), as a share of the largest one, is in all; 0: in the columns that top-k leaves.
+  void rank(const float* score, const int64_t* ids, const Noise& noise, const Sampling& s, double total) {
+    const int size = order.size();
+    const float temperature = s.temperature;
+    for (int c = 0; c < size; c++) {
+      order[c] = s.temperature ? size - 1 - c : c;
+      scaled[c] = s.temperature ? score[c] / temperature : score[c];
+      if (scaled[c] != scaled[c]) scaled[c] = -std::numeric_limits<float>::infinity();
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return scaled[a] > scaled[b]; });
+    if (!s.temperature) return;
+    const int kept = left(s, total);
+    for (int c = 0; c < kept; c++) noisy[order[c]] = scaled[order[c]] + noise(ids[order[c]]);
+    std::stable_sort(order.begin(), order.begin() + kept, [&](int a, int b) { return noisy[a] > noisy[b]; });
   }
-  std::vector<double> noisy(score.size());
-  for (int c = 0; c < kept; c++) noisy[order[c]] = score[order[c]] / s.temperature + noise(ids[order[c]]);
-  std::stable_sort(order.begin(), order.begin() + kept, [&](int a, int b) { return noisy[a] > noisy[b]; });
+
+ private:
+  int left(const Sampling& s, double total) const {  // by the filters, of the columns in order of their scores
+    int64_t kept = order.size();
+    if (s.top_k && s.top_k < kept)
+      while (scaled[order[kept - 1]] < scaled[order[s.top_k - 1]]) kept--;
+    if (s.top_p == 1) return kept;
+    auto share = [&](int c) { return std::exp(double(scaled[order[c]] - scaled[order[0]])); };
+    for (int c = 0, all = total ? 0 : kept; c < all; c++) total += share(c);
+    double before = 0;
+    for (int c = 0; c < kept; c++) {
+      if (c && before >= s.top_p * total) return c;
+      before += share(c);
+    }
+    return kept;
+  }
+};
+
+// The tokens that top-k leaves, and their logits, in order of their ids: all that are no less than the k-th, once divided.
+template <class T>
+static void not_below(const T* x, int64_t size, const Sampling& s, std::vector<int64_t>& ids, std::vector<float>& score) {
+  std::vector<int64_t> first(s.top_k);
+  std::vector<float> best(s.top_k);
+  largest_of(x, size, s.top_k, first.data(), best.data());
+  const float temperature = s.temperature, least = best.back() / temperature;
+  auto offer = [&](int64_t i, float v) {
+    if (v / temperature >= least && v > -std::numeric_limits<float>::infinity()) ids.push_back(i), score.push_back(v);
+  };
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    i32x more = load(x + i) / temperature >= all(least);
+    int64_t bits[sizeof more / 8], any = 0;
+    memcpy(bits, &more, sizeof more);
+    for (int64_t part : bits) any |= part;
+    for (int j = 0; any && j < LANES; j++) offer(i + j, value(x[i + j]));
+  }
+  for (; i < size; i++) offer(i, value(x[i]));
 }
 
-// The tokens that top-p of the whole vocabulary can leave, and their logits. Returns `total` for rank_columns.
+// The tokens that top-p of the whole vocabulary can leave, and their logits. Returns `total` for Ranking.
 template <class T>
 static double likely(const T* x, int64_t size, const Sampling& s, std::vector<int64_t>& ids, std::vector<float>& score) {
-  int64_t first;
-  float most;
-  largest_of(x, size, 1, &first, &most);
+  const float temperature = s.temperature;
+  float most = -std::numeric_limits<float>::infinity();
+  std::vector<float> share((size + LANES - 1) / LANES * LANES, most);
+  for (int64_t i = 0; i < size; i++) share[i] = value(x[i]) / temperature, most = std::max(most, share[i]);
   double total = 0;
-  std::vector<float> share((size + LANES - 1) / LANES * LANES, -std::numeric_limits<float>::infinity());
-  for (int64_t i = 0; i < size; i++) share[i] = value(x[i]);
   for (size_t i = 0; i < share.size(); i += LANES) {
-    f32x e = exp16((load(share.data() + i) - most) * float(1 / s.temperature));
+    f32x e = exp16(load(share.data() + i) - most);
     store(share.data() + i, e), total += sum(e);
   }
   double least = (1 - s.top_p) * total / size;  // tokens of less have no more than 1 - top_p together: the others suffice
@@ -773,25 +903,37 @@ static double likely(const T* x, int64_t size, const Sampling& s, std::vector<in
 template <class T>
 static void choose(const T* x, int64_t rows, int64_t size, const int64_t* index, const uint64_t* seeds, const Sampling& s,
                    int64_t* chosen, int threads) {
+  check(size >= 1, "logits: expected at least one a row");
+  check(s.temperature > 0 && s.top_p > 0 && s.top_p <= 1 && s.top_k >= 0, "sampling: a setting out of range");
   each_together(threads, rows, [&](int64_t r) {
     const T* row = x + r * size;
     Noise noise(seeds[r], index[r]);
-    if (!s.top_k && s.top_p == 1) return void(chosen[r] = sampled(row, size, s, noise));
-    int64_t shortlist = std::min(s.top_k, size);
-    std::vector<int64_t> ids(shortlist);
-    std::vector<float> score(shortlist);
-    std::vector<int> order;
+    const bool few = s.top_k && s.top_k < size;
+    if (!few && s.top_p == 1) return void(chosen[r] = sampled(row, size, s, noise));
+    std::vector<int64_t> ids;
+    std::vector<float> score;
     double total = 0;
-    if (s.top_k) largest_of(row, size, shortlist, ids.data(), score.data());
+    if (few) not_below(row, size, s, ids, score);
     else total = likely(row, size, s, ids, score);
-    rank_columns(score, ids.data(), noise, s, total, order);
-    chosen[r] = ids[order[0]];
+    if (ids.empty()) return void(chosen[r] = 0);  // no logit is a number
+    Ranking ranking(ids.size());
+    ranking.rank(score.data(), ids.data(), noise, s, total);
+    chosen[r] = ids[ranking.order[0]];
   });
 }
 
 // Depth by depth: all nodes of one go through the draft head together, as its weights take longer to read than to use.
 template <class T> static void draft(const Model& m, const Drafting& d) {
   const int hidden = m.hidden, inner = m.draft_inner.weight.weight ? m.draft_inner.out : 0, n = d.shortlist;
+  check(d.nodes >= 1 && n >= 1 && n <= m.vocabulary, "shortlist: expected 1 to the number of logits of a row");
+  check(d.tokens[0] >= 0 && d.tokens[0] < m.vocabulary, "x: a token that is not in the vocabulary");
+  check(d.depths[0] == 0, "tree: its root must be at depth 0");
+  for (int64_t child = 1; child < d.nodes; child++) {
+    int64_t parent = d.parents[child];
+    check(parent >= 0 && parent < child && d.depths[child] == d.depths[parent] + 1, "tree: expected parents before children");
+    check(d.depths[child] <= d.sats, "tree: deeper than there are SATs");
+    check(d.ranks[child] >= 0 && d.ranks[child] < n, "tree: wider than the shortlist");
+  }
   std::vector<int64_t> ids(d.sats * n);  // the shortlists
   std::vector<float> scores(d.sats * n);
   std::vector<std::vector<int>> levels;  // by depth: the nodes with children
@@ -807,9 +949,14 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
   std::vector<T> ones(hidden);
   for (int i = 0; i < hidden; i += LANES) store(ones.data() + i, all(1.f));
   std::vector<std::vector<float>> score(most, std::vector<float>(n));
-  together(m.threads, [&](Member me) {
-    std::vector<float> y(most * BLOCK);
-    std::vector<int> order;
+  struct Desk {
+    std::vector<float> y;
+    Ranking ranking;
+  };
+  auto desk = [&] { return Desk{std::vector<float>(most * BLOCK), Ranking(n)}; };
+  together(m.threads, desk, [&](Member me, Desk& mine) {
+    auto& y = mine.y;
+    const auto& order = mine.ranking.order;
     me.each(d.sats, [&](int64_t i) {
       largest_of((const T*)d.logits + i * m.vocabulary, m.vocabulary, n, ids.data() + i * n, scores.data() + i * n);
     });
@@ -850,7 +997,7 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
       });
       me.meet();
       me.each(rows, [&](int r) {
-        rank_columns(score[r], ids.data() + sat * n, Noise(d.seed, d.index + sat), d.sampling, 0, order);
+        mine.ranking.rank(score[r].data(), ids.data() + sat * n, Noise(d.seed, d.index + sat), d.sampling, 0);
         float best = *std::max_element(score[r].begin(), score[r].end()), total = 0;
         for (int c = 0; c < n; c++) total += std::exp(score[r][c] - best);
         for (int child = level[r] + 1; child < d.nodes; child++)
@@ -865,22 +1012,32 @@ template <class T> static void draft(const Model& m, const Drafting& d) {
   });
 }
 
+// Each returns nothing, or why it could not be done.
 extern "C" {
 int sdsat_lanes() { return LANES; }
-void sdsat_draft(const Model* m, const Drafting* d, int is_bf16) { is_bf16 ? draft<bf16>(*m, *d) : draft<float>(*m, *d); }
-void sdsat_pass(const Model* m, const Cache* caches, const Pass* pass, int is_bf16) {
-  is_bf16 ? run<bf16>(*m, caches, *pass) : run<float>(*m, caches, *pass);
+const char* sdsat_draft(const Model* m, const Drafting* d, int is_bf16) {
+  return guarded([&] { is_bf16 ? draft<bf16>(*m, *d) : draft<float>(*m, *d); });
 }
-void sdsat_move(const Model* m, const Cache* cache, int64_t length, const int64_t* from, int64_t count, int is_bf16) {
-  is_bf16 ? move<bf16>(*m, *cache, length, from, count) : move<float>(*m, *cache, length, from, count);
+const char* sdsat_pass(const Model* m, const Cache* caches, const Pass* pass, int is_bf16) {
+  return guarded([&] { is_bf16 ? run<bf16>(*m, caches, *pass) : run<float>(*m, caches, *pass); });
 }
-void sdsat_choose(const void* x, int64_t rows, int64_t size, const int64_t* index, const uint64_t* seeds, const Sampling* s,
-                  int64_t* chosen, int threads, int is_bf16) {
-  is_bf16 ? choose((const bf16*)x, rows, size, index, seeds, *s, chosen, threads)
-          : choose((const float*)x, rows, size, index, seeds, *s, chosen, threads);
+const char* sdsat_move(const Model* m, const Cache* cache, int64_t length, const int64_t* from, int64_t count, int is_bf16) {
+  return guarded([&] {
+    is_bf16 ? move<bf16>(*m, *cache, length, from, count) : move<float>(*m, *cache, length, from, count);
+  });
 }
-void sdsat_largest(const void* x, int64_t rows, int64_t size, int64_t count, int64_t* ids, float* values, int threads, int is_bf16) {
-  is_bf16 ? largest((const bf16*)x, rows, size, count, ids, values, threads)
-          : largest((const float*)x, rows, size, count, ids, values, threads);
+const char* sdsat_choose(const void* x, int64_t rows, int64_t size, const int64_t* index, const uint64_t* seeds, const Sampling* s,
+                         int64_t* chosen, int threads, int is_bf16) {
+  return guarded([&] {
+    is_bf16 ? choose((const bf16*)x, rows, size, index, seeds, *s, chosen, threads)
+            : choose((const float*)x, rows, size, index, seeds, *s, chosen, threads);
+  });
+}
+const char* sdsat_largest(const void* x, int64_t rows, int64_t size, int64_t count, int64_t* ids, float* values, int threads,
+                          int is_bf16) {
+  return guarded([&] {
+    is_bf16 ? largest((const bf16*)x, rows, size, count, ids, values, threads)
+            : largest((const float*)x, rows, size, count, ids, values, threads);
+  });
 }
 }

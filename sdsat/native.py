@@ -12,10 +12,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import sliding_window
-from .config import MAX_ROWS
+from .config import MAX_ROWS, InputError
 from .kept import load_library
 from .sampling import as_seed
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 _FORMS = ("llama", "mistral", "qwen2", "qwen3")  # native.cpp has all that their modules in transformers compute, and no more
+_LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _MULTIPLE, _KEYS = 32, 64  # multiples of the sizes, and of the keys, that native.cpp takes together on any processor
 
 
@@ -63,7 +66,8 @@ class _Layer(Structure):
 
 class _Model(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "inner", "vocabulary", "threads")),
+        *((name, c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "inner", "vocabulary")),
+        *((name, c_int64) for name in ("positions", "threads")),
         *((name, c_float) for name in ("eps", "scale")),
         *((name, c_void_p) for name in ("cos", "sin", "norm")),
         ("head", _Linear),
@@ -97,28 +101,70 @@ class _Cache(Structure):
 class _Pass(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "states", "logits", "positions", "slots", "sequences", "lengths", "within")),
-        *((name, c_int64) for name in ("rows", "sats", "last")),
+        *((name, c_int64) for name in ("caches", "rows", "sats", "last")),
     ]
+
+
+def _compiler() -> list[str]:
+    """$CXX, split as a shell would (`ccache g++`), else c++ or g++; the beginning of a command. Raises Unavailable."""
+    given = os.environ.get("CXX", "")
+    try:
+        command = shlex.split(given)
+    except ValueError as error:
+        raise Unavailable(f"CXX={given}: not a command ({error})") from None
+    found = shutil.which("c++") or shutil.which("g++")
+    if not command and found is None:
+        raise Unavailable("no C++ compiler was found (c++, g++ or $CXX)")
+    return command or [str(found)]
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The compiled native.cpp; compiles it unless the cache folder has it for this source, compiler and processor."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        raise Unavailable("no C++ compiler was found (c++, g++ or $CXX)")
+    compiler = _compiler()
 
     def build(target: Path) -> None:
-        done = subprocess.run([compiler, *_FLAGS, str(SOURCE), "-o", str(target)], capture_output=True, text=True)
+        done = subprocess.run([*compiler, *_FLAGS, str(SOURCE), "-o", str(target)], capture_output=True, text=True)
         if done.returncode:
-            raise Unavailable(f"{compiler} failed ({(done.stderr.strip().splitlines() or ['no message'])[0]})")
+            raise Unavailable(f"{' '.join(compiler)} failed ({(done.stderr.strip().splitlines() or ['no message'])[0]})")
 
     try:
-        version = subprocess.run([compiler, "-v", "-march=native", "-E", "-x", "c++", os.devnull], capture_output=True).stderr
+        version = subprocess.run([*compiler, "-v", "-march=native", "-E", "-x", "c++", os.devnull], capture_output=True).stderr
         name = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(_FLAGS).encode()).hexdigest()[:16]
         return load_library(name, build)
     except OSError as error:
         raise Unavailable(f"native.cpp could not be built ({error})") from None
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a function of the library. Raises MemoryError, or InputError for what it refuses, in one line."""
+    function = getattr(library(), name)
+    function.restype = c_char_p
+    refused = function(*arguments)
+    if refused == b"out of memory":
+        raise MemoryError("the native engine has no memory for this pass; expected fewer sequences or a shorter context")
+    if refused:
+        raise InputError(f"native engine: {refused.decode()}")
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> bool:
+    """Whether C++ may read this tensor as `dtype` [shape] once it is contiguous. None: any number."""
+    sizes = len(tensor.shape) == len(shape) and all(want in (None, size) for size, want in zip(tensor.shape, shape, strict=True))
+    return sizes and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.layout == torch.strided
+
+
+def _described(dtype: torch.dtype, shape: Sequence[int | None], device: str) -> str:
+    return f"{dtype} [{', '.join('any' if size is None else str(size) for size in shape)}] on {device}"
+
+
+def _readable(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> Tensor:
+    """The tensor as C++ reads it, contiguous. Raises InputError unless it is `dtype` [shape] on the CPU."""
+    if not _fits(tensor, dtype, shape):
+        raise InputError(
+            f"{name}: {_described(tensor.dtype, tensor.shape, tensor.device.type)}; the native engine was made for "
+            f"{_described(dtype, shape, 'cpu')}: change a model's type or device before it is loaded, not after"
+        )
+    return tensor.contiguous()
 
 
 def pack(weight: Tensor, step: int) -> Tensor:
@@ -158,7 +204,7 @@ class NativeCache:
         if rows != tuple(range(len(rows))):
             slots = torch.tensor([self.length + row for row in rows])
             struct, counts = self.engine.struct, (c_int64(self.length), c_void_p(slots.data_ptr()), c_int64(len(rows)))
-            library().sdsat_move(byref(struct), byref(self.struct), *counts, self.engine.is_bf16)
+            _call("sdsat_move", byref(struct), byref(self.struct), *counts, self.engine.is_bf16)
         self.length += len(rows)
 
 
@@ -192,27 +238,47 @@ class NativeEngine:
         library()
         self._positions = min(max_context, 2**20) + 2 * MAX_ROWS  # drafts and the probe look ahead
         positions = torch.arange(self._positions)[None]
-        cos, sin = (self._keep(part[0].float()) for part in base.rotary_emb(torch.zeros(1, dtype=self.dtype), positions))
-        layers = (_Layer * config.num_hidden_layers)(*(self._layer(layer) for layer in base.layers))
+        rotary = base.rotary_emb(torch.zeros(1, dtype=self.dtype), positions)
+        cos, sin = (self._keep(self._checked("rotary_emb", part[0], self._positions, dim).float()) for part in rotary)
+        hidden, width = config.hidden_size, config.num_attention_heads * dim
+        if config.num_attention_heads % kv_heads:
+            raise Unavailable(f"{config.num_attention_heads} heads on {kv_heads} of keys")
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("gate_proj", "up_proj"), (config.intermediate_size, hidden))
+        shapes |= dict.fromkeys(("k_proj", "v_proj"), (kv_heads * dim, hidden))
+        shapes |= {"q_proj": (width, hidden), "o_proj": (hidden, width), "down_proj": (hidden, config.intermediate_size)}
+        layers = (_Layer * config.num_hidden_layers)(*(self._layer(layer, shapes, hidden, dim) for layer in base.layers))
         self._kept.append(layers)
         head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
+        vocabulary = head.weight.shape[0]
         self.struct = _Model(
-            config.num_hidden_layers, config.hidden_size, config.num_attention_heads, kv_heads, dim,
-            config.intermediate_size, head.weight.shape[0], 1,
+            config.num_hidden_layers, hidden, config.num_attention_heads, kv_heads, dim,
+            config.intermediate_size, vocabulary, self._positions, 1,
             config.rms_norm_eps, base.layers[0].self_attn.scaling,
-            cos.data_ptr(), sin.data_ptr(), _pointer(self._keep(base.norm.weight)),
-            self._linear(head.weight, head.bias), layers,
-            _pointer(self._keep(tokens.weight)), _pointer(self._keep(head.weight)),
-            *self._head(None if rounded else adapter), torch.finfo(self.dtype).eps,
+            cos.data_ptr(), sin.data_ptr(), self._norm("norm", base.norm, hidden),
+            self._linear("lm_head", head.weight, (vocabulary, hidden), head.bias), layers,
+            _pointer(self._keep(self._checked("embed_tokens", tokens.weight, vocabulary, hidden))),
+            _pointer(self._keep(head.weight)),
+            *self._head(None if rounded else adapter, hidden), torch.finfo(self.dtype).eps,
         )  # fmt: skip
 
-    def _head(self, adapter: SatAdapter | None) -> tuple[_Linear, _Linear]:
+    def _checked(self, name: str, tensor: Tensor, *shape: int) -> Tensor:
+        """The tensor, if C++ may read it. Raises Unavailable, with the name, unless it has the engine's dtype and this shape."""
+        if not _fits(tensor, self.dtype, shape):
+            found, wanted = _described(tensor.dtype, tensor.shape, tensor.device.type), _described(self.dtype, shape, "cpu")
+            raise Unavailable(f"{name} is {found}, and not {wanted}")
+        return tensor
+
+    def _head(self, adapter: SatAdapter | None, hidden: int) -> tuple[_Linear, _Linear]:
         if adapter is None or adapter.head is None:
             return _Linear(), _Linear()
         inner, outer = adapter.head.inner.detach(), adapter.head.outer.detach()
-        padding = -inner.shape[0] % _MULTIPLE
-        inner, outer = nn.functional.pad(inner, (0, 0, 0, padding)), nn.functional.pad(outer, (0, padding))
-        return self._linear(inner), self._linear(outer)
+        size, padding = len(inner), -len(inner) % _MULTIPLE
+        inner = nn.functional.pad(self._checked("head.inner", inner, size, 2 * hidden), (0, 0, 0, padding))
+        outer = nn.functional.pad(self._checked("head.outer", outer, hidden, size), (0, padding))
+        return self._linear("head.inner", inner, inner.shape), self._linear("head.outer", outer, outer.shape)
+
+    def _norm(self, name: str, norm: Any, size: int) -> int | None:
+        return None if norm is None else _pointer(self._keep(self._checked(name, norm.weight, size)))
 
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.detach().contiguous())
@@ -230,29 +296,34 @@ class NativeEngine:
             at += sum(part.shape[1] for part in parts)
         return matrices
 
-    def _linear(self, weight: Tensor, bias: Tensor | None = None, name: str = "") -> _Linear:
-        out, inner = weight.shape
+    def _linear(self, name: str, weight: Tensor, shape: tuple[int, ...], bias: Tensor | None = None) -> _Linear:
+        (out, inner), weight = shape, self._checked(name, weight, *shape)
         struct = _Linear(out=out + -out % _MULTIPLE, in_=inner)
         if bias is not None:
+            bias = self._checked(f"{name}'s bias", bias, out)
             struct.bias = _pointer(self._keep(nn.functional.pad(bias, (0, -out % _MULTIPLE))))
         if self._adapter is None or name not in self._adapter.down:
             (struct.weight,) = self._packed(weight)
             return struct
-        down, up = self._adapter.down[name], self._adapter.config.scale * self._adapter.up[name]
+        rank = len(self._adapter.down[name])
+        down = self._checked(f"adapter's down of {name}", self._adapter.down[name], rank, inner)
+        up = self._adapter.config.scale * self._checked(f"adapter's up of {name}", self._adapter.up[name], out, rank)
         padding = -down.shape[0] % _MULTIPLE
         down, up = nn.functional.pad(down, (0, 0, 0, padding)), nn.functional.pad(up, (0, padding))
-        (struct.down,), (struct.weight, struct.up), struct.rank = self._packed(down), self._packed(weight, up), down.shape[0]
+        (struct.down,), (struct.weight, struct.up), struct.rank = self._packed(down), self._packed(weight, up), len(down)
         return struct
 
-    def _layer(self, layer: Any) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    def _layer(self, layer: Any, shapes: dict[str, tuple[int, ...]], hidden: int, dim: int) -> _Layer:
+        attention = layer.self_attn
         where = f"model/layers/{attention.layer_idx}"
-        linears = [(getattr(attention, f"{x}_proj"), f"{where}/self_attn/{x}_proj") for x in "qkvo"]
-        linears += [(getattr(mlp, f"{x}_proj"), f"{where}/mlp/{x}_proj") for x in ("gate", "up", "down")]
-        parts = (self._linear(linear.weight, linear.bias, name) for linear, name in linears)
-        return _Layer(*(None if norm is None else _pointer(self._keep(norm.weight)) for norm in norms), *parts)
+        norms = [self._norm(f"{where}/{name}", getattr(layer, name), hidden) for name in _LAYER_NORMS]
+        norms += [self._norm(f"{where}/{name}", getattr(attention, name, None), dim) for name in ("q_norm", "k_norm")]
+        parts = []
+        for name in _PROJECTIONS:
+            part, module = ("self_attn", attention) if hasattr(attention, name) else ("mlp", layer.mlp)
+            linear = getattr(module, name)
+            parts.append(self._linear(f"{where}/{part}/{name}", linear.weight, shapes[name], linear.bias))
+        return _Layer(*norms, *parts)
 
     def cache(self, num_slots: int) -> NativeCache:
         return NativeCache(self, num_slots)
@@ -266,48 +337,59 @@ class NativeEngine:
         Returns (last hidden states [N, D], logits [last, V] of the last rows; None: of all).
         """
         rows, last = len(embeddings), len(embeddings) if last is None else last
-        x, states = embeddings.clone(), torch.empty_like(embeddings)
-        logits = torch.empty(last, self.struct.vocabulary, dtype=self.dtype)
-        held = [cache.length for cache in caches]
+        x = _readable("embeddings", embeddings, self.dtype, rows, self.struct.hidden).clone()
+        states, logits = torch.empty_like(x), torch.empty(max(0, last), self.struct.vocabulary, dtype=self.dtype)
+        held = [self._own(cache).length for cache in caches]
         lengths = torch.full((rows,), held[0]) if len(caches) == 1 else torch.tensor(held)[layout.sequences]
-        positions, slots = lengths + layout.offsets, lengths + layout.places
-        room = min(cache.struct.slots - cache.length for cache in caches)
-        assert layout.width <= room and int(positions.max()) < self._positions  # what C++ will not check
+        numbers = (lengths + layout.offsets, lengths + layout.places, layout.sequences, lengths)
+        within = _readable("within", layout.within, torch.bool, rows, rows)
         self.struct.threads = torch.get_num_threads()
-        tensors = (x, states, logits, positions, slots, layout.sequences, lengths, layout.within)
-        struct = _Pass(*(tensor.data_ptr() for tensor in tensors), rows, sats, last)
+        tensors = (x, states, logits, *(_readable("layout", part, torch.long, rows) for part in numbers), within)
+        struct = _Pass(*(tensor.data_ptr() for tensor in tensors), len(caches), rows, sats, last)
         structs = (_Cache * len(caches))(*(cache.struct for cache in caches))
-        library().sdsat_pass(byref(self.struct), structs, byref(struct), self.is_bf16)
+        _call("sdsat_pass", byref(self.struct), structs, byref(struct), self.is_bf16)
         return states, logits
+
+    def _own(self, cache: NativeCache) -> NativeCache:
+        """The cache, if it is of this model's form: its own, or that of the same model's other engine."""
+        config = self.struct
+        for part in (cache.keys, cache.values):
+            _readable("cache", part, self.dtype, config.layers, config.kv_heads, cache.struct.slots, config.dim)
+        return cache
 
     def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The `count` largest logits of each row, of equals the lower id first: (values [N, count], ids [N, count])."""
+        logits = _readable("logits", logits, self.dtype, None, None)
         values, ids = torch.empty(len(logits), count), torch.empty(len(logits), count, dtype=torch.long)
         sizes = (c_int64(len(logits)), c_int64(logits.shape[-1]), c_int64(count))
-        pointers = (c_void_p(tensor.data_ptr()) for tensor in (logits, ids, values))
-        x, i, v = pointers
-        library().sdsat_largest(x, *sizes, i, v, torch.get_num_threads(), self.is_bf16)
+        x, i, v = (c_void_p(tensor.data_ptr()) for tensor in (logits, ids, values))
+        _call("sdsat_largest", x, *sizes, i, v, torch.get_num_threads(), self.is_bf16)
         return values, ids
 
     def choose(self, logits: Tensor, index: Tensor, sampling: SamplingConfig, seeds: Tensor | None = None) -> Tensor:
         """`sampling.choose` of one token a row, without sorting or noise for the whole vocabulary: [N] for logits [N, V]."""
-        chosen, seeds = torch.empty_like(index), torch.full_like(index, as_seed(sampling.seed)) if seeds is None else seeds
+        logits = _readable("logits", logits, self.dtype, None, None)
+        index = _readable("index", index, torch.long, len(logits))
+        seeds = torch.full_like(index, as_seed(sampling.seed)) if seeds is None else seeds
+        chosen, seeds = torch.empty_like(index), _readable("seeds", seeds, torch.long, len(logits))
         x, i, s, out = (c_void_p(tensor.data_ptr()) for tensor in (logits, index, seeds, chosen))
         sizes = (c_int64(len(logits)), c_int64(logits.shape[-1]))
-        library().sdsat_choose(x, *sizes, i, s, byref(_Sampling.of(sampling)), out, torch.get_num_threads(), self.is_bf16)
+        _call("sdsat_choose", x, *sizes, i, s, byref(_Sampling.of(sampling)), out, torch.get_num_threads(), self.is_bf16)
         return chosen
 
     def draft(
         self, x: Tensor, states: Tensor, logits: Tensor, shortlist: int, index: int, tree: DraftTree, sampling: SamplingConfig
     ) -> Tensor:
         """`draft.draft_tokens` in one call. shortlist: how many of a SAT's candidates are looked at."""
+        states = _readable("states", states, self.dtype, None, self.struct.hidden)
+        logits = _readable("logits", logits, self.dtype, len(states), self.struct.vocabulary)
         out = torch.empty(2, len(tree), dtype=torch.float64)
-        out[0, 0], out[1, 0] = x[0], 1.0
+        out[0, 0], out[1, 0] = _readable("x", x, torch.long, 1)[0], 1.0
         pointers = map(_pointer, (states, logits, *_shape(tree), *out))
         numbers = (len(tree), len(logits), shortlist, index, as_seed(sampling.seed))
         struct = _Drafting(*pointers, *numbers, _Sampling.of(sampling))
         self.struct.threads = torch.get_num_threads()
-        library().sdsat_draft(byref(self.struct), byref(struct), self.is_bf16)
+        _call("sdsat_draft", byref(self.struct), byref(struct), self.is_bf16)
         return out
 
 

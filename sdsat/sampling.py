@@ -16,7 +16,7 @@ from .config import SamplingConfig
 _M1, _M2, _GOLDEN = -4658895280553007687, -7723592293110705685, -7046029254386353131  # splitmix64, as signed 64-bit
 
 
-_LIKELY = 512  # tokens that top-p alone sorts, as long as they reach top_p
+_LIKELY = 512  # tokens of a row that are sorted, as long as the filters keep none of the others
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -48,30 +48,58 @@ def gumbel_noise(seed: int | Tensor, index: Tensor, token_ids: Tensor) -> Tensor
 def support(logits: Tensor, sampling: SamplingConfig, at_least: int = 1) -> tuple[Tensor, Tensor]:
     """The filtered next-token distribution of each row, most likely token first when a filter is on.
 
-    logits: [N, V], the SAT already masked with -inf. at_least: top-k keeps no fewer ids than this, so that a draft
-    tree always finds enough candidates (tokens beyond top_k get log-probability -inf).
-    Returns (columns [N, C], log-probabilities [N, C] in float32; -inf marks what the filters drop). Filters as in
-    `transformers`: temperature, then top-k, then the smallest set whose probability reaches top-p.
+    logits: [N, V], the SAT already masked with -inf. at_least: no fewer ids than this are given, so that a draft tree always
+    finds enough candidates.
+    Returns (columns [N, C], scores [N, C] in float32, logits divided by the temperature: their softmax is the distribution, and
+    -inf marks what the filters drop). Filters as in `transformers`: temperature; top-k, which keeps all that tie with the k-th;
+    top-p, the smallest set of most likely tokens whose probability reaches top-p. Where that parts tokens that tie,
+    transformers keeps as many, but leaves to an unstable sort, and so to the processor, which; here those with the lower ids go
+    first, as in a stable ascending sort.
     """
-    logits = logits.float() / sampling.temperature
-    if not sampling.top_k and sampling.top_p == 1:
-        return torch.arange(logits.shape[-1], device=logits.device).expand_as(logits), logits.log_softmax(-1)
-    size = min(max(sampling.top_k or _LIKELY, at_least), logits.shape[-1])
-    every, (logits, columns) = logits, logits.topk(size, dim=-1)
-    if sampling.top_k:
-        logits[:, sampling.top_k :] = float("-inf")
-        share = logits.softmax(-1)
+    scores = logits.float() / sampling.temperature
+    vocabulary = scores.shape[-1]
+    top_k = min(sampling.top_k or vocabulary, vocabulary)
+    if top_k == vocabulary and sampling.top_p == 1:
+        return torch.arange(vocabulary, device=logits.device).expand_as(scores), scores
+    size = min(max(_LIKELY, 2 * sampling.top_k, at_least), vocabulary)
+    columns, kept, enough = _kept(scores, size, top_k, sampling.top_p)
+    if size < vocabulary and not bool(enough.all()):
+        columns, kept, _ = _kept(scores, vocabulary, top_k, sampling.top_p)
+    return columns, kept
+
+
+def _kept(scores: Tensor, size: int, top_k: int, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`support` among the `size` best of each row of scores [N, V], and [N, 1] whether nothing beyond them can be kept.
+
+    What is kept of a row does not depend on the size, so not on the rows beside it either.
+    """
+    vocabulary = scores.shape[-1]
+    if size < vocabulary:
+        columns = scores.topk(size, dim=-1).indices.sort(-1, descending=True).values
     else:
-        shares = every.softmax(-1)  # of the whole vocabulary, so that a row's are the same however many are sorted
-        share = shares.gather(-1, columns)
-        if size < every.shape[-1] and bool((share.double().sum(-1) < sampling.top_p).any()):
-            logits, columns = every.sort(-1, descending=True)
-            share = shares.gather(-1, columns)
-    if sampling.top_p < 1:
-        before = share.double().cumsum(-1).roll(1, -1)
-        before[:, 0] = 0
-        logits = logits.masked_fill(before >= sampling.top_p, float("-inf"))
-    return columns, logits.log_softmax(-1)
+        columns = torch.arange(vocabulary - 1, -1, -1, device=scores.device).expand_as(scores)
+    ranked, order = scores.gather(-1, columns).sort(stable=True, dim=-1, descending=True)  # of equal ones the higher id first
+    columns, worst = columns.gather(-1, order), ranked[:, -1:]
+    if top_k < vocabulary:
+        least = ranked[:, top_k - 1 : top_k]
+        enough, ranked = worst < least, ranked.masked_fill(ranked < least, float("-inf"))
+        share = (ranked - ranked[:, :1]).double().exp()
+        total = share.cumsum(-1)[:, -1:]
+    else:
+        shares = scores.softmax(-1)
+        share, total = shares.gather(-1, columns).double(), shares.double().sum(-1, keepdim=True)
+        enough = (share * (ranked > worst)).sum(-1, keepdim=True) >= top_p * total
+    if top_p < 1:
+        before = share.cumsum(-1).roll(1, -1)
+        before[:, 0] = -1  # the best one stays
+        ranked = ranked.masked_fill(before >= top_p * total, float("-inf"))
+    return columns, ranked, enough
+
+
+def filtered(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Logits [N, V] as temperature and filters leave them: float32, -inf where a token can't be drawn."""
+    columns, scores = support(logits, sampling)
+    return torch.full(logits.shape, float("-inf"), device=logits.device).scatter(-1, columns, scores)
 
 
 def choose_columns(
@@ -90,9 +118,9 @@ def choose_columns(
     """
     if sampling.greedy:
         return logits.float().argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
-    columns, log_p = support(logits, sampling, at_least=width)
+    columns, scores = support(logits, sampling, at_least=width)
     tokens = columns if ids is None else ids.expand_as(logits).gather(-1, columns)
-    score = log_p.double() + gumbel_noise(sampling.seed if seeds is None else seeds, index, tokens)
+    score = scores.double() + gumbel_noise(sampling.seed if seeds is None else seeds, index, tokens)
     return columns.gather(-1, score.argmax(-1, keepdim=True) if width == 1 else score.topk(width, dim=-1).indices)
 
 

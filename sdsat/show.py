@@ -12,8 +12,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from . import model as models
-from .config import DecodeConfig, InputError, require
+from .config import DecodeConfig, require
 from .decode import Generation, end_of_text, generate, resolved, text_after
+from .files import replacing
 from .prompts import WARM_UP, encode_prompt, encode_request
 
 ACCEPTED = "bold green"
@@ -122,7 +123,5 @@ def generate_in_terminal(
         )
     if svg is not None:
         how = f"{name}, {decode.strategy}, k = {decode.k}"
-        try:
-            console.save_svg(str(svg), title=f"sdsat generate: accepted drafts in green ({how})")
-        except OSError as error:
-            raise InputError(f"--svg={svg}: cannot be written ({error.strerror})") from None
+        with replacing(svg) as part:
+            console.save_svg(str(part), title=f"sdsat generate: accepted drafts in green ({how})")

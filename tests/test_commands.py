@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import string
 import subprocess
@@ -10,13 +11,14 @@ import sys
 import time
 import weakref
 from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import tiny_tokenizer, with_adapter
 from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -282,6 +284,17 @@ BAD_INPUT = [
         "max_prompt_tokens=0: expected",
     ),
     (["generate", "hello", "--model", "TINY", "--svg", "none/x.svg"], "--svg=none/x.svg: no such folder"),
+    (["generate", "hello", "--model", "TINY", "--svg", "/dev/full"], "--svg=/dev/full: cannot be written (it is no regular file"),
+    (["inspect", "TINY", "--out", "/dev/full"], "--out=/dev/full: cannot be written (it is no regular file; expected a file"),
+    (["verify", "TINY", "--out", "/dev/full"], "--out=/dev/full: cannot be written (it is no regular file; expected a file"),
+    (["eval", "TINY", "--out", "/dev/full"], "--out=/dev/full: cannot be written (it is no regular file; expected a file"),
+    (["eval", "TINY", "--out", "."], "--out=.: cannot be written (it is a folder; expected a file or a new name)"),
+    (["verify", "TINY", "--out", "none/x.json"], "--out=none/x.json: no such folder"),
+    (
+        ["distill", "--source", str(ROOT / "sdsat"), "--limit", "2", "--out", "a-file", "--model", "TINY"],
+        "out=a-file: cannot be written (File exists)",
+    ),
+    (["export", "TINY", "--out", "a-file"], "out=a-file: exists already; choose a new directory"),
     (["generate", "hello", "--no-such-option"], "--no-such-option"),
     (["generate"], "Missing argument 'prompt'"),
     (["report", "none"], "results folder none: no such folder"),
@@ -344,10 +357,10 @@ def test_bad_input_is_one_line_and_exit_code_2(command, tmp_path, arguments, mes
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "results") == ["a-file", "gguf"]
 
 
-def test_corrupt_cache_is_named(command, tmp_path, monkeypatch):
+def test_a_cache_that_is_whole_but_no_model_is_named(command, tmp_path, monkeypatch, tiny):
     folder = tmp_path / "cache" / "smollm2-135m-instruct"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{")
+    shutil.copytree(tiny.parent / "base", folder)
+    (folder / "config.json").write_text("{}")
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path / "cache"))
     code, _, errors = command("generate", "hello", "--model", "smollm2-135m-instruct")
     assert code == 2
@@ -393,6 +406,31 @@ def test_verify_compares_everything_and_resumes(command, tmp_path):
     (tmp_path / "audit.json").write_text(json.dumps(document))
     assert command(*audit)[0] == 0
     assert len(json.loads((tmp_path / "audit.json").read_text())["problems"]) == 2
+
+
+def retrained(tiny, folder, seed):
+    """An adapter at `folder` like TINY, with other weights for another seed."""
+    base = AutoModelForCausalLM.from_pretrained(tiny.parent / "base", dtype=torch.float64)
+    made = with_adapter(base, k=5, seed=seed)
+    made.adapter.config = replace(made.adapter.config, base_model=str(tiny.parent / "base"))
+    made.adapter.save(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["verify", "eval"])
+def test_another_adapter_at_the_same_place_is_another_run(command, tmp_path, tiny, name):
+    adapter, out = retrained(tiny, tmp_path / "mine", 1), tmp_path / "out.json"
+    run = [name, adapter, "--k-list", "2", "--strategies", "two-step", "--max-new-tokens", "4", "--dtype", "float32"]
+    run += ["--out", str(out), "--data-limit"]
+    assert command(*run, "1")[0] == 0
+    held = out.read_text()
+    assert retrained(tiny, tmp_path / "mine", 1) == adapter  # trained again, to the same weights
+    assert command(*run, "1")[0] == 0
+    retrained(tiny, tmp_path / "mine", 2)
+    for limit in ("1", "2"):
+        code, _, errors = command(*run, limit)
+        assert code == 2 and f"{out}: was begun with adapter=" in last_line(errors)
+    assert out.read_text() == held
 
 
 def written(folder, name, **content):

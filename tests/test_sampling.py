@@ -28,21 +28,24 @@ SETTINGS = [
 ]
 
 
-def filtered(logits, sampling):
-    """[N, V] exact next-token probabilities by transformers' logits processors."""
-    scores = TemperatureLogitsWarper(float(sampling.temperature))(None, logits.double())
+def warped(logits, sampling):
+    """[N, V] scores by transformers' logits processors."""
+    scores = TemperatureLogitsWarper(float(sampling.temperature))(None, logits)
     if sampling.top_k:
         scores = TopKLogitsWarper(sampling.top_k)(None, scores)
-    if sampling.top_p < 1:
-        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
-    return scores.softmax(-1)
+    return TopPLogitsWarper(sampling.top_p)(None, scores) if sampling.top_p < 1 else scores
+
+
+def filtered(logits, sampling):
+    """[N, V] exact next-token probabilities by transformers' logits processors."""
+    return warped(logits.double(), sampling).softmax(-1)
 
 
 def spread(logits, sampling, **kwargs):
     """[N, V] probabilities of `support`, at each id's own place."""
-    ids, log_p = support(logits, sampling, **kwargs)
+    ids, scores = support(logits, sampling, **kwargs)
     assert all(len(set(row)) == len(row) for row in ids.tolist())
-    return torch.zeros(logits.shape, dtype=torch.double).scatter(-1, ids, log_p.double().exp())
+    return torch.zeros(logits.shape, dtype=torch.double).scatter(-1, ids, scores.double().softmax(-1))
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
@@ -70,6 +73,73 @@ def test_top_p_alone_is_the_same_however_many_tokens_it_sorts(monkeypatch, stren
         assert torch.equal(spread(logits[row : row + 1], sampling)[0] > 0, got[row] > 0)
     monkeypatch.setattr(sampling_module, "_LIKELY", 2000)
     assert torch.equal(spread(logits, sampling) > 0, got > 0)
+
+
+def meets_exactly(row, top_p):
+    """Whether a sum of a row's probabilities meets 1 - top_p: then transformers' float32 may round to either side of it."""
+    below = row.double().softmax(-1).sort().values.cumsum(-1)
+    return bool(((below - (1 - top_p)).abs() < 1e-6).any())
+
+
+@pytest.fixture
+def stable_sort(monkeypatch):
+    """torch.sort, which TopPLogitsWarper leaves the order of equals to, in the order of their ids."""
+    sort = torch.sort
+    monkeypatch.setattr(torch, "sort", lambda scores, descending: sort(scores, descending=descending, stable=True))
+
+
+def tied_rows(seed, vocabulary):
+    """Logits as bfloat16 has them, and such as few values are left of: ties everywhere. One token is masked, as the SAT is."""
+    generator = torch.Generator().manual_seed(seed)
+    wide, flat = ((spread * torch.randn(4, vocabulary, generator=generator)).bfloat16().float() for spread in (3, 0.3))
+    few = torch.randint(1 + seed % 7, (4, vocabulary), generator=generator) / 2
+    logits = torch.cat([wide, flat, few])
+    logits[:, seed % vocabulary] = -math.inf
+    return logits
+
+
+FILTERS = [
+    SamplingConfig(temperature, top_k, top_p)
+    for temperature in (0.2, 0.7, 1.0)
+    for top_k, top_p in [(1, 1.0), (10, 1.0), (50, 1.0), (600, 1.0), (0, 0.95), (0, 0.5), (10, 0.95), (50, 0.8), (3, 0.999)]
+]
+
+
+@pytest.mark.parametrize("vocabulary", [5, 40, 700, 3000])
+def test_ties_are_kept_as_transformers_keeps_them(vocabulary, stable_sort):
+    num = 0
+    for seed, sampling in enumerate(FILTERS * (12 if vocabulary < 1000 else 3)):
+        logits = tied_rows(seed, vocabulary)
+        got, want = sampling_module.filtered(logits, sampling), warped(logits, sampling)
+        unfiltered = warped(logits, SamplingConfig(sampling.temperature, sampling.top_k))
+        for row in range(len(logits)):
+            if sampling.top_p == 1 or not meets_exactly(unfiltered[row], sampling.top_p):
+                assert torch.equal(got[row], want[row])
+                num += 1
+    assert num > 800
+
+
+@pytest.mark.parametrize("vocabulary", [40, 3000])
+def test_where_top_p_parts_equals_as_many_are_kept_as_by_transformers(vocabulary):
+    """With its own, unstable sort: the same scores are left, and all of them but the lowest at the same tokens."""
+    for seed, sampling in enumerate(FILTERS * 3):
+        logits = tied_rows(seed, vocabulary)
+        got, want = sampling_module.filtered(logits, sampling), warped(logits, sampling)
+        unfiltered = warped(logits, SamplingConfig(sampling.temperature, sampling.top_k))
+        for row in range(len(logits)):
+            if meets_exactly(unfiltered[row], sampling.top_p):
+                continue
+            assert torch.equal(got[row].sort().values, want[row].sort().values)
+            lowest = want[row][want[row] > -math.inf].min()
+            assert torch.equal(got[row] > lowest, want[row] > lowest)
+
+
+def test_a_row_is_filtered_alike_beside_any_others():
+    """A row all of whose tokens tie needs everything sorted; its neighbour must not change by that."""
+    rows = torch.stack([torch.zeros(2000), torch.randn(2000, generator=torch.Generator().manual_seed(4)) * 4])
+    for sampling in FILTERS:
+        alone = [sampling_module.filtered(rows[i : i + 1], sampling)[0] for i in range(2)]
+        assert torch.equal(sampling_module.filtered(rows, sampling), torch.stack(alone))
 
 
 @settings(deadline=None)

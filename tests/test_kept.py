@@ -1,0 +1,162 @@
+"""The cache folder: used as it is where it is whole, made again where it isn't, and never trusted with another's code."""
+
+import os
+import shutil
+import subprocess
+import warnings
+
+import pytest
+from conftest import one_line_error, tiny_llama, tiny_tokenizer
+
+from sdsat import embedded, native
+from sdsat.kept import load_library
+
+
+class Build:
+    """Compiles a library whose `answer` is the number of builds so far; counts them."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, target):
+        self.count += 1
+        source = target.with_suffix(".c")
+        source.write_text(f"int answer(void) {{ return {self.count}; }}")
+        subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
+
+
+@pytest.fixture
+def cache(monkeypatch, unprivileged):
+    monkeypatch.setenv("SDSAT_CACHE", str(unprivileged / "cache"))
+    return unprivileged / "cache"
+
+
+def kept(cache):
+    (file,) = (cache / "native").glob("*.so")
+    return file
+
+
+def quietly(build, name="key"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load_library(name, build).answer()
+
+
+def test_a_library_is_built_once_and_used_where_nothing_can_be_written(cache):
+    build = Build()
+    assert [quietly(build) for _ in range(2)] == [1, 1] and build.count == 1
+    assert quietly(build, "another") == 2
+    for folder in (cache / "native", cache):
+        folder.chmod(0o500)
+    (cache / "native.lock").chmod(0o400)
+    assert quietly(build) == 1 and build.count == 2
+    cache.chmod(0o700)
+
+
+@pytest.mark.parametrize("damage", [b"", b"cut", b"another"])
+def test_a_damaged_library_is_not_loaded_but_built_again(cache, damage):
+    """To load one that was cut short ends the process with a bus error."""
+    build = Build()
+    build.count = 10
+    quietly(build)
+    file = kept(cache)
+    whole = file.read_bytes()
+    file.unlink()  # this process goes on with the one that it has loaded
+    file.write_bytes(whole[: len(whole) // 2] if damage == b"cut" else damage)
+    file.chmod(0o700)
+    assert quietly(build) == 12 and build.count == 12
+    assert quietly(build) == 12 and build.count == 12  # and is kept
+
+
+@pytest.mark.parametrize("mode", [0o722, 0o720, 0o702])
+def test_a_library_that_others_can_write_to_is_not_loaded(cache, mode):
+    build = Build()
+    build.count = 20
+    quietly(build)
+    kept(cache).chmod(mode)
+    assert quietly(build) == 22
+    assert kept(cache).stat().st_mode & 0o022 == 0
+
+
+def test_nor_one_in_a_folder_that_others_can_write_to(cache):
+    build = Build()
+    build.count = 30
+    quietly(build)
+    (cache / "native").chmod(0o777)  # this user's own: closed, for whatever is there, and built anew
+    assert quietly(build) == 32 and (cache / "native").stat().st_mode & 0o077 == 0
+    cache.chmod(0o777)  # somebody else could put another folder in its place
+    with pytest.warns(UserWarning, match=f"cannot be kept .*{cache}: others can write to it"):
+        assert load_library("key", build).answer() == 33
+    cache.chmod(0o700)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a file another user's")
+def test_nor_another_users(cache):
+    build = Build()
+    build.count = 40
+    quietly(build)
+    os.seteuid(0)
+    os.chown(kept(cache), 12345, 12345)
+    os.seteuid(65534)
+    assert quietly(build) == 42 and kept(cache).stat().st_uid == 65534
+    os.seteuid(0)
+    os.chown(cache / "native", 12345, 12345)
+    os.seteuid(65534)
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert load_library("key", build).answer() == 43
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "read-only", "no home"])
+def test_what_cannot_be_kept_is_built_for_this_process_with_a_warning(cache, monkeypatch, obstacle):
+    build = Build()
+    build.count = {"a file": 50, "read-only": 60, "no home": 70}[obstacle]
+    if obstacle == "a file":
+        cache.write_text("")
+    elif obstacle == "read-only":
+        cache.mkdir(mode=0o500)
+    else:
+        monkeypatch.setenv("SDSAT_CACHE", "~nobody-of-that-name/cache")
+    with pytest.warns(UserWarning, match="compiled at every start: it cannot be kept"):
+        assert load_library("key", build).answer() == build.count
+
+
+def test_a_failed_build_says_why_and_leaves_nothing(cache):
+    def fail(target):
+        target.write_text("half")
+        raise native.Unavailable("no")
+
+    with pytest.raises(native.Unavailable, match="no"):
+        load_library("key", fail)
+    assert not list((cache / "native").iterdir())
+
+
+def test_the_base_is_used_where_it_is_whole_and_made_again_where_it_is_not(cache, monkeypatch):
+    made = []
+
+    def convert(gguf, target):
+        made.append(target)
+        tiny_llama().save_pretrained(target)
+        tiny_tokenizer(["<unk>", "a"]).save_pretrained(target)
+
+    monkeypatch.setattr(embedded, "_fetch", lambda folder: folder)
+    monkeypatch.setattr(embedded, "_convert", convert)
+    folder = embedded.base_dir()
+    assert embedded.base_dir() == folder and len(made) == 1
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])  # a copy that was cut short
+    assert embedded.base_dir() == folder and len(made) == 2
+    (folder / "config.json").unlink()
+    assert embedded.base_dir() == folder and len(made) == 3
+    (cache / f"{embedded.BASE_NAME}.lock").unlink()
+    cache.chmod(0o500)
+    assert embedded.base_dir() == folder and len(made) == 3  # nothing needs to be written, no lock either
+    (cache / f"{embedded.BASE_NAME}").chmod(0o700)
+    cache.chmod(0o700)
+    shutil.rmtree(folder)
+    cache.chmod(0o500)
+    with one_line_error(f"cache folder {cache}: cannot be written", "set SDSAT_CACHE"):
+        embedded.base_dir()
+    cache.chmod(0o700)
+    monkeypatch.setenv("SDSAT_CACHE", "~nobody-of-that-name/cache")
+    with one_line_error("cache folder: ", "set SDSAT_CACHE to a folder"):
+        embedded.base_dir()

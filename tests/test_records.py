@@ -1,0 +1,197 @@
+"""What a run is known by: the code, the base and the adapter that it measured."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import one_line_error, tiny_llama, with_adapter
+from safetensors.torch import load_file, save_file
+
+from sdsat import bench, records
+from sdsat.config import InputError
+from sdsat.datasets import Task
+from sdsat.files import write_json
+from sdsat.report import SCHEMA_VERSION
+
+
+@pytest.fixture
+def adapter(tiny, tmp_path):
+    """A copy of the tiny adapter and its base."""
+    shutil.copytree(tiny.parent, tmp_path / "copy")
+    config = tmp_path / "copy" / tiny.name / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model": str(tmp_path / "copy" / "base")}))
+    return tmp_path / "copy" / tiny.name
+
+
+def one_bit_more(file):
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name].view(torch.uint8).view(-1)[0] ^= 1
+    save_file(tensors, file)
+
+
+def test_a_run_is_known_by_every_bit_of_code_base_and_adapter(adapter, monkeypatch, tmp_path):
+    first = records.identity(str(adapter))
+    assert all(isinstance(value, str) for value in first.values())
+    (adapter.parent / "base" / "training.png").write_text("no part of the model")
+    assert records.identity(str(adapter)) == first
+    for part, file in (("adapter", adapter / "adapter_model.safetensors"), ("base", adapter.parent / "base/model.safetensors")):
+        one_bit_more(file)
+        changed = records.identity(str(adapter))
+        assert {key for key in first if changed[key] != first[key]} == {part}
+        first = changed
+    for part, file in (("adapter", adapter / "adapter_config.json"), ("base", adapter.parent / "base/generation_config.json")):
+        file.write_text(file.read_text() + "\n")
+        changed = records.identity(str(adapter))
+        assert {key for key in first if changed[key] != first[key]} == {part}
+        first = changed
+    package = Path(records.__file__).parent
+    shutil.copytree(package, tmp_path / "sdsat", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "sdsat" / "records.py"))
+    assert records.identity(str(adapter)) == first  # wherever it is installed
+    for name in ("native.cpp", "decode.py"):
+        (tmp_path / "sdsat" / name).write_text((tmp_path / "sdsat" / name).read_text() + "\n")
+        changed = records.identity(str(adapter))
+        assert {key for key in first if changed[key] != first[key]} == {"code"}
+        first = changed
+    with one_line_error("model no/such-model: not found"):
+        records.identity("no/such-model")
+
+
+def test_a_model_that_was_never_in_files_is_known_by_its_tensors():
+    one, same, other = (with_adapter(tiny_llama(torch.bfloat16, seed=seed)) for seed in (0, 0, 1))
+    hashes = [records.identity("somewhere", model)["base"] for model in (one, same, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_the_commit_is_named_only_where_it_holds_these_sources(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "sdsat"
+    package.mkdir(parents=True)
+    (package / "records.py").write_text("x = 1\n")
+    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+
+    def git(*arguments):
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert records.commit() is None  # no repository
+    git("init")
+    (tmp_path / ".gitignore").write_text("site-packages/\n")
+    git("add", ".gitignore")
+    git("commit", "-m", "another project's")
+    assert records.commit() is None  # installed beside a project that is not this one
+    git("add", "-f", str(package))
+    git("commit", "-m", "its own")
+    assert records.commit() == git("rev-parse", "HEAD")
+    (package / "records.py").write_text("x = 2\n")
+    assert records.commit() is None
+
+
+def test_what_an_older_version_did_not_note_is_not_taken_for_the_same():
+    with one_line_error("out.json: was begun with code=None, now it is a; delete it or choose another"):
+        records.check_environment({"torch": "2"}, {"torch": "2", "code": "a"}, "out.json")
+    records.check_environment({"code": "a", "commit": "b"}, {"code": "a", "commit": None}, "out.json")
+
+
+def test_a_script_resumes_only_its_own_record_of_the_same_run(tmp_path):
+    new = {"environment": {"code": "a", "script": "s"}, "settings": {"n": 1}, "runs": []}
+    out = tmp_path / "new" / "out.json"
+    assert records.resumed(out, new) == new
+    write_json(out, {**new, "runs": [1]})
+    assert records.resumed(out, new)["runs"] == [1]
+    for part, key in (("environment", "code"), ("environment", "script"), ("settings", "n")):
+        with one_line_error(f"{out}: was begun with {key}="):
+            records.resumed(out, {**new, part: {**new[part], key: "other"}})
+    for content in ([], {"settings": {}}):
+        write_json(out, content)
+        with one_line_error(f"{out}: not a record of this script"):
+            records.resumed(out, new)
+    with one_line_error("--out=/dev/full: cannot be written (it is no regular file"):
+        records.resumed(Path("/dev/full"), new)
+
+
+def test_a_finished_benchmark_of_other_weights_or_code_is_not_taken_for_this_one(adapter, tmp_path, monkeypatch):
+    """Without a worker: also where all problems were measured before."""
+    config = bench.BenchConfig(str(adapter), k_list=(2,), strategies=("two-step",), data_limit=1)
+    folder = tmp_path / config.folder
+    folder.mkdir(parents=True)
+    held = records.identity(str(adapter))
+
+    def write(**changes):
+        head = {"schema_version": SCHEMA_VERSION, "device": "cpu", "environment": {**held, **changes}}
+        write_json(folder / "worker_cpu.json", {**head, "settings": bench._settings(config), "problems": [done]})
+
+    done = {"task_id": "HumanEval/0", "runs": []}
+    write()
+    assert bench.bench(config, ["cpu"], tmp_path) == (folder, [])
+    for key in held:
+        write(**{key: "other"})
+        with one_line_error(f"results folder {folder}: was begun with {key}=other"):
+            bench.bench(config, ["cpu"], tmp_path)
+    write()
+    one_bit_more(adapter / "adapter_model.safetensors")
+    with one_line_error(f"results folder {folder}: was begun with adapter={held['adapter']}"):
+        bench.bench(config, ["cpu"], tmp_path)
+
+
+class Pipe:
+    """A worker as its parent sees it, without a process."""
+
+    def __init__(self, said, code):
+        self.said, self.exitcode = list(said), code
+
+    def recv(self):
+        if not self.said:
+            raise EOFError
+        return self.said.pop(0)
+
+    def close(self):
+        pass
+
+    start = join = terminate = close
+
+
+@pytest.mark.parametrize(
+    ("workers", "dead"),
+    [
+        ([([("error", "full")], 2), ([("problem", 1), ("problem", 2)], 0)], ["worker cpu (full)"]),
+        ([([("problem", 1)], -9), ([("problem", 2), ("error", "full")], 2)], ["exit code -9", "worker cpu.1 (full)"]),
+        ([([("error", "full")], 2), ([("error", "full")], 2)], None),
+        ([([("problem", 1)], 0), ([("problem", 2)], 0)], []),
+    ],
+    ids=["one refuses", "one dies, one refuses", "all refuse", "none"],
+)
+def test_a_worker_that_cannot_go_on_does_not_end_the_others(tmp_path, monkeypatch, workers, dead):
+    pipes = [Pipe(*worker) for worker in workers]
+    waiting, seen = iter(pipes), []
+
+    class Context:
+        def Pipe(self, duplex):
+            self.last = next(waiting)
+            return self.last, self.last
+
+        def Process(self, **_):
+            return self.last
+
+    class Progress:
+        bar = Pipe([], 0)
+
+        def add(self, problem):
+            seen.append(problem)
+
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: Context())
+    monkeypatch.setattr(bench, "wait", lambda pipes: pipes)
+    monkeypatch.setattr(bench, "Connection", Pipe)
+    config = replace(bench.BenchConfig("x"), data_limit=2)
+    arguments = (config, ["cpu", "cpu"], [Task("a", "a"), Task("b", "b")], tmp_path, Progress())
+    if dead is None:
+        with pytest.raises(InputError, match="full"):
+            bench._run_workers(*arguments)
+    else:
+        found = bench._run_workers(*arguments)
+        assert len(found) == len(dead) and all(part in line for part, line in zip(dead, found, strict=True))
+    assert sorted(seen) == sorted(content for said, _ in workers for kind, content in said if kind == "problem")
