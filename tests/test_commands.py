@@ -142,8 +142,8 @@ def test_workers_end_with_a_killed_run(start):
 
 
 def test_full_disk_is_one_line_and_loses_no_problem(start):
-    """A file may not grow beyond 6 kB: the third problem or so can't be written."""
-    limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # noqa: E731
+    """A file may not grow beyond 8 kB: the third problem or so can't be written."""
+    limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # noqa: E731
     _, errors = start("greedy", code=2, prepare=limits, DATA_LIMIT="12")
     file = start.results / "greedy" / "worker_cpu.json"
     assert last_line(errors) == f"error: {file}: cannot be written (File too large)"
