@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,26 +22,18 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sdsat.cli import Device, Dtype, Model, run
-from sdsat.config import DecodeConfig, require
+from sdsat.config import DecodeConfig, beside, decode_config_of, require
 from sdsat.decode import generate_batch
 from sdsat.embedded import NAME
 from sdsat.engine import probe_rows
 from sdsat.files import sha256_of, write_json
 from sdsat.model import SatModel, load
-from sdsat.prompts import humaneval
+from sdsat.prompts import WARM_UP, encode_prompt, humaneval
 from sdsat.records import environment, resumed
 
 AR, WARM_UP_TOKENS = "ar", 12
 STRATEGIES = ("two-step:3", "rounded:3", "auto")
 COLUMNS = ("batch size", "strategy", "tokens/s", "over ar", "of each turn", "over ar, batch size 1", "tokens/pass", "as ar")
-
-
-def decode_config(strategy: str, model: SatModel, max_new_tokens: int) -> DecodeConfig:
-    """The settings of 'ar', or of NAME:K as in 'two-step:3'; without K, the depth that was trained."""
-    name, _, k = strategy.partition(":")
-    require(k.isdecimal() or k == "", f"strategy={strategy}: expected {AR} or NAME:K with a number K")
-    depth = 0 if strategy == AR or model.sat is None else int(k or model.sat.k)
-    return DecodeConfig(depth, max_new_tokens, stop_ids=model.stop_ids, strategy="two-step" if strategy == AR else name)
 
 
 def measure(model: SatModel, prompts: list[list[int]], config: DecodeConfig, size: int) -> dict[str, Any]:
@@ -69,11 +62,12 @@ def summarize(document: dict[str, Any]) -> dict[str, Any]:
         runs = [held[turn, size, strategy] for turn in turns]
         return sum(run["num_new_tokens"] for run in runs) / sum(run["seconds"] for run in runs)
 
-    want = held[turns[0], settings["sizes"][0], AR]["outputs_sha256"]
+    ar_runs = [run for (_, _, strategy), run in held.items() if strategy == AR]
     for size in settings["sizes"]:
         for strategy in settings["strategies"]:
             runs = [held[turn, size, strategy] for turn in turns]
             ratios = [rate(size, strategy, turn) / rate(size, AR, turn) for turn in turns]
+            outputs = [run["outputs_sha256"] for run in (*ar_runs, *runs)]  # of every turn, prompt by prompt
             rows.append({
                 "batch_size": size,
                 "strategy": strategy,
@@ -82,7 +76,7 @@ def summarize(document: dict[str, Any]) -> dict[str, Any]:
                 "over_ar_of_turns": [round(min(ratios), 4), round(max(ratios), 4)],
                 "over_first_ar": round(over_turns(size, strategy) / over_turns(settings["sizes"][0], AR), 4),
                 "tokens_per_pass": round(sum(run["num_new_tokens"] for run in runs) / sum(run["num_passes"] for run in runs), 4),
-                "identical_outputs": min(sum(map(str.__eq__, run["outputs_sha256"], want)) for run in runs),
+                "identical_outputs": sum(len({*shas}) == 1 for shas in zip(*outputs, strict=True)),
             })  # fmt: skip
     stops = {}
     for strategy in settings["strategies"]:
@@ -114,7 +108,8 @@ def main(
     model: Model = NAME,
     sizes: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,2,4,8,16,32",
     strategy: Annotated[
-        list[str] | None, typer.Option(help="'two-step:3', 'auto', ..; repeat for more. AR is always there.")
+        list[str] | None,
+        typer.Option(help="'two-step:3', 'auto', 'auto:lookup=0', 'lookup', ..; repeat for more. AR is always there."),
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="How many HumanEval prompts.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -126,11 +121,12 @@ def main(
     """Measure, print a table, and write --out after every run (default: results/reference/MODEL/batch.json)."""
     numbers = sizes.split(",")
     require(all(n.isdecimal() and int(n) > 0 for n in numbers), f"--sizes={sizes}: expected positive numbers with commas between")
-    counts, strategies = sorted({int(n) for n in numbers}), [AR, *(strategy or STRATEGIES)]
+    counts, strategies = sorted({int(n) for n in numbers}), [AR, *beside(strategy or STRATEGIES)]
     require(len(set(strategies)) == len(strategies), f"--strategy={','.join(strategies[1:])}: one is there twice, or is {AR}")
     out = out or Path("results/reference") / Path(model).name / "batch.json"
     loaded = load(model, dtype, device)
-    configs = {name: decode_config(name, loaded, max_new_tokens) for name in strategies}
+    configs = {name: decode_config_of(name, max_new_tokens=max_new_tokens, stop_ids=loaded.stop_ids) for name in strategies}
+    warm_up = [encode_prompt(loaded.tokenizer, WARM_UP)] * max(counts)
     problems = humaneval(loaded.tokenizer, prompts)
     ids = [list(problem.prompt_ids) for problem in problems]
     settings = {
@@ -143,8 +139,8 @@ def main(
     document = resumed(out, {**head, "summary": {}, "runs": []})
     done = {(run["turn"], run["batch_size"], run["strategy"]) for run in document["runs"]}
     for name in strategies:  # what is measured once, and compiled, and learned
-        short = decode_config(name, loaded, min(WARM_UP_TOKENS, max_new_tokens))
-        generate_batch(loaded, ids[: max(counts)], short, batch_size=max(counts))
+        short = replace(configs[name], max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens))
+        generate_batch(loaded, warm_up, short, batch_size=max(counts))
     keys = [(turn, size, place) for turn in range(turns) for size in counts for place in range(len(strategies))]
     for turn, size, place in tqdm(keys, unit="run", disable=None):
         name = strategies[(place + turn + counts.index(size)) % len(strategies)]

@@ -34,17 +34,17 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
 from sdsat.cli import Model, run
-from sdsat.config import DecodeConfig, require
+from sdsat.config import DecodeConfig, beside, decode_config_of, require
 from sdsat.decode import Generation, generate
 from sdsat.embedded import BASE_NAME, NAME, _fetch, base_dir
 from sdsat.engine import probe_rows
 from sdsat.files import sha256_of, write_json
 from sdsat.kept import cache_dir
 from sdsat.model import SatModel, _load_base, load
-from sdsat.prompts import Problem, encode_request, humaneval, read_sources
+from sdsat.prompts import WARM_UP, Problem, encode_prompt, encode_request, humaneval, read_sources
 from sdsat.records import environment, resumed
 from sdsat.reference import transformers_generate
-from sdsat.report import _bootstrap, _interval, seconds_of
+from sdsat.report import interval, seconds_of, speedup, with_interval
 
 try:
     import llama_cpp
@@ -61,11 +61,8 @@ Decoder = Callable[[list[int], int], Generation]  # (prompt ids, new tokens at m
 
 
 def decode_config(strategy: str, model: SatModel, max_new_tokens: int) -> DecodeConfig:
-    """The settings of one of our strategies: 'ar', or NAME:K as in 'one-pass:5'; without K, the depth that was trained."""
-    name, _, k = strategy.partition(":")
-    require(k.isdecimal() or k == "", f"--ours={strategy}: expected NAME:K with a number K")
-    depth = 0 if strategy == AR or model.sat is None else int(k or model.sat.k)
-    return DecodeConfig(depth, max_new_tokens, stop_ids=model.stop_ids, strategy="two-step" if strategy == AR else name)
+    """The settings of one of our strategies, as 'one-pass:5'."""
+    return decode_config_of(strategy, max_new_tokens=max_new_tokens, stop_ids=model.stop_ids)
 
 
 @cache
@@ -182,11 +179,6 @@ def measure(prompt: Problem, decoders: dict[str, Decoder], limit: int, turn: int
     return {"id": prompt.task_id, "num_prompt_tokens": len(prompt.prompt_ids), "runs": runs}
 
 
-def speedup(sums: np.ndarray) -> np.ndarray:
-    """sums [..., 4]: tokens and seconds of a strategy and of another -> [...]."""
-    return sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3])
-
-
 def summarize(group: str, strategy: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Figures of a strategy over the prompts of one set; runs: {strategy: run} of each prompt."""
     names = (strategy, AR, "transformers")
@@ -197,9 +189,9 @@ def summarize(group: str, strategy: str, runs: list[dict[str, Any]]) -> dict[str
         "num_prompts": len(runs),
         "tokens_per_second": round(float(own[:, 0].sum() / own[:, 1].sum()), 4),
         "speedup": round(float(speedup(np.hstack([own, ar]).sum(0))), 4),
-        "speedup_ci95": _bootstrap(np.hstack([own, ar]), speedup),
+        "speedup_ci95": interval(np.hstack([own, ar]), speedup),
         "speedup_over_transformers": round(float(speedup(np.hstack([own, peer]).sum(0))), 4),
-        "speedup_over_transformers_ci95": _bootstrap(np.hstack([own, peer]), speedup),
+        "speedup_over_transformers_ci95": interval(np.hstack([own, peer]), speedup),
         "tokens_per_pass": round(float(own[:, 0].sum() / sum(run[strategy]["num_passes"] for run in runs)), 4),
         "identical_outputs": sum(run[strategy]["output_sha256"] == run[AR]["output_sha256"] for run in runs),
     }
@@ -231,7 +223,7 @@ def show(document: dict[str, Any]) -> None:
         table = Table(*COLUMNS, title=f"{group}, {rows[0]['num_prompts']} prompts, greedy, {device}", title_justify="left")
         for row in rows:
             speed, memory = f"{row['tokens_per_second']:.1f}", document["memory"][row["strategy"]]
-            ratios = [_interval(row[key], row[f"{key}_ci95"]) for key in ("speedup", "speedup_over_transformers")]
+            ratios = [with_interval(row[key], row[f"{key}_ci95"]) for key in ("speedup", "speedup_over_transformers")]
             passes, same = f"{row['tokens_per_pass']:.2f}", f"{row['identical_outputs']}/{row['num_prompts']}"
             table.add_row(row["strategy"], speed, *ratios, passes, same, *map(str, memory.values()))
         console.print(table)
@@ -239,7 +231,7 @@ def show(document: dict[str, Any]) -> None:
 
 def main(
     model: Model = NAME,
-    ours: Annotated[list[str] | None, typer.Option(help="'two-step:5', ...; repeat for more.")] = None,
+    ours: Annotated[list[str] | None, typer.Option(help="'two-step:5', 'auto', ...; repeat for more.")] = None,
     data_limit: Annotated[int, typer.Option(min=1, help="How many HumanEval problems.")] = 12,
     general: Annotated[int, typer.Option(min=1, help="How many requests without code.")] = 12,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -256,7 +248,7 @@ def main(
         return
     if not llama_cpp:
         print(f"llama.cpp is left out, for it is not installed: {INSTALL}")
-    strategies = [*TRANSFORMERS, AR, *(ours or ["two-step:5"]), *LLAMA]
+    strategies = [*TRANSFORMERS, AR, *beside(ours or ["two-step:5"]), *LLAMA]
     for strategy in ours or ():
         decode_config(strategy, own_model(model), max_new_tokens)  # refuses bad ones before anything is measured
     decoders = {strategy: make_decoder(strategy, model, context) for strategy in strategies}
@@ -267,7 +259,8 @@ def main(
             document["memory"][strategy] = memory_of(strategy, [model, *options])
             write_json(out, document)
     done = {prompt["id"] for prompt in document["prompts"]}
-    measure(prompts[0], decoders, min(WARM_UP_TOKENS, max_new_tokens), 0)
+    warm_up = Problem("warm-up", tuple(encode_prompt(own_model(model).tokenizer, WARM_UP)))
+    measure(warm_up, decoders, min(WARM_UP_TOKENS, max_new_tokens), 0)
     for turn, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
         if prompt.task_id not in done:
             document["prompts"].append(measure(prompt, decoders, max_new_tokens, turn))

@@ -30,18 +30,19 @@ from tqdm import tqdm
 
 from . import devices as placing
 from . import model as models
-from .config import STRATEGIES, DecodeConfig, InputError, SamplingConfig, require
+from .config import LOOKUP, NUM_LOOKUP, DecodeConfig, InputError, SamplingConfig, keys_of, require
 from .datasets import HUMANEVAL, INFILLING, INFILLING_PSM, Limit, Task, check_dataset, check_limit, limited, read_tasks
 from .decode import Generation, generate
 from .files import locked, write_json
 from .model import SatModel
-from .prompts import Problem, encode_task
+from .prompts import WARM_UP, Problem, encode_prompt, encode_task
 from .records import check_environment, environment, identity, plain
 from .reference import transformers_generate
-from .report import SCHEMA_VERSION, read_workers, seconds_of
+from .report import SCHEMA_VERSION, Key, key_of, name_of, read_workers, seconds_of
 from .tree import PAPER_WIDTHS, make_tree, parse_tree
 
 _WARM_UP_TOKENS = 16
+NO_PROBLEM = Problem("", ())
 _PROMPT_TOKENS = 1024  # of a long prompt: what memory is left for beside the new tokens
 
 
@@ -51,10 +52,12 @@ class BenchConfig:
 
     method: 'greedy' or 'nucleus'; temperature, top_k and top_p hold for nucleus only.
     k_list: the k to measure; AR (0) is always among them. strategies: each at every k of k_list, but auto once, with the largest.
+    lookup: how many tokens 'auto' and 'lookup' look up in the text so far. `auto` is measured beside what it is made of: 'lookup'
+    alone, and itself without lookup; 0: only without. template_options: see prompts.encode_chat.
     dataset: see datasets.read_tasks; source: what that returns, entered by `bench`. data_limit: see datasets.limited.
     engine, sat_token_id, trained_k: see model.load.
     with_generate: also time transformers' own greedy `generate` on the same weights. turns: how often each is measured on each
-    problem, of which the run of the median time counts.
+    problem, of which the run of the median time counts. seed: each problem has its own form of it, `SamplingConfig.of_problem`.
     """
 
     model: str
@@ -76,6 +79,8 @@ class BenchConfig:
     trained_k: int | None = None
     source: str | None = None
     turns: int = 1
+    lookup: int = NUM_LOOKUP
+    template_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.method in ("greedy", "nucleus"), f"method={self.method}: expected greedy or nucleus")
@@ -95,19 +100,23 @@ class BenchConfig:
         require(
             len(set(self.strategies)) == len(self.strategies) > 0, f"strategies={','.join(self.strategies)}: one is there twice"
         )
-        for strategy, k in self.keys:
-            self.decode_config(strategy, k)
+        for strategy, k, lookup in self.keys:
+            self.decode_config(strategy, k, lookup)
             if k:
                 make_tree(parse_tree(self.tree), k)
 
     @property
-    def keys(self) -> list[tuple[str, int]]:
-        """(strategy, k) of everything that is measured on each problem."""
-        keys = [("transformers", 0)] * self.with_generate + [("ar", 0)]
-        drafting = [k for k in self.k_list if k]
+    def keys(self) -> list[Key]:
+        """(strategy, k, tokens to look up) of everything that is measured on each problem."""
+        keys = [("transformers", 0, 0)] * self.with_generate + [("ar", 0, 0)]
         for strategy in self.strategies:
-            keys += [(strategy, k) for k in (drafting[-1:] if strategy == "auto" else drafting)]
-        return keys
+            most = max(self.k_list)
+            if strategy == "auto" and most:  # and what it is made of
+                both = [(LOOKUP, 0, self.lookup), ("auto", most, 0), ("auto", most, self.lookup)]
+                keys += both if self.lookup else [("auto", most, 0)]
+            elif strategy != "auto":
+                keys += [(name, k, self.lookup if name == LOOKUP else 0) for name, k in keys_of([strategy], self.k_list)]
+        return list(dict.fromkeys(keys))
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -115,11 +124,12 @@ class BenchConfig:
             return SamplingConfig()
         return SamplingConfig(self.temperature, self.top_k, self.top_p, self.seed)
 
-    def decode_config(
-        self, strategy: str, k: int, stop_ids: tuple[int, ...] = (), stop_strings: tuple[str, ...] = ()
-    ) -> DecodeConfig:
-        strategy, tree = strategy if k else STRATEGIES[0], parse_tree(self.tree)
-        return DecodeConfig(k, self.max_new_tokens, tree, self.sampling, stop_ids, stop_strings, strategy)
+    def decode_config(self, strategy: str, k: int, lookup: int, problem: Problem = NO_PROBLEM) -> DecodeConfig:
+        sampling, ends = self.sampling.of_problem(problem.task_id), (problem.stop_ids, problem.stop_strings)
+        plain = DecodeConfig(0, self.max_new_tokens, "auto", sampling, *ends)
+        if not k and not lookup and strategy in ("transformers", "ar"):
+            return plain
+        return replace(plain, k=k, tree=parse_tree(self.tree) if k else "auto", strategy=strategy, lookup=lookup)
 
     @property
     def folder(self) -> str:
@@ -141,13 +151,15 @@ def paper_settings(method: str, dataset: str) -> dict[str, Any]:
     }
 
 
-def _run_record(strategy: str, k: int, out: Generation) -> dict[str, Any]:
+def _run_record(key: Key, out: Generation) -> dict[str, Any]:
+    strategy, k, lookup = key
     histogram = [0] * (len(out.proposed_by_depth) + 1)
     for accepted in out.accepted_lengths:
         histogram[accepted] += 1
     return {
         "strategy": strategy,
         "k": k,
+        "lookup": lookup,
         "prefill_seconds": round(out.prefill_seconds, 6),
         "decode_seconds": round(out.decode_seconds, 6),
         "num_passes": out.num_passes,
@@ -158,29 +170,40 @@ def _run_record(strategy: str, k: int, out: Generation) -> dict[str, Any]:
         "proposed_by_depth": out.proposed_by_depth,
         "accepted_by_depth": out.accepted_by_depth,
         "accepted_histogram": histogram,
-        "output_sha256": hashlib.sha256(" ".join(map(str, out.token_ids)).encode()).hexdigest(),
+        "outputs_sha256": [hashlib.sha256(" ".join(map(str, out.token_ids)).encode()).hexdigest()],
     }
 
 
 def measure_problem(model: SatModel, problem: Problem, config: BenchConfig, first: int) -> dict[str, Any]:
     """Every strategy and k, config.turns times in turn, on one problem; `first` of them begins."""
     keys = config.keys
-    runs: dict[tuple[str, int], list[dict[str, Any]]] = {key: [] for key in keys}
+    runs: dict[Key, list[dict[str, Any]]] = {key: [] for key in keys}
+    asked = replace(problem, stop_ids=model.stop_ids + problem.stop_ids)
     for place in range(config.turns * len(keys)):
-        strategy, k = keys[(place + first) % len(keys)]
-        decode = config.decode_config(strategy, k, model.stop_ids + problem.stop_ids, problem.stop_strings)
+        key = keys[(place + first) % len(keys)]
+        decode = config.decode_config(*key, asked)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k beyond the trained depth: said once, when the run starts
-            run = transformers_generate if strategy == "transformers" else generate
-            runs[strategy, k].append(_run_record(strategy, k, run(model, list(problem.prompt_ids), decode)))
+            run = transformers_generate if key[0] == "transformers" else generate
+            runs[key].append(_run_record(key, run(model, list(problem.prompt_ids), decode)))
     return {
         "task_id": problem.task_id,
+        "seed": None if config.sampling.greedy else decode.sampling.seed,
         "num_prompt_tokens": len(problem.prompt_ids),
-        "runs": [sorted(runs[key], key=seconds_of)[(config.turns - 1) // 2] for key in keys],
+        "runs": [_of_turns(runs[key]) for key in keys],
     }
 
 
-def _warm_up(model: SatModel, problem: Problem, config: BenchConfig) -> None:
+def _of_turns(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of the median time, and the outputs of all."""
+    median = sorted(runs, key=seconds_of)[(len(runs) - 1) // 2]
+    return {**median, "outputs_sha256": [sha for run in runs for sha in run["outputs_sha256"]]}
+
+
+def _warm_up(model: SatModel, config: BenchConfig) -> None:
+    """Have everything made and learnt that is made once, on a prompt that is not measured."""
+    assert model.tokenizer is not None
+    problem = Problem("warm-up", tuple(encode_prompt(model.tokenizer, WARM_UP)))
     short = replace(config, turns=1, max_new_tokens=min(_WARM_UP_TOKENS, config.max_new_tokens))
     measure_problem(model, problem, short, 0)
 
@@ -214,8 +237,8 @@ def _worker(config: BenchConfig, device: str, label: str, todo: list[Task], fold
         if model.sat and max(config.k_list) > model.sat.k:
             warn(f"k={max(config.k_list)} is beyond the depth k={model.sat.k} that {config.model} was trained for")
         assert model.tokenizer is not None
-        problems = [encode_task(model.tokenizer, task, config.dataset) for task in todo]
-        _warm_up(model, problems[0], config)
+        problems = [encode_task(model.tokenizer, task, config.dataset, config.template_options) for task in todo]
+        _warm_up(model, config)
         document = _open_document(folder, label, config, environment(model))
         for number, problem in enumerate(problems):
             record = measure_problem(model, problem, config, number)
@@ -316,21 +339,21 @@ class _Progress:
     """A progress bar with the running speed-up of the best strategy and k."""
 
     def __init__(self, finished: list[dict[str, Any]], total: int):
-        self.sums: dict[tuple[str, int], list[float]] = {}
+        self.sums: dict[Key, list[float]] = {}
         self.bar = tqdm(total=total, unit="problem", disable=None, file=sys.stderr)
         for problem in finished:
             self.add(problem)
 
     def add(self, problem: dict[str, Any]) -> None:
         for run in problem["runs"]:
-            sums = self.sums.setdefault((run["strategy"], run["k"]), [0.0, 0.0])
+            sums = self.sums.setdefault(key_of(run), [0.0, 0.0])
             sums[0] += run["num_new_tokens"]
             sums[1] += seconds_of(run)
         speed = {key: tokens / seconds for key, (tokens, seconds) in self.sums.items()}
-        drafted = {key: speed[key] / speed["ar", 0] for key in speed if key[1]}
+        drafted = {key: speed[key] / speed["ar", 0, 0] for key in speed if key[1] or key[2]}
         if drafted:
             best = max(drafted, key=lambda key: drafted[key])
-            self.bar.set_postfix_str(f"AR {speed['ar', 0]:.1f} tokens/s, {best[0]} k={best[1]} {drafted[best]:.2f}x")
+            self.bar.set_postfix_str(f"AR {speed['ar', 0, 0]:.1f} tokens/s, {name_of(best)} {drafted[best]:.2f}x")
         self.bar.update()
 
 

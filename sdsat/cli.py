@@ -18,7 +18,17 @@ from rich.console import Console
 from rich.text import Text
 
 from . import embedded
-from .config import TARGETS, DecodeConfig, InputError, SamplingConfig, TrainConfig, plain_warnings, require, utf8
+from .config import (
+    NUM_LOOKUP,
+    TARGETS,
+    DecodeConfig,
+    InputError,
+    SamplingConfig,
+    TrainConfig,
+    plain_warnings,
+    require,
+    utf8,
+)
 from .files import destination, write_json
 
 _INTERRUPTED = "interrupted; what was finished is kept, and the same command resumes"
@@ -50,6 +60,14 @@ ModelOption = Annotated[str, typer.Option("--model", help="Hub id, model directo
 _SOURCE_HELP = (
     "Folder of Python code, .jsonl (key prompt) or .txt file, or hub:NAME; repeat for more. Default: the Python installed here."
 )
+TemplateOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-option",
+        envvar="TEMPLATE_OPTIONS",
+        help="KEY=VALUE for the chat template, as enable_thinking=false; repeat for more. Default: as the template has it.",
+    ),
+]
 Sources = Annotated[list[str] | None, typer.Option("--source", help=_SOURCE_HELP)]
 
 
@@ -85,6 +103,7 @@ def generate(
     style: Annotated[
         str, typer.Option("--as", help="chat: a chat turn; code: complete a Python function; raw: as it is.")
     ] = "chat",
+    template_option: TemplateOptions = None,
     k: Annotated[
         int | None,
         typer.Option("-k", "--k", help="SATs per draft; 0 is plain decoding. Default: the trained k, which auto goes up to."),
@@ -125,7 +144,8 @@ def generate(
     require(style in ("chat", "code", "raw"), f"--as={style}: expected chat, code or raw")
     if svg is not None:
         destination(svg, "--svg")
-    show.generate_in_terminal(prompt, model, style, decode, dtype, device, sat_token_id, trained_k, engine, compare, svg)
+    options = tuple(template_option or ())
+    show.generate_in_terminal(prompt, model, style, options, decode, dtype, device, sat_token_id, trained_k, engine, compare, svg)
 
 
 @app.command()
@@ -158,6 +178,10 @@ def bench(
     dtype: Annotated[str | None, typer.Option(envvar="DTYPE", help="float32, bfloat16, float16, or auto.")] = None,
     results: Annotated[Path, typer.Option(envvar="RESULTS_DIR")] = Path("results"),
     with_generate: Annotated[bool, typer.Option("--with-generate", help="Also time transformers' own greedy generate.")] = False,
+    lookup: Annotated[
+        int, typer.Option(envvar="LOOKUP", help="Tokens that auto and lookup look up; 0: auto without looking up, alone.")
+    ] = NUM_LOOKUP,
+    template_option: TemplateOptions = None,
     turns: Annotated[int, typer.Option(envvar="TURNS", help="Times each is measured; the median run counts.")] = 1,
     engine: Engine = "auto",
     sat_token_id: SatId = None,
@@ -199,6 +223,8 @@ def bench(
             engine=engine,
             sat_token_id=sat_token_id,
             trained_k=trained_k,
+            lookup=lookup,
+            template_options=tuple(template_option or ()),
             **{**(paper_settings(method, name) if like_paper else {}), **given},
         )
         for name in (dataset or ("humaneval,infilling" if like_paper else "humaneval")).split(",")
@@ -241,6 +267,7 @@ def verify(
     top_k: int = 10,
     top_p: float = 0.95,
     data_limit: DataLimit = "40",
+    template_option: TemplateOptions = None,
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 128,
     dtype: Annotated[str, typer.Option(envvar="DTYPE", help="Comma-separated: float32, bfloat16, float16.")] = "float32",
     device: Device = "",
@@ -272,6 +299,7 @@ def verify(
         top_p,
         _limit(data_limit),
         max_new_tokens,
+        tuple(template_option or ()),
     )
     dtypes = list(dict.fromkeys(dtype.split(",")))
     files: dict[str, Path | None] = {}
@@ -320,6 +348,7 @@ def evaluate(
     top_k: int = 10,
     top_p: float = 0.95,
     data_limit: DataLimit = "all",
+    template_option: TemplateOptions = None,
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 256,
     dtype: Dtype = "bfloat16",
     device: Device = "",
@@ -342,7 +371,8 @@ def evaluate(
         destination(out, "--out")
     limit = _limit(data_limit)
     ks, names = _numbers("k_list", k_list), tuple(strategies.split(","))
-    config = QualityConfig(ks, names, tree, temperature, samples, top_k, top_p, limit, max_new_tokens)
+    options = tuple(template_option or ())
+    config = QualityConfig(ks, names, tree, temperature, samples, top_k, top_p, limit, max_new_tokens, options)
     document = run(models.load(model, dtype, device, sat_token_id, engine, trained_k=trained_k), config, out)
     table = Table(*document["summary"][0], title=f"{model}, {dtype}: HumanEval")
     for row in document["summary"]:
@@ -359,6 +389,7 @@ def inspect(
     model: Model = embedded.NAME,
     text: Annotated[Path | None, typer.Option(help=".jsonl with prompt and completion. Default: HumanEval.")] = None,
     data_limit: DataLimit = "16",
+    template_option: TemplateOptions = None,
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 128,
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
     dtype: Dtype = "bfloat16",
@@ -377,7 +408,7 @@ def inspect(
     if out is not None:
         destination(out, "--out")
     loaded = models.load(model, dtype, device, sat_token_id, trained_k=trained_k)
-    answered = prompts.answered_problems(loaded.tokenizer, text, limit)
+    answered = prompts.answered_problems(loaded.tokenizer, text, limit, tuple(template_option or ()))
     require(len(answered) > 0, f"text={text}: no prompts there")
     document = inspection.inspect(loaded, answered, max_new_tokens)
     if out is not None:
@@ -398,6 +429,7 @@ def distill(
     answers: Annotated[int, typer.Option(help="Answers to a prompt, each at the temperature after the last one's.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 224,
     max_prompt_tokens: int = 224,
+    template_option: TemplateOptions = None,
     batch_size: int = 96,
     shard_size: int = 512,
     seed: Annotated[int, typer.Option(envvar="SEED")] = 0,
@@ -421,6 +453,7 @@ def distill(
         shard_size,
         seed,
         answers,
+        tuple(template_option or ()),
     )
     tokens = sum(shard["num_answer_tokens"] for shard in manifest["shards"])
     if _is_first():

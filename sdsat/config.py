@@ -241,6 +241,27 @@ def keys_of(strategies: Sequence[str], k_list: Sequence[int]) -> list[tuple[str,
     return [(strategy, k) for strategy in strategies for k in ([0] if strategy == LOOKUP else k_list) if k or strategy == LOOKUP]
 
 
+def decode_config_of(text: str, **settings: Any) -> DecodeConfig:
+    """The settings that a script's 'ar', 'lookup', 'two-step:5', 'auto' or 'auto:lookup=0' means: NAME[:K][:lookup=N].
+
+    Without K it is what the SATs were trained for. settings: further ones of DecodeConfig.
+    """
+    name, *parts = text.split(":")
+    given: dict[str, Any] = {"k": None, "strategy": name, **settings}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        key, value = (key, value) if equals else ("k", key)
+        require(key in ("k", "lookup") and value.isdecimal(), f"strategy={text}: expected NAME, NAME:K or NAME:lookup=N")
+        given[key] = int(value)
+    return DecodeConfig(**settings).plain if text == "ar" else DecodeConfig(**given)
+
+
+def beside(strategies: Sequence[str]) -> list[str]:
+    """The strategies of a table, and beside 'auto' what it is made of: lookup alone, and itself without lookup."""
+    parts = [["lookup", "auto:lookup=0", name] if name == "auto" else [name] for name in strategies]
+    return list(dict.fromkeys(name for part in parts for name in part))
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Training: steps of `batch_size` sequences per process and micro-batch, with up to `anchors` SAT groups each.

@@ -70,6 +70,7 @@ def distill(
     shard_size: int = 1024,
     seed: int = 0,
     answers: int = 1,
+    template_options: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Write the model's own answers to prompts from `sources` (prompts.py) as token shards; resumes at the first missing shard.
 
@@ -85,14 +86,14 @@ def distill(
     for temperature in temperatures:
         SamplingConfig(temperature)  # refuses what cannot be sampled at
     state = PartialState(cpu=model.device.type == "cpu")
-    prompts, counts = collect_prompts(sources, model.tokenizer, limit, max_prompt_tokens)
+    prompts, counts = collect_prompts(sources, model.tokenizer, limit, max_prompt_tokens, template_options)
     turns = [temperatures[(i + again) % len(temperatures)] for again in range(answers) for i in range(len(prompts))]
     settings = {
         "model": model.name, "base_sha256": identity(model.name, model)["base"],
         "dtype": str(model.dtype).removeprefix("torch."), "stop_ids": list(model.stop_ids),
         "seed": seed, "answers": answers, "temperatures": list(temperatures),
         "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens, "shard_size": shard_size,
-        "num_prompts": len(prompts), "prompts": counts,
+        "num_prompts": len(prompts), "prompts": counts, "template_options": list(template_options),
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }  # fmt: skip
     manifest: dict[str, Any] = {"format": "sdsat-shards", "format_version": 1, "settings": settings, "shards": []}
@@ -135,7 +136,9 @@ def _check_shards(out: Path, settings: dict[str, Any]) -> None:
     unknown = [key for key in _SINCE if key not in held]
     if unknown:
         warnings.warn(f"out={out}: begun by a version that did not keep {', '.join(unknown)}: not compared", stacklevel=3)
-    check_environment({"answers": 1, **{key: settings[key] for key in unknown}, **held}, settings, f"out={out}")
+    check_environment(
+        {"answers": 1, "template_options": [], **{key: settings[key] for key in unknown}, **held}, settings, f"out={out}"
+    )
 
 
 def _write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import inspect
+import json
 import random
 import re
 import sysconfig
@@ -16,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +29,8 @@ from .datasets import HUMANEVAL, INFILLING, Limit, Task, hub_rows, humaneval_pro
 WARM_UP = 'def seconds_of_day(clock):\n    """Return the seconds since midnight of a clock such as "07:30:05"."""\n'
 _FENCE = "```python\n"
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # arXiv 2107.03374: what follows a completed function
+# What a chat template ends with that has the model think first: <think>, [THINK], <thinking>, <|begin_of_thought|>, ..
+_THOUGHT = re.compile(r"[<\[](?!\W*(/|end))\W{0,2}[\w:]*(think|thought|reason)\w*\W{0,2}[>\]]\s*$", re.IGNORECASE)
 _INFILLING_TOKENS = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 _MARK = "☺"  # text that no token joins to what follows
 _NGRAM = 10  # words that a prompt may not share with HumanEval in a row
@@ -41,18 +46,19 @@ class Problem:
     stop_strings: tuple[str, ...] = ()
 
 
-def encode_task(tokenizer: PreTrainedTokenizerBase, task: Task, dataset: str) -> Problem:
+def encode_task(tokenizer: PreTrainedTokenizerBase, task: Task, dataset: str, options: Sequence[str] = ()) -> Problem:
     """How the benchmark asks a problem of `dataset`: code to complete, a line to fill in, or a prompt of the user's own.
 
     A chat model ends its answer itself; one that continues HumanEval's code is stopped behind the function.
     """
     if task.suffix is not None:
+        require(not options, f"template_option={' '.join(options)}: dataset={dataset} has no chat turns; leave it out")
         ids, end = encode_infilling(tokenizer, task.prompt, task.suffix, dataset == INFILLING)
         return Problem(task.task_id, tuple(ids), (end,))
     if dataset != HUMANEVAL:
-        return Problem(task.task_id, tuple(encode_request(tokenizer, task.prompt)))
+        return Problem(task.task_id, tuple(encode_request(tokenizer, task.prompt, options)))
     stops = () if tokenizer.chat_template else HUMANEVAL_STOPS
-    return Problem(task.task_id, tuple(encode_prompt(tokenizer, task.prompt)), stop_strings=stops)
+    return Problem(task.task_id, tuple(encode_prompt(tokenizer, task.prompt, options)), stop_strings=stops)
 
 
 def encode_infilling(tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: str, suffix_first: bool) -> tuple[list[int], int]:
@@ -73,28 +79,70 @@ def encode_infilling(tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: st
     return [*begin, pre, *body], end
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, code: str) -> list[int]:
-    """Token ids that ask for the completion of `code`: a chat turn that opens a code fence for chat models, else raw."""
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, code: str, options: Sequence[str] = ()) -> list[int]:
+    """Token ids that ask for the completion of `code`: a chat turn that opens a code fence for chat models, else raw.
+
+    Where the template has the model think first, there is no fence: it would stand inside the thought.
+    """
     if not tokenizer.chat_template:
-        return tokenizer(code)["input_ids"]
-    return encode_chat(tokenizer, f"Complete this Python function.\n{_FENCE}{code.rstrip()}\n```", _FENCE)
+        return _encode_plain(tokenizer, code, options)
+    return encode_chat(tokenizer, f"Complete this Python function.\n{_FENCE}{code.rstrip()}\n```", _FENCE, options)
 
 
-def encode_request(tokenizer: PreTrainedTokenizerBase, request: str) -> list[int]:
+def encode_request(tokenizer: PreTrainedTokenizerBase, request: str, options: Sequence[str] = ()) -> list[int]:
     """Token ids of a prompt as a chat turn for chat models, else as it is."""
-    return encode_chat(tokenizer, request) if tokenizer.chat_template else tokenizer(request)["input_ids"]
+    return (encode_chat if tokenizer.chat_template else _encode_plain)(tokenizer, request, options=options)
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "") -> list[int]:
-    """Token ids of a user's turn and the opening of the model's answer."""
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, options: Sequence[str] = ()) -> list[int]:
+    require(not options, f"template_option={' '.join(options)}: the model has no chat template; leave it out")
+    return tokenizer(text)["input_ids"]
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "", options: Sequence[str] = ()) -> list[int]:
+    """Token ids of a user's turn and, unless the template opens a thought, the opening of the model's answer.
+
+    options: KEY=VALUE for the chat template, as `enable_thinking=false`; what is not given is as the template has it.
+    """
+    text = _chat(tokenizer, question, options)
+    return tokenizer(text + ("" if _opens_thought(text) else opening), add_special_tokens=False)["input_ids"]
+
+
+def thinks_first(tokenizer: PreTrainedTokenizerBase, options: Sequence[str] = ()) -> bool:
+    """Whether answers begin inside a thought that the chat template opens."""
+    return bool(tokenizer.chat_template) and _opens_thought(_chat(tokenizer, "", options))
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, question: str, options: Sequence[str]) -> str:
     turns = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text + opening, add_special_tokens=False)["input_ids"]
+    given = _template_options(tokenizer, options)
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **given)
 
 
-def humaneval(tokenizer: PreTrainedTokenizerBase, limit: Limit = None) -> list[Problem]:
+def _opens_thought(text: str) -> bool:
+    return _THOUGHT.search(text) is not None
+
+
+def _template_options(tokenizer: PreTrainedTokenizerBase, options: Sequence[str]) -> dict[str, Any]:
+    """('enable_thinking=false',) as {'enable_thinking': False}: values are JSON, or else text."""
+    given, template = {}, tokenizer.get_chat_template() if options else ""
+    for option in options:
+        key, equals, value = option.partition("=")
+        require(bool(equals) and key.isidentifier(), f"template_option={option}: expected KEY=VALUE, as enable_thinking=false")
+        own = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+        require(key not in own, f"template_option={option}: {key} is set by this program; expected one of the template's own")
+        known = re.search(rf"\b{key}\b", template) is not None
+        require(known, f"template_option={option}: the chat template does not know {key}; expected one that it reads")
+        try:
+            given[key] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            given[key] = value
+    return given
+
+
+def humaneval(tokenizer: PreTrainedTokenizerBase, limit: Limit = None, options: Sequence[str] = ()) -> list[Problem]:
     """The first HumanEval problems as prompts."""
-    return [Problem(p["task_id"], tuple(encode_prompt(tokenizer, p["prompt"]))) for p in humaneval_problems(limit)]
+    return [Problem(p["task_id"], tuple(encode_prompt(tokenizer, p["prompt"], options))) for p in humaneval_problems(limit)]
 
 
 def function_prompts(path: Path) -> Iterator[tuple[str, str]]:
@@ -130,7 +178,9 @@ class Decontaminator:
         return name in self.names or not self.ngrams.isdisjoint(self._ngrams(text))
 
 
-def answered_problems(tokenizer: PreTrainedTokenizerBase, file: Path | None, limit: Limit) -> list[tuple[list[int], list[int]]]:
+def answered_problems(
+    tokenizer: PreTrainedTokenizerBase, file: Path | None, limit: Limit, options: Sequence[str] = ()
+) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, ids of the given answer) of the first problems.
 
     file: .jsonl with the texts `prompt` and `completion` in every line; None: HumanEval and its own solutions.
@@ -139,10 +189,11 @@ def answered_problems(tokenizer: PreTrainedTokenizerBase, file: Path | None, lim
         problems = humaneval_problems(limit)
         repeats = bool(tokenizer.chat_template)  # a chat answer starts with the header again
         answers = [(p["prompt"] if repeats else "") + p["canonical_solution"] for p in problems]
-        asked = [encode_prompt(tokenizer, p["prompt"]) for p in problems]
+        asked = [encode_prompt(tokenizer, p["prompt"], options) for p in problems]
     else:
         rows = limited(list(rows_of(file, ("prompt", "completion"), "text")), limit)
-        answers, asked = [row["completion"] for row in rows], [encode_request(tokenizer, row["prompt"]) for row in rows]
+        answers = [row["completion"] for row in rows]
+        asked = [encode_request(tokenizer, row["prompt"], options) for row in rows]
     return [(ids, tokenizer(answer, add_special_tokens=False)["input_ids"]) for ids, answer in zip(asked, answers, strict=True)]
 
 
@@ -207,7 +258,11 @@ def read_sources(sources: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
 
 
 def collect_prompts(
-    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int | None, max_length: int
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    max_length: int,
+    options: Sequence[str] = (),
 ) -> tuple[list[list[int]], dict[str, int]]:
     """Distinct, decontaminated, shuffled (seed 0) prompts as token ids. Returns (prompts, counts of what was dropped)."""
     decontaminator = Decontaminator()
@@ -225,7 +280,7 @@ def collect_prompts(
         asked = [name] if name else re.findall(r"\bdef (\w+)", text) or [""]
         if any(decontaminator.overlaps(function, text) for function in asked):
             counts["humaneval_overlap"] += 1
-        elif len(ids := encode_prompt(tokenizer, text) if is_code else encode_request(tokenizer, text)) > max_length:
+        elif len(ids := (encode_prompt if is_code else encode_request)(tokenizer, text, options)) > max_length:
             counts["too_long"] += 1
         elif ids:
             prompts.append(ids)

@@ -22,9 +22,12 @@ from .datasets import Limit, check_limit, humaneval_problems
 from .decode import generate
 from .files import write_json
 from .model import SatModel
-from .prompts import encode_prompt
+from .prompts import encode_prompt, thinks_first
 from .records import open_record
 from .tree import make_tree, parse_tree
+
+# What ends a thought: </think>, [/THINK], <|end_of_thought|>, ..
+_THOUGHT_ENDS = re.compile(r"[<\[]\W{0,2}(?:/|end)[\w:]*(?:think|thought|reason)\w*\W{0,2}[>\]]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class QualityConfig:
     top_p: float = 0.95
     data_limit: Limit = None
     max_new_tokens: int = 256
+    template_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k_list", tuple(sorted({0, *self.k_list})))
@@ -62,17 +66,18 @@ class QualityConfig:
         greedy = SamplingConfig(self.temperature)
         sampling = greedy if greedy.greedy else replace(greedy, top_k=self.top_k, top_p=self.top_p, seed=seed)
         decode = DecodeConfig(None, self.max_new_tokens, parse_tree(self.tree), sampling.of_problem(task_id), stop_ids)
-        return decode.plain if strategy == "ar" else replace(decode, k=k, strategy=strategy)
+        return decode.plain if (strategy, k) == ("ar", 0) else replace(decode, k=k, strategy=strategy)
 
 
-def completion(answer: str, chat: bool) -> str:
+def completion(answer: str, chat: bool, thinks: bool = False) -> str:
     """What follows a problem's prompt in the program that is tested.
 
     A chat answer is the inside of a code fence, and most often repeats the function whole, which then replaces the prompt's;
-    a plain continuation ends where its function does: before the first line that is not indented.
+    a plain continuation ends where its function does: before the first line that is not indented. thinks: the answer begins
+    inside a thought, so that the model opens the fence itself.
     """
     if chat:
-        code = _fenced(answer)
+        code = _after_thought(answer) if thinks else _fenced(answer)
         return "\n    pass\n\n" + code if re.search(r"^(def|from|import|class) ", code, re.MULTILINE) else code
     code = answer.split("```")[0]
     kept = re.split(r"\n(?=[^\s#])", "\n" + code.lstrip("\n"), maxsplit=1)[0]
@@ -85,6 +90,13 @@ def _fenced(answer: str) -> str:
     if not fence or re.search(r"^([ \t]+\S|def |class |from |import |@)", before, re.MULTILINE):
         return before
     return after.partition("\n")[2].split("```")[0]  # no code before it; its line may name the language
+
+
+def _after_thought(answer: str) -> str:
+    """The code of an answer that thinks first: its first fenced block behind the thought, or its last where no end is shown."""
+    thought, *answers = _THOUGHT_ENDS.split(answer)
+    blocks = re.findall(r"```[^\n]*\n(.*?)(?:```|\Z)", answers[-1] if answers else thought, re.DOTALL)
+    return blocks[0 if answers else -1] if blocks else ""
 
 
 def evaluate(model: SatModel, config: QualityConfig, out: Path | None = None) -> dict[str, Any]:
@@ -131,7 +143,8 @@ def _answer(model: SatModel, problem: dict[str, str], config: QualityConfig) -> 
     tokenizer = model.tokenizer
     require(tokenizer is not None, f"model={model.name}: came without a tokenizer")
     assert tokenizer is not None
-    prompt, chat = encode_prompt(tokenizer, problem["prompt"]), bool(tokenizer.chat_template)
+    options, chat = config.template_options, bool(tokenizer.chat_template)
+    prompt, thinks = encode_prompt(tokenizer, problem["prompt"], options), thinks_first(tokenizer, options)
     runs: list[dict[str, Any]] = []
     results: dict[str, str] = {}
     for seed in range(config.samples):
@@ -139,7 +152,7 @@ def _answer(model: SatModel, problem: dict[str, str], config: QualityConfig) -> 
         for strategy, k in config.keys:
             out = generate(model, prompt, config.decode(strategy, k, seed, problem["task_id"], model.stop_ids))
             ar = out.token_ids if strategy == "ar" else ar
-            code = completion(out.text, chat)
+            code = completion(out.text, chat, thinks)
             if code not in results:
                 results[code] = sandbox.check(problem, code)
             facts = {"strategy": strategy, "k": k, "seed": seed, "identical": out.token_ids == ar}

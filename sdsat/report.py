@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from rich.table import Table
 
-from .config import STRATEGIES, InputError, require
+from .config import ALL_STRATEGIES, LOOKUP, InputError, require
 from .files import replacing, write_json
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _RESAMPLES = 10_000
 Rows = np.ndarray  # [problems, columns]
+Key = tuple[str, int, int]  # strategy, k, tokens to look up
+AR: Key = ("ar", 0, 0)
 
 
 def read_workers(folder: Path) -> list[dict[str, Any]]:
@@ -36,26 +39,44 @@ def read_workers(folder: Path) -> list[dict[str, Any]]:
     return documents
 
 
-def _bootstrap(rows: Rows, statistic: Callable[[Rows], np.ndarray]) -> list[float] | None:
-    """95 % percentile interval of `statistic` over problems drawn with replacement; None for a single problem.
+def interval(rows: Rows, statistic: Callable[[Rows], np.ndarray]) -> list[float] | None:
+    """95 % interval of `statistic` over problems like these: scipy's BCa bootstrap; None for a single problem.
 
-    statistic: sums [..., columns] over problems -> [...].
+    It covers the choice of problems. What a repetition on the same machine would change is in it only as far as it differs from
+    problem to problem. statistic: sums [..., columns] over problems -> [...].
     """
     if len(rows) < 2:
         return None
-    draws = np.random.default_rng(0).multinomial(len(rows), [1 / len(rows)] * len(rows), size=_RESAMPLES)
-    low, high = np.percentile(statistic(draws @ rows), [2.5, 97.5])
+    without_one = statistic(rows.sum(0) - rows)
+    if np.ptp(without_one) <= 1e-9 * np.abs(without_one).max():  # all problems say the same: nothing to draw from
+        low = high = float(statistic(rows.sum(0)))
+    else:
+        drawn = scipy.stats.bootstrap(
+            (np.arange(len(rows)),),
+            lambda places, axis: statistic(rows[places].sum(axis - 1)),  # axis -1: of the places
+            n_resamples=_RESAMPLES,
+            batch=1000,
+            vectorized=True,
+            method="BCa",
+            rng=np.random.default_rng(0),
+        )
+        low, high = drawn.confidence_interval
     return [round(float(low), 4), round(float(high), 4)]
 
 
-def _ratio(a: int, b: int) -> Callable[[Rows], np.ndarray]:
-    return lambda sums: sums[..., a] / np.maximum(sums[..., b], 1e-9)
+def _ratio(sums: Rows) -> np.ndarray:
+    return sums[..., 0] / np.maximum(sums[..., 1], 1e-9)
 
 
-def _run_summary(problems: list[dict[str, Any]], key: tuple[str, int], settings: dict[str, Any]) -> dict[str, Any]:
-    """One object of `runs`: everything measured for one strategy and k, over the problems that have it and AR."""
-    strategy, k = key
-    pairs = [(run_of(problem, ("ar", 0)), run_of(problem, key)) for problem in problems]
+def speedup(sums: Rows) -> np.ndarray:
+    """sums [..., 4]: tokens and seconds of a strategy, and of the one that it is compared with -> [...]."""
+    return sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3])
+
+
+def _run_summary(problems: list[dict[str, Any]], key: Key, settings: dict[str, Any]) -> dict[str, Any]:
+    """One object of `runs`: everything measured for one strategy, k and lookup, over the problems."""
+    strategy, k, lookup = key
+    pairs = [(run_of(problem, AR), run_of(problem, key)) for problem in problems]
     base, runs = [a for a, _ in pairs], [b for _, b in pairs]
     seconds = [seconds_of(run) for run in runs]
     base_seconds = [seconds_of(run) for run in base]
@@ -68,36 +89,35 @@ def _run_summary(problems: list[dict[str, Any]], key: tuple[str, int], settings:
     ).T  # fmt: skip
     tokens, spent, _, _, num_accepted, num_proposed, num_loops, passes = table.sum(0)
 
-    def speedup(sums: Rows) -> np.ndarray:
-        return sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3])
-
-    drafts = num_proposed > 0
+    drafts, rounded = num_proposed > 0, sum(run["num_rounded_passes"] for run in runs)
+    verified = tokens - (passes - rounded - num_loops)  # a pass that verifies nothing makes one token, one in 8 bits none
     return {
         "dataset": settings["dataset"],
         "strategy": strategy,
         "k": k,
+        "lookup": lookup,
         "tree": settings["tree"] if k else None,
         "num_problems": len(problems),
         "num_new_tokens": int(tokens),
         "num_passes": int(passes),
         "num_plain_passes": sum(run["num_plain_passes"] for run in runs),
-        "num_rounded_passes": sum(run["num_rounded_passes"] for run in runs),
+        "num_rounded_passes": rounded,
         "seconds": round(spent, 4),
         "prefill_seconds": round(sum(run["prefill_seconds"] for run in runs), 4),
         "tokens_per_second": round(tokens / spent, 4),
-        "tokens_per_second_ci95": _bootstrap(table, _ratio(0, 1)),
-        "speedup": round(float(speedup(table.sum(0))), 4),
-        "speedup_ci95": _bootstrap(table, speedup),
+        "tokens_per_second_ci95": interval(table[:, :2], _ratio),
+        "speedup": round(float(speedup(table[:, :4].sum(0))), 4),
+        "speedup_ci95": interval(table[:, :4], speedup),
         "acceptance_rate": round(num_accepted / num_proposed, 4) if drafts else None,
-        "acceptance_rate_ci95": _bootstrap(table, _ratio(4, 5)) if drafts else None,
+        "acceptance_rate_ci95": interval(table[:, [4, 5]], _ratio) if drafts else None,
         "acceptance_by_depth": [round(a / max(p, 1), 4) for a, p in zip(accepted.sum(0), proposed.sum(0), strict=True)],
         "accepted_histogram": np.sum([run["accepted_histogram"] for run in runs], axis=0).tolist(),
         "accepted_per_loop": round(num_accepted / num_loops, 4) if drafts else None,
-        "accepted_per_loop_ci95": _bootstrap(table, _ratio(4, 6)) if drafts else None,
-        "mean_accepted_tokens": round(tokens / num_loops, 4) if drafts else 1.0,
+        "accepted_per_loop_ci95": interval(table[:, [4, 6]], _ratio) if drafts else None,
+        "mean_accepted_tokens": round(verified / num_loops, 4) if drafts else None,
         "tokens_per_pass": round(tokens / passes, 4),
         "seconds_per_pass": round((spent - sum(run["prefill_seconds"] for run in runs)) / passes, 6),
-        "identical_outputs": sum(run["output_sha256"] == ar["output_sha256"] for ar, run in pairs),
+        "identical_outputs": sum(len({*run["outputs_sha256"], *ar["outputs_sha256"]}) == 1 for ar, run in pairs),
     }
 
 
@@ -106,9 +126,21 @@ def seconds_of(run: dict[str, Any]) -> float:
     return run["prefill_seconds"] + run["decode_seconds"]
 
 
-def run_of(problem: dict[str, Any], key: tuple[str, int]) -> dict[str, Any]:
-    """The run of a problem with this (strategy, k)."""
-    return next(run for run in problem["runs"] if (run["strategy"], run["k"]) == key)
+def key_of(run: dict[str, Any]) -> Key:
+    return run["strategy"], run["k"], run["lookup"]
+
+
+def name_of(key: Key) -> str:
+    """As a plot's legend has it."""
+    strategy, k, lookup = key
+    if strategy == LOOKUP:
+        return f"{LOOKUP}, {lookup} tokens, no SATs"
+    return f"{strategy}, k = {k}" + (" without lookup" if strategy == "auto" and not lookup else "")
+
+
+def run_of(problem: dict[str, Any], key: Key) -> dict[str, Any]:
+    """The run of a problem with this strategy, k and lookup."""
+    return next(run for run in problem["runs"] if key_of(run) == key)
 
 
 def summarize(documents: list[dict[str, Any]]) -> dict[str, Any]:
@@ -116,8 +148,8 @@ def summarize(documents: list[dict[str, Any]]) -> dict[str, Any]:
     problems = [problem for document in documents for problem in document["problems"]]
     require(len(problems) > 0, "results: no finished problem")
     settings = documents[0]["settings"]
-    keys = [(run["strategy"], run["k"]) for run in problems[0]["runs"]]
-    keys.sort(key=lambda key: (("transformers", "ar", *STRATEGIES).index(key[0]), key[1]))
+    keys = [key_of(run) for run in problems[0]["runs"]]
+    keys.sort(key=lambda key: (("transformers", "ar", *ALL_STRATEGIES).index(key[0]), *key[1:]))
     return {
         "schema_version": SCHEMA_VERSION,
         "environment": documents[0]["environment"],
@@ -126,13 +158,23 @@ def summarize(documents: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _interval(value: float | None, interval: list[float] | None, digits: int = 2) -> str:
+def with_interval(value: float | None, interval: list[float] | None, digits: int = 2) -> str:
     if value is None:
         return ""
     return f"{value:.{digits}f}" + (f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "")
 
 
-_COLUMNS = ("strategy", "k", "tokens/s", "speed-up", "acceptance", "accepted/loop", "tokens/pass", "identical")
+_COLUMNS = (
+    "strategy", "k", "lookup", "tokens/s", "speed-up", "acceptance", "accepted/verify", "tokens/verify", "tokens/pass",
+    "identical",
+)  # fmt: skip
+CAPTION = (
+    "accepted/verify: accepted drafts a verify pass, without the token that the model adds itself; tokens/verify: with it "
+    "(mean accepted tokens). tokens/pass: over all passes, those that only draft too. lookup: tokens looked up in the text so "
+    "far, at most. identical: every turn's output is AR's, token for token. Intervals: 95 %, BCa bootstrap over the problems; "
+    "what another hour of the machine would change is not in them. Seconds are those of prompt and answer, without what is made "
+    "once: loading, warming up, the cost curve of auto, the weights in 8 bits."
+)
 
 
 def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -141,8 +183,9 @@ def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     for run in summary["runs"]:
         rate = run["acceptance_rate"]
         rows.append((
-            run["strategy"], str(run["k"]), f"{run['tokens_per_second']:.1f}", _interval(run["speedup"], run["speedup_ci95"]),
-            "" if rate is None else f"{rate:.2f}", _interval(run["accepted_per_loop"], None),
+            run["strategy"], str(run["k"]), str(run["lookup"]), f"{run['tokens_per_second']:.1f}",
+            with_interval(run["speedup"], run["speedup_ci95"]), "" if rate is None else f"{rate:.2f}",
+            with_interval(run["accepted_per_loop"], None), with_interval(run["mean_accepted_tokens"], None),
             f"{run['tokens_per_pass']:.2f}", f"{run['identical_outputs']}/{run['num_problems']}",
         ))  # fmt: skip
     return rows
@@ -160,16 +203,16 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def rich_table(summary: dict[str, Any]) -> Table:
-    table = Table(*_COLUMNS, title=describe(summary), title_justify="left")
+    table = Table(*_COLUMNS, title=describe(summary), title_justify="left", caption=CAPTION, caption_justify="left")
     for cells in table_rows(summary):
         table.add_row(*cells)
     return table
 
 
 def markdown_table(summary: dict[str, Any]) -> str:
-    """The same table for a README."""
+    """The same table and caption for a README."""
     lines = [_COLUMNS, ("---",) * len(_COLUMNS), *table_rows(summary)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{CAPTION}\n"
 
 
 def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
@@ -179,9 +222,10 @@ def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
     two-step stands its bound, (k + 2) / 2.
     """
     base = next(run for run in summary["runs"] if run["strategy"] == "ar")
-    drafted = [run for run in summary["runs"] if run["k"]]
-    lines = {name: [run for run in drafted if run["strategy"] == name] for name in STRATEGIES}
-    lines = {name: runs for name, runs in lines.items() if runs}
+    drafted = [run for run in summary["runs"] if run["strategy"] in ALL_STRATEGIES]
+    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for run in drafted:
+        lines.setdefault((run["strategy"], run["lookup"]), []).append(run)
     labels = {"tokens_per_second": "tokens per second", "speedup": "speed-up over AR", "acceptance_rate": "acceptance rate"}
     files = []
     for name, label in labels.items():
@@ -189,18 +233,19 @@ def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
         if not drafted and not first:
             continue
         figure, axes = _axes(_title(summary), "k, semantic adaptive tokens per draft", label)
-        for strategy, measured in lines.items() or {"AR": []}.items():
+        for number, ((strategy, _), measured) in enumerate(lines.items() or {("AR", 0): []}.items()):
             runs = [run for run in measured if run[name] is not None]  # no acceptance rate where nothing was drafted
             if not runs and not first:
                 continue
-            if len(runs) == 1 and len(lines) > 1:
-                axes.axhline(runs[0][name], linestyle="--", color="tab:green", label=f"{strategy}, k up to {runs[0]['k']}")
+            if strategy == LOOKUP or (len(runs) == 1 and len(lines) > 1):
+                axes.axhline(runs[0][name], linestyle="--", color=f"C{number}", label=name_of(key_of(runs[0])))
                 continue
             shown = first + runs
             values = [run[name] for run in shown]
             errors = np.abs(np.array([run[f"{name}_ci95"] or [run[name]] * 2 for run in shown]).T - values)
             ks = [run["k"] for run in shown]
-            axes.errorbar(ks, values, yerr=errors, marker="o", capsize=3, label=f"{strategy}, 95 % interval")
+            label_of = f"{strategy}, 95 % interval"
+            axes.errorbar(ks, values, yerr=errors, marker="o", capsize=3, color=f"C{number}", label=label_of)
             axes.set_xticks(ks)
             if name == "speedup" and strategy == "two-step":
                 axes.plot(
@@ -215,7 +260,7 @@ def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
         figure, axes = _axes(_title(summary), "draft depth", "accepted, given it was proposed")
         for run in drafted:
             depths = range(1, len(run["acceptance_by_depth"]) + 1)
-            axes.plot(depths, run["acceptance_by_depth"], marker="o", label=f"{run['strategy']}, k = {run['k']}")
+            axes.plot(depths, run["acceptance_by_depth"], marker="o", label=name_of(key_of(run)))
         axes.set_ylim(0, 1)
         axes.set_xticks(range(1, max(len(run["acceptance_by_depth"]) for run in drafted) + 1))
         axes.legend(frameon=False, fontsize=8)

@@ -66,11 +66,12 @@ class TokenStream:
         return new
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, style: str) -> list[int]:
-    """Token ids of a prompt as a chat turn, as a request to complete code, or as it is."""
-    if style == "code":
-        return encode_prompt(tokenizer, prompt)
-    return tokenizer(prompt)["input_ids"] if style == "raw" else encode_request(tokenizer, prompt)
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, style: str, options: Sequence[str] = ()) -> list[int]:
+    """Token ids of a prompt as a chat turn, as a request to complete code, or as it is. options: see prompts.encode_chat."""
+    if style == "raw":
+        require(not options, f"template_option={' '.join(options)}: --as=raw has no chat turns; leave it out")
+        return tokenizer(prompt)["input_ids"]
+    return (encode_prompt if style == "code" else encode_request)(tokenizer, prompt, options)
 
 
 def figures(out: Generation, depth: int) -> str:
@@ -87,6 +88,7 @@ def generate_in_terminal(
     prompt: str,
     name: str,
     style: str,
+    template_options: Sequence[str],
     decode: DecodeConfig,
     dtype: str,
     device: str,
@@ -101,7 +103,7 @@ def generate_in_terminal(
     model = models.load(name, dtype, device, sat_token_id, engine, trained_k=trained_k)
     assert model.tokenizer is not None
     decode = resolved(model, replace(decode, stop_ids=model.stop_ids))
-    prompt_ids = encode(model.tokenizer, prompt, style)
+    prompt_ids = encode(model.tokenizer, prompt, style, template_options)
     warm_up = encode_prompt(model.tokenizer, WARM_UP)  # another prompt: planners learn as they go
     generate(model, warm_up, replace(decode, max_new_tokens=min(8, decode.max_new_tokens)))
     stream = TokenStream(model.tokenizer, prompt_ids[-1], decode.stop_strings)

@@ -51,6 +51,7 @@ class VerifyConfig:
     top_p: float = 0.95
     data_limit: Limit = 40
     max_new_tokens: int = 128
+    template_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_limit(self.data_limit)
@@ -115,7 +116,7 @@ def verify(model: SatModel, config: VerifyConfig, out: Path | None = None) -> di
     dtype = str(model.dtype).removeprefix("torch.")
     if not config.strategies:
         config = replace(config, strategies=model.strategies)
-    problems = humaneval(model.tokenizer, config.data_limit)
+    problems = humaneval(model.tokenizer, config.data_limit, config.template_options)
     with open_record(model, config, out) as document:
         done = {problem["task_id"] for problem in document["problems"]}
         todo = [problem for problem in problems if problem.task_id not in done]

@@ -316,24 +316,22 @@ def test_throughput_script(script, tmp_path, monkeypatch, capsys):
         script.main(str(folder), **{**options, **changes}, device="cpu", out=out)
         return json.loads(out.read_text())
 
-    document = measure()
+    document, names = measure(), ("ar", "two-step:2", "lookup", "auto:lookup=0", "auto")  # auto, and what it is made of
     assert [(run["batch_size"], run["strategy"]) for run in document["runs"]] == [
-        *((1, name) for name in ("ar", "two-step:2", "auto")), *((2, name) for name in ("two-step:2", "auto", "ar")),
+        *((1, name) for name in names), *((2, name) for name in (*names[1:], "ar")),
     ]  # fmt: skip
     rows = document["summary"]["rows"]
-    assert [(row["batch_size"], row["strategy"]) for row in rows] == [
-        (n, s) for n in (1, 2) for s in ("ar", "two-step:2", "auto")
-    ]
+    assert [(row["batch_size"], row["strategy"]) for row in rows] == [(n, s) for n in (1, 2) for s in names]
     assert all(row["identical_outputs"] == 3 and row["tokens_per_second"] > 0 for row in rows)
-    assert rows[0]["over_ar"] == rows[3]["over_ar"] == rows[0]["over_first_ar"] == 1
-    assert set(document["summary"]["stops_paying_at"]) == {"two-step:2", "auto"}
+    assert rows[0]["over_ar"] == rows[5]["over_ar"] == rows[0]["over_first_ar"] == 1
+    assert set(document["summary"]["stops_paying_at"]) == {*names[1:]}
     assert document["environment"]["engine"] == "native" and "two-step:2" in capsys.readouterr().out
     assert measure() == document  # nothing is measured again
     with one_line_error(out, "max_new_tokens=5, now it is 6"):
         measure(max_new_tokens=6)
     for changes, words in (
         (dict(sizes="1,0"), "--sizes=1,0"),
-        (dict(strategy=["two-step:x"]), "strategy=two-step:x: expected ar or NAME:K"),
+        (dict(strategy=["two-step:x"]), "strategy=two-step:x: expected NAME, NAME:K or NAME:lookup=N"),
         (dict(strategy=["ar"]), "--strategy=ar: one is there twice, or is ar"),
     ):
         with one_line_error(words):
@@ -358,5 +356,6 @@ def test_where_strategies_stop_paying_is_read_off_the_figures(script):
     assert found["stops_paying_at"] == {"two-step:3": 4, "auto": None}
     rows = {(row["strategy"], row["batch_size"]): row for row in found["rows"]}
     assert rows["two-step:3", 4]["over_ar"] == pytest.approx(0.8) and rows["two-step:3", 4]["over_first_ar"] == pytest.approx(1.6)
+    assert rows["ar", 4]["identical_outputs"] == 2 and rows["auto", 4]["identical_outputs"] == 1
     assert rows["ar", 4]["tokens_per_second"] == pytest.approx(20 / 1.5, abs=0.01)
     assert [rows[name, 4]["identical_outputs"] for name in ("ar", "auto")] == [2, 1]

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from sdsat.datasets import masked_lines
 from sdsat.decode import generate
 from sdsat.model import in_papers_form, load
 from sdsat.prompts import encode_infilling
-from sdsat.report import run_of
+from sdsat.report import key_of, run_of
 
 ROOT = Path(__file__).parent.parent
 PRE, SUF, MID, EOT = SPECIAL
@@ -205,7 +206,7 @@ def start(method, checkpoint, *arguments, **settings):
     """`start_<method>.sh`; returns the results folder of the checkpoint."""
     results = checkpoint.parent / "results"
     command = ["bash", str(ROOT / f"start_{method}.sh"), str(checkpoint), *arguments]
-    names = ("K_LIST", "TREE", "DTYPE", "DATASET", "DATA_LIMIT", "MAX_NEW_TOKENS")
+    names = ("K_LIST", "TREE", "DTYPE", "DATASET", "DATA_LIMIT", "MAX_NEW_TOKENS", "STRATEGIES", "LOOKUP", "TEMPLATE_OPTIONS")
     plain = {name: value for name, value in os.environ.items() if name not in names}
     environment = {**plain, "RESULTS_DIR": str(results), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **settings}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
@@ -240,17 +241,17 @@ def sha256(token_ids):
 
 
 def expect(folder, keys, prompts, answer):
-    """Everything in `keys` was measured on every prompt, and every output is `answer(prompt ids)`."""
+    """Everything in `keys` was measured on every prompt, and every output is `answer(prompt ids, task id)`."""
     problems, summary = runs_of(folder), json.loads((folder / "summary.json").read_text())
-    assert [(run["strategy"], run["k"]) for run in summary["runs"]] == keys
+    assert [key_of(run) for run in summary["runs"]] == keys
     assert {run["identical_outputs"] for run in summary["runs"]} == {run["num_problems"] for run in summary["runs"]} == {2}
     assert problems.keys() == prompts.keys()
     for task_id, prompt_ids in prompts.items():
-        want = answer(prompt_ids)
+        want = answer(prompt_ids, task_id)
         assert problems[task_id]["num_prompt_tokens"] == len(prompt_ids)
         for key in keys:
             run = run_of(problems[task_id], key)
-            assert (run["output_sha256"], run["num_new_tokens"]) == (sha256(want), len(want)), (task_id, key)
+            assert (run["outputs_sha256"], run["num_new_tokens"]) == ([sha256(want)], len(want)), (task_id, key)
     return summary
 
 
@@ -258,13 +259,14 @@ def test_start_greedy_with_the_papers_settings(checkpoint, pieces):
     """Both data sets without being asked for, k = 0..13, two workers; outputs are those of transformers' generate."""
     folder = start("greedy", checkpoint, "cpu,cpu", DATA_LIMIT="2", MAX_NEW_TOKENS="10", DTYPE="float32")
     lm = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    keys = [("ar", 0), *(("two-step", k) for k in range(1, 14)), ("auto", 13)]
+    drafted = [("two-step", k, 0) for k in range(1, 14)]
+    keys = [("ar", 0, 0), ("lookup", 0, 12), *drafted, ("auto", 13, 0), ("auto", 13, 12)]
     prompts = asked(pieces)
 
     def answer(stop_ids, stop_strings=None):
         settings = dict(max_new_tokens=10, do_sample=False, eos_token_id=stop_ids, pad_token_id=2)
         settings |= dict(stop_strings=stop_strings, tokenizer=AutoTokenizer.from_pretrained(checkpoint))
-        return lambda ids: lm.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist()
+        return lambda ids, _: lm.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist()
 
     whole = expect(folder / "greedy", keys, prompts["humaneval"], answer([2], ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]))
     lines = expect(folder / "greedy_infilling", keys, prompts["infilling"], answer([2, EOT]))
@@ -277,15 +279,20 @@ def test_start_nucleus_with_the_papers_settings(checkpoint, pieces):
     names = ("humaneval", "infilling-psm")
     limits = {"DATA_LIMIT": "2", "MAX_NEW_TOKENS": "10", "STRATEGIES": "two-step"}
     folder = start("nucleus", checkpoint, "cpu,cpu", "0.2", DATASET=",".join(names), **limits)
-    keys = [("ar", 0), *(("two-step", k) for k in (5, 7, 9, 11, 13))]
+    keys = [("ar", 0, 0), *(("two-step", k, 0) for k in (5, 7, 9, 11, 13))]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the workers
     try:
         model = load(str(checkpoint), "float16", "cpu")
         for name, stop_ids in zip(names, ((2,), (2, EOT)), strict=True):
-            decode = DecodeConfig(0, 10, sampling=SamplingConfig(0.2, 10, 0.95, 0), stop_ids=stop_ids)
+            sampling = SamplingConfig(0.2, 10, 0.95, 0)
+            decode = DecodeConfig(0, 10, stop_ids=stop_ids)
+
+            def answer(ids, task_id, decode=decode, sampling=sampling):
+                return generate(model, ids, replace(decode, sampling=sampling.of_problem(task_id))).token_ids
+
             path = folder / ("nucleus_t0.2" if name == "humaneval" else f"nucleus_t0.2_{name}")
-            summary = expect(path, keys, asked(pieces)[name], lambda ids, decode=decode: generate(model, ids, decode).token_ids)
+            summary = expect(path, keys, asked(pieces)[name], answer)
             assert (summary["environment"]["dtype"], summary["settings"]["tree"]) == ("float16", "paper")
     finally:
         torch.set_num_threads(threads)

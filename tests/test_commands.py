@@ -90,15 +90,16 @@ def wait_for_problems(folder, count):
 def test_start_scripts(start, method, arguments, folder):
     out, _ = start(method, *arguments)
     summary = json.loads((start.results / folder / "summary.json").read_text())
-    assert summary["schema_version"] == 3
+    assert summary["schema_version"] == SCHEMA_VERSION
     assert summary["environment"]["torch"] and summary["settings"]["seed"] == 0
-    assert [(run["strategy"], run["k"]) for run in summary["runs"]] == [
-        ("ar", 0), ("two-step", 2), ("two-step", 5), ("auto", 5),
+    assert [(run["strategy"], run["k"], run["lookup"]) for run in summary["runs"]] == [
+        ("ar", 0, 0), ("lookup", 0, 12), ("two-step", 2, 0), ("two-step", 5, 0), ("auto", 5, 0), ("auto", 5, 12),
     ]  # fmt: skip
     for run in summary["runs"]:
         assert run.keys() >= RUN_KEYS
         assert run["num_problems"] == run["identical_outputs"] == 3
-        assert len(run["acceptance_by_depth"]) == (12 if run["strategy"] == "auto" else run["k"])  # auto looks 12 tokens up
+        in_8_bits = run["strategy"] == "auto"  # whose own first draft comes before those of its SATs
+        assert len(run["acceptance_by_depth"]) == (run["lookup"] or run["k"] + in_8_bits)
     for plot in ("tokens_per_second", "speedup", "acceptance_rate", "acceptance_by_depth"):
         assert (start.results / folder / f"{plot}.png").exists()
     assert "two-step" in out and str(start.results / folder) in out

@@ -759,7 +759,10 @@ for act, room in ((a_pass, 48), (a_pass, 144), (a_choice, 8)):  # MiB: for no th
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 def test_where_memory_ends(tmp_path):
     """A pass, and a choice, for whose own memory there is no room, in some thread: an error, and the engine works afterwards."""
-    kept_apart = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"}  # what was freed is given back, not kept for the next
+    kept_apart = {
+        "MALLOC_MMAP_THRESHOLD_": "1000000",
+        "MALLOC_ARENA_MAX": "1",
+    }  # what was freed is given back, not kept for the next
     lines = run_program(tmp_path / "program.py", WITHOUT_MEMORY, **kept_apart)
     acts = ("a_pass 48", "a_pass 144", "a_choice 8")
     reason = "the native engine has no memory for this pass; expected fewer sequences or a shorter context"

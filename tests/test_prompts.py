@@ -147,6 +147,97 @@ def test_chat_models_are_asked_in_a_chat_turn():
     assert text.endswith("[reply]```python\n")
 
 
+# A template that has the model think first, unless it is told not to: the thought is opened, or closed, before the answer.
+THINKING = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}(reply)"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"
+    "{% endif %}"
+)
+
+
+def thinking(template=THINKING):
+    tokenizer = tiny_tokenizer(["<unk>", *string.printable])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("options", "end", "first"),
+    [
+        ((), "(reply)<think>\n", True),
+        (("enable_thinking=true",), "(reply)<think>\n", True),
+        (("enable_thinking=false",), "(reply)<think>\n\n</think>\n\n```python\n", False),
+        (("enable_thinking=False",), "(reply)<think>\n\n</think>\n\n```python\n", False),
+    ],
+)
+def test_no_code_fence_stands_inside_a_thought(options, end, first):
+    """By default it is as the template has it; every command's prompt is made so."""
+    tokenizer, code = thinking(), "def f():\n    pass\n"
+    assert prompts.thinks_first(tokenizer, options) == first
+    asked = [
+        prompts.encode_prompt(tokenizer, code, options),
+        prompts.encode_task(tokenizer, Task("HumanEval/0", code), "humaneval", options).prompt_ids,
+        prompts.humaneval(tokenizer, 1, options)[0].prompt_ids,
+        prompts.answered_problems(tokenizer, None, 1, options)[0][0],
+    ]
+    assert all(tokenizer.decode(ids).endswith(end) for ids in asked)
+    request = tokenizer.decode(prompts.encode_request(tokenizer, "hello", options))
+    assert request == "[user]hello" + end.removesuffix("```python\n")
+
+
+def test_distilled_prompts_take_the_options(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "say a"}\n')
+    tokenizer = thinking()
+    for options, end in (((), "<think>\n"), (("enable_thinking=false",), "</think>\n\n")):
+        (ids,), _ = collect_prompts([str(tmp_path / "a.jsonl")], tokenizer, None, 500, options)
+        assert tokenizer.decode(ids).endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("end", "first"),
+    [
+        ("<think>", True), ("<think>\n\n", True), ("[THINK]", True), ("<thinking>\n", True), ("<|begin_of_thought|>", True),
+        ("<seed:think>", True), ("</think>", False), ("<think></think>\n", False), ("[/THINK]", False),
+        ("</seed:think>", False), ("<|end_of_thought|>", False),
+        ("<|im_start|>assistant\n", False), ("(reply)", False), ("think\n", False),
+    ],
+)  # fmt: skip
+def test_what_opens_a_thought(end, first):
+    assert prompts.thinks_first(thinking("{{ messages[0].content }}{% raw %}" + end + "{% endraw %}")) == first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("enable_thinking",), "template_option=enable_thinking: expected KEY=VALUE"),
+        (("=1",), "template_option==1: expected KEY=VALUE"),
+        (("enable_thinkin=false",), "template_option=enable_thinkin=false: the chat template does not know enable_thinkin"),
+        (("add_generation_prompt=false",), "add_generation_prompt is set by this program"),
+        (("messages=[]",), "messages is set by this program"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(options, message):
+    with one_line_error(message, "expected"):
+        prompts.encode_request(thinking(), "x", options)
+
+
+def test_options_without_a_template_are_refused():
+    plain = tiny_tokenizer(["<unk>", *string.printable])
+    for encode in (prompts.encode_prompt, prompts.encode_request):
+        with one_line_error("template_option=enable_thinking=false: the model has no chat template"):
+            encode(plain, "x", ("enable_thinking=false",))
+    with one_line_error("template_option=enable_thinking=false", "dataset=infilling has no chat turns"):
+        prompts.encode_task(thinking(), Task("a", "b", "c"), "infilling", ("enable_thinking=false",))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3", 3), ("true", True), ("high", "high"), ('"3"', "3"), ("null", None), ("a=b", "a=b")]
+)
+def test_values_of_options_are_json_or_text(text, value):
+    tokenizer = thinking("{{ level | tojson }}")
+    assert tokenizer.decode(prompts.encode_request(tokenizer, "x", (f"level={text}",))) == json.dumps(value)
+
+
 def test_prompts_of_files(tmp_path, tokenizer):
     """Plain prompts, before the folders' code; blank lines are passed over and repeats counted."""
     write(tmp_path / "code", one=function("one", long_doc("code")))

@@ -46,6 +46,25 @@ def test_the_code_of_a_chat_answer(answer):
     assert completion(answer.replace("CODE", code), True).strip() == f"pass\n\n{code}".strip()
 
 
+DRAFT = "Let me see:\n    - first\n```python\ndef double(x):\n    return x\n```\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        DRAFT + "</think>\n\n```python\nCODE```\nIt is used so:\n```python\nprint(1)\n```",
+        DRAFT + "[/THINK]Here:\n  - as asked\n```\nCODE",
+        DRAFT + "<|end_of_thought|>\n```python\nCODE```",
+        DRAFT + "So:\n```python\nCODE```",  # where the end is a special token, it is not in the text
+    ],
+)
+def test_the_code_of_an_answer_that_thinks_first(answer):
+    """What is tried out in the thought is not the answer."""
+    code = "def double(x):\n    return 2 * x\n"
+    assert completion(answer.replace("CODE", code), True, thinks=True).strip() == f"pass\n\n{code}".strip()
+    assert completion("a thought that never ends", True, thinks=True) == ""
+
+
 def scripted(monkeypatch, answers):
     """generate() gives the texts of answers[(prompt number, k, seed)]: solved or not."""
     model = SatModel(tiny_llama(torch.float32), tiny_tokenizer(["?", *map(chr, range(32, 95))]), "tiny")
@@ -142,6 +161,8 @@ def test_settings_are_checked():
     assert [(c.k, c.strategy) for c in decoded] == [(0, "two-step"), (0, "lookup"), (3, "auto"), (5, "auto")]
     with one_line_error("strategy=beam: expected one of"):
         QualityConfig(strategies=("beam",))
+    with one_line_error("strategy=ar: expected one of"):
+        QualityConfig(strategies=("ar",))
     with one_line_error("samples=2", "expected 1"):
         QualityConfig(samples=2)
     with one_line_error("samples=0"):

@@ -80,7 +80,7 @@ def terminal(monkeypatch, capsys):
         monkeypatch.setattr(models, "load", lambda *_, **__: model)
         monkeypatch.setattr(show, "generate", kept)
         decode = DecodeConfig(**{"k": None, "max_new_tokens": 40, **settings})
-        show.generate_in_terminal("159", "tiny", "raw", decode, "float64", "cpu", None, None, "auto", True, None)
+        show.generate_in_terminal("159", "tiny", "raw", (), decode, "float64", "cpu", None, None, "auto", True, None)
         return capsys.readouterr().out, made[1:]  # the first warms up
 
     return run
