@@ -813,6 +813,29 @@ def test_load_says_why_there_is_no_native_engine(folders, fresh_library, capsys)
     assert exit_.value.code == 2 and errors.startswith("error: engine=native") and errors.count("\n") == 1
 
 
+def sanitizer(tmp_path):
+    """The library that a program must preload for the address sanitizer; None where the compiler has no sanitizers."""
+    try:
+        compiler = native._compiler()
+        flags = ["-fsanitize=address,undefined", "-shared", "-fPIC", "-x", "c++", os.devnull, "-o", str(tmp_path / "empty.so")]
+        if subprocess.run([*compiler, *flags], capture_output=True).returncode:
+            return None
+        found = subprocess.run([*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    except (Unavailable, OSError):
+        return None
+    return found if Path(found).is_file() else None
+
+
+def test_nothing_is_read_or_written_elsewhere(tmp_path):
+    """native.cpp under sanitizers: random models, trees, budgets, batches, dtypes and numbers of threads (fuzz_native.py)."""
+    preload = sanitizer(tmp_path)
+    if preload is None:
+        pytest.skip("the compiler has no sanitizers")
+    program = "import runpy\nsys.argv[1:] = ['15']\nrunpy.run_module('fuzz_native', run_name='__main__')\n"
+    options = "detect_leaks=0:malloc_context_size=0:quarantine_size_mb=8"  # Python keeps what it has; and less to wait for
+    run_program(tmp_path / "program.py", program, LD_PRELOAD=preload, ASAN_OPTIONS=options)
+
+
 if platform.machine() in ("x86_64", "AMD64"):
 
     @pytest.fixture(scope="module", params=["x86-64-v2", "x86-64-v3", "x86-64-v4"])
