@@ -77,7 +77,7 @@ class SamplingConfig:
     """How the next token is chosen. Temperature 0 is greedy; filters apply in the order temperature, top-k, top-p.
 
     temperature: 0 for greedy, else a positive number that divides the logits.
-    top_k: keep the k most likely tokens; 0 keeps all.
+    top_k: keep the k most likely tokens, and all that tie with the k-th; 0 keeps all.
     top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps all.
     seed: with the index of the emitted token, the only source of randomness (see sampling.py).
     """

@@ -31,7 +31,7 @@ from .config import DecodeConfig, SamplingConfig, require, whole
 from .decode import Generation, check_context, generate_batch, next_tokens, num_slots, resolved
 from .devices import GIB, free_bytes
 from .model import SatModel
-from .sampling import choose
+from .sampling import choose, filtered
 from .tree import parse_tree
 
 ATTRIBUTE = "sdsat"  # of a model: its SatModel
@@ -425,7 +425,7 @@ class _Chooser:
             else:
                 chosen = next_tokens(self.all.sat, logits[None], index, self.sampling)
             if self.all.keep_scores:
-                self.scores.append(native(so_far, scores))
+                self.scores.append(filtered(scores, self.sampling) if native else scores)
             self.ids[:, self.length] = chosen
             self.length, self.num_new = self.length + 1, self.num_new + 1
             scores_so_far = tuple(self.scores) if self.all.keep_scores else None

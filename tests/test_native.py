@@ -27,6 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+import sdsat
 from sdsat import attention, cli, draft, native
 from sdsat.adapter import AdapterConfig, SatAdapter
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
@@ -435,6 +436,22 @@ def test_choices_in_torch_are_the_same(dtype, size):
             sampling = SamplingConfig(temperature, top_k, top_p, seed)
             got, want = model_of("llama", dtype).native.choose(logits, index, sampling), choose(logits, index, sampling)[:, 0]
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (5, 0.75), (0, 0.3)])
+def test_output_scores_are_finite_for_what_can_be_drawn(engine, top_k, top_p):
+    """Tokens tie in threes; the first one's score is finite where, over many seeds, it was drawn, and nowhere else."""
+    lm = random_lm("llama", HALF)
+    lm.lm_head.weight[1:VOCAB] = lm.lm_head.weight[torch.arange(1, VOCAB) // 3 * 3] / 3  # so flat that all that stay are drawn
+    lm.generation_config.pad_token_id = 0
+    model, drawn = sdsat.attach(lm, engine=engine), set()
+    settings_ = dict(do_sample=True, top_k=top_k, top_p=top_p, return_dict_in_generate=True, output_scores=True)
+    for seed in range(12):
+        prompts = torch.tensor([[1, 5, 9]]).repeat(100, 1)
+        out = model.generate(prompts, max_new_tokens=1, custom_generate=sdsat.generate, k=0, seed=seed, **settings_)
+        drawn |= set(out.sequences[:, -1].tolist())
+    assert set((out.scores[0][0] > -math.inf).nonzero().flatten().tolist()) == drawn and len(drawn) > 1
 
 
 def strange_rows(dtype):
