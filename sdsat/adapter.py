@@ -105,25 +105,27 @@ class SatAdapter(nn.Module):
         super().__init__()
         self.config = config
         self._handles: list[Any] = []
+        self._hooks: dict[str, _Update] = {}
         self._fused: dict[str, tuple[_Fused, int]] = {}
         embedding = model.get_input_embeddings().weight
         dtype, device = embedding.dtype, embedding.device
         self.sat_embedding = nn.Parameter(embedding.detach().float().mean(0).to(dtype))
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         for name, layer in self._targeted(model):
-            key = name.replace(".", "/")
-            where = layer.weight.device  # on several GPUs not always the embedding's
-            down = torch.randn(config.rank, layer.in_features, device=where) / layer.in_features**0.5
+            key, plain = name.replace(".", "/"), _linear_of(layer)
+            where = plain.weight.device  # on several GPUs not always the embedding's
+            down = torch.randn(config.rank, plain.in_features, device=where) / plain.in_features**0.5
             self.down[key] = nn.Parameter(down.to(dtype))
-            self.up[key] = nn.Parameter(torch.zeros(layer.out_features, config.rank, dtype=dtype, device=where))
+            self.up[key] = nn.Parameter(torch.zeros(plain.out_features, config.rank, dtype=dtype, device=where))
         self.head = DraftHead(embedding.shape[1], config.head, dtype, device) if config.head else None
         known = {key.rpartition("/")[2] for key in self.down}
         strange = [name for name in config.targets if name not in known]
         require(not strange, f"targets={','.join(config.targets)}: the model has no linear layer named {', '.join(strange)}")
 
-    def _targeted(self, model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    def _targeted(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The layers that get an update, by name; one may be a wrapper around its linear layer (PEFT)."""
         for name, layer in model.named_modules():
-            if isinstance(layer, nn.Linear) and name.rsplit(".", 1)[-1] in self.config.targets:
+            if name.rsplit(".", 1)[-1] in self.config.targets and _linear_of(layer) is not None:
                 yield name, layer
 
     def attach(self, model: nn.Module) -> SatAdapter:
@@ -131,12 +133,12 @@ class SatAdapter(nn.Module):
         require(not self._handles, "adapter: already attached; detach it first")
         for name, layer in self._targeted(model):
             key = name.replace(".", "/")
-            hook = self._fused_hook(*self._fused[key]) if self._fused else self._hook(self.down[key], self.up[key])
+            hook = self._hooks.setdefault(key, _Update(self, key))  # the same one again: weights.Snapshot
             self._handles.append(layer.register_forward_hook(hook))
         return self
 
     def fuse(self) -> SatAdapter:
-        """Prepare for decoding: what `attach` hooks in from now on takes half the matmuls and has no gradients."""
+        """Prepare for decoding: from now on the updates take half the matmuls and have no gradients."""
         for key in self.down:
             parent, _, name = key.rpartition("/")
             names = next((names for names in _SAME_INPUT if name in names), (name,))
@@ -149,36 +151,28 @@ class SatAdapter(nn.Module):
             self.head.fuse()
         return self
 
+    def follow(self, model: nn.Module) -> SatAdapter:
+        """Go where `model`, the one that it was made for, is now: to its dtype, its devices and its layers; and fuse."""
+        embedding, layers = model.get_input_embeddings().weight, dict(self._targeted(model))  # type: ignore[operator]
+        gone = [key for key in self.down if key.replace("/", ".") not in layers]
+        require(not gone, f"adapter: the model has no linear layer {''.join(gone[:1]).replace('/', '.')} any more")
+        self.detach()
+        self.to(embedding.device, embedding.dtype)
+        for key in self.down:
+            weight = _linear_of(layers[key.replace("/", ".")]).weight
+            for part in (self.down[key], self.up[key]):
+                part.data = part.data.to(weight.device)
+        strange = [name for name, part in self.named_parameters() if not part.isfinite().all()]
+        require(not strange, f"adapter: {''.join(strange[:1])} holds NaN or infinite numbers; expected finite ones")
+        return self.fuse().attach(model)
+
     def detach(self) -> None:
         while self._handles:
             self._handles.pop().remove()
 
-    def _hook(self, down: Tensor, up: Tensor) -> Any:
-        scale = self.config.scale
-
-        def add_update(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-            on = self._current()
-            if on is None:
-                return None
-            x = inputs[0][:, on.rows]
-            # Two dimensions and F.linear: on a CPU in bfloat16 a third of the time of `x @ down.T @ up.T` on three.
-            update = linear(linear(x.flatten(0, 1), down.to(x)), up.to(x)).view(*x.shape[:2], -1)
-            if scale != 1:
-                update = scale * update
-            if update.shape == output.shape:  # every row is a SAT, as in training: keep autograd simple
-                return output + update
-            output[:, on.rows].add_(update)
-            return output
-
-        return add_update
-
-    def _fused_hook(self, group: _Fused, index: int) -> Any:
-        def add_update(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            on = self._current()
-            if on is not None:
-                output[:, on.rows].add_(group.update(inputs[0], on, index))
-
-        return add_update
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what `fuse` has made: memory in an order that only this process knows."""
+        return {**self.__dict__, "_fused": {}}
 
     def _current(self) -> _Pass | None:
         """The pass of this thread, if it has SATs of this adapter."""
@@ -220,6 +214,48 @@ class SatAdapter(nn.Module):
                 part.unlink(missing_ok=True)
 
 
+class _Update:
+    """The forward hook that adds an adapter's update to the SAT rows of one layer. A copy of it belongs to the copied adapter."""
+
+    def __init__(self, adapter: SatAdapter, key: str):
+        self.adapter, self.key = adapter, key
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+        adapter = self.adapter
+        on = adapter._current()
+        if on is None:
+            return None
+        if self.key in adapter._fused:
+            group, index = adapter._fused[self.key]
+            output[:, on.rows].add_(group.update(inputs[0], on, index))
+            return None
+        x, down, up = inputs[0][:, on.rows], adapter.down[self.key], adapter.up[self.key]
+        # Two dimensions and F.linear: on a CPU in bfloat16 a third of the time of `x @ down.T @ up.T` on three.
+        update = linear(linear(x.flatten(0, 1), down.to(x)), up.to(x)).view(*x.shape[:2], -1)
+        if adapter.config.scale != 1:
+            update = adapter.config.scale * update
+        if update.shape == output.shape:  # every row is a SAT, as in training: keep autograd simple
+            return output + update
+        output[:, on.rows].add_(update)
+        return output
+
+
+def _linear_of(layer: nn.Module) -> Any:
+    """The linear layer that this is, or that it is a wrapper of: the first one in it. None where there is none."""
+    return next((part for part in layer.modules() if isinstance(part, nn.Linear)), None)
+
+
+def _plain_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters by the names that they had before PEFT or a parametrization of torch's moved them."""
+    moved = {".base_layer.": ".", ".parametrizations.weight.original": ".weight"}
+    named = dict[str, Tensor]()
+    for name, parameter in model.named_parameters():
+        for longer, shorter in moved.items():
+            name = name.replace(longer, shorter)
+        named[name] = parameter
+    return named
+
+
 def read_config(directory: str | Path) -> AdapterConfig:
     """The checked `adapter_config.json` of an adapter directory. Raises InputError, one line, for anything odd in it."""
     where = f"adapter {directory}: {CONFIG_FILE}"
@@ -254,7 +290,7 @@ _SINCE: dict[str, Any] = {"head": 0, "everywhere": False, "weights_sha256": ""} 
 
 
 def _check_base(model: nn.Module, config: AdapterConfig, directory: str | Path) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = _plain_parameters(model)
     for name, numbers in config.base_sample.items():
         found = parameters[name].detach().flatten()[:8].float().cpu() if name in parameters else None
         if found is None or not torch.allclose(found, torch.tensor(numbers), rtol=0.02, atol=1e-4):
@@ -293,6 +329,10 @@ def load(model: nn.Module, directory: str | Path) -> SatAdapter:
     for name in sorted(expected.keys() ^ weights.keys()):
         raise InputError(f"adapter {directory}: tensor {name} is {'missing' if name in expected else 'not expected'}")
     for name, parameter in expected.items():
+        require(
+            bool(weights[name].isfinite().all()),
+            f"adapter {directory}: {name} holds NaN or infinite numbers; expected finite ones",
+        )
         shape = tuple(weights[name].shape)
         require(
             shape == tuple(parameter.shape),

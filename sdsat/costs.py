@@ -16,7 +16,7 @@ import torch
 
 from . import native
 from .config import MAX_ROWS, InputError
-from .engine import forward, new_cache, prefill
+from .engine import check_finite, forward, new_cache, prefill
 from .files import make_folder, read_json, sha256_of, write_json
 from .sampling import SamplingConfig
 from .tree import make_tree
@@ -145,6 +145,7 @@ def measure_costs(model: SatModel) -> CostCurve:
     part = torch.full((1 + k,), model.sat.token_id, device=model.device)
     part[0] = tokens[0]
     states, logits = forward(model, cache, part, make_tree("chain", 0), ((0, k),))
+    check_finite(model, float(logits.max()))
     spent = []
     for _ in range(_TURNS):
         began = time.perf_counter()
@@ -159,6 +160,7 @@ def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
     """
     from .kept import creating
 
+    model.renew()
     if model.costs is not None and not anew:
         return model.costs
     found = _circumstances(model)

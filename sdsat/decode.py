@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .config import LOOKUP, MAX_ROWS, MAX_TRAINED_K, NUM_LOOKUP, DecodeConfig, InputError, SamplingConfig, require
 from .draft import Drafts, draft_tokens
-from .engine import AnyCache, Part, Room, forward, forward_batch, new_cache, prefill, probe_rows, top
+from .engine import AnyCache, Part, Room, check_finite, forward, forward_batch, new_cache, prefill, probe_rows, top
 from .lookup import Lookup
 from .model import SatModel
 from .planner import PLAIN, Plan, Planner, make_planner
@@ -114,6 +114,7 @@ def num_slots(prompt_length: int, max_new_tokens: int) -> int:
 @torch.inference_mode()
 def next_logits(model: SatModel, token_ids: list[int], prompt_length: int, config: DecodeConfig) -> Tensor:
     """[V] logits that AR sees after `token_ids`, whose first `prompt_length` are the prompt: teacher forcing, bit for bit."""
+    model.renew()
     cache = new_cache(model, num_slots(prompt_length, config.max_new_tokens))
     tokens = torch.tensor(token_ids, device=model.device)
     prefill(model, cache, tokens[: prompt_length - 1])
@@ -222,6 +223,7 @@ def generate(
     then chooses instead of config.sampling, which only drafts go by.
     Raises InputError where the prompt, the settings and the model do not fit together.
     """
+    model.renew()
     config = _checked(model, prompt_ids, config)
     report = None if on_tokens is None else lambda _, tokens, drafted: on_tokens(tokens, drafted)
     return next(_decode(model, [prompt_ids], [config], 1, report, [chooser]))[1]
@@ -256,6 +258,7 @@ def iterate_batch(
     choosers: Sequence[Chooser | None] | None = None,
 ) -> Iterator[tuple[int, Generation]]:
     """The same as (index of the prompt, its result) in the order in which outputs end; bad input is refused at once."""
+    model.renew()
     require(batch_size >= 1, f"batch_size={batch_size}: expected 1 or more")
     configs = [configs] * len(prompts) if isinstance(configs, DecodeConfig) else list(configs)
     require(len(configs) == len(prompts), f"configs: {len(configs)} for {len(prompts)} prompts; expected one, or one a prompt")
@@ -450,13 +453,15 @@ def _run(
     that follows at their node, {node: (tree, `draft_tokens`, flat)}.
     """
     states, logits = forward_batch(model, parts, rounded)
+    free, chooses, largest = _reads_freely(logits), not rounded and sequences[0].chooser is not None, logits.max()
+    if free or chooses:  # a chooser reads logits anyway
+        check_finite(model, float(largest))
     nodes = sum(len(part.tokens) for part in parts)
     index = torch.tensor([s.emitted + depth for s, part in zip(sequences, parts, strict=True) for depth in part.tree.depths])
-    if rounded or sequences[0].chooser is None:
-        targets = _targets(model, sequences, parts, logits[:nodes], index.to(logits.device))
-    else:
+    if chooses:
         targets = torch.cat(_ask(sequences, parts, logits[:nodes]))
-    free = _reads_freely(targets)
+    else:
+        targets = _targets(model, sequences, parts, logits[:nodes], index.to(logits.device))
     own, paths = _walked(iter(targets.tolist()), parts) if free else ([], [])
     ends = [path[-1] for path in paths] if free else [None] * len(parts)
     first, node, below = nodes, 0, []
@@ -468,9 +473,11 @@ def _run(
             groups = _drafts_below(model, sequence.config, part, after, states[rows], logits[rows], sequence.emitted, end)
         below.append(groups)
         first, node = first + part.sats, node + len(part.tokens)
-    every = [*([] if free else [targets.double()]), *(found.flatten() for groups in below for _, found in groups.values())]
+    every = [] if free else [largest.double()[None], targets.double()]
+    every += [found.flatten() for groups in below for _, found in groups.values()]
     read = iter(torch.cat(every).tolist() if every else [])  # the one host read, but for a free one
     if not free:
+        check_finite(model, next(read))
         own, paths = _walked(read, parts)
     drafted = [{at: (shape, list(islice(read, found.numel()))) for at, (shape, found) in groups.items()} for groups in below]
     return own, paths, drafted

@@ -107,9 +107,15 @@ def attach(
     """Make a model that `AutoModelForCausalLM` has loaded ready for `custom_generate=sdsat.generate`; returns it.
 
     adapter: directory of an adapter made for it, or its embedded name; None for a checkpoint that has SATs itself. tokenizer: for
-    stop strings. The weights must not change from now on: engines hold them in an order of their own. Other options, and
-    errors, as those of `sdsat.model.load`.
+    stop strings. Weights and modules may change: before each generation what is made of them is made anew if they have. A model
+    with modules, hooks or parametrizations of other origin goes through these, or is refused by the name of the first one.
+    Other options, and errors, as those of `sdsat.model.load`.
     """
+    require(
+        isinstance(model, PreTrainedModel),
+        f"model: a {type(model).__module__}.{type(model).__qualname__}; expected the transformers model in it "
+        "(PEFT's: model.get_base_model())",
+    )
     name = str(getattr(model, "name_or_path", "")) or type(model).__name__
     require(getattr(model, ATTRIBUTE, None) is None, f"model {name}: already attached")
     require(adapter is None or models.is_adapter(str(adapter)), f"adapter={adapter}: not an adapter directory")

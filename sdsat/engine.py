@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .cache import SlotCache, SlotPlace, pass_mask, slot_positions
+from .config import InputError, require
 from .graphs import padded
 from .native import NativeCache, NativeEngine
+from .packed import in_use
 from .tree import DraftTree, Layout, Shape, batch_layout, make_tree, pass_layout
 
 if TYPE_CHECKING:
@@ -130,6 +132,7 @@ def _native_pass(
     return states, model.legal(logits)
 
 
+@in_use()
 def _shared_pass(
     model: SatModel, places: list[SlotPlace], tokens: Tensor, shapes: list[Shape], sats: int
 ) -> tuple[Tensor, Tensor]:
@@ -171,6 +174,20 @@ def _shared_pass(
     return states[:count], model.legal(model.logits(states))[:count]
 
 
+def check_finite(model: SatModel, largest: float) -> None:
+    """InputError, with the reason, if a pass had logits that are NaN or infinite. largest: `max()` of them, NaN where one is."""
+    if largest < torch.inf:
+        return
+    broken = next((name for name, part in model.model.named_parameters() if not part.isfinite().all()), None)
+    if broken is None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise InputError(
+            f"model {model.name}: a pass gave NaN or infinite logits, though all weights are finite: "
+            f"its numbers don't fit in {dtype}; expected another dtype, as a rule bfloat16 or float32"
+        )
+    raise InputError(f"model {model.name}: the weight {broken} holds NaN or infinite numbers; expected finite ones")
+
+
 class Room:
     """Where up to `size` sequences at once keep their keys and values.
 
@@ -207,6 +224,7 @@ class Room:
                 self.places[cache.number] = last
 
 
+@in_use()
 def _pass(
     model: SatModel, cache: SlotCache, first: int, end: int, tokens: Tensor, within: Tensor, offsets: Tensor, length: int | Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -231,6 +249,7 @@ def _pass_at(
     return _pass(model, cache, first, len(tokens), tokens, within, offsets, length)
 
 
+@in_use()
 def prefill(model: SatModel, cache: SlotCache | NativeCache, tokens: Tensor) -> None:
     """Fill `cache` anew with the key/values of `tokens`: [N], or [B, N] through transformers' modules, in one pass."""
     cache.length = 0
@@ -287,6 +306,31 @@ def probe_rows(model: SatModel) -> RowPolicy:
         fallback = RowPolicy(1, 1, stable=False) if model.native else RowPolicy(4, 4, stable=False)
         model.row_policy = next((policy for policy in policies if stable(policy)), fallback)
     return model.row_policy
+
+
+@torch.inference_mode()
+def check_rows(model: SatModel, strange: str) -> None:
+    """Refuse a model whose own forward and whose passes differ, beyond rounding, because of its `strange` part: one that lets a
+    row depend on the number of rows beside it, or stands around the whole model, where passes don't come by.
+    """
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    tokens = (torch.arange(14, device=model.device) * 7919 + 11) % vocabulary
+    want = model.model(tokens[None]).logits[0].float()
+    if not want.isfinite().all():
+        return  # which decoding says
+    cache, parts = SlotCache(model.model.config.num_hidden_layers, 32), [want[:6]]
+    prefill(model, cache, tokens[:6])
+    for part in tokens[6:].split([1, 5, 2]):
+        parts.append(forward(model, cache, part, make_tree("chain", len(part) - 1), (), RowPolicy(1, 1))[1].float())
+        cache.commit(tuple(range(len(part))))
+    found = torch.cat(parts)
+    found = torch.where(found.isinf(), want, found)  # a SAT's
+    near = 1e-3 if model.dtype == torch.float32 else 0.05
+    require(
+        bool((found - want).abs().max() <= near * want.abs().max()),
+        f"model {model.name}: {strange}, and what it computes for a token depends on more than the tokens before; "
+        "expected modules and hooks that treat every row of a pass alike, and none around the whole model",
+    )
 
 
 def top(model: SatModel, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ state (a light form of the sampler head of arXiv 2507.11851). That costs two sma
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,10 @@ class DraftHead(nn.Module):
     def fuse(self) -> None:
         """Prepare for decoding: the two matrices in the processor's own order where it has one, without gradients."""
         self._fused = packed.best_linear(self.inner.detach()), packed.best_linear(self.outer.detach())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what `fuse` has made, as an adapter's."""
+        return {**self.__dict__, "_fused": None}
 
     def forward(self, states: Tensor, before: Tensor) -> Tensor:
         """states [N, D]: last hidden states of SATs; before [N, D]: embeddings of the tokens before. Returns moves [N, D]."""

@@ -24,6 +24,7 @@ from .config import require
 from .data import Sequence
 from .head import rerank
 from .model import SatModel
+from .packed import in_use
 
 IGNORED = -100  # label of a row that only pads
 
@@ -99,6 +100,7 @@ def sat_mask(batch: SatBatch) -> Tensor:
     return torch.cat([standard, own], dim=-1)[:, None]
 
 
+@in_use()
 def sat_states(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
     """The last hidden states of SATs and base. Gradients reach the model's adapter only.
 

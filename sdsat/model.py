@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +22,8 @@ from .graphs import CudaCapture, Graphs
 from .head import DraftHead
 from .lock import FairLock
 from .native import NativeEngine, Unavailable
-from .packed import PackedLinears, can_pack
+from .packed import PackedLinears, can_pack, in_use
+from .weights import Snapshot, strange_part
 
 if TYPE_CHECKING:
     from .costs import CostCurve
@@ -49,6 +51,8 @@ class SatModel:
     transformers' modules; then packed may hold their linear layers' weights in the processor's own order. row_policy: see
     engine.probe_rows; costs: see costs.py; planners: what `auto` has learned, by settings. graphs: see graphs.py, None off GPUs.
     lock: held by the thread whose passes run (decode.py).
+    engine, record: the options `engine` and `graphs` of `load`, by which `renew` makes all these; None for a model that was put
+    together by hand, which stays as it is. made_of: what they were made of.
     """
 
     model: PreTrainedModel
@@ -63,6 +67,34 @@ class SatModel:
     planners: dict[Any, AutoPlanner] = field(default_factory=dict)
     graphs: Graphs | None = None
     lock: FairLock = field(default_factory=FairLock)
+    engine: str | None = None
+    record: bool = True
+    made_of: Snapshot | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle hold: no engine, which has addresses of this process; `renew` makes new ones."""
+        names = ("model", "tokenizer", "name", "sat", "adapter", "costs", "engine", "record")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __copy__(self) -> SatModel:
+        """The same model with the same engines, as `copy.copy` of any other object."""
+        return replace(self)
+
+    def renew(self) -> None:
+        """Make what passes run on again if weights or modules are others than it was made of. Before every generation.
+
+        Raises InputError, one line, where the model can't be decoded any more, and in a forked process.
+        """
+        if self.engine is None:
+            return
+        _refuse_in_fork(self)
+        with self.lock.held():
+            if self.made_of is None or not self.made_of.holds():
+                with torch.inference_mode(False), torch.no_grad():
+                    _make_engine(self)
 
     @cached_property
     def rounded(self) -> NativeEngine | None:
@@ -115,7 +147,8 @@ class SatModel:
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Last hidden states [..., D] -> logits [..., V], as the model's own forward makes them."""
-        logits = self.model.get_output_embeddings()(states)
+        with in_use():
+            logits = self.model.get_output_embeddings()(states)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -181,6 +214,12 @@ def check_model(model: Any, name: str) -> None:
     check_family(model.config, name)
     places = sorted({str(parameter.device) for parameter in model.parameters()})
     require(len(places) == 1 and places != ["meta"], f"model {name}: its weights are on {', '.join(places)}; expected one device")
+    _check_dtype_of(model, name)
+
+
+def _check_dtype_of(model: Any, name: str) -> None:
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    require(isinstance(weight, torch.Tensor), f"model {name}: its input embeddings have no weight; expected nn.Embedding")
     dtype = model.get_input_embeddings().weight.dtype
     require(dtype in DTYPES.values(), f"model {name}: its weights are {dtype}; expected one of {', '.join(DTYPES)}")
 
@@ -270,21 +309,74 @@ def _load_base(
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _with_engine(model: SatModel, engine: str, graphs: bool) -> SatModel:
-    """The model with what its passes run on."""
-    if engine != "transformers":
+_made_in: int | None = None  # the process whose threads have computed with a model
+
+
+def _refuse_in_fork(model: SatModel) -> None:
+    """A forked process has none of its parent's threads, but their locks: with more than one thread it would wait for ever."""
+    alone = model.device.type == "cpu" and torch.get_num_threads() == 1
+    require(
+        _made_in in (None, os.getpid()) or alone,
+        f"model {model.name}: this process was forked from {_made_in}, which had made it ready, and its passes would hang; "
+        "expected a process of the start method 'spawn', or torch.set_num_threads(1) here",
+    )
+
+
+def _make_engine(model: SatModel) -> None:
+    """What passes of this model run on, as its weights and modules are now. What there was is dropped."""
+    global _made_in
+    lm, again = model.model, model.made_of is not None
+    if model.packed is not None:
+        model.packed.detach()
+    model.made_of = model.native = model.packed = model.graphs = model.row_policy = None
+    model.__dict__.pop("rounded", None)
+    if again:
+        model.costs = None
+    model.planners.clear()
+    _check_dtype_of(lm, model.name)
+    lm.set_attn_implementation(attention.NAME)
+    if model.adapter is not None:
+        model.adapter.follow(lm)
+    model.sat = _place_of_sat(model)
+    _made_in = _made_in or os.getpid()
+    _choose_engine(model)
+    model.made_of = Snapshot(lm, model.adapter)
+
+
+def _place_of_sat(model: SatModel) -> SatConfig | None:
+    """The model's SAT. That of an adapter has no row in the embedding, so its id is the first one behind all rows, however many
+    tokens have been added: no token of a tokenizer is taken for it.
+    """
+    lm = model.model
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    if model.adapter is not None:
+        return replace(model.adapter.config.sat, token_id=max(vocabulary, lm.config.vocab_size))
+    require(
+        model.sat is None or model.sat.token_id < vocabulary,
+        f"sat_token_id={model.sat and model.sat.token_id}: the model's vocabulary ends at {vocabulary - 1}",
+    )
+    return model.sat
+
+
+def _choose_engine(model: SatModel) -> None:
+    """The native engine, or transformers' modules with what makes them faster; for a model of strange parts only if it can be."""
+    from .engine import check_rows
+
+    if model.engine != "transformers":
         try:
             model.native = NativeEngine(model.model, model.adapter, model.max_context)
-            return model
+            return
         except Unavailable as reason:
-            require(engine == "auto", f"engine=native: not to be had for {model.name} ({reason}); expected auto")
+            require(model.engine == "auto", f"engine=native: not to be had for {model.name} ({reason}); expected auto")
             if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float32):
-                warnings.warn(f"passes go through transformers' modules, which is slower: {reason}", stacklevel=4)
+                warnings.warn(f"passes go through transformers' modules, which is slower: {reason}", stacklevel=5)
     if can_pack(model.device, model.dtype):
         model.packed = PackedLinears(model.model).attach()
-    if graphs and model.device.type == "cuda" and len(model.devices) == 1:  # a graph records one GPU
+    strange = strange_part(model.model)
+    if strange is not None:
+        check_rows(model, strange)
+    if model.record and model.device.type == "cuda" and len(model.devices) == 1 and strange is None:  # a graph records one GPU
         model.graphs = Graphs(CudaCapture(model.device))
-    return model
 
 
 def _published(name: str) -> SatConfig | None:
@@ -387,13 +479,8 @@ def equip(
     Options, already checked, and errors as those of `load`. The model's attention becomes `attention.NAME`.
     """
     model.set_attn_implementation(attention.NAME)
-    if is_adapter(name):
-        adapter = adapters.load(model, _adapter_directory(name)).fuse().attach(model)
-        return _with_engine(SatModel(model, tokenizer, name, adapter.config.sat, adapter), engine, graphs)
-    sat = _sat_of_checkpoint(name, model.config, sat_token_id, trained_k)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    require(
-        sat is None or sat.token_id < vocabulary,
-        f"sat_token_id={sat and sat.token_id}: the model's vocabulary ends at {vocabulary - 1}",
-    )
-    return _with_engine(SatModel(model, tokenizer, name, sat), engine, graphs)
+    adapter = adapters.load(model, _adapter_directory(name)) if is_adapter(name) else None
+    sat = adapter.config.sat if adapter else _sat_of_checkpoint(name, model.config, sat_token_id, trained_k)
+    whole = SatModel(model, tokenizer, name, sat, adapter, engine=engine, record=graphs)
+    whole.renew()
+    return whole

@@ -22,6 +22,7 @@ from .config import SatConfig, TrainConfig, require
 from .data import Sequence
 from .loss import SatBatch, evaluate, joint_logits, joint_loss, predict, sat_loss, standard_loss
 from .model import SatModel
+from .packed import in_use
 
 
 class Mode(Protocol):
@@ -153,6 +154,7 @@ class _Updated(nn.Module):
         super().__init__()
         self.model, self.config = model, model.model.config
 
+    @in_use()
     def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
         with self.model.sat_rows(0, input_ids.shape[1]):
             return self.model.model(inputs_embeds=self.model.embed(input_ids), **inputs)

@@ -28,6 +28,7 @@ from .attention import sliding_window
 from .config import MAX_ROWS, InputError
 from .kept import load_library
 from .sampling import as_seed
+from .weights import strange_part
 
 if TYPE_CHECKING:
     from .adapter import SatAdapter
@@ -223,6 +224,9 @@ class NativeEngine:
         if window is not None and window < max_context:
             raise Unavailable(f"sliding_window={window}, and the context goes on to {max_context}")
         self.dtype = model.get_input_embeddings().weight.dtype
+        kinds = {(part.dtype, part.device.type) for part in model.parameters()}
+        if len(kinds) != 1:
+            raise Unavailable(f"weights of several kinds, {', '.join(sorted(f'{kind} on {where}' for kind, where in kinds))}")
         if self.dtype not in (torch.bfloat16, torch.float32) or model.device.type != "cpu":
             raise Unavailable(f"it has no {self.dtype} on {model.device.type}")
         self.is_bf16 = int(self.dtype == torch.bfloat16)
@@ -235,6 +239,8 @@ class NativeEngine:
             raise Unavailable(f"{', '.join(odd)}: not a multiple of {_MULTIPLE}")
         if config.hidden_act != "silu":
             raise Unavailable(f"activation {config.hidden_act}")
+        if strange := strange_part(model):
+            raise Unavailable(strange)
         library()
         self._positions = min(max_context, 2**20) + 2 * MAX_ROWS  # drafts and the probe look ahead
         positions = torch.arange(self._positions)[None]

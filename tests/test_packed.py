@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_llama
 from torch import nn
 
-from sdsat.packed import PackedLinears, best_linear, can_pack, pack, packed_linear
+from sdsat.packed import PackedLinears, best_linear, can_pack, in_use, pack, packed_linear
 
 CPU = torch.device("cpu")
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(CPU, dtype)]
@@ -50,16 +50,43 @@ def test_a_model_is_plain_again_after_detach(dtype):
     mask = torch.ones(1, 1, 11, 11, dtype=torch.bool).tril()
     plain = lm(ids, attention_mask=mask).logits
     packed = PackedLinears(lm).attach()
-    assert all("forward" in vars(module) for module in lm.modules() if isinstance(module, nn.Linear))
-    torch.testing.assert_close(lm(ids, attention_mask=mask).logits, plain, rtol=5e-2, atol=5e-2)
+    assert torch.equal(lm(ids, attention_mask=mask).logits, plain)  # but in passes
+    with in_use():
+        near = lm(ids, attention_mask=mask).logits
+        torch.testing.assert_close(near, plain, rtol=5e-2, atol=5e-2)
+        weight = lm.lm_head.weight.clone()
+        lm.lm_head.weight.zero_()  # the packed one is read
+        assert torch.equal(lm(ids, attention_mask=mask).logits, near)
+        lm.lm_head.weight.copy_(weight)
     packed.detach()
     assert not any("forward" in vars(module) for module in lm.modules())
     assert torch.equal(lm(ids, attention_mask=mask).logits, plain)
+
+
+def test_layers_with_a_forward_of_their_own_are_left_alone():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    patched = layer_of(8, 4, torch.float32)
+    patched.forward = own = lambda x: -nn.Linear.forward(patched, x)
+    layers = nn.ModuleList([Doubled(8, 4), patched])
+    x = torch.randn(3, 8)
+    want = [layer(x) for layer in layers]
+    packed = PackedLinears(layers).attach()
+    with in_use():
+        assert all(torch.equal(layer(x), before) for layer, before in zip(layers, want, strict=True))
+    packed.detach()
+    assert patched.forward is own
 
 
 def test_gradients_go_through_the_plain_weight():
     layer = layer_of(8, 4, torch.float32)
     PackedLinears(nn.Sequential(layer)).attach()
     x = torch.randn(3, 8, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x).sum(), x)
-    torch.testing.assert_close(gradient, layer.weight.sum(0).expand(3, 8))
+    with in_use():
+        (gradient,) = torch.autograd.grad(layer(x).sum(), x)
+        torch.testing.assert_close(gradient, layer.weight.sum(0).expand(3, 8))
+        layer.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(layer(x.detach()).sum(), layer.weight)
+    torch.testing.assert_close(gradient, x.detach().sum(0).expand(4, 8))
