@@ -41,7 +41,7 @@ from sdsat.engine import probe_rows
 from sdsat.files import sha256_of, write_json
 from sdsat.kept import cache_dir
 from sdsat.model import SatModel, _load_base, load
-from sdsat.prompts import WARM_UP, Problem, encode_prompt, encode_request, humaneval, read_sources
+from sdsat.prompts import WARM_UP, Problem, encode, encode_prompt, given_requests, humaneval
 from sdsat.records import environment, resumed
 from sdsat.reference import transformers_generate
 from sdsat.report import interval, seconds_of, speedup, with_interval
@@ -147,8 +147,8 @@ def make_decoder(strategy: str, name: str, context: int) -> Decoder:
 
 def read_prompts(data_limit: int, general: int) -> list[Problem]:
     tokenizer = AutoTokenizer.from_pretrained(base_dir())
-    texts = [text for _, text, _ in read_sources([str(GENERAL)])][:general]
-    requests = [Problem(f"general/{i}", tuple(encode_request(tokenizer, text))) for i, text in enumerate(texts)]
+    texts = list(given_requests([str(GENERAL)]))[:general]
+    requests = [Problem(f"general/{i}", tuple(encode(tokenizer, text))) for i, text in enumerate(texts)]
     return humaneval(tokenizer, data_limit) + requests
 
 

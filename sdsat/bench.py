@@ -53,7 +53,7 @@ class BenchConfig:
     method: 'greedy' or 'nucleus'; temperature, top_k and top_p hold for nucleus only.
     k_list: the k to measure; AR (0) is always among them. strategies: each at every k of k_list, but auto once, with the largest.
     lookup: how many tokens 'auto' and 'lookup' look up in the text so far. `auto` is measured beside what it is made of: 'lookup'
-    alone, and itself without lookup; 0: only without. template_options: see prompts.encode_chat.
+    alone, and itself without lookup; 0: only without. template_options: see prompts.encode.
     dataset: see datasets.read_tasks; source: what that returns, entered by `bench`. data_limit: see datasets.limited.
     engine, sat_token_id, trained_k: see model.load.
     with_generate: also time transformers' own greedy `generate` on the same weights. turns: how often each is measured on each

@@ -88,13 +88,13 @@ class SlotCache(Cache):
         _move_rows(self, slice(None), self.length, rows)
         self.length += len(rows)
 
-    def copy_sequences(self, source: SlotCache, places: list[int], batch: int) -> None:
-        """Put the sequences of `source` in these places of this cache, a batch of `batch` sequences."""
+    def copy_sequences(self, source: SlotCache, rows: list[int], places: list[int], batch: int) -> None:
+        """Put the sequences `rows` of `source` in these places of this cache, a batch of `batch` sequences."""
         for layer, other in zip(self.layers, source.layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(*(kept[:1].expand(batch, -1, -1, -1) for kept in (other.keys, other.values)))
-            layer.keys[places, :, : source.length] = other.keys[:, :, : source.length]
-            layer.values[places, :, : source.length] = other.values[:, :, : source.length]
+            layer.keys[places, :, : source.length] = other.keys[rows, :, : source.length]
+            layer.values[places, :, : source.length] = other.values[rows, :, : source.length]
 
 
 class SlotPlace:

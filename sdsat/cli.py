@@ -427,6 +427,14 @@ def distill(
     limit: Annotated[int | None, typer.Option(help="How many prompts; default all.")] = None,
     temperatures: Annotated[str, typer.Option(help="The prompts take these in turn.")] = "0,0,0.2,1.0",
     answers: Annotated[int, typer.Option(help="Answers to a prompt, each at the temperature after the last one's.")] = 1,
+    kinds: Annotated[
+        str,
+        typer.Option(help="What is asked about functions: complete, words, fix, test, explain; with weights: complete=3,words."),
+    ] = "complete",
+    avoid: Annotated[
+        list[Path] | None,
+        typer.Option(help="Benchmark that no prompt may overlap, beside HumanEval: a .jsonl file; repeat for more."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(envvar="MAX_NEW_TOKENS")] = 224,
     max_prompt_tokens: int = 224,
     template_option: TemplateOptions = None,
@@ -454,6 +462,8 @@ def distill(
         seed,
         answers,
         tuple(template_option or ()),
+        prompts.parse_kinds(kinds),
+        tuple(avoid or ()),
     )
     tokens = sum(shard["num_answer_tokens"] for shard in manifest["shards"])
     if _is_first():

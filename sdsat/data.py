@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +28,12 @@ from .config import DecodeConfig, InputError, SamplingConfig, require
 from .decode import iterate_batch
 from .files import locked, read_json, replacing, write_json
 from .model import SatModel
-from .prompts import Decontaminator, collect_prompts, licences
+from .prompts import COMPLETE, Decontaminator, collect_prompts, licences
 from .records import check_environment, identity
 
 _TEXT, GREEDY = (".py", ".md", ".txt"), SamplingConfig()
 _SINCE = ("base_sha256", "dtype", "stop_ids")  # what the first manifests do not have
+_BEFORE: dict[str, Any] = {"answers": 1, "kinds": COMPLETE, "avoid": [], "template_options": []}  # what they were made with
 _USUAL_SIZE = 16  # sequences of a text file
 
 
@@ -71,11 +72,14 @@ def distill(
     seed: int = 0,
     answers: int = 1,
     template_options: tuple[str, ...] = (),
+    kinds: Mapping[str, float] = COMPLETE,
+    avoid: tuple[Path, ...] = (),
 ) -> dict[str, Any]:
     """Write the model's own answers to prompts from `sources` (prompts.py) as token shards; resumes at the first missing shard.
 
-    The prompts take the temperatures in turn; each prompt's next answer, of `answers`, the temperature after its last. Under
-    `accelerate launch` every process writes its own part of the shards. Returns the manifest, also written to `out`.
+    kinds, avoid: see `prompts.collect_prompts`. The prompts take the temperatures in turn; each prompt's next answer, of
+    `answers`, the temperature after its last; the answers to a prompt follow each other and share its pass. Under `accelerate
+    launch` every process writes its own part of the shards. Returns the manifest, also written to `out`.
     """
     positive = dict(max_new_tokens=max_new_tokens, batch_size=batch_size, shard_size=shard_size, answers=answers)
     for name, value in {**positive, "max_prompt_tokens": max_prompt_tokens}.items():
@@ -86,19 +90,20 @@ def distill(
     for temperature in temperatures:
         SamplingConfig(temperature)  # refuses what cannot be sampled at
     state = PartialState(cpu=model.device.type == "cpu")
-    prompts, counts = collect_prompts(sources, model.tokenizer, limit, max_prompt_tokens, template_options)
-    turns = [temperatures[(i + again) % len(temperatures)] for again in range(answers) for i in range(len(prompts))]
+    distinct, counts = collect_prompts(sources, model.tokenizer, limit, max_prompt_tokens, template_options, kinds, avoid)
+    prompts = [ids for ids in distinct for _ in range(answers)]
+    turns = [temperatures[(i + again) % len(temperatures)] for i in range(len(distinct)) for again in range(answers)]
     settings = {
         "model": model.name, "base_sha256": identity(model.name, model)["base"],
         "dtype": str(model.dtype).removeprefix("torch."), "stop_ids": list(model.stop_ids),
         "seed": seed, "answers": answers, "temperatures": list(temperatures),
         "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens, "shard_size": shard_size,
-        "num_prompts": len(prompts), "prompts": counts, "template_options": list(template_options),
+        "kinds": dict(kinds), "avoid": [file.name for file in avoid], "template_options": list(template_options),
+        "num_prompts": len(distinct), "prompts": counts,
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }  # fmt: skip
     manifest: dict[str, Any] = {"format": "sdsat-shards", "format_version": 1, "settings": settings, "shards": []}
     manifest["licences"] = licences(sources)
-    prompts = prompts * answers
     shards = [range(n, min(n + shard_size, len(prompts))) for n in range(0, len(prompts), shard_size)]
     files = [out / f"shard_{number:05d}.safetensors" for number in range(len(shards))]
     manifest_file = out / "manifest.json"
@@ -136,9 +141,7 @@ def _check_shards(out: Path, settings: dict[str, Any]) -> None:
     unknown = [key for key in _SINCE if key not in held]
     if unknown:
         warnings.warn(f"out={out}: begun by a version that did not keep {', '.join(unknown)}: not compared", stacklevel=3)
-    check_environment(
-        {"answers": 1, "template_options": [], **{key: settings[key] for key in unknown}, **held}, settings, f"out={out}"
-    )
+    check_environment({**_BEFORE, **{key: settings[key] for key in unknown}, **held}, settings, f"out={out}")
 
 
 def _write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) -> None:

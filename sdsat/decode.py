@@ -355,7 +355,7 @@ def _enter(
 ) -> list[_Sequence]:
     """Sequences of these prompts, prefilled."""
     began, device = time.perf_counter(), model.device
-    caches = room.enter([torch.tensor(prompts[n], device=device) for n in numbers], [slots[n] for n in numbers])
+    caches = room.enter([prompts[n] for n in numbers], [slots[n] for n in numbers])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     prefilled, entered = time.perf_counter(), []

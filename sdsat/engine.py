@@ -199,21 +199,30 @@ class Room:
         self.model, self.size, self.places = model, size, list[SlotPlace]()
         layers = model.model.config.num_hidden_layers
         self.shared = SlotCache(layers, num_slots) if size > 1 and model.native is None else None
+        self.last: tuple[list[int], NativeCache] | None = None  # the prompt read last, and a cache that begins with it
 
-    def enter(self, prompts: list[Tensor], num_slots: list[int]) -> list[AnyCache]:
-        """A cache for each prompt [N], which holds all of it but the last token."""
+    def enter(self, prompts: list[list[int]], num_slots: list[int]) -> list[AnyCache]:
+        """A cache for each prompt, which holds all of it but the last token. Equal prompts one after another are read once."""
         if self.shared is None:
-            caches = [new_cache(self.model, slots) for slots in num_slots]
-            for cache, prompt in zip(caches, prompts, strict=True):
-                prefill(self.model, cache, prompt[:-1])
-            return list[AnyCache](caches)
+            return [self._enter(prompt, slots) for prompt, slots in zip(prompts, num_slots, strict=True)]
+        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         scratch = SlotCache(len(self.shared.layers), max(map(len, prompts)))
-        prefill(self.model, scratch, pad_sequence(prompts, batch_first=True))  # what it pads, and last tokens, are overwritten
+        tokens = [torch.tensor(prompt, device=self.model.device) for prompt in rows]
+        prefill(self.model, scratch, pad_sequence(tokens, batch_first=True))  # what it pads, and last tokens, are overwritten
         first = len(self.places)
         places = [SlotPlace(self.shared, first + i, len(prompt) - 1) for i, prompt in enumerate(prompts)]
-        self.shared.copy_sequences(scratch, [place.number for place in places], self.size)
+        self.shared.copy_sequences(scratch, [rows[tuple(prompt)] for prompt in prompts], [p.number for p in places], self.size)
         self.places += places
         return list[AnyCache](places)
+
+    def _enter(self, prompt: list[int], num_slots: int) -> SlotCache | NativeCache:
+        cache = new_cache(self.model, num_slots)
+        if self.last and self.last[0] == prompt and isinstance(cache, NativeCache):
+            cache.copy(self.last[1], len(prompt) - 1)
+        else:
+            prefill(self.model, cache, torch.tensor(prompt[:-1], device=self.model.device, dtype=torch.long))
+        self.last = (prompt, cache) if isinstance(cache, NativeCache) else None
+        return cache
 
     def leave(self, cache: AnyCache) -> None:
         """Free the place of a sequence; the last one moves there."""

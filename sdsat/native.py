@@ -208,6 +208,13 @@ class NativeCache:
             _call("sdsat_move", byref(struct), byref(self.struct), *counts, self.engine.is_bf16)
         self.length += len(rows)
 
+    def copy(self, source: NativeCache, length: int) -> None:
+        """Hold the first `length` tokens of another cache of this engine, and nothing else."""
+        held = -(-length // _KEYS) * _KEYS  # native.cpp keeps keys of whole blocks together
+        for own, other in ((self.keys, source.keys), (self.values, source.values)):
+            own[:, :, :held] = other[:, :, :held]
+        self.length = length
+
 
 class NativeEngine:
     """The weights of a model, and of its adapter, in native.cpp's order. The copy takes as much memory as the weights.

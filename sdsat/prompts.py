@@ -1,22 +1,20 @@
 """Prompts as token ids: of benchmark problems, and for self-distillation of whatever the model should speed up.
 
-A source is a folder of Python code (its documented functions become requests to complete them), a .jsonl or .txt file of
-prompts, or `hub:NAME` for a data set of the Hugging Face hub. What overlaps HumanEval is dropped, and counted.
+A source is a folder of Python code (its functions become requests of the chosen kinds: kinds.py), a .jsonl or .txt file of
+prompts, or `hub:NAME` for a data set of the Hugging Face hub. What overlaps a benchmark is dropped, and counted.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import inspect
 import json
 import random
 import re
 import sysconfig
-import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,17 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import require
 from .datasets import HUMANEVAL, INFILLING, Limit, Task, hub_rows, humaneval_problems, limited, read_lines, rows_of
+from .kinds import KINDS, Request, ask, completion, functions
 
 # What warms a model up before anything is measured: no problem of any data set.
 WARM_UP = 'def seconds_of_day(clock):\n    """Return the seconds since midnight of a clock such as "07:30:05"."""\n'
-_FENCE = "```python\n"
+COMPLETE = {"complete": 1.0}
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # arXiv 2107.03374: what follows a completed function
 # What a chat template ends with that has the model think first: <think>, [THINK], <thinking>, <|begin_of_thought|>, ..
 _THOUGHT = re.compile(r"[<\[](?!\W*(/|end))\W{0,2}[\w:]*(think|thought|reason)\w*\W{0,2}[>\]]\s*$", re.IGNORECASE)
 _INFILLING_TOKENS = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 _MARK = "☺"  # text that no token joins to what follows
-_NGRAM = 10  # words that a prompt may not share with HumanEval in a row
+_NGRAM = 10  # words that a prompt may not share with a benchmark in a row
 
 
 @dataclass(frozen=True)
@@ -84,28 +83,25 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, code: str, options: Sequen
 
     Where the template has the model think first, there is no fence: it would stand inside the thought.
     """
-    if not tokenizer.chat_template:
-        return _encode_plain(tokenizer, code, options)
-    return encode_chat(tokenizer, f"Complete this Python function.\n{_FENCE}{code.rstrip()}\n```", _FENCE, options)
+    return encode(tokenizer, completion(code), options)
 
 
 def encode_request(tokenizer: PreTrainedTokenizerBase, request: str, options: Sequence[str] = ()) -> list[int]:
     """Token ids of a prompt as a chat turn for chat models, else as it is."""
-    return (encode_chat if tokenizer.chat_template else _encode_plain)(tokenizer, request, options=options)
+    return encode(tokenizer, Request(request), options)
 
 
-def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, options: Sequence[str] = ()) -> list[int]:
-    require(not options, f"template_option={' '.join(options)}: the model has no chat template; leave it out")
-    return tokenizer(text)["input_ids"]
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, question: str, opening: str = "", options: Sequence[str] = ()) -> list[int]:
-    """Token ids of a user's turn and, unless the template opens a thought, the opening of the model's answer.
+def encode(tokenizer: PreTrainedTokenizerBase, request: Request, options: Sequence[str] = ()) -> list[int]:
+    """Token ids of a request: for chat models a user's turn and, unless the template opens a thought, the opening of the answer;
+    else what is to be continued.
 
     options: KEY=VALUE for the chat template, as `enable_thinking=false`; what is not given is as the template has it.
     """
-    text = _chat(tokenizer, question, options)
-    return tokenizer(text + ("" if _opens_thought(text) else opening), add_special_tokens=False)["input_ids"]
+    if not tokenizer.chat_template:
+        require(not options, f"template_option={' '.join(options)}: the model has no chat template; leave it out")
+        return tokenizer(request.code or request.text + request.opening)["input_ids"]
+    text = _chat(tokenizer, request.text, options)
+    return tokenizer(text + ("" if _opens_thought(text) else request.opening), add_special_tokens=False)["input_ids"]
 
 
 def thinks_first(tokenizer: PreTrainedTokenizerBase, options: Sequence[str] = ()) -> bool:
@@ -145,29 +141,20 @@ def humaneval(tokenizer: PreTrainedTokenizerBase, limit: Limit = None, options: 
     return [Problem(p["task_id"], tuple(encode_prompt(tokenizer, p["prompt"], options))) for p in humaneval_problems(limit)]
 
 
-def function_prompts(path: Path) -> Iterator[tuple[str, str]]:
-    """(function name, header with docstring) of every documented function in a Python file."""
-    try:
-        source = path.read_text(encoding="utf-8")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            nodes = list(ast.walk(ast.parse(source)))
-    except (OSError, SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
-        return
-    lines = source.split("\n")  # as ast counts them
-    for node in nodes:
-        if isinstance(node, ast.FunctionDef) and (doc := ast.get_docstring(node)) and len(doc) >= 40:
-            header = lines[node.lineno - 1 : node.body[0].end_lineno]
-            yield node.name, textwrap.dedent("\n".join(header)) + "\n"
-
-
 class Decontaminator:
-    """Recognises prompts that overlap HumanEval: the same function name, or `_NGRAM` words in a row in common."""
+    """Recognises what overlaps HumanEval or further benchmarks: the same function name, or `_NGRAM` words in a row in common.
 
-    def __init__(self) -> None:
+    avoid: benchmarks as .jsonl files, such as MBPP's; of every line all texts count, and the functions that they define.
+    """
+
+    def __init__(self, avoid: Sequence[Path] = ()) -> None:
         problems = humaneval_problems()
         self.names = {p["entry_point"] for p in problems}
         self.ngrams = {gram for p in problems for gram in self._ngrams(p["prompt"] + p["canonical_solution"])}
+        for file in avoid:
+            for row in rows_of(file, (), "avoid"):
+                self.names |= {row.get("entry_point", ""), *defined(" ".join(_texts(row)))} - {""}
+                self.ngrams |= {gram for text in _texts(row) for gram in self._ngrams(text)}
 
     @staticmethod
     def _ngrams(text: str) -> set[tuple[str, ...]]:
@@ -176,6 +163,20 @@ class Decontaminator:
 
     def overlaps(self, name: str, text: str) -> bool:
         return name in self.names or not self.ngrams.isdisjoint(self._ngrams(text))
+
+
+def defined(text: str) -> list[str]:
+    """The names of the functions that a text defines."""
+    return re.findall(r"\bdef (\w+)", text)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def answered_problems(
@@ -206,15 +207,18 @@ def python_files(folders: list[Path]) -> list[Path]:
     return files
 
 
-def _lines_of(file: Path) -> Iterator[str]:
-    """The prompts of a .jsonl file (the key `prompt` of every line) or a text file (one prompt a line)."""
+def _lines_of(file: Path) -> Iterator[Request]:
+    """The prompts of a .jsonl file (in every line the key `prompt`, and `opening` for how the answer begins) or a text file."""
     if file.suffix == ".jsonl":
-        yield from (row["prompt"] for row in rows_of(file, ("prompt",), "source"))
+        for row in rows_of(file, ("prompt",), "source"):
+            opening = row.get("opening", "")
+            require(isinstance(opening, str), f"source={file}: opening={opening!r}: expected a text")
+            yield Request(row["prompt"], opening)
     else:
-        yield from (line for line in read_lines(file, "source") if line.strip())
+        yield from (Request(line) for line in read_lines(file, "source") if line.strip())
 
 
-def _hub_prompts(source: str) -> Iterator[str]:
+def _hub_prompts(source: str) -> Iterator[Request]:
     """The prompts of `hub:NAME` or `hub:NAME:COLUMN`, a data set's split `train`, through the library `datasets`."""
     name, _, column = source.removeprefix("hub:").partition(":")
     column = column or "prompt"
@@ -222,7 +226,7 @@ def _hub_prompts(source: str) -> Iterator[str]:
     require(column in rows.column_names, f"source={source}: has columns {', '.join(rows.column_names)}; add :COLUMN")
     for row in rows[column]:
         require(isinstance(row, str), f"source={source}: column {column} does not hold texts; choose another")
-        yield row
+        yield Request(row)
 
 
 def default_sources() -> list[str]:
@@ -242,19 +246,82 @@ def licences(sources: Sequence[str]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def read_sources(sources: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
-    """(function name or '', text, whether it is code to complete) of every prompt: files and data sets in order, then folders."""
+def given_requests(sources: Sequence[str]) -> Iterator[Request]:
+    """The prompts of the sources that are files or data sets, in order."""
+    for source in sources:
+        if not Path(source).is_dir():
+            yield from _hub_prompts(source) if source.startswith("hub:") else _lines_of(Path(source))
+
+
+class Sieve:
+    """Turns requests into token ids, but those that it drops: `counts` says how many, and why.
+
+    Dropped is what came before, what overlaps a benchmark (`Decontaminator`), and what has more than `max_length` tokens.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, avoid: Sequence[Path] = (), options: Sequence[str] = ()
+    ):
+        self.tokenizer, self.max_length, self.options = tokenizer, max_length, options
+        self.decontaminator = Decontaminator(avoid)
+        self.overlap = "benchmark_overlap" if avoid else "humaneval_overlap"
+        self.counts = {"found": 0, "duplicate": 0, self.overlap: 0, "too_long": 0}
+        self.seen: set[tuple[str, str]] = set()
+
+    def ids(self, request: Request) -> list[int]:
+        """Token ids of a request, none if it is dropped."""
+        self.counts["found"] += 1
+        if (turn := (request.text, request.opening)) in self.seen:
+            self.counts["duplicate"] += 1
+            return []
+        self.seen.add(turn)
+        text = request.code or request.text
+        if any(self.decontaminator.overlaps(name, text) for name in {request.name, *defined(text)}):
+            self.counts[self.overlap] += 1
+            return []
+        if len(ids := encode(self.tokenizer, request, self.options)) > self.max_length:
+            self.counts["too_long"] += 1
+            return []
+        return ids
+
+
+def code_requests(folders: Sequence[Path], kinds: Mapping[str, float], sieve: Sieve) -> Iterator[tuple[Request, list[int]]]:
+    """(request, token ids) about the functions in folders of Python code, one a function at most, shuffled.
+
+    kinds: {kind: weight}. A function is asked about in the kind that is furthest behind its weight, of those that suit it and
+    that `sieve` lets pass.
+    """
+    done = dict.fromkeys(kinds, 0)
+    for path in python_files(list(folders)):
+        for function in functions(path):
+            for kind in sorted(kinds, key=lambda kind: done[kind] / kinds[kind]):
+                request = ask(function, kind)
+                if request and (ids := sieve.ids(request)):
+                    done[kind] += 1
+                    yield request, ids
+                    break
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Refuse what is no source."""
     expected = "expected a folder of Python code, a .jsonl or .txt file, or hub:NAME"
     for source in sources:
         known = source.startswith("hub:") or Path(source).is_dir() or Path(source).suffix in (".jsonl", ".txt")
         require(known, f"source={source}: {expected}")
-    for source in sources:
-        if not Path(source).is_dir():
-            found = _hub_prompts(source) if source.startswith("hub:") else _lines_of(Path(source))
-            yield from (("", text, False) for text in found)
-    for path in python_files([Path(source) for source in sources if Path(source).is_dir()]):
-        for name, text in function_prompts(path):
-            yield name, text, True
+
+
+def parse_kinds(text: str) -> dict[str, float]:
+    """'complete=3,words' -> {'complete': 3.0, 'words': 1.0}."""
+    kinds = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        require(name in KINDS, f"kinds={text}: {name or 'an empty name'} is none of {', '.join(KINDS)}")
+        try:
+            kinds[name] = float(weight or 1)
+        except ValueError:
+            kinds[name] = 0.0
+        require(0 < kinds[name] < float("inf"), f"kinds={text}: {part}: expected a positive number")
+    return kinds
 
 
 def collect_prompts(
@@ -263,27 +330,20 @@ def collect_prompts(
     limit: int | None,
     max_length: int,
     options: Sequence[str] = (),
+    kinds: Mapping[str, float] = COMPLETE,
+    avoid: Sequence[Path] = (),
 ) -> tuple[list[list[int]], dict[str, int]]:
-    """Distinct, decontaminated, shuffled (seed 0) prompts as token ids. Returns (prompts, counts of what was dropped)."""
-    decontaminator = Decontaminator()
-    counts = {"found": 0, "duplicate": 0, "humaneval_overlap": 0, "too_long": 0}
-    seen: set[str] = set()
-    prompts: list[list[int]] = []
-    for name, text, is_code in read_sources(sources):
-        if limit is not None and len(prompts) >= limit:
-            break
-        counts["found"] += 1
-        if text in seen:
-            counts["duplicate"] += 1
-            continue
-        seen.add(text)
-        asked = [name] if name else re.findall(r"\bdef (\w+)", text) or [""]
-        if any(decontaminator.overlaps(function, text) for function in asked):
-            counts["humaneval_overlap"] += 1
-        elif len(ids := (encode_prompt if is_code else encode_request)(tokenizer, text, options)) > max_length:
-            counts["too_long"] += 1
-        elif ids:
-            prompts.append(ids)
+    """Distinct, decontaminated, shuffled (seed 0) prompts as token ids. Returns (prompts, counts of what was dropped).
+
+    Files and data sets first, in order, then folders of code. options: see `encode`; kinds: what functions are asked, see
+    `code_requests`; avoid: further benchmarks, see `Decontaminator`.
+    """
+    check_sources(sources)
+    sieve = Sieve(tokenizer, max_length, avoid, options)
+    given = (sieve.ids(request) for request in given_requests(sources))
+    of_code = code_requests([Path(source) for source in sources if Path(source).is_dir()], kinds, sieve)
+    admitted = filter(None, chain(given, (ids for _, ids in of_code)))
+    prompts = list(islice(admitted, limit))
     require(len(prompts) > 0, f"source={', '.join(sources)}: no prompt found")
     random.Random(0).shuffle(prompts)
-    return prompts, counts
+    return prompts, sieve.counts

@@ -67,7 +67,7 @@ class TokenStream:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, style: str, options: Sequence[str] = ()) -> list[int]:
-    """Token ids of a prompt as a chat turn, as a request to complete code, or as it is. options: see prompts.encode_chat."""
+    """Token ids of a prompt as a chat turn, as a request to complete code, or as it is. options: see prompts.encode."""
     if style == "raw":
         require(not options, f"template_option={' '.join(options)}: --as=raw has no chat turns; leave it out")
         return tokenizer(prompt)["input_ids"]

@@ -17,6 +17,7 @@ from test_planner import curve
 from transformers import AutoModelForCausalLM
 
 from sdsat import attention, decode
+from sdsat import engine as engines
 from sdsat.config import LOOKUP, STRATEGIES, DecodeConfig, InputError, SamplingConfig
 from sdsat.costs import CONTEXTS, MAX_ROWS
 from sdsat.decode import generate, generate_batch, iterate_batch
@@ -97,7 +98,7 @@ def test_any_prompts_with_any_settings_at_once(engine, data):
 
 def filled(model, contexts):
     room = Room(model, len(contexts), 256)
-    return room, room.enter([torch.tensor(context) for context in contexts], [256] * len(contexts))
+    return room, room.enter(contexts, [256] * len(contexts))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -110,6 +111,7 @@ def test_rows_of_a_pass_over_many_have_the_logits_that_they_have_alone(engine, d
     contexts = [
         data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=70)) for _ in range(data.draw(st.integers(2, 4)))
     ]
+    contexts.insert(data.draw(st.integers(0, 1)), contexts[0])  # two that are read once
     (room, caches), alone = filled(model, contexts), [filled(model, [context])[1][0] for context in contexts]
     while caches:
         parts = []
@@ -210,6 +212,22 @@ def test_of_many_places_several_are_filled_at_once():
         Room.enter = plain
     assert seen[0] == 40 and all(count >= 3 for count in seen[:-1]) and sum(seen) == 80
     assert [out.token_ids for out in outs] == [generate(model, *each).token_ids for each in zip(prompts, configs, strict=True)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("size", [2, 6])
+def test_answers_to_one_prompt_share_its_pass(engine, size, monkeypatch):
+    """And are those of each alone, though some need more room and some wait until others have left."""
+    prompts = [prompt for prompt in ([5, 9] * 35, [8, 4, 11], [3]) for _ in range(3)]
+    sampling = [SamplingConfig(1.3 * (i % 3 > 0), seed=i) for i in range(9)]
+    configs = [DecodeConfig(i % 2 * K, 5 + 70 * (i % 3), sampling=each) for i, each in enumerate(sampling)]
+    engines.probe_rows(model_of(engine))  # reads a text of its own
+    read, plain = [], engines.prefill
+    monkeypatch.setattr(engines, "prefill", lambda model, cache, tokens: read.append(tokens.shape) or plain(model, cache, tokens))
+    generate_batch(model_of(engine), prompts, configs, batch_size=size)
+    sequences = sum(shape[0] if len(shape) > 1 else 1 for shape in read)
+    assert sequences == 3 if ENGINES[engine][0] else 3 <= sequences < 9
+    assert_as_alone(model_of(engine), prompts, configs, batch_size=size)
 
 
 def test_nothing_to_do_and_more_room_than_prompts():

@@ -159,8 +159,8 @@ def test_a_batch_of_unequal_sequences_equals_each_alone():
     batch = SlotCache(lm.config.num_hidden_layers, SLOTS)
     two = SlotCache(lm.config.num_hidden_layers, 9)
     prefill(SatModel(lm, None, "tiny"), two, pad_sequence(sequences[:2], batch_first=True))  # padded; the last slot is used again
-    batch.copy_sequences(two, [2, 0], len(sequences))
-    batch.copy_sequences(fresh(lm, sequences[2][:-1])[0], [1], len(sequences))
+    batch.copy_sequences(two, [0, 1], [2, 0], len(sequences))
+    batch.copy_sequences(fresh(lm, sequences[2][:-1])[0], [0], [1], len(sequences))
     sequences = [sequences[1], sequences[2], sequences[0]]
     length, rows = torch.tensor([len(sequence) - 1 for sequence in sequences]), torch.arange(3)
     batch.row_sequences, batch.row_slots, batch.num_live = rows, length, 3

@@ -99,17 +99,17 @@ def test_large_batches_take_in_several_prompts_at_a_time(model):
 
 
 def test_several_answers_to_a_prompt_take_the_temperatures_in_turn(model, source, tmp_path):
-    once = run(model, source, tmp_path / "once", temperatures=(0.0, 1.0, 0.5))
-    thrice = run(model, source, tmp_path / "thrice", temperatures=(0.0, 1.0, 0.5), answers=3, shard_size=11)
-    assert (once["settings"]["answers"], thrice["settings"]["answers"]) == (1, 3)
-    first, *others = (read_sequences(tmp_path / "thrice", None)[n : n + 11] for n in (0, 11, 22))
-    assert [s.ids.tolist() for s in first] == [s.ids.tolist() for s in read_sequences(tmp_path / "once", None)]
-    greedy = {tuple(s.ids[: s.prompt_length].tolist()): s.ids.tolist() for s in read_shards_greedy(model, source, tmp_path)}
-    for turn, answers in enumerate([first, *others]):
-        for i, s in enumerate(answers):
-            assert s.ids[: s.prompt_length].tolist() == first[i].ids[: first[i].prompt_length].tolist()
-            if (i + turn) % 3 == 0:
-                assert s.ids.tolist() == greedy[tuple(s.ids[: s.prompt_length].tolist())]
+    thrice = run(model, source, tmp_path / "thrice", temperatures=(0.0, 1.0, 0.5), answers=3, shard_size=6)
+    assert (thrice["settings"]["answers"], thrice["settings"]["num_prompts"]) == (3, 11)
+    greedy = [s.ids.tolist() for s in read_shards_greedy(model, source, tmp_path)]
+    answers = [s.ids.tolist() for s in read_shards(tmp_path / "thrice")]
+    asked = [ids for ids in collect_prompts([str(source)], model.tokenizer, None, 256)[0] for _ in range(3)]
+    assert [answer[: len(prompt)] for answer, prompt in zip(answers, asked, strict=True)] == asked
+    turns = [(answer == greedy[i // 3], (i // 3 + i % 3) % 3) for i, answer in enumerate(answers)]
+    assert all(same for same, turn in turns if turn == 0)
+    assert not any(same for same, turn in turns if turn == 1)  # temperature 1
+    run(model, source, tmp_path / "alone", temperatures=(0.0, 1.0, 0.5), answers=3, shard_size=6, batch_size=1)
+    assert shards(tmp_path / "alone") == shards(tmp_path / "thrice")
 
 
 def read_shards_greedy(model, source, tmp_path):
@@ -199,6 +199,8 @@ def another_stop_id(model):
         (dict(max_new_tokens=11), "max_new_tokens=12"),
         (dict(shard_size=5), "shard_size=4"),
         (dict(limit=10), "num_prompts=11"),
+        (dict(answers=2), "answers=1"),
+        (dict(kinds={"complete": 1.0, "fix": 1.0}), "kinds={'complete': 1.0}"),
         (dict(model=changed_weight), "base_sha256="),
         (dict(model=another_stop_id), f"stop_ids=[{EOS}]"),
         (dict(template="{{ messages[0]['content'] }}"), "prompts_sha256="),
@@ -233,7 +235,7 @@ def test_a_manifest_of_an_earlier_version_goes_on(model, source, tmp_path):
     manifest = run(model, source, out)
     want = shards(out)
     old = json.loads((out / "manifest.json").read_text())
-    for key in ("answers", "base_sha256", "dtype", "stop_ids"):
+    for key in ("answers", "kinds", "avoid", "base_sha256", "dtype", "stop_ids"):
         del old["settings"][key]
     (out / "manifest.json").write_text(json.dumps(old))
     (out / "shard_00001.safetensors").unlink()

