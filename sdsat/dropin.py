@@ -427,7 +427,7 @@ class _Chooser:
                 self.logits.append(scores.clone())
             if own:
                 scores = self.all.sat.legal(own(so_far, scores))  # some processors make more of a SAT's -inf
-                chosen = scores.argmax(-1) if self.sampling.greedy else choose(scores, index, self.sampling)[:, 0]
+                chosen = scores.argmax(-1) if self.sampling.greedy else choose(self._drawable(scores), index, self.sampling)[:, 0]
             else:
                 chosen = next_tokens(self.all.sat, logits[None], index, self.sampling)
             if self.all.keep_scores:
@@ -437,6 +437,15 @@ class _Chooser:
             scores_so_far = tuple(self.scores) if self.all.keep_scores else None
             ended = bool(self.all.criteria) and bool(self.all.criteria(self.ids[:, : self.length], scores_so_far).all())
         return int(chosen), ended
+
+    def _drawable(self, scores: Tensor) -> Tensor:
+        """The scores [1, V], if a token can be drawn by them, which plain generate, too, refuses otherwise."""
+        require(
+            bool(scores.max().isfinite()),
+            f"do_sample=True: after {', '.join(type(step).__name__ for step in self.all.own)} no token is left to draw, or a "
+            "score is NaN or infinite; expected other settings, or remove_invalid_values=True",
+        )
+        return scores
 
 
 def _stream(streamer: Any, number: int, tokens: list[int], drafted: list[bool]) -> None:

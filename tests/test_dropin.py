@@ -571,6 +571,16 @@ def test_an_assistant_is_refused(llama):
         drafting(model, assistant_model=lm)
 
 
+def test_sampling_where_no_token_is_left_is_refused(llama):
+    """Where transformers' own draw fails: every score is -inf, or one is NaN."""
+    lm, model, _ = llama
+    none = dict(suppress_tokens=list(range(VOCAB)), do_sample=True)
+    with pytest.raises(RuntimeError):
+        plainly(lm, **none)
+    with one_line_error("do_sample=True", "SuppressTokensLogitsProcessor", "no token is left"):
+        drafting(model, **none)
+
+
 def test_typing_errors_are_transformers_to_refuse(llama):
     _, model, _ = llama
     with pytest.raises(ValueError, match="strategie"):

@@ -65,7 +65,7 @@ ANYWHERE = {
     "encoder_repetition_penalty": lambda rng: rng.choice([0.8, 1.0, 1.5]),
     "encoder_no_repeat_ngram_size": lambda rng: rng.randrange(3),
     "bad_words_ids": lambda rng: [tokens(rng, rng.randint(1, 3)) for _ in range(rng.randint(1, 3))],
-    "sequence_bias": lambda rng: [[tokens(rng, rng.randint(1, 2)), rng.uniform(-9, 9)] for _ in range(2)],
+    "sequence_bias": lambda rng: [[[rng.randint(1, 15) for _ in range(rng.randint(1, 2))], rng.uniform(-9, 9)] for _ in range(2)],
     "suppress_tokens": lambda rng: tokens(rng, 4),
     "begin_suppress_tokens": lambda rng: tokens(rng, 6),
     "forced_eos_token_id": lambda rng: rng.choice([3, [3, 5]]),
@@ -126,7 +126,7 @@ def case(number):
     if rng.random() < 0.4:
         settings |= {"do_sample": True} | some(rng, SAMPLING, 0.35)
     ends = rng.choice([None, 3, [3, 5, 7], 0])
-    settings |= {"eos_token_id": ends, "pad_token_id": rng.choice([0, 0, 3, None]), "max_new_tokens": rng.randint(1, 8)}
+    settings |= {"eos_token_id": ends, "pad_token_id": rng.choice([0, 0, 3, None]), "max_new_tokens": rng.randint(1, 7)}
     how = some(rng, DRAFTING, 0.5)
     if how.get("strategy") != "lookup":
         how |= rng.choice([{}, {"k": rng.randint(0, 3)}])
@@ -146,6 +146,8 @@ class Coupled(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         index = torch.full((len(scores),), input_ids.shape[1] - self.start)
+        if not scores.max(-1).values.isfinite().all():
+            raise RuntimeError("as torch.multinomial does")
         noise = gumbel_noise(self.seeds, index, torch.arange(scores.shape[-1]))
         best = (scores.log_softmax(-1).double() + noise).argmax(-1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter(-1, best, 0.0)
