@@ -231,9 +231,6 @@ class NativeEngine:
         if window is not None and window < max_context:
             raise Unavailable(f"sliding_window={window}, and the context goes on to {max_context}")
         self.dtype = model.get_input_embeddings().weight.dtype
-        kinds = {(part.dtype, part.device.type) for part in model.parameters()}
-        if len(kinds) != 1:
-            raise Unavailable(f"weights of several kinds, {', '.join(sorted(f'{kind} on {where}' for kind, where in kinds))}")
         if self.dtype not in (torch.bfloat16, torch.float32) or model.device.type != "cpu":
             raise Unavailable(f"it has no {self.dtype} on {model.device.type}")
         self.is_bf16 = int(self.dtype == torch.bfloat16)
