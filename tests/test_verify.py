@@ -1,11 +1,17 @@
-"""Margins of a first divergence against their definition, on logits made up for it."""
+"""Margins of a first divergence against their definition, on logits made up for it; and what is audited."""
+
+import string
 
 import pytest
 import torch
+from conftest import tiny_llama, tiny_tokenizer, with_adapter
 
+import sdsat.verify as verify_module
 from sdsat.config import SamplingConfig
+from sdsat.decode import generate
+from sdsat.model import SatModel
 from sdsat.sampling import choose, gumbel_noise
-from sdsat.verify import _sampled_margin
+from sdsat.verify import VerifyConfig, _sampled_margin, verify
 
 SEED, INDEX = 3, 7
 PLAIN = SamplingConfig(0.5, seed=SEED)
@@ -38,3 +44,24 @@ def test_a_token_that_the_filter_drops_is_as_far_away_as_the_filters_edge():
     ours = choice(logits, sampling)
     assert ours != liked and choice(logits, SamplingConfig(1.0, seed=SEED)) == liked
     assert _sampled_margin(logits, ours, liked, INDEX, sampling) < 1e-3
+
+
+@pytest.mark.parametrize("sats", [True, False])
+def test_lookup_is_audited_once_and_problems_have_seeds_of_their_own(monkeypatch, sats):
+    """Without SATs it is all that there is to audit; whatever k and trees are asked for, it has neither."""
+    lm = tiny_llama(torch.float32, vocab=101)
+    model = with_adapter(lm, k=3) if sats else SatModel(lm, None, "plain")
+    model.tokenizer, decoded = tiny_tokenizer(["<unk>", *string.printable]), []
+
+    def kept(model, prompt_ids, config):
+        decoded.append(config)
+        return generate(model, prompt_ids[:9], config)
+
+    monkeypatch.setattr(verify_module, "generate", kept)
+    strategies = ("lookup", "two-step") if sats else ()
+    config = VerifyConfig((1, 2), strategies, ("chain", "2,1"), (1.0,), (5,), data_limit=2, max_new_tokens=6)
+    summary = verify(model, config)["summary"]
+    drafted = [("two-step", k, tree) for k in (1, 2) for tree in ("chain", "2,1")] if sats else []
+    assert [(row["against"], row["k"], row["tree"]) for row in summary] == [("lookup", 0, None), *drafted]
+    assert all((row["identical"], row["num_problems"], row["seed"]) == (2, 2, 5) for row in summary)
+    assert len({config.sampling.seed for config in decoded}) == 2
