@@ -428,9 +428,9 @@ def test_another_adapter_at_the_same_place_is_another_run(command, tmp_path, tin
     assert retrained(tiny, tmp_path / "mine", 1) == adapter  # trained again, to the same weights
     assert command(*run, "1")[0] == 0
     retrained(tiny, tmp_path / "mine", 2)
-    for limit in ("1", "2"):
+    for limit, reason in (("1", "was begun with adapter="), ("2", "holds a run of other settings")):
         code, _, errors = command(*run, limit)
-        assert code == 2 and f"{out}: was begun with adapter=" in last_line(errors)
+        assert code == 2 and f"{out}: {reason}" in last_line(errors)
     assert out.read_text() == held
 
 
