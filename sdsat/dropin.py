@@ -107,9 +107,10 @@ def attach(
     """Make a model that `AutoModelForCausalLM` has loaded ready for `custom_generate=sdsat.generate`; returns it.
 
     adapter: directory of an adapter made for it, or its embedded name; None for a checkpoint that has SATs itself. tokenizer: for
-    stop strings. Weights and modules may change: before each generation what is made of them is made anew if they have. A model
-    with modules, hooks or parametrizations of other origin goes through these, or is refused by the name of the first one.
-    Other options, and errors, as those of `sdsat.model.load`.
+    stop strings. Weights and modules may change: before each generation what is made of them is made anew if they have (of
+    changes through `.data`, which torch does not count, only those of most of a weight are seen). A model with modules, hooks or
+    parametrizations of other origin goes through these, or is refused by the name of the first one. Other options, and errors,
+    as those of `sdsat.model.load`.
     """
     require(
         isinstance(model, PreTrainedModel),
@@ -274,6 +275,7 @@ def _prompts(sat: SatModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> 
     """
     whole_ids = input_ids.dim() == 2 and not input_ids.is_floating_point() and input_ids.dtype != torch.bool
     require(whole_ids, f"input_ids: {input_ids.dtype} {list(input_ids.shape)}; expected token ids [B, L], whole numbers")
+    require(len(input_ids) > 0, f"input_ids: of shape {list(input_ids.shape)}; expected one prompt or more")
     require(input_ids.shape[1] > 0, "input_ids: no tokens; expected at least one in every prompt")
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device).long()

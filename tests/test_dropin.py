@@ -527,6 +527,12 @@ def test_what_is_not_honoured_is_refused_by_name(llama, settings, parts):
         drafting(model, **settings)
 
 
+def test_a_batch_of_no_prompts_is_refused(llama):
+    _, model, _ = llama
+    with one_line_error("input_ids", "[0, 3]", "one prompt or more"):
+        model.generate(torch.zeros((0, 3), dtype=torch.long), max_new_tokens=4, custom_generate=sdsat.generate, pad_token_id=PAD)
+
+
 def test_numbers_of_numpy_are_numbers(llama):
     _, model, _ = llama
     plain = dict(k=2, lookup=3, budget=9, tree=(2, 1), strategy="one-pass", seed=7, do_sample=True)
