@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32)  # rows
 CONTEXTS = (128, 1024)
 _TURNS = 7
+LONGEST_PASS = 3600.0  # seconds; a curve that says more is damaged
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ class CostCurve:
 
     def __post_init__(self) -> None:
         for part in (self.verify, self.draft, *([self.rounded] if self.rounded else [])):
-            if np.shape(part) != (len(CONTEXTS), len(COUNTS)) or not np.isfinite(part).all() or np.min(part) <= 0:
+            times = [time for row in part for time in row]
+            good = all(_is_time(time) and time > 0 for time in times)
+            if np.shape(part) != (len(CONTEXTS), len(COUNTS)) or not good:
                 raise ValueError("a cost curve needs a positive time for every number of rows and every context")
-        if not 0 <= self.drafting < np.inf:
+        if not _is_time(self.drafting):
             raise ValueError(f"drafting={self.drafting}: expected seconds")
 
     @cached_property
@@ -75,6 +78,11 @@ class CostCurve:
         """Of a pass in 8 bits of one row and `sats` SATs, with their drafting."""
         low, high = (_at(times, 1 + sats) for times in self._tables[2])
         return _between(low, high, context) + self.drafting * sats
+
+
+def _is_time(seconds: Any) -> bool:
+    """Whether a pass may take so long."""
+    return isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < LONGEST_PASS
 
 
 def _rising(times: np.ndarray) -> np.ndarray:

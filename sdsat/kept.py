@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import re
+import shutil
 import stat
 import tempfile
 import time
@@ -59,17 +60,21 @@ def load_library(name: str, build: Callable[[Path], None]) -> ctypes.CDLL:
     build: writes the library to a path. The kept file's name holds its hash, so that a damaged one is not loaded, which would
     be a bus error, but built again. Where it can't be kept, it is built for this process alone, with a warning.
     """
-    try:
-        if (kept := _kept_library(cache_dir() / "native", name)) is not None:
-            return ctypes.CDLL(str(kept))
-        with creating("native") as folder:
-            kept = _kept_library(folder / "native", name) or _keep_library(folder / "native", name, build)
-            return ctypes.CDLL(str(kept))
-    except (InputError, OSError) as error:
-        warnings.warn(f"the native engine is compiled at every start: it cannot be kept ({_said(error)})", stacklevel=4)
     with tempfile.TemporaryDirectory(prefix="sdsat-") as private:
-        build(Path(private) / f"{name}.so")
-        return ctypes.CDLL(str(Path(private) / f"{name}.so"))
+        built = Path(private) / f"{name}.so"
+        try:
+            if (kept := _kept_library(cache_dir() / "native", name)) is not None:
+                return ctypes.CDLL(str(kept))
+            with creating("native") as folder:
+                if (kept := _kept_library(folder / "native", name)) is None:
+                    build(built)  # not in the cache folder: its disk may be full
+                    kept = _keep_library(folder / "native", name, built)
+                return ctypes.CDLL(str(kept))
+        except (InputError, OSError) as error:
+            warnings.warn(f"the native engine is compiled at every start: it cannot be kept ({_said(error)})", stacklevel=4)
+        if not built.exists():
+            build(built)
+        return ctypes.CDLL(str(built))
 
 
 def _said(error: Exception) -> str:
@@ -85,7 +90,8 @@ def _kept_library(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _keep_library(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
+def _keep_library(folder: Path, name: str, built: Path) -> Path:
+    """Put a library that was built elsewhere into the cache folder. Raises OSError where that is not possible."""
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid == os.geteuid():
         folder.chmod(0o700)  # of an earlier version, or with a generous umask
@@ -94,7 +100,7 @@ def _keep_library(folder: Path, name: str, build: Callable[[Path], None]) -> Pat
         damaged.unlink()
     with tempfile.TemporaryDirectory(dir=folder) as own:
         part = Path(own) / f"{name}.so"
-        build(part)
+        shutil.copyfile(built, part)
         part.chmod(0o700)
         return part.replace(folder / f"{name}-{sha256_of(part)}.so")
 

@@ -104,7 +104,7 @@ def evaluate(model: SatModel, config: QualityConfig, out: Path | None = None) ->
 
     An answer that the sandbox failed to test is tested again by the next run, and its problem is in no figure until then.
     """
-    with open_record(model, config, out) as document:
+    with open_record(model, config, out, "runs") as document:
         document["sandbox"] = sandbox.walls().name
         answered = {problem["task_id"]: problem for problem in document["problems"]}
         for problem in tqdm(humaneval_problems(config.data_limit), desc="eval", unit="problem", disable=None):

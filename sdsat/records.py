@@ -56,10 +56,11 @@ def resumed(out: Path, new: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def open_record(model: SatModel, config: Any, out: Path | None) -> Iterator[dict[str, Any]]:
+def open_record(model: SatModel, config: Any, out: Path | None, entries: str) -> Iterator[dict[str, Any]]:
     """The document of a run over HumanEval's problems, new or, where `out` exists, as an interrupted run left it. Locks `out`.
 
-    config: the run's settings dataclass; a record of other settings, of another environment or of an older schema is refused.
+    entries: the key under which a problem has its list of results. config: the run's settings dataclass; a record of other
+    settings, of another environment or of an older schema, and one that is damaged, is refused.
     """
     dtype = str(model.dtype).removeprefix("torch.")
     sat = [model.sat.token_id, model.sat.k] if model.sat else None
@@ -71,13 +72,26 @@ def open_record(model: SatModel, config: Any, out: Path | None) -> Iterator[dict
         document = {**head, "summary": [], "problems": []}
         if out is not None and out.exists():
             document = read_json(out)
-            held = document.get("settings") if isinstance(document, dict) else None
-            require(held is not None, f"{out}: not a record of this command; delete it")
-            version, other = document.get("schema_version"), "delete it or choose another file"
-            require(version == RECORD_VERSION, f"{out}: schema_version {version}, expected {RECORD_VERSION}; {other}")
-            require(held == settings, f"{out}: holds a run of other settings; {other}")
+            other = "delete it or choose another file"
+            require(isinstance(document, dict), f"{out}: not a record of this command; {other}")
+            version = document.get("schema_version")
+            require(version in (RECORD_VERSION, None), f"{out}: schema_version {version}, expected {RECORD_VERSION}; {other}")
+            require(_is_record(document, entries), f"{out}: not a whole record of this command; {other}")
+            require(document["settings"] == settings, f"{out}: holds a run of other settings; {other}")
             check_environment(document["environment"], head["environment"], str(out))
         yield document
+
+
+def _is_record(document: dict[str, Any], entries: str) -> bool:
+    """Whether it has all that an interrupted run goes on from."""
+    problems = document.get("problems")
+    parts = all(isinstance(document.get(part), dict) for part in ("environment", "settings"))
+    if not parts or not isinstance(problems, list) or document.get("schema_version") is None:
+        return False
+    return all(
+        isinstance(problem, dict) and isinstance(problem.get("task_id"), str) and isinstance(problem.get(entries), list)
+        for problem in problems
+    )
 
 
 def identity(name: str, model: SatModel | None = None) -> dict[str, str | None]:

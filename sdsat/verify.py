@@ -117,7 +117,7 @@ def verify(model: SatModel, config: VerifyConfig, out: Path | None = None) -> di
     if not config.strategies:
         config = replace(config, strategies=model.strategies)
     problems = humaneval(model.tokenizer, config.data_limit, config.template_options)
-    with open_record(model, config, out) as document:
+    with open_record(model, config, out, "comparisons") as document:
         done = {problem["task_id"] for problem in document["problems"]}
         todo = [problem for problem in problems if problem.task_id not in done]
         for problem in tqdm(todo, desc=f"verify {dtype}", unit="problem", disable=None):

@@ -1,5 +1,6 @@
 """The cache folder: used as it is where it is whole, made again where it isn't, and never trusted with another's code."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -90,6 +91,17 @@ def test_nor_one_in_a_folder_that_others_can_write_to(cache):
     cache.chmod(0o700)
 
 
+def test_a_full_disk_costs_no_more_than_keeping_it(cache, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    build = Build()
+    with pytest.warns(UserWarning, match="compiled at every start: it cannot be kept .*No space left"):
+        assert load_library("key", build).answer() == 1
+    assert build.count == 1 and not list(cache.rglob("*.so"))  # built once, and not on that disk
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make a file another user's")
 def test_nor_another_users(cache):
     build = Build()
@@ -127,7 +139,7 @@ def test_a_failed_build_says_why_and_leaves_nothing(cache):
 
     with pytest.raises(native.Unavailable, match="no"):
         load_library("key", fail)
-    assert not list((cache / "native").iterdir())
+    assert not list(cache.rglob("*.so*"))
 
 
 def test_the_base_is_used_where_it_is_whole_and_made_again_where_it_is_not(cache, monkeypatch):

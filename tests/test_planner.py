@@ -521,7 +521,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("content", [*BROKEN, "zeros", "cut short", "a folder"])
+@pytest.mark.parametrize("content", [*BROKEN, "zeros", "flags", "ages", "huge", "cut short", "a folder"])
 def test_a_file_that_is_not_whole_is_measured_again(tmp_path, monkeypatch, content):
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
     fresh = curve(lambda n: 2.0 + n)
@@ -536,8 +536,15 @@ def test_a_file_that_is_not_whole_is_measured_again(tmp_path, monkeypatch, conte
             assert measured_costs(with_adapter(tiny_llama(torch.float32), k=3)) == fresh
         return
     nothing = [[0.0] * len(COUNTS)] * 2
-    zeros = json.dumps({**json.loads(whole), "curve": {"verify": nothing, "draft": nothing, "drafting": 0}})
-    file.write_text({"zeros": zeros, "cut short": whole[: len(whole) // 2]}.get(content, content))
+    damaged = {
+        "zeros": {"verify": nothing, "draft": nothing},
+        "flags": {"verify": [[True] * len(COUNTS)] * 2},
+        "ages": {"draft": [[1e308] * len(COUNTS)] * 2},
+        "huge": {"drafting": 10**400},
+    }
+    held = json.loads(whole)
+    texts = {name: json.dumps({**held, "curve": {**held["curve"], **part}}) for name, part in damaged.items()}
+    file.write_text({**texts, "cut short": whole[: len(whole) // 2]}.get(content, content))
     assert measured_costs(with_adapter(tiny_llama(torch.float32), k=3)) == fresh
     assert json.loads(file.read_text()) == json.loads(whole)
 

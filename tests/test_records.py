@@ -12,7 +12,7 @@ from conftest import one_line_error, tiny_llama, with_adapter
 from safetensors.torch import load_file, save_file
 
 from sdsat import bench, records
-from sdsat.config import InputError
+from sdsat.config import InputError, SamplingConfig
 from sdsat.datasets import Task
 from sdsat.files import write_json
 from sdsat.report import SCHEMA_VERSION
@@ -112,6 +112,27 @@ def test_a_script_resumes_only_its_own_record_of_the_same_run(tmp_path):
             records.resumed(out, new)
     with one_line_error("--out=/dev/full: cannot be written (it is no regular file"):
         records.resumed(Path("/dev/full"), new)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"problems": None}, {"problems": "x"}, {"problems": [3]}, {"problems": [{"task_id": "a"}]}, {"problems": [{"runs": []}]},
+        {"environment": None}, {"settings": 3}, {"schema_version": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_record_is_one_line_and_stays(tmp_path, damage):
+    model, config, out = with_adapter(tiny_llama(), k=3), SamplingConfig(), tmp_path / "out.json"
+    with records.open_record(model, config, out, "runs") as document:
+        write_json(out, document)
+    with records.open_record(model, config, out, "runs") as again:
+        assert again == document
+    write_json(out, document | damage)
+    held = out.read_text()
+    with one_line_error(out, "not a whole record of this command"), records.open_record(model, config, out, "runs"):
+        pass
+    assert out.read_text() == held
 
 
 def test_a_finished_benchmark_of_other_weights_or_code_is_not_taken_for_this_one(adapter, tmp_path, monkeypatch):
