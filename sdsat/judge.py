@@ -20,6 +20,7 @@ from typing import Any
 from .candidate import MAX_REPLY_BYTES, decode, encode
 
 START_SECONDS = 60.0  # for two interpreters on a busy machine
+MAX_VERDICT = 500  # characters: an answer may have it say anything
 _SET_CHILD_SUBREAPER = 36  # of Linux's prctl
 
 
@@ -100,9 +101,9 @@ def _run_tests(candidate: Candidate, problem: dict[str, str], completion: str) -
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             namespace["check"](candidate)
     except AnswerError as error:
-        return f"failed: {error}"
+        return f"failed: {error}"[:MAX_VERDICT]
     except Exception as error:
-        return f"failed: {type(error).__name__}: {error}"[:500]
+        return f"failed: {type(error).__name__}: {error}"[:MAX_VERDICT]
     return "passed"
 
 
@@ -137,7 +138,9 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read a request from standard input and write the verdict, both JSON."""
+    """Read a request from standard input and write the verdict, both JSON; none without asserts, as any answer would pass."""
+    if sys.flags.optimize:
+        sys.exit("this Python leaves asserts out, and the tests are asserts")
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     print(json.dumps(judge(json.load(sys.stdin))))

@@ -28,6 +28,7 @@ from .config import InputError
 SANDBOX_ERROR = "sandbox error"  # how the verdict begins where the sandbox, not the code, failed
 _SOURCE = Path(__file__).with_name("candidate.py").read_text()
 _ROOT = Path(__file__).parents[__name__.count(".")]  # the folder that holds the package
+_JUDGE = f"import sys; sys.path.insert(0, sys.argv[1]); from {judge.__name__} import main; main()"
 _FOLDER, _HOME = "<folder>", "/tmp"  # stands for a fresh folder; the working folder within namespaces
 _SCRATCH_MIB = 64
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/alternatives")  # what Python may need
@@ -97,7 +98,9 @@ def _bwrap(as_root: bool) -> tuple[str, ...]:
         shown += ["--ro-bind", path, path]
     scratch = ("--perms", "1777", "--size", str(_SCRATCH_MIB << 20), "--tmpfs", _HOME)  # first: Python may be in it
     leave = ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "setpriv", *_NOBODY) if as_root else ()
-    return ("bwrap", *apart, "--die-with-parent", *scratch, *shown, "--tmpfs", _hidden(), "--dev", "/dev", *leave)
+    empty = ("--tmpfs", _hidden(), "--dev", "/dev")
+    closed = [word for path in (_hidden(), "/dev", "/") for word in ("--remount-ro", path)]  # else they are memory without bounds
+    return ("bwrap", *apart, "--die-with-parent", *scratch, *shown, *empty, *closed, *leave)
 
 
 def _unshare(as_root: bool) -> tuple[str, ...]:
@@ -163,9 +166,16 @@ def _run(behind: Walls, problem: dict[str, str], completion: str, seconds: float
             "problem": {key: problem[key] for key in ("prompt", "entry_point", "test")},
             "completion": completion,
         }
-        command, longest = [sys.executable, "-S", "-m", judge.__name__], judge.START_SECONDS + seconds + 30
+        command, longest = [sys.executable, "-I", "-S", "-c", _JUDGE, str(_ROOT)], judge.START_SECONDS + seconds + 30
         try:
-            done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=longest, cwd=_ROOT)
+            done = subprocess.run(
+                command,
+                input=json.dumps(request),
+                capture_output=True,
+                text=True,
+                timeout=longest,
+                env=_environment(folder),  # PYTHONOPTIMIZE would take the asserts out of the tests
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             return {"result": f"{SANDBOX_ERROR}: {error}", "unlimited": []}
     if done.returncode:

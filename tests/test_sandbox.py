@@ -222,6 +222,59 @@ except OSError: return 2 * x
     assert verdict(body) == "passed"
 
 
+@pytest.mark.parametrize("body", ["return 7", "raise SystemExit"])
+def test_the_users_python_variables_do_not_reach_the_tests(body, monkeypatch, tmp_path):
+    """PYTHONOPTIMIZE would strip their asserts; a module of the user's would stand in for one of Python's."""
+    (tmp_path / "json.py").write_text("raise SystemExit('not this one')\n")
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert verdict(body).startswith("failed: " + ("AssertionError" if body == "return 7" else "SystemExit"))
+    assert verdict("return 2 * x") == "passed"
+
+
+def test_nothing_is_judged_without_asserts():
+    command = [sys.executable, "-O", "-c", sandbox._JUDGE, str(sandbox._ROOT)]
+    done = subprocess.run(command, input="{}", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "") and "asserts" in done.stderr
+
+
+def test_an_answer_cannot_make_its_verdict_long():
+    body = """line = b'{"error": "' + b"x" * 1_000_000 + b'"}\\n'
+for descriptor in range(3, 10):
+    try: os.write(descriptor, line)
+    except OSError: pass"""
+    assert len(verdict(body, before="import os")) == 500
+    assert len(verdict("raise ValueError('x' * 10**6)")) <= 500
+
+
+MEMORY = {  # with arguments that are wrong: an unguarded call does no harm, and fails with another error than EPERM
+    "System V": "libc.shmget(0, 0, 0o1600)",
+    "queues": "libc.msgget(0x5D5A7, 0)",
+    "memfd": "libc.memfd_create(b'held', 0x800)",
+    "namespaces": "libc.unshare(1)",
+    "mounts": "libc.mount(b'tmpfs', b'/nothing', b'tmpfs', 0, None)",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="calls of Linux")
+@pytest.mark.parametrize("call", MEMORY.values(), ids=MEMORY.keys())
+def test_no_memory_beyond_what_the_limits_count(walled, call):
+    """Refused by the kernel as such (EPERM), behind every wall."""
+    body = f"libc = ctypes.CDLL(None, use_errno=True)\nassert {call} == -1 and ctypes.get_errno() == 1\nreturn 2 * x"
+    assert verdict(body, before="import ctypes") == "passed"
+
+
+def test_files_are_written_only_where_their_size_is_bounded(apart):
+    body = """bounded = os.statvfs("/tmp")
+assert bounded.f_blocks * bounded.f_frsize <= 64 << 20
+for folder in ("/", "/dev", "/dev/shm", "/usr"):
+    try: open(folder + "/held", "w")
+    except OSError: continue
+    assert os.stat(folder).st_dev == os.stat("/tmp").st_dev, folder
+return 2 * x"""
+    assert verdict(body, before="import os") == "passed"
+
+
 def test_no_network(walled):
     """A server that waits outside sees nobody."""
     with socket.create_server(("127.0.0.1", 0)) as server:
