@@ -392,7 +392,7 @@ def _sat_of_checkpoint(name: str, config: Any, token_id: int | None, k: int | No
     if own is not None:
         try:
             known = SatConfig(own["sat_token_id"], own["k"])
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, InputError):
             raise InputError(f"model {name}: config.json's key 'sdsat' needs sat_token_id and k, not {own!r}") from None
     if token_id is not None:
         known = SatConfig(token_id, known.k if known else 5)

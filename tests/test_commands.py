@@ -193,7 +193,8 @@ def test_a_new_users_path_as_the_readme_has_it(start, tmp_path):
     assert process.returncode == 0, errors
     assert script == "start_greedy.sh"
     summary = json.loads((tmp_path / "results/adapter/greedy/summary.json").read_text())
-    assert [run["identical_outputs"] for run in summary["runs"]] == [3, 3, 3, 3]
+    assert {run["strategy"] for run in summary["runs"]} == {"ar", "lookup", "two-step", "auto"}
+    assert {run["identical_outputs"] for run in summary["runs"]} == {3}
 
 
 def test_dead_worker_is_named_and_the_others_finish(start):
