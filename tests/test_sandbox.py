@@ -22,7 +22,6 @@ from sdsat import candidate, sandbox
 from sdsat.candidate import decode, encode
 from sdsat.datasets import humaneval_problems
 
-pytestmark = pytest.mark.xdist_group("sandbox")  # one process runs them: they look for what others of them leave behind
 PROBLEMS = {problem["task_id"].partition("/")[2]: problem for problem in humaneval_problems()}
 PROBLEM = {
     "task_id": "double",
@@ -30,7 +29,9 @@ PROBLEM = {
     "entry_point": "double",
     "test": "def check(candidate):\n    for x in (0, 1, 21):\n        assert candidate(x) == 2 * x\n",
 }
-MARK_MIB = 1021  # a limit of memory that no other test asks for: part of the command line of the answer's process
+# A limit of memory that no other test asks for, nor another process of the tests: it is in the command line of an answer.
+MARK_MIB = 1021 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+SURVIVOR = f"survivor-{MARK_MIB}"
 
 
 @cache
@@ -74,7 +75,7 @@ def survivors():
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             lines.append((folder / "cmdline").read_bytes())
-    return [line for line in lines if str(MARK_MIB << 20).encode() in line or b"survive" in line]
+    return [line for line in lines if str(MARK_MIB << 20).encode() in line or SURVIVOR.encode() in line]
 
 
 # Functions that call each other (32, 38, 50), tests with loops, random numbers or the function's own name (33, 44, 53).
@@ -161,12 +162,13 @@ def test_files_are_left_behind_although_the_answer_forbids_to_delete_them():
     [
         "if os.fork() == 0:\n    if os.fork() == 0: os.setsid(); time.sleep(60)\n    os._exit(0)\nreturn 2 * x",
         "for _ in range(6):\n    os.fork()\nos.setsid(); time.sleep(60)",
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', 'survive'], start_new_session=True)\nreturn 7",
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', 'SURVIVOR'], start_new_session=True)\nreturn 7",
     ],
 )
 def test_no_process_survives(body, name, monkeypatch):
     """Also where nothing forbids to start one: as root under limits alone."""
     stand_behind(monkeypatch, name)
+    body = body.replace("SURVIVOR", SURVIVOR)
     assert not verdict(body, 0.5, before="import os, subprocess, sys, time").startswith("sandbox error")
     assert survivors() == []
 
