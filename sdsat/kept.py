@@ -60,14 +60,15 @@ def load_library(name: str, build: Callable[[Path], None]) -> ctypes.CDLL:
     build: writes the library to a path. The kept file's name holds its hash, so that a damaged one is not loaded, which would
     be a bus error, but built again. Where it can't be kept, it is built for this process alone, with a warning.
     """
+    with suppress(InputError, OSError):  # said below, where it can't be kept
+        if (kept := _kept_library(cache_dir() / "native", name)) is not None:
+            return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory(prefix="sdsat-") as private:
-        built = Path(private) / f"{name}.so"
+        built = Path(private) / f"{name}.so"  # not in the cache folder: its disk may be full
         try:
-            if (kept := _kept_library(cache_dir() / "native", name)) is not None:
-                return ctypes.CDLL(str(kept))
             with creating("native") as folder:
                 if (kept := _kept_library(folder / "native", name)) is None:
-                    build(built)  # not in the cache folder: its disk may be full
+                    build(built)
                     kept = _keep_library(folder / "native", name, built)
                 return ctypes.CDLL(str(kept))
         except (InputError, OSError) as error:

@@ -91,6 +91,13 @@ def test_nor_one_in_a_folder_that_others_can_write_to(cache):
     cache.chmod(0o700)
 
 
+def test_a_kept_library_needs_no_other_folder(cache, monkeypatch):
+    build = Build()
+    quietly(build)
+    monkeypatch.setattr("tempfile.TemporaryDirectory", None)  # a machine where nothing else can be written
+    assert quietly(build) == 1 and build.count == 1
+
+
 def test_a_full_disk_costs_no_more_than_keeping_it(cache, monkeypatch):
     def full(source, target):
         raise OSError(errno.ENOSPC, "No space left on device", str(target))
