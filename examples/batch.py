@@ -7,19 +7,24 @@ import argparse
 
 import sdsat
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decode import generate_batch
+from sdsat.decoding.loop import generate_batch
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?", default="smollm2-135m-sdsat")
-parser.add_argument("prompts", nargs="*", default=["def add(a, b):", "def is_even(number: int) -> bool:", "class Stack:"])
+parser.add_argument(
+    "prompts",
+    nargs="*",
+    default=["def add(a, b):", "def is_even(number: int) -> bool:", "class Stack:"],
+)
 parser.add_argument("--batch-size", type=int, default=2)
 parser.add_argument("--max-new-tokens", type=int, default=32)
 arguments = parser.parse_args()
 model, tokenizer = sdsat.load(arguments.model)
 
-# The transformers way: one call, prompts padded on the left. Every pass carries the rows of all sequences that go on, and each
-# accepts as many of its own drafts as hold.
-tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
+# The transformers way: one call, prompts padded on the left. Every pass carries the rows of all
+# sequences that go on, and each accepts as many of its own drafts as hold.
+tokenizer.padding_side = "left"
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
 inputs = tokenizer(arguments.prompts, return_tensors="pt", padding=True).to(model.device)
 out = model.generate(
     **inputs,
@@ -33,10 +38,19 @@ for prompt, ids, generation in zip(arguments.prompts, out.sequences, out.generat
     print(f"--- {prompt}: {generation.num_new_tokens} tokens in {generation.num_passes} passes")
     print(tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
-# A queue: at most so many at once, and the next prompt enters when an output ends. Every prompt may have settings of its own.
+# A queue: at most so many at once, and the next prompt enters when an output ends. Every prompt may
+# have settings of its own.
 prompts = [tokenizer(prompt)["input_ids"] for prompt in arguments.prompts]
-settings = dict(k=model.sdsat.sat.k, strategy="auto", max_new_tokens=arguments.max_new_tokens, stop_ids=model.sdsat.stop_ids)
-configs = [DecodeConfig(**settings, sampling=SamplingConfig(temperature=0.8, seed=seed)) for seed in range(len(prompts))]
+settings = dict(
+    k=model.sdsat.sat.k,
+    strategy="auto",
+    max_new_tokens=arguments.max_new_tokens,
+    stop_ids=model.sdsat.stop_ids,
+)
+configs = [
+    DecodeConfig(**settings, sampling=SamplingConfig(temperature=0.8, seed=seed))
+    for seed in range(len(prompts))
+]
 queued = generate_batch(model.sdsat, prompts, configs, batch_size=arguments.batch_size)
 
 # A batch changes no output: each one is that of its prompt alone.

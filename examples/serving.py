@@ -1,6 +1,7 @@
-"""A client of `vllm serve` with an SDSAT draft: the plain `openai` client, which need not know of it (docs/serving.md).
+"""A client of `vllm serve` with an SDSAT draft: the plain `openai` client, which need not know of
+it (docs/serving.md).
 
-sdsat export ADAPTER --out runs/draft        prints the command for the server; start it with --served-model-name sdsat
+sdsat export ADAPTER --out runs/draft  prints the server's command; add --served-model-name sdsat
 .venv-vllm/bin/python examples/serving.py [QUESTION]
 
 OPENAI_BASE_URL: where the server is, if not here on port 8000.
@@ -11,10 +12,18 @@ import sys
 
 import openai
 
-client = openai.OpenAI(base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"), api_key="none")
-question = " ".join(sys.argv[1:]) or "Write a Python function that reverses the words of a sentence."
+client = openai.OpenAI(
+    base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"), api_key="none"
+)
+question = (
+    " ".join(sys.argv[1:]) or "Write a Python function that reverses the words of a sentence."
+)
 stream = client.chat.completions.create(
-    model="sdsat", messages=[{"role": "user", "content": question}], max_tokens=200, temperature=0, stream=True
+    model="sdsat",
+    messages=[{"role": "user", "content": question}],
+    max_tokens=200,
+    temperature=0,
+    stream=True,
 )
 for event in stream:
     if event.choices:

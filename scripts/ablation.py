@@ -1,9 +1,11 @@
-"""Which recipe makes the best drafts: short training runs that differ from one base recipe in one thing each.
+"""Which recipe makes the best drafts: short training runs that differ from one base recipe in one
+thing each.
 
     python scripts/ablation.py OUT [VARIANT ...] [--data FOLDER] [--code FOLDER] [--steps N]
     python scripts/ablation.py OUT --collect FILE.json
 
-All runs see the same steps, sequences a step and held-out answers of the model's own; a run that is done is not repeated.
+All runs see the same steps, sequences a step and held-out answers of the model's own; a run that is
+done is not repeated.
 """
 
 from __future__ import annotations
@@ -18,24 +20,27 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sdsat.adapter import SatAdapter
-from sdsat.adapter import load as load_adapter
-from sdsat.cli import run
+from sdsat.cli.main import run
 from sdsat.config import SamplingConfig, TrainConfig, require
-from sdsat.data import Sequence, read_sequences
-from sdsat.decode import num_slots
-from sdsat.draft import draft_tokens
-from sdsat.embedded import BASE_NAME
-from sdsat.engine import forward, new_cache, prefill
+from sdsat.decoding.loop import num_slots
+from sdsat.engines.drafting import draft_tokens
+from sdsat.engines.transformers import forward, new_cache, prefill
+from sdsat.environment import environment
 from sdsat.files import destination, write_json
-from sdsat.model import load
-from sdsat.records import environment
-from sdsat.train import train
-from sdsat.tree import make_tree
+from sdsat.method.tree import make_tree
+from sdsat.models.adapter import SatAdapter
+from sdsat.models.adapter import load as load_adapter
+from sdsat.models.embedded import BASE_NAME
+from sdsat.models.loading import load
+from sdsat.training.loop import train
+from sdsat.training.shards import Sequence, read_sequences
 
-HELD_OUT, CONTEXT, TURNS = 128, 300, 20
+HELD_OUT = 128
+CONTEXT = 300
+TURNS = 20
 BASE = TrainConfig(anchors=48, warmup=16, held_out=HELD_OUT, eval_every=10**6)
-ATTENTION, MLP = "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj"
+ATTENTION = "q_proj,k_proj,v_proj,o_proj"
+MLP = "gate_proj,up_proj,down_proj"
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "no head": {"head": 0},
@@ -57,8 +62,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def sequences(choice: Any, own: list[Sequence], code: Path) -> list[Sequence]:
-    """Held-out answers, then what is trained on: own answers, so many of them, or ground-truth code in pieces as long."""
-    held_out, rest = own[:HELD_OUT], own[HELD_OUT:]
+    """Held-out answers, then what is trained on: own answers, so many of them, or ground-truth code
+    in pieces as long.
+    """
+    held_out = own[:HELD_OUT]
+    rest = own[HELD_OUT:]
     if choice == "code":
         tokenizer = load(BASE_NAME).tokenizer
         length = sum(len(s.ids) for s in rest) // len(rest)
@@ -71,8 +79,11 @@ def _shape(adapter: SatAdapter) -> tuple[Any, ...]:
 
 
 def draft_milliseconds(adapters: dict[str, Path]) -> dict[str, float]:
-    """What a draft step costs with each adapter, its SATs and head included: medians of turns that all take one after another."""
-    model, times = load(BASE_NAME, engine="transformers"), {name: [] for name in adapters}
+    """What a draft step costs with each adapter, its SATs and head included: medians of turns that
+    all take one after another.
+    """
+    model = load(BASE_NAME, engine="transformers")
+    times = {name: [] for name in adapters}
     loaded = {name: load_adapter(model.model, path).fuse() for name, path in adapters.items()}
     tokens = torch.arange(CONTEXT) * 7919 % 49152
     cache = new_cache(model, num_slots(CONTEXT, 256))
@@ -81,18 +92,34 @@ def draft_milliseconds(adapters: dict[str, Path]) -> dict[str, float]:
         for turn in range(TURNS + 2):
             for name, adapter in loaded.items():
                 adapter.attach(model.model)
-                model.adapter, model.sat, k = adapter, adapter.config.sat, adapter.config.sat.k
+                model.adapter = adapter
+                model.sat = adapter.config.sat
+                k = adapter.config.sat.k
                 began = time.perf_counter()
                 row = torch.cat([tokens[:1], torch.full((k,), model.sat.token_id)])
                 states, logits = forward(model, cache, row, make_tree("chain", 0), ((0, k),))
-                draft_tokens(model, row[:1], states[1:], logits[1:], 0, make_tree("chain", k), SamplingConfig())
+                draft_tokens(
+                    model,
+                    row[:1],
+                    states[1:],
+                    logits[1:],
+                    0,
+                    make_tree("chain", k),
+                    SamplingConfig(),
+                )
                 if turn > 1:
                     times[name].append(1000 * (time.perf_counter() - began))
                 adapter.detach()
     shapes: dict[tuple[Any, ...], list[float]] = {}
-    for name, adapter in loaded.items():  # what has the same shape costs the same: one figure for all of them
+    for (
+        name,
+        adapter,
+    ) in loaded.items():  # what has the same shape costs the same: one figure for all of them
         shapes.setdefault(_shape(adapter), []).extend(times[name])
-    return {name: round(statistics.median(shapes[_shape(adapter)]), 2) for name, adapter in loaded.items()}
+    return {
+        name: round(statistics.median(shapes[_shape(adapter)]), 2)
+        for name, adapter in loaded.items()
+    }
 
 
 def collect(out: Path, file: Path, steps: int) -> None:
@@ -102,10 +129,23 @@ def collect(out: Path, file: Path, steps: int) -> None:
     found = {}
     for name in names:
         last = json.loads((out / name / "train_log.jsonl").read_text().splitlines()[-1])
-        accepted, cost = last["accepted_per_loop"], costs[name]
-        kept = {key: last[key] for key in ("accepted_per_loop", "accuracy_by_depth", "sat_predictions", "loss")}
-        found[name] = {**kept, "draft_ms": cost, "accepted_per_draft_second": round(1000 * accepted / cost, 2)}
-    head = {"schema_version": 1, "environment": environment(load(BASE_NAME)), "held_out": HELD_OUT, "steps": steps}
+        accepted = last["accepted_per_loop"]
+        cost = costs[name]
+        kept = {
+            key: last[key]
+            for key in ("accepted_per_loop", "accuracy_by_depth", "sat_predictions", "loss")
+        }
+        found[name] = {
+            **kept,
+            "draft_ms": cost,
+            "accepted_per_draft_second": round(1000 * accepted / cost, 2),
+        }
+    head = {
+        "schema_version": 1,
+        "environment": environment(load(BASE_NAME)),
+        "held_out": HELD_OUT,
+        "steps": steps,
+    }
     write_json(file, {**head, "variants": found})
 
 
@@ -115,7 +155,9 @@ def main(
     data: Path = Path("data/smollm2-135m-instruct"),
     code: Annotated[Path, typer.Option(help="Ground-truth code.")] = Path("runs/default/corpus"),
     steps: int = 120,
-    collect_to: Annotated[Path | None, typer.Option("--collect", help="JSON file; trains nothing.")] = None,
+    collect_to: Annotated[
+        Path | None, typer.Option("--collect", help="JSON file; trains nothing.")
+    ] = None,
 ) -> None:
     """Train the variants that OUT lacks, or --collect its results."""
     if collect_to:

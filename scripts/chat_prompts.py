@@ -1,4 +1,5 @@
-"""General chat requests of our own making: many kinds of request, each from templates and lists, with random numbers.
+"""General chat requests of our own making: many kinds of request, each from templates and lists,
+with random numbers.
 
 `chat_requests` yields them without end; `make_prompts.py` mixes them with requests about code.
 """
@@ -98,22 +99,22 @@ FIELDS = list(TOPICS)
 LEARNERS = _list("""a ten-year-old, a beginner, a student, my grandmother, someone new to the subject, a busy manager, a teenager,
     a curious friend, a class of schoolchildren, a non-native speaker, an engineer, a five-year-old""")
 EXPLAIN = (
-    "What is {topic}?", "Explain {topic}.", "Explain {topic} to {learner}.", "How does {topic} work?", "What should I know about {topic}?",
-    "Tell me about {topic}.", "Give me a short introduction to {topic}.", "Why is {topic} important?", "In two sentences: {topic}?",
-    "Describe {topic} in simple words.", "What are common misunderstandings about {topic}?", "Explain {topic} with an example.",
-    "Explain {topic} with an analogy.", "What are the main ideas behind {topic}?", "Can you explain {topic} step by step?",
-    "I have to explain {topic} to {learner}. How would you do it?", "What are the advantages and disadvantages of {topic}?",
-    "Write a short paragraph about {topic}.", "Write three quiz questions with answers about {topic}.", "Write an encyclopedia entry about {topic}.",
-    "Give me five interesting facts about {topic}.", "What would the world look like without {topic}?", "Where did {topic} come from?",
-    "Summarize what is known about {topic} in five bullet points.", "Write an outline for a talk about {topic}.", "Define {topic} precisely.",
-    "What questions should I ask an expert on {topic}?", "I never understood {topic}. Help me, please.", "Make flash cards about {topic}.",
-    "Write a glossary with five terms that have to do with {topic}.", "Is it worth learning about {topic}? Why?", "hey, quick question about {topic}: what is it?",
+    "What is {topic}?", "Explain {topic}.", "Explain {topic} to {learner}.", ("How does " "{topic} " "work?"), ("What " "should " "I " "know " "about " "{topic}?"),
+    "Tell me about {topic}.", "Give me a short introduction to {topic}.", ("Why is {topic} " "important?"), ("In " "two " "sentences: " "{topic}?"),
+    "Describe {topic} in simple words.", "What are common misunderstandings about {topic}?", ("Explain " "{topic} " "with " "an " "example."),
+    "Explain {topic} with an analogy.", "What are the main ideas behind {topic}?", ("Can you " "explain " "{topic} " "step " "by " "step?"),
+    "I have to explain {topic} to {learner}. How would you do it?", ("What are the advantages " "and " "disadvantages " "of " "{topic}?"),
+    "Write a short paragraph about {topic}.", ("Write three quiz questions with answers about " "{topic}."), ("Write " "an " "encyclopedia " "entry " "about " "{topic}."),
+    "Give me five interesting facts about {topic}.", ("What would the world look like without " "{topic}?"), ("Where " "did " "{topic} " "come " "from?"),
+    "Summarize what is known about {topic} in five bullet points.", ("Write an outline for a " "talk " "about " "{topic}."), ("Define " "{topic} " "precisely."),
+    "What questions should I ask an expert on {topic}?", ("I never understood {topic}. Help " "me, " "please."), ("Make " "flash " "cards " "about " "{topic}."),
+    "Write a glossary with five terms that have to do with {topic}.", ("Is it worth learning " "about " "{topic}? " "Why?"), ("hey, " "quick " "question " "about " "{topic}: " "what " "is " "it?"),
 )  # fmt: skip
 COMPARE = (
-    "What is the difference between {a} and {b}?", "Compare {a} and {b}.", "{a} or {b}: which matters more, and why?",
-    "Compare {a} with {b} in a table.", "How are {a} and {b} related?", "What do {a} and {b} have in common?",
-    "Explain the difference between {a} and {b} to {learner}.", "When would I think of {a} rather than {b}?",
-    "List three similarities and three differences between {a} and {b}.", "Write a dialogue in which {a} and {b} are compared.",
+    "What is the difference between {a} and {b}?", "Compare {a} and {b}.", ("{a} or {b}: which " "matters " "more, " "and " "why?"),
+    "Compare {a} with {b} in a table.", "How are {a} and {b} related?", ("What do {a} and {b} " "have " "in " "common?"),
+    "Explain the difference between {a} and {b} to {learner}.", ("When would I think of {a} " "rather " "than " "{b}?"),
+    "List three similarities and three differences between {a} and {b}.", ("Write a dialogue in " "which " "{a} " "and " "{b} " "are " "compared."),
 )  # fmt: skip
 TASKS = _list("""bake bread, make pancakes, cook rice, brew good coffee, sharpen a knife, fix a flat bicycle tyre, change a light bulb
     safely, unclog a sink, paint a room, hang a picture, remove a red wine stain, iron a shirt, sew on a button, fold a fitted sheet, tie a
@@ -134,10 +135,10 @@ TASKS = _list("""bake bread, make pancakes, cook rice, brew good coffee, sharpen
     photograph, draw a face, play a first chord on the guitar, read sheet music, write a short story, write a poem, learn chess openings,
     solve a Rubik's cube, juggle three balls, do a simple card trick, make origami crane, knit a scarf, build a birdhouse""")
 HOW = (
-    "How do I {task}?", "How can I {task}?", "Give me step-by-step instructions: how to {task}.", "What is the best way to {task}?",
-    "I want to {task}. Where do I start?", "Write a short guide on how to {task}.", "What mistakes should I avoid when I {task}?",
-    "What do I need to {task}?", "Explain to {learner} how to {task}.", "Give me five tips on how to {task}.",
-    "Make a checklist for somebody who wants to {task}.", "how to {task}", "I tried to {task} and failed. What could have gone wrong?",
+    "How do I {task}?", "How can I {task}?", "Give me step-by-step instructions: how to {task}.", ("What " "is " "the " "best " "way " "to " "{task}?"),
+    "I want to {task}. Where do I start?", "Write a short guide on how to {task}.", ("What " "mistakes " "should " "I " "avoid " "when " "I " "{task}?"),
+    "What do I need to {task}?", "Explain to {learner} how to {task}.", ("Give me five tips on " "how " "to " "{task}."),
+    "Make a checklist for somebody who wants to {task}.", "how to {task}", ("I tried to {task} " "and " "failed. " "What " "could " "have " "gone " "wrong?"),
 )  # fmt: skip
 HEROES = _list("""a lighthouse keeper, a young inventor, an old fisherman, a robot gardener, a shy dragon, a lost tourist, a baker, a clever
     fox, two sisters, a night watchman, a retired detective, a time traveller, a street musician, a librarian, a mapmaker, an astronaut, a
@@ -191,8 +192,8 @@ SITUATIONS = _list("""I argue with my flatmate about the dishes, I can't concent
     never pays me back, I am always late, I want to travel alone for the first time, my parents don't understand computers, I want a pet but
     live in a small flat, I was promoted and now lead my former colleagues, I find it hard to say no""")
 ADVICE = (
-    "{s}. What should I do?", "{s}. Any advice?", "Please help me: {t}. What would you suggest?", "{s}. Give me three practical tips.",
-    "{s}. Is that normal, and what can I do about it?", "What would you say to a friend who tells you: \"{s}.\"?", "{s}. Make a plan for the next week.",
+    "{s}. What should I do?", "{s}. Any advice?", "Please help me: {t}. What would you suggest?", ("{s}. " "Give " "me " "three " "practical " "tips."),
+    "{s}. Is that normal, and what can I do about it?", ("What would you say to a friend who " "tells " "you: " "\"{s}.\"?"), ("{s}. " "Make " "a " "plan " "for " "the " "next " "week."),
 )  # fmt: skip
 NAMES = _list("""Anna, Ben, Carla, David, Elif, Farid, Grace, Hugo, Ines, Jamal, Kim, Lena, Marco, Nora, Omar, Priya, Quentin, Rosa, Sam, Tara,
     Uma, Victor, Wen, Yusuf, Zoe, Aiko, Bruno, Chloe, Diego, Emma""")
@@ -212,53 +213,54 @@ ANSWERS = (
 
 def _math(rng: random.Random) -> str:
     """A school problem whose numbers come out whole where they should."""
-    a, b, c, small = rng.randint(12, 95), rng.randint(3, 40), rng.randint(2, 12), rng.randint(2, 9)
+    a = rng.randint(12, 95)
+    b = rng.randint(3, 40)
+    c = rng.randint(2, 12)
+    small = rng.randint(2, 9)
     one, two = rng.sample(NAMES, 2)
     thing, other = rng.sample(GOODS, 2)
-    price, percent, speed, hours = (
-        rng.randint(2, 25),
-        rng.choice([5, 10, 15, 20, 25, 30, 40]),
-        rng.choice(range(40, 125, 5)),
-        rng.randint(2, 8),
-    )
+    price = rng.randint(2, 25)
+    percent = rng.choice([5, 10, 15, 20, 25, 30, 40])
+    speed = rng.choice(range(40, 125, 5))
+    hours = rng.randint(2, 8)
     wide, long = sorted(rng.sample(range(3, 40), 2))
     stories = (
-        f"{one} has {a} {thing} and buys {b} more. Then {one} gives {c} of them to {two}. How many {thing} are left?",
-        f"{one} buys {c} {thing} for {price} dollars each and {small} {other} for {price + 3} dollars each. How much does {one} pay?",
+        (f"{one} has {a} {thing} and buys {b} more. Then {one} gives {c} of them to {two}. " "How " "many " f"{thing} " "are " "left?"),
+        (f"{one} buys {c} {thing} for {price} dollars each and {small} {other} for " f"{price + 3} dollars " "each. " "How " "much " "does " f"{one} " "pay?"),
         f"A box holds {c} {thing}. How many boxes does {one} need for {c * b} {thing}?",
         f"{one} shares {small * b} {thing} equally among {small} friends. How many does each get?",
-        f"{one} and {two} have {2 * a + b} {thing} together. {one} has {b} more than {two}. How many does each have?",
+        (f"{one} and {two} have {2 * a + b} {thing} together. {one} has {b} more than " f"{two}. " "How " "many " "does " "each " "have?"),
         f"A train travels at {speed} km/h for {hours} hours. How far does it go?",
         f"{one} drives {speed * hours} km in {hours} hours. What is the average speed?",
         f"A rectangle is {long} cm long and {wide} cm wide. Find its area and its perimeter.",
-        f"A jacket costs {price * 20} dollars. In a sale it is {percent}% cheaper. What does it cost now?",
-        f"{one} earns {price} dollars an hour and works {b} hours a week. How much does {one} earn in {c} weeks?",
-        f"{one} is {a} years old. {two} is {b} years younger. How old will they be together in {c} years?",
-        f"A recipe for {small} people needs {small * 50} g of flour. How much flour is needed for {small + c} people?",
+        (f"A jacket costs {price * 20} dollars. In a sale it is {percent}% cheaper. What " "does " "it " "cost " "now?"),
+        (f"{one} earns {price} dollars an hour and works {b} hours a week. How much does " f"{one} " "earn " "in " f"{c} " "weeks?"),
+        (f"{one} is {a} years old. {two} is {b} years younger. How old will they be " "together " "in " f"{c} " "years?"),
+        (f"A recipe for {small} people needs {small * 50} g of flour. How much flour is " "needed " "for " f"{small + c} " "people?"),
         f"Solve for x: {c}x + {b} = {c * small + b}.",
         f"Solve the equation {c}(x - {small}) = {c * b}.",
         f"What is {percent}% of {price * 40}?",
         f"Calculate {a} * {b} - {c * small}.",
         f"What is ({a} + {b}) * {small}?",
-        f"A tank holds {a * 10} litres. {b} litres flow out every hour. How much is left after {min(hours, 5)} hours?",
+        (f"A tank holds {a * 10} litres. {b} litres flow out every hour. How much is left " "after " f"{min(hours, 5)} " "hours?"),
         f"The mean of {a}, {b} and a third number is {a + small}. What is the third number?",
         f"Find the greatest common divisor of {c * a} and {c * b}.",
         f"What is the least common multiple of {c} and {small + 3}?",
         f"{one} reads {b} pages a day. How many days does a book of {b * c + small} pages take?",
         f"In a class of {a // 4 * 4} children a quarter wear glasses. How many don't?",
-        f"A bag holds {b} red and {c} blue {thing}. One is drawn at random. What is the probability that it is blue?",
-        f"{one} saves {price} dollars every week and already has {a}. After how many weeks has {one} {a + price * c} dollars?",
-        f"A shop sold {a} {thing} on Monday, twice as many on Tuesday and {b} fewer than on Monday on Wednesday. How many altogether?",
+        (f"A bag holds {b} red and {c} blue {thing}. One is drawn at random. What is the " "probability " "that " "it " "is " "blue?"),
+        (f"{one} saves {price} dollars every week and already has {a}. After how many weeks " "has " f"{one} " f"{a + price * c} " "dollars?"),
+        (f"A shop sold {a} {thing} on Monday, twice as many on Tuesday and {b} fewer than " "on Monday " "on " "Wednesday. " "How " "many " "altogether?"),
         f"Two numbers add up to {a + b}. Their difference is {abs(a - b)}. Which numbers are they?",
-        f"A film begins at {hours + 10}:{rng.choice(['05', '15', '20', '40', '50'])} and lasts {a + 45} minutes. When does it end?",
+        (f"A film begins at {hours + 10}:{rng.choice(['05', '15', '20', '40', '50'])} and " "lasts " f"{a + 45} " "minutes. " "When " "does " "it " "end?"),
         f"Convert {speed} km/h to metres per second.",
-        f"{one} invests {price * 100} dollars at {small}% simple interest a year. How much interest is that after {hours} years?",
-        f"{small} workers build a wall in {c * small} hours. How long would {small * 2} workers take?",
+        (f"{one} invests {price * 100} dollars at {small}% simple interest a year. How much " "interest " "is " "that " "after " f"{hours} " "years?"),
+        (f"{small} workers build a wall in {c * small} hours. How long would {small * 2} " "workers " "take?"),
         f"A square has an area of {c * c} square metres. How long is its side?",
-        f"A right triangle has legs of {3 * small} cm and {4 * small} cm. How long is the hypotenuse?",
+        (f"A right triangle has legs of {3 * small} cm and {4 * small} cm. How long is the " "hypotenuse?"),
         f"{one} runs {small} laps of {speed * 5} m. How many kilometres is that?",
-        f"The price of {thing} rose from {price * 10} to {price * 10 + small * price} cents. By how many percent?",
-        f"What are the next three numbers: {c}, {c + small}, {c + 2 * small}, {c + 3 * small}, ...?",
+        (f"The price of {thing} rose from {price * 10} to {price * 10 + small * price} " "cents. " "By " "how " "many " "percent?"),
+        (f"What are the next three numbers: {c}, {c + small}, {c + 2 * small}, " f"{c + 3 * small}, " "...?"),
         f"Write {a * 7} as a product of prime numbers.",
         f"How many different ways are there to choose 2 of {small + 3} people?",
     )  # fmt: skip
@@ -266,19 +268,23 @@ def _math(rng: random.Random) -> str:
 
 
 LANGUAGES = _list(
-    "Spanish, French, German, Italian, Portuguese, Dutch, Polish, Swedish, Turkish, Chinese, Japanese, Korean, Russian, Arabic"
+    "Spanish, French, German, Italian, Portuguese, Dutch, Polish, Swedish, Turkish, "
+    "Chinese, Japanese, Korean, "
+    "Russian, Arabic"
 )
 WHO = _list(
-    "my sister, our teacher, the youngest child, my neighbour, a tourist, the whole family, a good friend, the doctor, our team, nobody"
+    "my sister, our teacher, the youngest child, my neighbour, a tourist, the whole "
+    "family, a good friend, the doctor, our "
+    "team, nobody"
 )
 DID = _list("""would like two tickets to the city centre, forgot the umbrella on the bus, will call back tomorrow morning, bought fresh bread at
     the market, can't find the keys, wanted to see the old castle, moved to a bigger flat last year, worked late every day this week, likes to
     read before going to bed, lost the way in the fog, should drink more water, planted a tree behind the house, arrived an hour too early, was
     very happy about the letter, has never been to the sea, repaired the old radio without help, asked for the way to the station, won the first
     prize""")
-ENDS = _list("because it was raining, although nobody had asked, before the shop closed, as always, but it did not matter, and then went home, "
+ENDS = _list("because it was raining, although nobody had asked, before the shop closed, as " "always, " "but " "it did not " "matter, " "and " "then " "went " "home, "
              "after a long day, with a smile, without saying a word, when the lights went out")  # fmt: skip
-TONES = _list("more formal, more friendly, shorter, simpler, more polite, more enthusiastic, in the past tense, as a question, in the passive "
+TONES = _list("more formal, more friendly, shorter, simpler, more polite, more enthusiastic, in " "the " "past " "tense, as " "a " "question, " "in " "the " "passive "
               "voice, more dramatic, in the style of a news report, for a child")  # fmt: skip
 
 
@@ -288,75 +294,110 @@ def _sentence(rng: random.Random) -> str:
 
 
 def _translate(rng: random.Random) -> str:
-    sentence, language = _sentence(rng), rng.choice(LANGUAGES)
+    sentence = _sentence(rng)
+    language = rng.choice(LANGUAGES)
     return rng.choice((
-        f"Translate into {language}: {sentence}", f"How do you say this in {language}? \"{sentence}\"",
-        f"Please translate the following sentence into {language}.\n\n{sentence}", f"{language} translation of: {sentence}",
-        f"Translate \"{sentence}\" into {language} and explain each word.", f"Translate into {language} and {rng.choice(LANGUAGES)}: {sentence}",
+        f"Translate into {language}: {sentence}", (f"How do you say this in {language}? " f"\"{sentence}\""),
+        f"Please translate the following sentence into {language}.\n\n{sentence}", (f"{language} " "translation " "of: " f"{sentence}"),
+        f"Translate \"{sentence}\" into {language} and explain each word.", ("Translate into " f"{language} " "and " f"{rng.choice(LANGUAGES)}: " f"{sentence}"),
     ))  # fmt: skip
 
 
 def _rewrite(rng: random.Random) -> str:
-    sentence, tone = _sentence(rng), rng.choice(TONES)
+    sentence = _sentence(rng)
+    tone = rng.choice(TONES)
     words = sentence[:-1].split()
     place = rng.randrange(len(words) - 1)
-    swapped = " ".join([*words[:place], words[place + 1], words[place], *words[place + 2 :]]).lower()
+    swapped = " ".join(
+        [*words[:place], words[place + 1], words[place], *words[place + 2 :]]
+    ).lower()
     return rng.choice((
         f"Rewrite this sentence so that it is {tone}: {sentence}", f"Make this {tone}:\n{sentence}",
-        f"Give me three other ways to say: {sentence}", f"Correct the grammar: {swapped}", f"Correct this sentence and explain the mistake: {swapped}",
-        f"Continue this story with three sentences: {sentence}", f"Which words in this sentence are verbs? {sentence}",
-        f"Write a sentence with the opposite meaning: {sentence}", f"Use this sentence in a short dialogue: {sentence}",
+        f"Give me three other ways to say: {sentence}", f"Correct the grammar: {swapped}", ("Correct this " "sentence " "and " "explain " "the " "mistake: " f"{swapped}"),
+        f"Continue this story with three sentences: {sentence}", ("Which words in this sentence " "are " "verbs? " f"{sentence}"),
+        f"Write a sentence with the opposite meaning: {sentence}", ("Use this sentence in a " "short " "dialogue: " f"{sentence}"),
     ))  # fmt: skip
 
 
-STREETS = _list("Mill Lane, Harbour Street, Oak Avenue, Station Road, Market Square, River Walk, Hill Street, Garden Road")
-CITIES = _list(
-    "Lisbon, Oslo, Nairobi, Toronto, Lima, Hanoi, Vienna, Dublin, Osaka, Tunis, Prague, Auckland, Bogota, Ghent, Porto, Leeds"
+STREETS = _list(
+    "Mill Lane, Harbour Street, Oak Avenue, Station Road, Market Square, River Walk, Hill "
+    "Street, "
+    "Garden Road"
 )
-MONTHS = _list("January, February, March, April, May, June, July, August, September, October, November, December")
-FORMATS = _list("as JSON, as a CSV line, as a table, as bullet points, as YAML, as key: value lines")
+CITIES = _list(
+    "Lisbon, Oslo, Nairobi, Toronto, Lima, Hanoi, Vienna, Dublin, Osaka, Tunis, Prague, "
+    "Auckland, Bogota, Ghent, "
+    "Porto, Leeds"
+)
+MONTHS = _list(
+    "January, February, March, April, May, June, July, August, September, October, "
+    "November, "
+    "December"
+)
+FORMATS = _list(
+    "as JSON, as a CSV line, as a table, as bullet points, as YAML, as key: value lines"
+)
 
 
 def _extract(rng: random.Random) -> str:
     one, two = rng.sample(NAMES, 2)
-    day, year, month, city = rng.randint(1, 28), rng.randint(2015, 2026), rng.choice(MONTHS), rng.choice(CITIES)
-    thing, count, price = rng.choice(GOODS), rng.randint(2, 60), rng.randint(2, 90)
+    day = rng.randint(1, 28)
+    year = rng.randint(2015, 2026)
+    month = rng.choice(MONTHS)
+    city = rng.choice(CITIES)
+    thing = rng.choice(GOODS)
+    count = rng.randint(2, 60)
+    price = rng.randint(2, 90)
     texts = (
-        f"{one} ordered {count} {thing} on {day} {month} {year} for {price} euros. Please send them to {rng.randint(1, 99)} {rng.choice(STREETS)}, {city}.",
-        f"The workshop takes place in {city} on {month} {day}, {year}, from {rng.randint(8, 11)} am to {rng.randint(1, 6)} pm. Contact: {one.lower()}@example.org.",
-        f"Hello, this is {one}. My flight to {city} on {day} {month} was cancelled, booking {rng.randint(10000, 99999)}. {two} was on the same flight.",
-        f"{one} ({rng.randint(19, 70)}) from {city} and {two} ({rng.randint(19, 70)}) from {rng.choice(CITIES)} won the chess tournament in {year}.",
-        f"Invoice {rng.randint(100, 999)}: {count} {thing} at {price} dollars each, delivered to {one} in {city} in {month} {year}.",
-        f"Error 2{rng.randint(100, 999)} in module {rng.choice(['billing', 'login', 'search', 'upload'])} at {rng.randint(10, 23)}:{rng.randint(10, 59)}, reported by {one}, fixed by {two}.",
-        f"Room for {rng.randint(2, 5)} in {city}, {price} euros a night, breakfast included, free from {day} {month}. Ask for {one}.",
+        (f"{one} ordered {count} {thing} on {day} {month} {year} for {price} euros. Please " "send " "them " "to " f"{rng.randint(1, 99)} " f"{rng.choice(STREETS)}, " f"{city}."),
+        (f"The workshop takes place in {city} on {month} {day}, {year}, from " f"{rng.randint(8, 11)} am " "to " f"{rng.randint(1, 6)} " "pm. " "Contact: " f"{one.lower()}@example.org."),
+        (f"Hello, this is {one}. My flight to {city} on {day} {month} was cancelled, " f"booking {rng.randint(10000, 99999)}. " f"{two} " "was " "on " "the " "same " "flight."),
+        (f"{one} ({rng.randint(19, 70)}) from {city} and {two} ({rng.randint(19, 70)}) from " f"{rng.choice(CITIES)} " "won " "the " "chess " "tournament " "in " f"{year}."),
+        (f"Invoice {rng.randint(100, 999)}: {count} {thing} at {price} dollars each, " "delivered to " f"{one} " "in " f"{city} " "in " f"{month} " f"{year}."),
+        (f"Error 2{rng.randint(100, 999)} in module " f"{rng.choice(['billing', 'login', 'search', 'upload'])} " "at " f"{rng.randint(10, 23)}:{rng.randint(10, 59)}, reported " "by " f"{one}, " "fixed " "by " f"{two}."),
+        (f"Room for {rng.randint(2, 5)} in {city}, {price} euros a night, breakfast " "included, free " "from " f"{day} " f"{month}. " "Ask " "for " f"{one}."),
     )  # fmt: skip
     return rng.choice((
-        "Extract the names, places and dates from this text {form}:\n\n{text}", "Turn this into structured data {form}: {text}",
-        "Which numbers are in this text, and what do they mean?\n{text}", "Extract all facts {form}.\n\nText: {text}",
-        "Who, what, where, when? Answer {form}.\n{text}", "Write a reply to this message: {text}", "Summarize in at most eight words: {text}",
+        "Extract the names, places and dates from this text {form}:\n\n{text}", ("Turn this into " "structured " "data " "{form}: " "{text}"),
+        "Which numbers are in this text, and what do they mean?\n{text}", ("Extract all facts " "{form}.\n\nText: " "{text}"),
+        "Who, what, where, when? Answer {form}.\n{text}", "Write a reply to this message: {text}", ("Summarize " "in " "at " "most " "eight " "words: " "{text}"),
     )).format(form=rng.choice(FORMATS), text=rng.choice(texts))  # fmt: skip
 
 
 PRODUCTS = _list(
-    "headset, toaster, office chair, hiking boots, novel, restaurant, hotel room, phone case, coffee machine, board game, film, app"
+    "headset, toaster, office chair, hiking boots, novel, restaurant, hotel room, phone "
+    "case, coffee machine, board game, "
+    "film, app"
 )
 GOOD = _list(
-    "works exactly as promised, arrived two days early, is worth every cent, looks even better than in the pictures, surprised me"
+    "works exactly as promised, arrived two days early, is worth every cent, looks even "
+    "better than in the pictures, "
+    "surprised me"
 )
-BAD = _list("broke after a week, was far too expensive, smelled strange, did not fit, was louder than I had hoped, bored me")
+BAD = _list(
+    "broke after a week, was far too expensive, smelled strange, did not fit, was louder "
+    "than I had hoped, "
+    "bored me"
+)
 
 
 def _classify(rng: random.Random) -> str:
     parts = [rng.choice(GOOD), rng.choice(BAD)]
     rng.shuffle(parts)
-    review = f"The {rng.choice(PRODUCTS)} {rng.choice([parts[0], f'{parts[0]}, but it {parts[1]}'])}. {rng.choice(['I would buy it again.', 'Never again.', 'It is all right.', ''])}".strip()
+    review = (
+        f"The {rng.choice(PRODUCTS)} "
+        f"{rng.choice([parts[0], f'{parts[0]}, but it {parts[1]}'])}. "
+        f"{rng.choice(['I would buy it again.', 'Never again.', 'It is all right.', ''])}"
+    ).strip()
     return rng.choice((
-        "Is this review positive, negative or mixed? {r}", "Classify the sentiment (positive, negative, neutral): {r}", "Write a friendly answer to this review: {r}",
-        "Rate this review from 1 to 5 stars and say why: {r}", "What does the customer like, and what not?\n\"{r}\"", "Rewrite this review so that it is more helpful: {r}",
+        "Is this review positive, negative or mixed? {r}", ("Classify the sentiment (positive, " "negative, " "neutral): " "{r}"), ("Write " "a " "friendly " "answer " "to " "this " "review: " "{r}"),
+        "Rate this review from 1 to 5 stars and say why: {r}", ("What does the customer like, " "and " "what " "not?\n\"{r}\""), ("Rewrite this review " "so " "that " "it " "is " "more " "helpful: " "{r}"),
     )).format(r=review)  # fmt: skip
 
 
-CODE_LANGUAGES = _list("JavaScript, TypeScript, Java, C, C++, Go, Rust, C#, Ruby, Kotlin, PHP, Bash, Swift, Python, R")
+CODE_LANGUAGES = _list(
+    "JavaScript, TypeScript, Java, C, C++, Go, Rust, C#, Ruby, Kotlin, PHP, Bash, Swift, Python, R"
+)
 JOBS = _list("""counts the vowels of a text, reads a file line by line, prints a multiplication table, checks whether a year is a leap year, removes
     blank lines from a file, downloads a web page, finds the largest file in a folder, converts Celsius to Fahrenheit, shuffles a deck of cards,
     draws a triangle of stars, implements a stack, implements a queue with two stacks, parses a date, validates an email address, counts how often
@@ -367,9 +408,9 @@ JOBS = _list("""counts the vowels of a text, reads a file line by line, prints a
     encrypts a text with Caesar's cipher, converts JSON to CSV, draws a bar chart in the terminal, computes the distance between two points,
     simulates dice rolls, implements a bank account class, flattens a nested list, checks balanced brackets, finds the most common letter""")
 TABLES = (
-    "a table orders(id, customer_id, total, created_at)", "tables students(id, name) and grades(student_id, subject, grade)",
-    "a table employees(id, name, department, salary)", "tables books(id, title, author_id) and authors(id, name)",
-    "a table logs(time, level, message)", "tables films(id, title, year) and ratings(film_id, stars)",
+    "a table orders(id, customer_id, total, created_at)", ("tables students(id, name) and " "grades(student_id, " "subject, " "grade)"),
+    "a table employees(id, name, department, salary)", ("tables books(id, title, author_id) and " "authors(id, " "name)"),
+    "a table logs(time, level, message)", ("tables films(id, title, year) and " "ratings(film_id, " "stars)"),
 )  # fmt: skip
 QUERIES = _list("""the ten largest totals, the average of each group, all rows of the last seven days, names that occur twice, the newest row of
     each group, rows without a partner in the other table, the share of each group in percent, the second largest value, how many rows there
@@ -378,15 +419,16 @@ QUERIES = _list("""the ten largest totals, the average of each group, all rows o
 
 def _code(rng: random.Random) -> str:
     language, other = rng.sample(CODE_LANGUAGES, 2)
-    job, what = rng.choice(JOBS), rng.choice(TOPICS["programming"])
+    job = rng.choice(JOBS)
+    what = rng.choice(TOPICS["programming"])
     return rng.choice((
-        f"Write a program in {language} that {job}.", f"Write a {language} function that {job}.", f"Write a short {language} script that {job}. Explain it.",
-        f"Show me code that {job}, once in {language} and once in {other}.", f"How do I write something in {language} that {job}?",
-        f"Give a short example of {what} in {language}.", f"Write a class in {language} that {job}.", f"{language} vs {other}: which is better for a program that {job}?",
-        f"I have {rng.choice(TABLES)}. Write an SQL query for {rng.choice(QUERIES)}.", f"Write pseudocode for a program that {job}.",
-        f"Write a Bash one-liner that {job}.", f"What is a good design for a program that {job}? Name the parts.", f"Write a README for a small tool in {language} that {job}.",
-        f"Write a regular expression that finds {rng.choice(['dates', 'phone numbers', 'hex colours', 'URLs', 'times', 'prices', 'file names', 'version numbers'])} and explain it.",
-        f"Write an HTML page with {rng.choice(['a form', 'a table', 'a navigation bar', 'a photo gallery', 'a price list', 'a quiz'])} about {rng.choice(SUBJECTS)}.",
+        f"Write a program in {language} that {job}.", f"Write a {language} function that {job}.", ("Write a " "short " f"{language} " "script " "that " f"{job}. " "Explain " "it."),
+        f"Show me code that {job}, once in {language} and once in {other}.", ("How do I write " "something " "in " f"{language} " "that " f"{job}?"),
+        f"Give a short example of {what} in {language}.", (f"Write a class in {language} " "that " f"{job}."), (f"{language} vs {other}: which " "is " "better " "for " "a " "program " "that " f"{job}?"),
+        f"I have {rng.choice(TABLES)}. Write an SQL query for {rng.choice(QUERIES)}.", ("Write " "pseudocode " "for " "a " "program " "that " f"{job}."),
+        f"Write a Bash one-liner that {job}.", ("What is a good design for a program that " f"{job}? " "Name " "the " "parts."), ("Write a README for " "a " "small " "tool " "in " f"{language} " "that " f"{job}."),
+        ("Write a regular expression that finds " f"{rng.choice(['dates', 'phone numbers', 'hex colours', 'URLs', 'times', 'prices', 'file names', 'version numbers'])} and explain it."),
+        ("Write an HTML page with " f"{rng.choice(['a form', 'a table', 'a navigation bar', 'a photo gallery', 'a price list', 'a quiz'])} about {rng.choice(SUBJECTS)}."),
     ))  # fmt: skip
 
 
@@ -406,29 +448,36 @@ def _topic(rng: random.Random, templates: tuple[str, ...]) -> str:
 
 
 def _story(rng: random.Random) -> str:
-    hero, place, event = rng.choice(HEROES), rng.choice(PLACES), rng.choice(EVENTS)
-    form, poem, subject = rng.choice(FORMS), rng.choice(POEMS), rng.choice(SUBJECTS)
+    hero = rng.choice(HEROES)
+    place = rng.choice(PLACES)
+    event = rng.choice(EVENTS)
+    form = rng.choice(FORMS)
+    poem = rng.choice(POEMS)
+    subject = rng.choice(SUBJECTS)
     text = rng.choice((
-        f"Write a {form} about {hero} who {event} {place}.", f"Write a {form}: {hero}, {place}.", f"Tell me a {form} in which {hero} {event}.",
-        f"Write a {poem} about {subject}.", f"A {poem} about {hero} {place}, please.", f"Invent a title and a first sentence for a {form} about {hero}.",
-        f"Describe {hero} {place} in five sentences.", f"Write a {form} set {place} about {subject}.", f"Plan a {form} in which {hero} {event}: plot, characters, end.",
+        f"Write a {form} about {hero} who {event} {place}.", f"Write a {form}: {hero}, {place}.", ("Tell me " "a " f"{form} " "in " "which " f"{hero} " f"{event}."),
+        f"Write a {poem} about {subject}.", f"A {poem} about {hero} {place}, please.", ("Invent a title and a " "first " "sentence " "for " "a " f"{form} " "about " f"{hero}."),
+        f"Describe {hero} {place} in five sentences.", (f"Write a {form} set {place} about " f"{subject}."), (f"Plan a {form} " "in " "which " f"{hero} " f"{event}: " "plot, " "characters, " "end."),
     ))  # fmt: skip
     return re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)
 
 
 def _email(rng: random.Random) -> str:
-    manner, sender, reader, purpose = (rng.choice(part) for part in (MANNERS, SENDERS, READERS, PURPOSES))
+    manner, sender, reader, purpose = (
+        rng.choice(part) for part in (MANNERS, SENDERS, READERS, PURPOSES)
+    )
     return rng.choice((
-        f"Write {manner} email from {sender} to {reader} {purpose}.", f"I am {sender}. Write {manner} message to {reader} {purpose}.",
-        f"Draft {manner} letter to {reader} {purpose}.", f"Write a subject line and {manner} email {purpose}.", f"What should an email from {sender} {purpose} contain?",
+        f"Write {manner} email from {sender} to {reader} {purpose}.", (f"I am {sender}. Write " f"{manner} " "message " "to " f"{reader} " f"{purpose}."),
+        f"Draft {manner} letter to {reader} {purpose}.", (f"Write a subject line and {manner} " "email " f"{purpose}."), ("What should " "an " "email " "from " f"{sender} " f"{purpose} " "contain?"),
     ))  # fmt: skip
 
 
 def _enumerate(rng: random.Random) -> str:
-    what, count = rng.choice(LISTS), rng.choice(["three", "five", "seven", "eight", "ten", "twelve"])
+    what = rng.choice(LISTS)
+    count = rng.choice(["three", "five", "seven", "eight", "ten", "twelve"])
     return rng.choice((
-        f"List {count} {what}.", f"Give me {count} {what}.", f"{count.capitalize()} {what}, please.", f"I need {count} {what}, each with one sentence.",
-        f"Make a table of {count} {what}.", f"Make a numbered list: {what}.", f"Suggest {count} {what} and say why.",
+        f"List {count} {what}.", f"Give me {count} {what}.", (f"{count.capitalize()} " f"{what}, " "please."), ("I need " f"{count} " f"{what}, " "each " "with " "one " "sentence."),
+        f"Make a table of {count} {what}.", f"Make a numbered list: {what}.", (f"Suggest {count} " f"{what} " "and " "say " "why."),
     ))  # fmt: skip
 
 
@@ -441,18 +490,18 @@ def _advise(rng: random.Random) -> str:
 def _argue(rng: random.Random) -> str:
     opinion = rng.choice(OPINIONS)
     return rng.choice((
-        f"Some people say that {opinion}. What speaks for it, what against it?", f"Give three arguments for the claim that {opinion}.", f"Argue against this: {opinion}.",
-        f"Write a debate between two people about whether {opinion}.", f"Write a short essay: {opinion}?", f"Do you think that {opinion}?",
-        f"How could somebody be convinced that {opinion}?", f"Write a balanced paragraph on the question whether {opinion}.",
+        f"Some people say that {opinion}. What speaks for it, what against it?", ("Give three " "arguments " "for " "the " "claim " "that " f"{opinion}."), ("Argue " "against " "this: " f"{opinion}."),
+        f"Write a debate between two people about whether {opinion}.", ("Write a short essay: " f"{opinion}?"), ("Do " "you " "think " "that " f"{opinion}?"),
+        f"How could somebody be convinced that {opinion}?", ("Write a balanced paragraph on the " "question " "whether " f"{opinion}."),
     ))  # fmt: skip
 
 
 ABOUT_TEXT = (
-    "Summarize this text in one sentence:\n\n{p}", "Summarize:\n{p}", "What is this text about?\n\n{p}", "Rewrite this in simpler words:\n\n{p}",
-    "Give this paragraph a title.\n\n{p}", "List the key points of this text.\n\n{p}", "Write two questions that this text answers, with answers.\n\n{p}",
-    "{p}\n\nSummarize the text above in your own words.", "Which technical terms does this text use? Explain each in one sentence.\n\n{p}",
-    "Shorten this to half of its length:\n\n{p}", "Turn this paragraph into bullet points:\n\n{p}", "{p}\n\nExplain this to {learner}.",
-    "Translate this into {language}:\n\n{p}", "Proofread this text and improve its style.\n\n{p}", "Extract five keywords from this text: {p}",
+    "Summarize this text in one sentence:\n\n{p}", "Summarize:\n{p}", ("What is this text " "about?\n\n{p}"), ("Rewrite " "this " "in " "simpler " "words:\n\n{p}"),
+    "Give this paragraph a title.\n\n{p}", "List the key points of this text.\n\n{p}", ("Write two questions " "that " "this " "text " "answers, " "with " "answers.\n\n{p}"),
+    "{p}\n\nSummarize the text above in your own words.", ("Which technical terms does this text " "use? " "Explain " "each " "in " "one " "sentence.\n\n{p}"),
+    "Shorten this to half of its length:\n\n{p}", "Turn this paragraph into bullet points:\n\n{p}", ("{p}\n\nExplain " "this " "to " "{learner}."),
+    "Translate this into {language}:\n\n{p}", "Proofread this text and improve its style.\n\n{p}", ("Extract " "five " "keywords " "from " "this " "text: " "{p}"),
 )  # fmt: skip
 
 
@@ -461,7 +510,11 @@ def chat_requests(seed: int, paragraphs: list[str]) -> Iterator[str]:
     rng = random.Random(seed)
 
     def about_text(rng: random.Random) -> str:
-        text = {"p": rng.choice(paragraphs), "learner": rng.choice(LEARNERS), "language": rng.choice(LANGUAGES)}
+        text = {
+            "p": rng.choice(paragraphs),
+            "learner": rng.choice(LEARNERS),
+            "language": rng.choice(LANGUAGES),
+        }
         return rng.choice(ABOUT_TEXT).format(**text)
 
     makers: dict[Callable[[random.Random], str], int] = {
@@ -478,13 +531,25 @@ def chat_requests(seed: int, paragraphs: list[str]) -> Iterator[str]:
 
 
 def paragraphs_of(folders: list[Path]) -> list[str]:
-    """Paragraphs of plain prose, 35 to 110 words, from the descriptions and docstrings of the packages in these folders."""
+    """Paragraphs of plain prose, 35 to 110 words, from the descriptions and docstrings of the
+    packages in these folders.
+    """
     found: dict[str, None] = {}
     for folder in folders:
         for file in sorted(folder.glob("*.dist-info/METADATA")):
-            found |= dict.fromkeys(_prose(email.message_from_string(file.read_text("utf-8", errors="ignore")).get_payload()))
+            found |= dict.fromkeys(
+                _prose(
+                    email.message_from_string(
+                        file.read_text("utf-8", errors="ignore")
+                    ).get_payload()
+                )
+            )
         for file in sorted(folder.rglob("*.py")):
-            docstring = re.match(r'\s*(?:#[^\n]*\n\s*)*[rR]?"""(.*?)"""', file.read_text("utf-8", errors="ignore"), re.DOTALL)
+            docstring = re.match(
+                r'\s*(?:#[^\n]*\n\s*)*[rR]?"""(.*?)"""',
+                file.read_text("utf-8", errors="ignore"),
+                re.DOTALL,
+            )
             found |= dict.fromkeys(_prose(docstring[1] if docstring else ""))
     return list(found)
 

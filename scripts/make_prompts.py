@@ -1,11 +1,13 @@
-"""Write the prompts of the code model's training data: requests about code and general chat, mixed, one JSON object a line.
+"""Write the prompts of the code model's training data: requests about code and general chat, mixed,
+one JSON object a line.
 
     python scripts/make_prompts.py --model MODEL --out prompts.jsonl
     sdsat distill --model MODEL --source prompts.jsonl --out runs/data
 
-A row has the key prompt, and opening where the model's answer begins with a code fence. The code is that of the packages of
-corpus.txt, installed into the folder CORPUS the first time, and of Python's standard library. Any beginning of the file is as
-good a mix as the whole. The same command makes the same file.
+A row has the key prompt, and opening where the model's answer begins with a code fence. The code is
+that of the packages of corpus.txt, installed into the folder CORPUS the first time, and of Python's
+standard library. Any beginning of the file is as good a mix as the whole. The same command makes
+the same file.
 """
 
 from __future__ import annotations
@@ -24,19 +26,22 @@ import typer
 from chat_prompts import chat_requests, paragraphs_of
 from transformers import AutoTokenizer
 
-from sdsat.cli import run
+from sdsat.cli.main import run
 from sdsat.config import require
 from sdsat.files import replacing
-from sdsat.kinds import Request
-from sdsat.prompts import Sieve, code_requests, licences, parse_kinds
+from sdsat.tasks.kinds import Request
+from sdsat.tasks.prompts import Sieve, code_requests, licences, parse_kinds
 
 CORPUS = Path(__file__).with_name("corpus.txt")
-# The functions of MBPP's sanitized problems (arXiv 2108.07732, CC BY 4.0), by name. Their texts are not stored here.
+# The functions of MBPP's sanitized problems (arXiv 2108.07732, CC BY 4.0), by name. Their texts are
+# not stored here.
 MBPP = Path(__file__).with_name("mbpp.jsonl")
 
 
 def installed(folder: Path) -> Path:
-    """The folder with the packages of corpus.txt, fetched from the package index unless it is there."""
+    """The folder with the packages of corpus.txt, fetched from the package index unless it is
+    there.
+    """
     if not folder.is_dir():
         part = folder.with_name(f"{folder.name}.part")
         command = [
@@ -68,23 +73,33 @@ def main(
     ] = "complete=40,words=15,fix=10,test=10,explain=5",
     max_prompt_tokens: int = 256,
     avoid: Annotated[
-        list[Path] | None, typer.Option(help="A benchmark to stay clear of beside HumanEval and MBPP's names.")
+        list[Path] | None,
+        typer.Option(help="A benchmark to stay clear of beside HumanEval and MBPP's names."),
     ] = None,
     seed: int = 0,
 ) -> None:
     """Write the prompts of the code model's training data."""
     require(count >= 1, f"count={count}: expected 1 or more")
     require(0 <= chat <= 1, f"chat={chat}: expected a share from 0 to 1")
-    weights, sieve = parse_kinds(kinds), Sieve(AutoTokenizer.from_pretrained(model), max_prompt_tokens, [MBPP, *(avoid or ())])
+    weights = parse_kinds(kinds)
+    sieve = Sieve(AutoTokenizer.from_pretrained(model), max_prompt_tokens, [MBPP, *(avoid or ())])
     num_chat = round(count * chat)
     folders = [installed(corpus), Path(sysconfig.get_paths()["stdlib"])]
-    asked = [request for request, _ in islice(code_requests(folders, weights, sieve), count - num_chat)]
-    require(len(asked) == count - num_chat, f"count={count}: {corpus} has code for {len(asked)} prompts of {count - num_chat}")
+    asked = [
+        request for request, _ in islice(code_requests(folders, weights, sieve), count - num_chat)
+    ]
+    require(
+        len(asked) == count - num_chat,
+        f"count={count}: {corpus} has code for {len(asked)} prompts of {count - num_chat}",
+    )
     of_code = dict(sieve.counts)
     talk = (Request(text) for text in chat_requests(seed, paragraphs_of([corpus])))
     asked += islice((request for request in talk if sieve.ids(request)), num_chat)
     random.Random(seed).shuffle(asked)
-    rows = ({"prompt": request.text} | ({"opening": request.opening} if request.opening else {}) for request in asked)
+    rows = (
+        {"prompt": request.text} | ({"opening": request.opening} if request.opening else {})
+        for request in asked
+    )
     with replacing(out) as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"{out}: {len(asked)} prompts; about code {of_code}, in all {sieve.counts}")

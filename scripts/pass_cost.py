@@ -1,11 +1,14 @@
-"""What a forward pass of n tokens costs, verifying and drafting: in the native engine or CUDA graphs, and without either.
+"""What a forward pass of n tokens costs, verifying and drafting: in the native engine or CUDA
+graphs, and without either.
 
     python scripts/pass_cost.py [MODEL] [--dtype DTYPE] [--busy N] [--turns N] [--out FILE.json]
 
-Counts of rows take turns, and at each count all contexts (256 to 4096 tokens) and both engines, so that noise hits all alike;
-medians of all turns, in milliseconds. Beside them the memory-bandwidth floor: the time to read as many bytes as the weights
-have. --busy N keeps N processes at work meanwhile, as other programs do on a machine that is not ours alone; then the fastest
-engine alone is measured, after 256 tokens. (With transformers' modules beside it a run had not ended after five minutes.)
+Counts of rows take turns, and at each count all contexts (256 to 4096 tokens) and both engines, so
+that noise hits all alike; medians of all turns, in milliseconds. Beside them the memory-bandwidth
+floor: the time to read as many bytes as the weights have. --busy N keeps N processes at work
+meanwhile, as other programs do on a machine that is not ours alone; then the fastest engine alone
+is measured, after 256 tokens. (With transformers' modules beside it a run had not ended after five
+minutes.)
 """
 
 from __future__ import annotations
@@ -26,19 +29,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sdsat.cli import Device, Dtype, Model, run
-from sdsat.engine import forward, new_cache, prefill
+from sdsat.cli.main import Device, Dtype, Model, run
+from sdsat.engines.transformers import forward, new_cache, prefill
+from sdsat.environment import environment
 from sdsat.files import destination, write_json
-from sdsat.model import SatModel, load
-from sdsat.records import environment
-from sdsat.tree import make_tree
+from sdsat.method.tree import make_tree
+from sdsat.models.loading import SatModel, load
 
-COUNTS, CONTEXTS = (1, 2, 4, 6, 8, 12, 16, 24, 36, 64), (256, 1024, 4096)
+COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 36, 64)
+CONTEXTS = (256, 1024, 4096)
 Times = dict[str, dict[int, float]]  # {variant: {n: milliseconds}}
 
 
 @torch.inference_mode()
-def measure(models: dict[str, SatModel], contexts: dict[int, tuple[int, ...]], turns: int) -> dict[int, Times]:
+def measure(
+    models: dict[str, SatModel], contexts: dict[int, tuple[int, ...]], turns: int
+) -> dict[int, Times]:
     """Medians for every engine. contexts: {tokens before the pass: counts of rows}."""
     times: dict[tuple[int, str, int], list[float]] = {}
     caches = {}
@@ -50,18 +56,29 @@ def measure(models: dict[str, SatModel], contexts: dict[int, tuple[int, ...]], t
         prefill(model, caches[name, context], tokens[:context])
 
     def once(name: str, context: int, count: int, sats: int, rounded: bool) -> float:
-        model, cache, part = models[name], caches[name, context], tokens[context : context + count].clone()
+        model = models[name]
+        cache = caches[name, context]
+        part = tokens[context : context + count].clone()
         if sats and model.sat:
             part[1:] = model.sat.token_id
         began = time.perf_counter()
-        forward(model, cache, part, make_tree("chain", count - 1 - sats), ((0, sats),) if sats else (), rounded=rounded)
+        forward(
+            model,
+            cache,
+            part,
+            make_tree("chain", count - 1 - sats),
+            ((0, sats),) if sats else (),
+            rounded=rounded,
+        )
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         return 1000 * (time.perf_counter() - began)
 
     for turn in range(turns + 2):
         for count in dict.fromkeys(count for counts in contexts.values() for count in counts):
-            for context, (name, model) in product((c for c in contexts if count in contexts[c]), models.items()):
+            for context, (name, model) in product(
+                (c for c in contexts if count in contexts[c]), models.items()
+            ):
                 kinds = {"verify": (0, False)}
                 if model.sat and count > 1:
                     kinds["draft"] = (count - 1, False)
@@ -78,7 +95,9 @@ def measure(models: dict[str, SatModel], contexts: dict[int, tuple[int, ...]], t
 
 
 def floor_milliseconds(model: SatModel) -> tuple[int, float]:
-    """(bytes of the weights that a pass reads, milliseconds to read as many: the fastest of ten sums over one tensor)."""
+    """(bytes of the weights that a pass reads, milliseconds to read as many: the fastest of ten
+    sums over one tensor).
+    """
     head = model.model.get_output_embeddings().weight
     inner = [p for name, p in model.model.base_model.named_parameters() if "embed" not in name]
     size = sum(p.numel() * p.element_size() for p in [head, *inner])
@@ -96,8 +115,12 @@ def floor_milliseconds(model: SatModel) -> tuple[int, float]:
 @contextmanager
 def others_at_work(count: int) -> Iterator[None]:
     """Within this block, so many processes are never idle."""
-    work = f"import os\nwhile os.getppid() == {os.getpid()}: pass"  # and no longer than this process
-    busy = [subprocess.Popen([sys.executable, "-c", work], start_new_session=True) for _ in range(count)]
+    work = (
+        f"import os\nwhile os.getppid() == {os.getpid()}: pass"  # and no longer than this process
+    )
+    busy = [
+        subprocess.Popen([sys.executable, "-c", work], start_new_session=True) for _ in range(count)
+    ]
     try:
         yield
     finally:
@@ -117,23 +140,35 @@ def main(
     """Measure MODEL, print a table for each context, and write all to --out."""
     if out is not None:
         destination(out, "--out")
-    models = {} if busy else {"transformers": load(model, dtype, device, engine="transformers", graphs=False)}
+    models = (
+        {}
+        if busy
+        else {"transformers": load(model, dtype, device, engine="transformers", graphs=False)}
+    )
     best = load(model, dtype, device)
     if best.engine_name not in models:
         models = {best.engine_name: best, **models}
     first = next(iter(models.values()))
     weights, floor = floor_milliseconds(first)
-    contexts = {context: COUNTS if context == CONTEXTS[0] else COUNTS[:6] for context in CONTEXTS[: 1 if busy else None]}
+    contexts = {
+        context: COUNTS if context == CONTEXTS[0] else COUNTS[:6]
+        for context in CONTEXTS[: 1 if busy else None]
+    }
     with others_at_work(busy):
         measured = measure(models, contexts, turns)
     for context, found in measured.items():
         beside = f", beside {busy} busy processes" if busy else ""
-        title = f"milliseconds a pass after {context} tokens, {model}, {dtype}, {first.device}{beside}"
+        title = (
+            f"milliseconds a pass after {context} tokens, {model}, {dtype}, {first.device}{beside}"
+        )
         table = Table(title=title, title_justify="left")
         for column in ("tokens", *found):
             table.add_column(column, justify="right")
         for count in contexts[context]:
-            table.add_row(str(count), *(f"{costs[count]:.1f}" if count in costs else "" for costs in found.values()))
+            table.add_row(
+                str(count),
+                *(f"{costs[count]:.1f}" if count in costs else "" for costs in found.values()),
+            )
         Console().print(table)
     print(f"memory-bandwidth floor: {weights / 1e6:.0f} MB of weights, {floor:.1f} ms")
     if out:
@@ -145,7 +180,15 @@ def main(
             "weight_bytes": weights,
             "floor_milliseconds": floor,
         }
-        write_json(out, {**head, "contexts": [{"context": c, "milliseconds": found} for c, found in measured.items()]})
+        write_json(
+            out,
+            {
+                **head,
+                "contexts": [
+                    {"context": c, "milliseconds": found} for c, found in measured.items()
+                ],
+            },
+        )
 
 
 if __name__ == "__main__":

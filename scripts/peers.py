@@ -1,11 +1,14 @@
-"""Speed beside peers, on a CPU: transformers, its prompt lookup, this program's strategies, and llama.cpp where it is installed.
+"""Speed beside peers, on a CPU: transformers, its prompt lookup, this program's strategies, and
+llama.cpp where it is installed.
 
-    python scripts/peers.py [MODEL] [--ours two-step:5 ...] [--data-limit N] [--general N] [--max-new-tokens N] [--out FILE.json]
+    python scripts/peers.py [MODEL] [--ours two-step:5 ...] [--data-limit N] [--general N]
+    [--max-new-tokens N] [--out FILE.json]
 
-MODEL: the embedded default, or an adapter for the same base. All strategies take turns on each prompt (HumanEval, and requests
-without code), greedy, on the same token ids and threads, in bfloat16, and llama.cpp also in 4 bits: with the file that the base
-was made from (Q4_1), and with that rounded once more to its fastest kind (Q4_0). Peak memory: each in a process of its own, on
-the first prompt. The same command resumes an interrupted run.
+MODEL: the embedded default, or an adapter for the same base. All strategies take turns on each
+prompt (HumanEval, and requests without code), greedy, on the same token ids and threads, in
+bfloat16, and llama.cpp also in 4 bits: with the file that the base was made from (Q4_1), and with
+that rounded once more to its fastest kind (Q4_0). Peak memory: each in a process of its own, on the
+first prompt. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -33,30 +36,49 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
-from sdsat.cli import Model, run
+from sdsat.cache_folder import cache_dir
+from sdsat.cli.main import Model, run
 from sdsat.config import DecodeConfig, beside, decode_config_of, require
-from sdsat.decode import Generation, generate
-from sdsat.embedded import BASE_NAME, NAME, _fetch, base_dir
-from sdsat.engine import probe_rows
+from sdsat.decoding.loop import generate
+from sdsat.decoding.sequence import Generation
+from sdsat.engines.transformers import probe_rows
+from sdsat.environment import environment
+from sdsat.evaluation.records import resumed
+from sdsat.evaluation.reference import transformers_generate
+from sdsat.evaluation.report import interval, seconds_of, speedup, with_interval
 from sdsat.files import sha256_of, write_json
-from sdsat.kept import cache_dir
-from sdsat.model import SatModel, _load_base, load
-from sdsat.prompts import WARM_UP, Problem, encode, encode_prompt, given_requests, humaneval
-from sdsat.records import environment, resumed
-from sdsat.reference import transformers_generate
-from sdsat.report import interval, seconds_of, speedup, with_interval
+from sdsat.models.embedded import BASE_NAME, NAME, _fetch, base_dir
+from sdsat.models.loading import SatModel, _load_base, load
+from sdsat.tasks.prompts import WARM_UP, Problem, encode, encode_prompt, given_requests, humaneval
 
 try:
     import llama_cpp
 except ImportError:
     llama_cpp = None
 
-DTYPE, WARM_UP_TOKENS, LOOKUP_TOKENS, AR = "bfloat16", 16, 10, "ar"
+DTYPE = "bfloat16"
+WARM_UP_TOKENS = 16
+LOOKUP_TOKENS = 10
+AR = "ar"
 TRANSFORMERS = {"transformers": None, "transformers prompt lookup": LOOKUP_TOKENS}
-LLAMA = {"llama.cpp bfloat16": "bfloat16", "llama.cpp Q4_1": "Q4_1", "llama.cpp Q4_0": "Q4_0"} if llama_cpp else {}
+LLAMA = (
+    {"llama.cpp bfloat16": "bfloat16", "llama.cpp Q4_1": "Q4_1", "llama.cpp Q4_0": "Q4_0"}
+    if llama_cpp
+    else {}
+)
 INSTALL = 'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-deps llama-cpp-python==0.3.36 diskcache'
-GENERAL, OUT = Path(__file__).parent.parent / "data/general.jsonl", Path("results/reference/smollm2-135m-sdsat/peers.json")
-COLUMNS = ("strategy", "tokens/s", "over ar", "over transformers", "tokens/pass", "as ar", "peak MiB", "less imports")
+GENERAL = Path(__file__).parent.parent / "data/general.jsonl"
+OUT = Path("results/reference/smollm2-135m-sdsat/peers.json")
+COLUMNS = (
+    "strategy",
+    "tokens/s",
+    "over ar",
+    "over transformers",
+    "tokens/pass",
+    "as ar",
+    "peak MiB",
+    "less imports",
+)
 Decoder = Callable[[list[int], int], Generation]  # (prompt ids, new tokens at most)
 
 
@@ -76,17 +98,22 @@ def own_model(name: str) -> SatModel:
 @cache
 def plain_base() -> SatModel:
     """The base as transformers loads it: no adapter, no packed layers."""
-    return SatModel(*_load_base(BASE_NAME, getattr(torch, DTYPE), {"": torch.device("cpu")}), BASE_NAME)
+    return SatModel(
+        *_load_base(BASE_NAME, getattr(torch, DTYPE), {"": torch.device("cpu")}), BASE_NAME
+    )
 
 
 def transformers_decoder(lookup: int | None) -> Decoder:
     """lookup: prompt_lookup_num_tokens of transformers' `generate`; None for plain decoding."""
-    plain, passes = plain_base(), [0]
+    plain = plain_base()
+    passes = [0]
     plain.model.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
 
     def decode(ids: list[int], limit: int) -> Generation:
         passes[0] = 0
-        plain.model.generation_config.prompt_lookup_num_tokens = lookup  # `generate` takes from it what a call leaves open
+        plain.model.generation_config.prompt_lookup_num_tokens = (
+            lookup  # `generate` takes from it what a call leaves open
+        )
         out = transformers_generate(plain, ids, decode_config(AR, plain, limit))
         out.num_passes = max(1, passes[0] - 1)  # without the prompt's
         return out
@@ -95,7 +122,9 @@ def transformers_decoder(lookup: int | None) -> Decoder:
 
 
 def gguf(kind: str) -> Path:
-    """The base's GGUF file, kept in the cache folder: Q4_1 as it ships, the same weights as bfloat16, or rounded to Q4_0."""
+    """The base's GGUF file, kept in the cache folder: Q4_1 as it ships, the same weights as
+    bfloat16, or rounded to Q4_0.
+    """
     target = cache_dir() / f"{BASE_NAME}.{kind}.gguf"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
@@ -105,29 +134,50 @@ def gguf(kind: str) -> Path:
             else:
                 logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
                 settings = llama_cpp.llama_model_quantize_default_params()
-                ftypes = {"bfloat16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
-                settings.ftype, settings.allow_requantize = ftypes[kind], True
-                code = llama_cpp.llama_model_quantize(bytes(gguf("Q4_1")), bytes(made), ctypes.byref(settings))
+                ftypes = {
+                    "bfloat16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
+                    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+                }
+                settings.ftype = ftypes[kind]
+                settings.allow_requantize = True
+                code = llama_cpp.llama_model_quantize(
+                    bytes(gguf("Q4_1")), bytes(made), ctypes.byref(settings)
+                )
                 require(code == 0, f"{target}: llama.cpp cannot make it (code {code})")
             made.replace(target)
     return target
 
 
 def llama_decoder(kind: str, context: int, stop_id: int) -> Decoder:
-    """llama.cpp fed with token ids; the next token is the largest logit. context: tokens of the longest prompt and answer."""
+    """llama.cpp fed with token ids; the next token is the largest logit.
+
+    context: tokens of the longest prompt and answer.
+    """
     threads = torch.get_num_threads()
-    llama = llama_cpp.Llama(str(gguf(kind)), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
+    llama = llama_cpp.Llama(
+        str(gguf(kind)), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
 
     def decode(ids: list[int], limit: int) -> Generation:
-        out, tokens, began = Generation(finish=""), ids, time.perf_counter()
+        out = Generation(finish="")
+        tokens = ids
+        began = time.perf_counter()
         llama.reset()
         while not out.finish:
             llama.eval(tokens)
-            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, -1), (llama.n_vocab(),))
+            logits = np.ctypeslib.as_array(
+                llama_cpp.llama_get_logits_ith(llama.ctx, -1), (llama.n_vocab(),)
+            )
             tokens = [int(logits.argmax())]
             out.prefill_seconds = out.prefill_seconds or time.perf_counter() - began
             out.token_ids += tokens
-            out.finish = "stop_id" if tokens[0] == stop_id else "length" if len(out.token_ids) == limit else ""
+            out.finish = (
+                "stop_id"
+                if tokens[0] == stop_id
+                else "length"
+                if len(out.token_ids) == limit
+                else ""
+            )
         out.decode_seconds = time.perf_counter() - began - out.prefill_seconds
         out.num_passes = max(1, len(out.token_ids) - 1)
         return out
@@ -140,7 +190,9 @@ def make_decoder(strategy: str, name: str, context: int) -> Decoder:
     if strategy in TRANSFORMERS:
         return transformers_decoder(TRANSFORMERS[strategy])
     if strategy in LLAMA:
-        return llama_decoder(LLAMA[strategy], context, GenerationConfig.from_pretrained(base_dir()).eos_token_id)
+        return llama_decoder(
+            LLAMA[strategy], context, GenerationConfig.from_pretrained(base_dir()).eos_token_id
+        )
     model = own_model(name)
     return lambda ids, limit: generate(model, ids, decode_config(strategy, model, limit))
 
@@ -148,31 +200,44 @@ def make_decoder(strategy: str, name: str, context: int) -> Decoder:
 def read_prompts(data_limit: int, general: int) -> list[Problem]:
     tokenizer = AutoTokenizer.from_pretrained(base_dir())
     texts = list(given_requests([str(GENERAL)]))[:general]
-    requests = [Problem(f"general/{i}", tuple(encode(tokenizer, text))) for i, text in enumerate(texts)]
+    requests = [
+        Problem(f"general/{i}", tuple(encode(tokenizer, text))) for i, text in enumerate(texts)
+    ]
     return humaneval(tokenizer, data_limit) + requests
 
 
 def peak_mib() -> int:
-    """This process's own peak of resident memory; ru_maxrss would also hold that of the process that started it."""
+    """This process's own peak of resident memory; ru_maxrss would also hold that of the process
+    that started it.
+    """
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) // 1024
 
 
 def memory_of(strategy: str, arguments: list[str]) -> dict[str, int]:
     """What `--memory-of` prints in a fresh process."""
-    done = subprocess.run([sys.executable, __file__, *arguments, "--memory-of", strategy], stdout=subprocess.PIPE, text=True)
-    require(done.returncode == 0, f"{strategy}: failed in a process of its own; the lines above say why")
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments, "--memory-of", strategy],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    require(
+        done.returncode == 0, f"{strategy}: failed in a process of its own; the lines above say why"
+    )
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def measure(prompt: Problem, decoders: dict[str, Decoder], limit: int, turn: int) -> dict[str, Any]:
     """Every strategy once on one prompt, in an order that rotates with `turn`."""
-    names, runs = list(decoders), {}
+    names = list(decoders)
+    runs = {}
     for name in (names[(place + turn) % len(names)] for place in range(len(names))):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k beyond the trained depth
             out = decoders[name](list(prompt.prompt_ids), limit)
-        runs[name] = {key: round(getattr(out, key), 6) for key in ("prefill_seconds", "decode_seconds")} | {
+        runs[name] = {
+            key: round(getattr(out, key), 6) for key in ("prefill_seconds", "decode_seconds")
+        } | {
             **{key: getattr(out, key) for key in ("num_passes", "num_new_tokens", "finish")},
             "output_sha256": hashlib.sha256(" ".join(map(str, out.token_ids)).encode()).hexdigest(),
         }
@@ -182,7 +247,10 @@ def measure(prompt: Problem, decoders: dict[str, Decoder], limit: int, turn: int
 def summarize(group: str, strategy: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Figures of a strategy over the prompts of one set; runs: {strategy: run} of each prompt."""
     names = (strategy, AR, "transformers")
-    own, ar, peer = (np.array([[run[name]["num_new_tokens"], seconds_of(run[name])] for run in runs]) for name in names)
+    own, ar, peer = (
+        np.array([[run[name]["num_new_tokens"], seconds_of(run[name])] for run in runs])
+        for name in names
+    )
     return {
         "prompts": group,
         "strategy": strategy,
@@ -192,46 +260,78 @@ def summarize(group: str, strategy: str, runs: list[dict[str, Any]]) -> dict[str
         "speedup_ci95": interval(np.hstack([own, ar]), speedup),
         "speedup_over_transformers": round(float(speedup(np.hstack([own, peer]).sum(0))), 4),
         "speedup_over_transformers_ci95": interval(np.hstack([own, peer]), speedup),
-        "tokens_per_pass": round(float(own[:, 0].sum() / sum(run[strategy]["num_passes"] for run in runs)), 4),
-        "identical_outputs": sum(run[strategy]["output_sha256"] == run[AR]["output_sha256"] for run in runs),
+        "tokens_per_pass": round(
+            float(own[:, 0].sum() / sum(run[strategy]["num_passes"] for run in runs)), 4
+        ),
+        "identical_outputs": sum(
+            run[strategy]["output_sha256"] == run[AR]["output_sha256"] for run in runs
+        ),
     }
 
 
 def summarize_all(document: dict[str, Any], asked: set[str]) -> list[dict[str, Any]]:
     """A summary for each prompt set and strategy, over the prompts that were asked for."""
-    runs = [(prompt["id"].split("/")[0], prompt["runs"]) for prompt in document["prompts"] if prompt["id"] in asked]
+    runs = [
+        (prompt["id"].split("/")[0], prompt["runs"])
+        for prompt in document["prompts"]
+        if prompt["id"] in asked
+    ]
     groups = {group: [run for of, run in runs if of == group] for group, _ in runs}
-    return [summarize(group, name, held) for group, held in groups.items() for name in document["settings"]["strategies"]]
+    return [
+        summarize(group, name, held)
+        for group, held in groups.items()
+        for name in document["settings"]["strategies"]
+    ]
 
 
 def new_document(model: SatModel, strategies: list[str], max_new_tokens: int) -> dict[str, Any]:
     probe_rows(model)  # so that the environment knows the row policy
     engines = {"engine": model.engine_name, "llama_cpp_python": llama_cpp and llama_cpp.__version__}
-    settings = {"model": model.name, "dtype": DTYPE, "strategies": strategies, "max_new_tokens": max_new_tokens}
-    settings |= {"prompt_lookup_num_tokens": LOOKUP_TOKENS, "general_sha256": hashlib.sha256(GENERAL.read_bytes()).hexdigest()}
+    settings = {
+        "model": model.name,
+        "dtype": DTYPE,
+        "strategies": strategies,
+        "max_new_tokens": max_new_tokens,
+    }
+    settings |= {
+        "prompt_lookup_num_tokens": LOOKUP_TOKENS,
+        "general_sha256": hashlib.sha256(GENERAL.read_bytes()).hexdigest(),
+    }
     engines["script"] = sha256_of(Path(__file__))
     head = {"schema_version": 1, "environment": environment(model) | engines, "settings": settings}
     return {**head, "memory": {}, "summary": [], "prompts": []}
 
 
 def show(document: dict[str, Any]) -> None:
-    console, summary = Console(), document["summary"]
+    console = Console()
+    summary = document["summary"]
     console.width = max(console.width, 130)
     for group in dict.fromkeys(row["prompts"] for row in summary):
         rows = [row for row in summary if row["prompts"] == group]
         device = document["environment"]["device_name"]
-        table = Table(*COLUMNS, title=f"{group}, {rows[0]['num_prompts']} prompts, greedy, {device}", title_justify="left")
+        table = Table(
+            *COLUMNS,
+            title=f"{group}, {rows[0]['num_prompts']} prompts, greedy, {device}",
+            title_justify="left",
+        )
         for row in rows:
-            speed, memory = f"{row['tokens_per_second']:.1f}", document["memory"][row["strategy"]]
-            ratios = [with_interval(row[key], row[f"{key}_ci95"]) for key in ("speedup", "speedup_over_transformers")]
-            passes, same = f"{row['tokens_per_pass']:.2f}", f"{row['identical_outputs']}/{row['num_prompts']}"
+            speed = f"{row['tokens_per_second']:.1f}"
+            memory = document["memory"][row["strategy"]]
+            ratios = [
+                with_interval(row[key], row[f"{key}_ci95"])
+                for key in ("speedup", "speedup_over_transformers")
+            ]
+            passes = f"{row['tokens_per_pass']:.2f}"
+            same = f"{row['identical_outputs']}/{row['num_prompts']}"
             table.add_row(row["strategy"], speed, *ratios, passes, same, *map(str, memory.values()))
         console.print(table)
 
 
 def main(
     model: Model = NAME,
-    ours: Annotated[list[str] | None, typer.Option(help="'two-step:5', 'auto', ...; repeat for more.")] = None,
+    ours: Annotated[
+        list[str] | None, typer.Option(help="'two-step:5', 'auto', ...; repeat for more.")
+    ] = None,
     data_limit: Annotated[int, typer.Option(min=1, help="How many HumanEval problems.")] = 12,
     general: Annotated[int, typer.Option(min=1, help="How many requests without code.")] = 12,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -250,10 +350,15 @@ def main(
         print(f"llama.cpp is left out, for it is not installed: {INSTALL}")
     strategies = [*TRANSFORMERS, AR, *beside(ours or ["two-step:5"]), *LLAMA]
     for strategy in ours or ():
-        decode_config(strategy, own_model(model), max_new_tokens)  # refuses bad ones before anything is measured
+        # refuses bad ones before anything is measured
+        decode_config(strategy, own_model(model), max_new_tokens)
     decoders = {strategy: make_decoder(strategy, model, context) for strategy in strategies}
     document = resumed(out, new_document(own_model(model), strategies, max_new_tokens))
-    options = [f"--data-limit={data_limit}", f"--general={general}", f"--max-new-tokens={max_new_tokens}"]
+    options = [
+        f"--data-limit={data_limit}",
+        f"--general={general}",
+        f"--max-new-tokens={max_new_tokens}",
+    ]
     for strategy in strategies:
         if strategy not in document["memory"]:
             document["memory"][strategy] = memory_of(strategy, [model, *options])

@@ -1,4 +1,5 @@
-"""Where the time goes: within a pass of the native engine (by Linux perf, where it is installed), and within a generation.
+"""Where the time goes: within a pass of the native engine (by Linux perf, where it is installed),
+and within a generation.
 
 python scripts/profile_passes.py [MODEL] [--out FILE.json]
 """
@@ -19,17 +20,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdsat import decode, planner
-from sdsat.cli import Model, run
+from sdsat.cli.main import Model, run
 from sdsat.config import DecodeConfig
-from sdsat.engine import forward, new_cache, prefill
+from sdsat.decoding import auto_planner, fixed_planner, loop
+from sdsat.engines.transformers import forward, new_cache, prefill
+from sdsat.environment import environment
 from sdsat.files import destination, write_json
-from sdsat.model import SatModel, load
-from sdsat.prompts import humaneval
-from sdsat.records import environment
-from sdsat.tree import make_tree
+from sdsat.method.tree import make_tree
+from sdsat.models.loading import SatModel, load
+from sdsat.tasks.prompts import humaneval
 
-CONTEXT, SHAPES = 256, ((1, 0), (6, 0), (6, 5), (16, 0))  # rows, SATs among them
+CONTEXT = 256
+SHAPES = ((1, 0), (6, 0), (6, 5), (16, 0))  # rows, SATs among them
 PARTS = {
     "linear layers": r"\b(tile|block|outputs|lower)<",
     "attention, rotary embedding, activations, cache": r"\b(run|attend|rotate)<",
@@ -44,7 +46,9 @@ def shares_of_pass(model: SatModel, rows: int, sats: int) -> dict[str, float]:
     tokens = (torch.arange(CONTEXT + rows) * 7919 + 11) % model.model.config.vocab_size
     cache = new_cache(model, CONTEXT + rows)
     prefill(model, cache, tokens[:CONTEXT])
-    part, tree, groups = tokens[CONTEXT:].clone(), make_tree("chain", rows - 1 - sats), ((rows - 1 - sats, sats),) if sats else ()
+    part = tokens[CONTEXT:].clone()
+    tree = make_tree("chain", rows - 1 - sats)
+    groups = ((rows - 1 - sats, sats),) if sats else ()
     if sats and model.sat:
         part[rows - sats :] = model.sat.token_id
     with tempfile.NamedTemporaryFile() as file:
@@ -54,18 +58,33 @@ def shares_of_pass(model: SatModel, rows: int, sats: int) -> dict[str, float]:
             while time.perf_counter() < end:
                 forward(model, cache, part, tree, groups)
             perf.terminate()
-        report = ["perf", "report", "-i", file.name, "--no-children", "--sort", "dso,symbol", "--percent-limit", "0.05"]
+        report = [
+            "perf",
+            "report",
+            "-i",
+            file.name,
+            "--no-children",
+            "--sort",
+            "dso,symbol",
+            "--percent-limit",
+            "0.05",
+        ]
         text = subprocess.run(report, capture_output=True, text=True).stdout
     shares = dict.fromkeys([*PARTS, "Python, torch and the system"], 0.0)
     for line in text.splitlines():
         if found := re.match(r"\s+([\d.]+)%\s+(.*)", line):
-            name = next((name for name, pattern in PARTS.items() if re.search(pattern, found[2])), "Python, torch and the system")
+            name = next(
+                (name for name, pattern in PARTS.items() if re.search(pattern, found[2])),
+                "Python, torch and the system",
+            )
             shares[name] += float(found[1]) / 100
     return {name: round(share, 3) for name, share in shares.items()}
 
 
-def shares_of_generation(model: SatModel, prompt: list[int], config: DecodeConfig) -> dict[str, float]:
-    """The share of decode seconds spent in each of decode.generate's steps."""
+def shares_of_generation(
+    model: SatModel, prompt: list[int], config: DecodeConfig
+) -> dict[str, float]:
+    """The share of decode seconds spent in each of loop.generate's steps."""
     spent: dict[str, float] = {}
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,19 +96,25 @@ def shares_of_generation(model: SatModel, prompt: list[int], config: DecodeConfi
 
         return call
 
-    steps = {"forward_batch": "passes", "draft_tokens": "draft head", "next_tokens": "choosing tokens"}
-    real = {name: getattr(decode, name) for name in steps}
-    kinds = (planner.FixedPlanner, planner.AutoPlanner)
-    plans = {(kind, name): getattr(kind, name) for kind in kinds for name in ("draft_first", "plan")}
+    steps = {
+        "forward_batch": "passes",
+        "draft_tokens": "draft head",
+        "next_tokens": "choosing tokens",
+    }
+    real = {name: getattr(loop, name) for name in steps}
+    kinds = (fixed_planner.FixedPlanner, auto_planner.AutoPlanner)
+    plans = {
+        (kind, name): getattr(kind, name) for kind in kinds for name in ("draft_first", "plan")
+    }
     try:
         for name, label in steps.items():
-            setattr(decode, name, timed(label, real[name]))
+            setattr(loop, name, timed(label, real[name]))
         for (kind, name), plan in plans.items():
             setattr(kind, name, timed("planning", plan))
-        out = decode.generate(model, prompt, config)
+        out = loop.generate(model, prompt, config)
     finally:
         for name, function in real.items():
-            setattr(decode, name, function)
+            setattr(loop, name, function)
         for (kind, name), plan in plans.items():
             setattr(kind, name, plan)
     shares = {name: round(seconds / out.decode_seconds, 3) for name, seconds in spent.items()}
@@ -101,23 +126,31 @@ def main(model: Model = "smollm2-135m-sdsat", out: Path | None = None) -> None:
     if out is not None:
         destination(out, "--out")
     loaded = load(model, "bfloat16", "cpu")
-    document: dict[str, Any] = {"schema_version": 1, "environment": environment(loaded), "context": CONTEXT}
+    document: dict[str, Any] = {
+        "schema_version": 1,
+        "environment": environment(loaded),
+        "context": CONTEXT,
+    }
     prompt = list(humaneval(loaded.tokenizer, 1)[0].prompt_ids)
     found = {}
     for name, k in (("ar", 0), ("two-step", 5), ("rounded", 5), ("auto", 7)):
         config = DecodeConfig(k, 200, strategy=name if k else "two-step")
-        decode.generate(loaded, prompt, config)
+        loop.generate(loaded, prompt, config)
         found[name] = shares_of_generation(loaded, prompt, config)
     document["generation"] = found
     if loaded.native and shutil.which("perf"):
-        document["pass"] = {f"{rows} rows, {sats} SATs": shares_of_pass(loaded, rows, sats) for rows, sats in SHAPES}
+        document["pass"] = {
+            f"{rows} rows, {sats} SATs": shares_of_pass(loaded, rows, sats) for rows, sats in SHAPES
+        }
     else:
         print("no native engine, or no Linux perf: shares within a pass are left out")
     for title in ("generation", "pass"):
         columns = document.get(title, {})
         table = Table("share of", *columns, title=title, title_justify="left")
         for row in dict.fromkeys(key for shares in columns.values() for key in shares):
-            table.add_row(row, *(f"{shares[row]:.1%}" if row in shares else "" for shares in columns.values()))
+            table.add_row(
+                row, *(f"{shares[row]:.1%}" if row in shares else "" for shares in columns.values())
+            )
         Console().print(table)
     if out:
         write_json(out, document)

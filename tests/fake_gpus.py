@@ -1,5 +1,6 @@
-"""A pass of a model on two GPUs that don't exist: torch's fake tensors have a device and a shape but no numbers, and an operation
-on tensors of two devices fails. Run by test_devices.py in a process of its own, since torch gets a made-up kind of device.
+"""A pass of a model on two GPUs that don't exist: torch's fake tensors have a device and a shape
+but no numbers, and an operation on tensors of two devices fails. Run by test_devices.py in a
+process of its own, since torch gets a made-up kind of device.
 """
 
 import numpy
@@ -9,35 +10,53 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sdsat import attention, devices
-from sdsat.adapter import AdapterConfig, SatAdapter
-from sdsat.cache import SlotCache, SlotPlace
 from sdsat.config import SamplingConfig, SatConfig
-from sdsat.decode import next_tokens
-from sdsat.draft import draft_tokens
-from sdsat.engine import Part, RowPolicy, forward, forward_batch, new_cache, prefill
-from sdsat.model import SatModel
-from sdsat.tree import make_tree
+from sdsat.decoding.loop import next_tokens
+from sdsat.engines.base import Part, RowPolicy
+from sdsat.engines.cache import SlotCache, SlotPlace
+from sdsat.engines.drafting import draft_tokens
+from sdsat.engines.transformers import forward, forward_batch, new_cache, prefill
+from sdsat.method.tree import make_tree
+from sdsat.models import attention, devices
+from sdsat.models.adapter import AdapterConfig, SatAdapter
+from sdsat.models.loading import SatModel
 
 LAYERS = 5
-SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+SHAPE = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 
 def on_devices(lm, device_map):
-    """Put fake weights where the map says, and accelerate's hooks around them (it would put real ones there itself)."""
+    """Put fake weights where the map says, and accelerate's hooks around them (it would put real
+    ones there itself).
+    """
     for name, module in lm.named_modules():
-        where = next((device for part, device in device_map.items() if f"{name}.".startswith(f"{part}.")), None)
+        where = next(
+            (device for part, device in device_map.items() if f"{name}.".startswith(f"{part}.")),
+            None,
+        )
         for kind in (module._parameters, module._buffers):
             for key, held in [(key, held) for key, held in kind.items() if held is not None]:
                 moved = torch.empty(held.shape, dtype=held.dtype, device=where)
-                kind[key] = torch.nn.Parameter(moved, requires_grad=False) if kind is module._parameters else moved
+                kind[key] = (
+                    torch.nn.Parameter(moved, requires_grad=False)
+                    if kind is module._parameters
+                    else moved
+                )
     hooks.set_module_tensor_to_device = lambda *args, **kwargs: None
     dispatch_model(lm, device_map, skip_keys=lm._skip_keys_device_placement)
 
 
 def main():
     backend_registration._setup_privateuseone_for_python_backend("gpu")
-    torch.tensor = lambda data, device=None: torch.empty(numpy.shape(data), dtype=torch.long, device=device)
+    torch.tensor = lambda data, device=None: torch.empty(
+        numpy.shape(data), dtype=torch.long, device=device
+    )
     devices.pick_devices = lambda device: (torch.device("gpu:0"), torch.device("gpu:1"))
     devices._SPARE["gpu"] = 0
     devices.free_bytes = lambda device: 2**20
@@ -47,24 +66,34 @@ def main():
         lm = LlamaForCausalLM(config).eval().requires_grad_(False)
         lm.set_attn_implementation(attention.NAME)
         on_devices(lm, device_map)
-        adapter = SatAdapter(lm, AdapterConfig("tiny", SatConfig(64, 3), 4, head=8)).fuse().attach(lm)
+        adapter = (
+            SatAdapter(lm, AdapterConfig("tiny", SatConfig(64, 3), 4, head=8)).fuse().attach(lm)
+        )
         model = SatModel(lm, None, "tiny", adapter.config.sat, adapter, row_policy=RowPolicy(2, 1))
         cache = new_cache(model, 64)
         prefill(model, cache, torch.arange(5, device=model.device))
         tree = make_tree((2, 1), 2).kept((0, 1, 2, 3))
-        states, logits = forward(model, cache, torch.tensor([0] * 7, device=model.device), tree, ((1, 3),))
+        states, logits = forward(
+            model, cache, torch.tensor([0] * 7, device=model.device), tree, ((1, 3),)
+        )
         for sampling in (SamplingConfig(), SamplingConfig(1.0, 10, 0.95)):
             x = next_tokens(model, logits[:4], torch.arange(4, device=model.device), sampling)
-            drafts = draft_tokens(model, x[:1], states[4:], logits[4:], 1, make_tree("chain", 3), sampling)
+            drafts = draft_tokens(
+                model, x[:1], states[4:], logits[4:], 1, make_tree("chain", 3), sampling
+            )
             assert drafts.device == model.device
         cache.commit((0, 2))
         cache.row_slots = torch.arange(7, device=model.device)  # as graphs name their slots
         forward(model, cache, torch.tensor([0] * 7, device=model.device), tree, ((1, 3),))
         shared = SlotCache(LAYERS, 64)
         for layer, other in zip(shared.layers, cache.layers, strict=True):
-            layer.lazy_initialization(other.keys.expand(2, -1, -1, -1), other.values.expand(2, -1, -1, -1))
+            layer.lazy_initialization(
+                other.keys.expand(2, -1, -1, -1), other.values.expand(2, -1, -1, -1)
+            )
         places = [SlotPlace(shared, number, length) for number, length in enumerate((5, 3))]
-        states, logits = forward_batch(model, [Part(place, (0,) * 4, tree, ((1, 3),)) for place in places])
+        states, logits = forward_batch(
+            model, [Part(place, (0,) * 4, tree, ((1, 3),)) for place in places]
+        )
         places[0].commit((0, 2))
         places[1].move(0)
         assert list(map(str, model.devices)) == ["gpu:0", "gpu:1"]

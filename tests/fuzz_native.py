@@ -1,6 +1,8 @@
-"""Generations at random through a native.cpp built with sanitizers: `python fuzz_native.py TIMES`, libasan preloaded.
+"""Generations at random through a weights.cpp built with sanitizers: `python fuzz_native.py TIMES`,
+libasan preloaded.
 
-A read or write outside of what a call was given ends the process (test_native.py). Every output is compared with plain decoding.
+A read or write outside of what a call was given ends the process (test_native.py). Every output is
+compared with plain decoding.
 """
 
 import random
@@ -9,14 +11,17 @@ import sys
 import torch
 from test_native import FLOAT, HALF, VOCAB, model_of, strange_rows
 
-from sdsat import native
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.costs import COUNTS, CostCurve
-from sdsat.decode import generate_batch
-from sdsat.engine import RowPolicy
-from sdsat.tree import make_tree
+from sdsat.decoding.loop import generate_batch
+from sdsat.engines.base import RowPolicy
+from sdsat.engines.native import bindings
+from sdsat.method.costs import COUNTS, CostCurve
+from sdsat.method.tree import make_tree
 
-TARGETS = (("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), ("v_proj", "down_proj"))
+TARGETS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ("v_proj", "down_proj"),
+)
 TREES = ("chain", (2, 2, 1), (5, 3), (3, 1, 4), (1, 2, 2, 2))
 WIDE = ((65,), (74,))  # wider than the shortlist of a SAT
 ROWS = [[1 + n / 100 for n in COUNTS]] * 2  # seconds: drafts cost little, and `auto` drafts a lot
@@ -25,21 +30,32 @@ COSTS = CostCurve(ROWS, ROWS, 0.0, [[0.5 + n / 100 for n in COUNTS]] * 2)
 
 def some_config(rng: random.Random) -> DecodeConfig:
     """Any settings, of any strategy."""
-    top_k, top_p = rng.choice([0, 1, 7, 400]), rng.choice([0.5, 0.95, 1.0])
-    sampling = rng.choice([SamplingConfig(), SamplingConfig(rng.choice([0.2, 1.5]), top_k, top_p, rng.randrange(2**64))])
+    top_k = rng.choice([0, 1, 7, 400])
+    top_p = rng.choice([0.5, 0.95, 1.0])
+    sampling = rng.choice(
+        [
+            SamplingConfig(),
+            SamplingConfig(rng.choice([0.2, 1.5]), top_k, top_p, rng.randrange(2**64)),
+        ]
+    )
     strategy = rng.choice(["two-step", "rounded", "one-pass", "auto", "lookup"])
     k = 0 if strategy == "lookup" else rng.randint(1, 4)
     tree = rng.choice(WIDE if k == 1 else TREES) if k else "auto"
     budget = rng.choice([None, rng.randint(2, 96)]) if strategy in ("one-pass", "auto") else None
     lookup = rng.choice([None, rng.randint(1, 32)])
-    return DecodeConfig(k, rng.randint(1, 10), tree, sampling, strategy=strategy, budget=budget, lookup=lookup)
+    return DecodeConfig(
+        k, rng.randint(1, 10), tree, sampling, strategy=strategy, budget=budget, lookup=lookup
+    )
 
 
 def generation(rng: random.Random) -> None:
     """A batch of any model, on any number of threads: each row is what plain decoding of it is."""
-    name, dtype = rng.choice(["biases", "groups of 4", "groups of 5", "head dim 96", "qwen3"]), rng.choice([FLOAT, HALF])
+    name = rng.choice(["biases", "groups of 4", "groups of 5", "head dim 96", "qwen3"])
+    dtype = rng.choice([FLOAT, HALF])
     model = model_of(name, dtype, rng.choice(TARGETS), rng.choice([0, 7]))
-    model.costs, model.row_policy = COSTS, RowPolicy(1, 1)  # neither measured nor probed: that takes seconds here
+    # neither measured nor probed: that takes seconds here
+    model.costs = COSTS
+    model.row_policy = RowPolicy(1, 1)
     model.planners.clear()
     torch.set_num_threads(rng.randint(1, 3))
     lengths = [rng.choice([1, 2, rng.randint(1, 70), 64]) for _ in range(rng.randint(1, 4))]
@@ -47,24 +63,50 @@ def generation(rng: random.Random) -> None:
     configs = [some_config(rng) for _ in prompts]
     outs = generate_batch(model, prompts, configs, batch_size=rng.randint(1, 4))
     plain = generate_batch(model, prompts, [config.plain for config in configs])
-    assert [out.token_ids for out in outs] == [out.token_ids for out in plain], (name, dtype, prompts, configs)
+    assert [out.token_ids for out in outs] == [out.token_ids for out in plain], (
+        name,
+        dtype,
+        prompts,
+        configs,
+    )
 
 
 def choices(rng: random.Random) -> None:
     """Rows of any size, and such as hold no numbers."""
-    dtype, size = rng.choice([FLOAT, HALF]), rng.randint(1, 300)
-    engine, rows = model_of("biases", dtype).native, rng.randint(1, 5)
-    sampling = SamplingConfig(rng.choice([1e-6, 0.3, 2.0]), rng.choice([0, 1, 9, size]), rng.choice([1e-9, 0.7, 1.0]))
-    for logits in ((torch.randn(rows, size) * rng.choice([0.1, 1, 50])).to(dtype), strange_rows(dtype)):
+    dtype = rng.choice([FLOAT, HALF])
+    size = rng.randint(1, 300)
+    engine = model_of("biases", dtype).native
+    rows = rng.randint(1, 5)
+    sampling = SamplingConfig(
+        rng.choice([1e-6, 0.3, 2.0]), rng.choice([0, 1, 9, size]), rng.choice([1e-9, 0.7, 1.0])
+    )
+    for logits in (
+        (torch.randn(rows, size) * rng.choice([0.1, 1, 50])).to(dtype),
+        strange_rows(dtype),
+    ):
         engine.choose(logits, torch.arange(len(logits)), sampling)
         engine.top(logits, rng.randint(1, logits.shape[-1]))
-    sats, tree = strange_rows(dtype)[:2, :VOCAB], make_tree((5, 2), 2)
-    engine.draft(torch.tensor([1]), torch.zeros(2, engine.struct.hidden, dtype=dtype), sats, 64, 0, tree, sampling)
+    sats = strange_rows(dtype)[:2, :VOCAB]
+    tree = make_tree((5, 2), 2)
+    engine.draft(
+        torch.tensor([1]),
+        torch.zeros(2, engine.struct.hidden, dtype=dtype),
+        sats,
+        64,
+        0,
+        tree,
+        sampling,
+    )
 
 
 if __name__ == "__main__":
-    native._FLAGS[:1] = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    native.library()
+    bindings._FLAGS[:1] = [
+        "-O0",
+        "-g1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    ]
+    bindings.library()
     rng = random.Random(0)
     with torch.inference_mode():
         for _ in range(int(sys.argv[1])):

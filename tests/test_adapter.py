@@ -10,9 +10,9 @@ import torch
 from conftest import one_line_error, tiny_llama, with_adapter
 from safetensors.torch import load_file, save_file
 
-from sdsat import adapter as adapters
-from sdsat.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, SatAdapter
 from sdsat.config import SatConfig
+from sdsat.models import adapter as adapters
+from sdsat.models.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, SatAdapter
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 64, 64, 64]])  # 64 is the SAT
 STANDARD = 5
@@ -35,7 +35,8 @@ def base_logits(lm, ids):
 
 @DTYPES
 def test_base_is_untouched_while_no_rows_are_named(dtype):
-    lm, ids = tiny_llama(dtype), IDS[:, :STANDARD]
+    lm = tiny_llama(dtype)
+    ids = IDS[:, :STANDARD]
     want = base_logits(lm, ids)
     model = with_adapter(lm, strength=3.0)
     assert torch.equal(base_logits(lm, ids), want)
@@ -49,7 +50,8 @@ def test_base_is_untouched_while_no_rows_are_named(dtype):
 def test_standard_rows_are_untouched_beside_sat_rows(dtype, num_sats):
     model = with_adapter(tiny_llama(dtype), strength=3.0)
     ids = IDS[:, : STANDARD + num_sats]
-    plain, named = logits_of(model, 0, ids), logits_of(model, num_sats, ids)
+    plain = logits_of(model, 0, ids)
+    named = logits_of(model, num_sats, ids)
     assert torch.equal(named[:STANDARD], plain[:STANDARD])
     assert (named - plain)[STANDARD:].abs().amax(-1).min() > 0.1
 
@@ -65,7 +67,9 @@ def test_fused_updates_are_the_same_updates(scale):
     model.adapter.fuse().attach(model.model)
     for _ in range(2):
         torch.testing.assert_close(logits_of(model, 3), want, rtol=1e-10, atol=1e-10)
-    assert torch.equal(logits_of(model, 0, IDS[:, :STANDARD]), base_logits(tiny_llama(), IDS[:, :STANDARD]))
+    assert torch.equal(
+        logits_of(model, 0, IDS[:, :STANDARD]), base_logits(tiny_llama(), IDS[:, :STANDARD])
+    )
 
 
 def test_sat_rows_are_the_merged_low_rank_update():
@@ -85,8 +89,10 @@ def test_sat_rows_are_the_merged_low_rank_update():
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
 def test_rows_are_named_within_the_block_only(error):
-    lm, ids = tiny_llama(), IDS[:, :STANDARD]
-    want, model = base_logits(lm, ids), with_adapter(lm)
+    lm = tiny_llama()
+    ids = IDS[:, :STANDARD]
+    want = base_logits(lm, ids)
+    model = with_adapter(lm)
     with pytest.raises(error) if error else nullcontext(), model.adapter.on_rows(0, 8):
         assert not torch.equal(base_logits(lm, ids), want)
         if error:
@@ -179,13 +185,17 @@ def edit_weights(change):
         weights = load_file(directory / WEIGHTS_FILE)
         change(weights)
         save_file(weights, directory / WEIGHTS_FILE)
-        edit_config(weights_sha256=hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest())(directory)
+        edit_config(
+            weights_sha256=hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest()
+        )(directory)
 
     return edit
 
 
 def cut(name, num_bytes):
-    return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:num_bytes])
+    return lambda directory: (directory / name).write_bytes(
+        (directory / name).read_bytes()[:num_bytes]
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +203,10 @@ def cut(name, num_bytes):
     [
         (edit_weights(lambda w: w.pop("sat_embedding")), "sat_embedding is missing"),
         (edit_weights(lambda w: w.update(extra=torch.zeros(2))), "extra is not expected"),
-        (edit_weights(lambda w: w.update(sat_embedding=torch.zeros(7))), "sat_embedding has shape (7,)"),
+        (
+            edit_weights(lambda w: w.update(sat_embedding=torch.zeros(7))),
+            "sat_embedding has shape (7,)",
+        ),
         (edit_config(rank=5), "needs (5, 32)"),
         (edit_config(targets=["q_proj"]), "not expected"),
         (cut(WEIGHTS_FILE, 0), WEIGHTS_FILE),
@@ -217,7 +230,9 @@ def test_load_refuses_damage(saved, damage, named):
         adapters.load(lm, directory)
 
 
-@pytest.mark.parametrize("other", [dict(seed=5), dict(num_hidden_layers=1), dict(hidden_size=16)], ids=str)
+@pytest.mark.parametrize(
+    "other", [dict(seed=5), dict(num_hidden_layers=1), dict(hidden_size=16)], ids=str
+)
 def test_load_refuses_another_base(saved, other):
     _, directory, _ = saved
     with one_line_error(directory, "made for base tiny"):
@@ -226,12 +241,16 @@ def test_load_refuses_another_base(saved, other):
 
 @pytest.mark.parametrize("kept", [CONFIG_FILE, WEIGHTS_FILE])
 def test_files_of_two_saves_are_no_pair(saved, tmp_path, kept):
-    """Both have the right names and shapes: a save that was killed between the two, or a copy of one file."""
+    """Both have the right names and shapes: a save that was killed between the two, or a copy of
+    one file.
+    """
     lm, directory, _ = saved
     other = with_adapter(tiny_llama(torch.float32), seed=9).adapter
     other.save(tmp_path / "other")
     (directory / kept).write_bytes((tmp_path / "other" / kept).read_bytes())
-    with one_line_error(directory, f"{WEIGHTS_FILE} is damaged, or not the one that {CONFIG_FILE} was written with"):
+    with one_line_error(
+        directory, f"{WEIGHTS_FILE} is damaged, or not the one that {CONFIG_FILE} was written with"
+    ):
         adapters.load(lm, directory)
 
 
@@ -251,8 +270,11 @@ def test_an_adapter_saved_without_a_hash_loads(saved):
 
 
 def fail_at(monkeypatch, method, number):
-    """Make the `number`th call of this method of Path fail, as a full disk does; a write leaves half of its content."""
-    real, calls = getattr(Path, method), []
+    """Make the `number`th call of this method of Path fail, as a full disk does; a write leaves
+    half of its content.
+    """
+    real = getattr(Path, method)
+    calls = []
 
     def failing(path, *arguments):
         calls.append(path)
@@ -278,7 +300,9 @@ def test_a_failing_save_leaves_nothing_half_written(saved, tmp_path, monkeypatch
     assert {file.name: file.read_bytes() for file in target.iterdir()} == old
     monkeypatch.undo()
     changed.save(target)
-    assert torch.equal(adapters.load(lm, target).sat_embedding, changed.sat_embedding.bfloat16().float())
+    assert torch.equal(
+        adapters.load(lm, target).sat_embedding, changed.sat_embedding.bfloat16().float()
+    )
     assert {file.name for file in target.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from sdsat.attention import grouped_attention
+from sdsat.models.attention import grouped_attention
 
 
 def naive_attention(query, key, value, mask, scaling, softcap=None):
-    """[B, S, H, D]: head h uses key/value head h // groups, a row the columns that its mask names."""
+    """[B, S, H, D]: head h uses key/value head h // groups, a row the columns its mask names."""
     batch, heads, rows, dim = query.shape
     groups = heads // key.shape[1]
     out = torch.zeros(batch, rows, heads, dim, dtype=query.dtype)
@@ -38,8 +38,11 @@ def test_equals_naive_attention(kv_heads, batch, masks, rows, scaling, softcap):
     mask[..., 2] = True
     got, weights = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling, softcap)
     assert weights is None
-    tolerance = dict(rtol=1e-5, atol=1e-6) if softcap else {}  # a softmax in float32, as Gemma 2's own
-    torch.testing.assert_close(got, naive_attention(query, key, value, mask, scaling or 8**-0.5, softcap), **tolerance)
+    # a softmax in float32, as Gemma 2's own
+    tolerance = dict(rtol=1e-5, atol=1e-6) if softcap else {}
+    torch.testing.assert_close(
+        got, naive_attention(query, key, value, mask, scaling or 8**-0.5, softcap), **tolerance
+    )
 
 
 def test_masked_slots_cannot_leak():
@@ -53,26 +56,43 @@ def test_masked_slots_cannot_leak():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_window_at_the_end_of_a_long_cache(dtype):
-    """Whole blocks of keys that a row may not see, before and behind what it may, count for nothing."""
+    """Whole blocks of keys that a row may not see, before and behind what it may, count for
+    nothing.
+    """
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, n, 32) for heads, n in ((4, 3), (2, 2600), (2, 2600)))
+    query, key, value = (
+        torch.randn(1, heads, n, 32) for heads, n in ((4, 3), (2, 2600), (2, 2600))
+    )
     mask = torch.zeros(1, 1, 3, 2600, dtype=torch.bool)
     for row in range(3):
         mask[..., row, 2000 + row : 2016 + row] = True
-    got = grouped_attention(torch.nn.Module(), *(part.to(dtype) for part in (query, key, value)), mask)[0]
+    got = grouped_attention(
+        torch.nn.Module(), *(part.to(dtype) for part in (query, key, value)), mask
+    )[0]
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(got.float(), naive_attention(query, key, value, mask, 32**-0.5), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        got.float(),
+        naive_attention(query, key, value, mask, 32**-0.5),
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_has_the_same_bits_beside_any_number_of_others(dtype):
-    """Three query heads a key/value head, as in the default model: 11 rows fold into 33, one beyond a block of 32."""
+    """Three query heads a key/value head, as in the default model: 11 rows fold into 33, one beyond
+    a block of 32.
+    """
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, n, 64).to(dtype) for heads, n in ((9, 45), (3, 320), (3, 320)))
+    query, key, value = (
+        torch.randn(1, heads, n, 64).to(dtype) for heads, n in ((9, 45), (3, 320), (3, 320))
+    )
     mask = (torch.arange(320) < 200).expand(1, 1, 45, 320)
     whole = grouped_attention(torch.nn.Module(), query, key, value, mask)[0]
     for rows in range(1, 46):
-        part = grouped_attention(torch.nn.Module(), query[:, :, :rows], key, value, mask[:, :, :rows])[0]
+        part = grouped_attention(
+            torch.nn.Module(), query[:, :, :rows], key, value, mask[:, :, :rows]
+        )[0]
         assert torch.equal(part, whole[:, :rows]), rows
 
 
@@ -82,4 +102,6 @@ def test_a_llama_with_it_equals_transformers_eager_attention(kv_heads):
     mask = torch.ones(1, 1, 11, 11, dtype=torch.bool).tril()
     ours, eager = (tiny_llama(num_key_value_heads=kv_heads) for _ in range(2))
     eager.set_attn_implementation("eager")
-    torch.testing.assert_close(ours(ids, attention_mask=mask).logits, eager(ids).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        ours(ids, attention_mask=mask).logits, eager(ids).logits, rtol=0, atol=1e-5
+    )

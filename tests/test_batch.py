@@ -1,4 +1,6 @@
-"""Batches: every output, and what it cost, is what that prompt alone gives, whatever stands beside it, enters and leaves."""
+"""Batches: every output, and what it cost, is what that prompt alone gives, whatever stands beside
+it, enters and leaves.
+"""
 
 import importlib
 import json
@@ -16,17 +18,22 @@ from test_native import passes
 from test_planner import curve
 from transformers import AutoModelForCausalLM
 
-from sdsat import attention, decode
-from sdsat import engine as engines
-from sdsat.config import LOOKUP, STRATEGIES, DecodeConfig, InputError, SamplingConfig
-from sdsat.costs import CONTEXTS, MAX_ROWS
-from sdsat.decode import generate, generate_batch, iterate_batch
-from sdsat.draft import Drafts
-from sdsat.engine import Part, Room, forward, forward_batch
-from sdsat.planner import AutoPlanner
-from sdsat.tree import batch_layout, make_tree
+from sdsat.config import LOOKUP, MAX_ROWS, STRATEGIES, DecodeConfig, InputError, SamplingConfig
+from sdsat.decoding import loop
+from sdsat.decoding.auto_planner import AutoPlanner
+from sdsat.decoding.loop import generate, generate_batch, iterate_batch
+from sdsat.engines import transformers
+from sdsat.engines.base import Part
+from sdsat.engines.transformers import Room, forward, forward_batch
+from sdsat.method.costs import CONTEXTS
+from sdsat.method.drafts import Drafts
+from sdsat.method.layout import batch_layout
+from sdsat.method.tree import make_tree
+from sdsat.models import attention
 
-VOCAB, SAT, K = 64, 64, 4
+VOCAB = 64
+SAT = 64
+K = 4
 ENGINES = {
     "native, float32": (True, torch.float32),
     "native, bfloat16": (True, torch.bfloat16),
@@ -48,7 +55,9 @@ def strategies(engine):
 
 
 def what_counts(out, config):
-    """All of a Generation but its seconds; of `auto` and `one-pass` without a budget, which learn as they go, the output."""
+    """All of a Generation but its seconds; of `auto` and `one-pass` without a budget, which learn
+    as they go, the output.
+    """
     held = {name: value for name, value in asdict(out).items() if not name.endswith("seconds")}
     learns = config.strategy == "auto" or (config.strategy == "one-pass" and config.budget is None)
     return {name: held[name] for name in ("token_ids", "text", "finish")} if learns else held
@@ -64,7 +73,9 @@ def assert_as_alone(model, prompts, configs, **options):
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS], ids=["greedy", "nucleus"])
 @pytest.mark.parametrize(
-    ("engine", "strategy"), [(engine, strategy) for engine in ENGINES for strategy in strategies(engine)], ids=str
+    ("engine", "strategy"),
+    [(engine, strategy) for engine in ENGINES for strategy in strategies(engine)],
+    ids=str,
 )
 def test_each_row_equals_that_row_alone(engine, strategy, sampling):
     for k, tree, lookup, size in ((K, "chain", 0, 5), (3, (2, 2, 1), 5, 2)):
@@ -77,14 +88,21 @@ def test_each_row_equals_that_row_alone(engine, strategy, sampling):
 @st.composite
 def requests(draw, engine):
     sampling = SamplingConfig(
-        draw(st.sampled_from([0.0, 0.7, 1.3])), draw(st.sampled_from([0, 5])), seed=draw(st.integers(-3, 3))
+        draw(st.sampled_from([0.0, 0.7, 1.3])),
+        draw(st.sampled_from([0, 5])),
+        seed=draw(st.integers(-3, 3)),
     )
     config = drafted(
-        draw(st.sampled_from(strategies(engine))), draw(st.integers(0, K)), draw(st.sampled_from([0, 4])),
-        draw(st.integers(1, 14)), draw(st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple)),
-        sampling, tuple(draw(st.sets(st.integers(0, VOCAB - 1), max_size=2))), ("ab",) if draw(st.booleans()) else (),
+        draw(st.sampled_from(strategies(engine))),
+        draw(st.integers(0, K)),
+        draw(st.sampled_from([0, 4])),
+        draw(st.integers(1, 14)),
+        draw(st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple)),
+        sampling,
+        tuple(draw(st.sets(st.integers(0, VOCAB - 1), max_size=2))),
+        ("ab",) if draw(st.booleans()) else (),
         budget=draw(st.integers(4, 32)),
-    )  # fmt: skip
+    )
     return draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)), config
 
 
@@ -92,7 +110,9 @@ def requests(draw, engine):
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_any_prompts_with_any_settings_at_once(engine, data):
-    prompts, configs = zip(*data.draw(st.lists(requests(engine), min_size=1, max_size=6)), strict=True)
+    prompts, configs = zip(
+        *data.draw(st.lists(requests(engine), min_size=1, max_size=6)), strict=True
+    )
     assert_as_alone(model_of(engine), prompts, configs, batch_size=data.draw(st.integers(1, 6)))
 
 
@@ -106,29 +126,47 @@ def filled(model, contexts):
 @given(data=st.data())
 @torch.inference_mode()
 def test_rows_of_a_pass_over_many_have_the_logits_that_they_have_alone(engine, data):
-    """After each pass a path is kept, and sequences leave: on the native engine, to the last bit."""
-    model, generator = model_of(engine), torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    """After each pass a path is kept, and sequences leave: natively, to the last bit."""
+    model = model_of(engine)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     contexts = [
-        data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=70)) for _ in range(data.draw(st.integers(2, 4)))
+        data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=70))
+        for _ in range(data.draw(st.integers(2, 4)))
     ]
     contexts.insert(data.draw(st.integers(0, 1)), contexts[0])  # two that are read once
-    (room, caches), alone = filled(model, contexts), [filled(model, [context])[1][0] for context in contexts]
+    (room, caches), alone = (
+        filled(model, contexts),
+        [filled(model, [context])[1][0] for context in contexts],
+    )
     while caches:
         parts = []
         for held in caches:
             tree, groups = data.draw(passes(6))
-            parts.append(Part(held, torch.randint(VOCAB, (len(tree),), generator=generator).tolist(), tree, groups))
+            parts.append(
+                Part(
+                    held,
+                    torch.randint(VOCAB, (len(tree),), generator=generator).tolist(),
+                    tree,
+                    groups,
+                )
+            )
         states, logits = forward_batch(model, parts)
-        node, sat = 0, sum(len(part.tokens) for part in parts)
+        node = 0
+        sat = sum(len(part.tokens) for part in parts)
         for part, cache_alone in zip(parts, alone, strict=True):
             tokens = torch.tensor([*part.tokens, *[SAT] * part.sats])
             rows = [*range(node, node + len(part.tokens)), *range(sat, sat + part.sats)]
-            for got, want in zip((states, logits), forward(model, cache_alone, tokens, part.tree, part.groups), strict=True):
+            for got, want in zip(
+                (states, logits),
+                forward(model, cache_alone, tokens, part.tree, part.groups),
+                strict=True,
+            ):
                 if model.native:
                     assert torch.equal(got[rows], want)
                 else:
                     torch.testing.assert_close(got[rows], want, rtol=1e-4, atol=1e-4)
-            node, sat = node + len(part.tokens), sat + part.sats
+            node = node + len(part.tokens)
+            sat = sat + part.sats
             path = [0]
             while children := part.tree.children()[path[-1]]:
                 path.append(children[0])
@@ -140,10 +178,21 @@ def test_rows_of_a_pass_over_many_have_the_logits_that_they_have_alone(engine, d
 
 
 def test_layout_of_a_pass():
-    """One sequence brings x and a draft with a SAT at it, the other x with two SATs; one row is padding."""
+    """One sequence brings x and a draft with a SAT at it, the other x with two SATs; one row is
+    padding.
+    """
     shapes = [(make_tree("chain", 1), ((1, 1),)), (make_tree("chain", 0), ((0, 2),))]
     layout = batch_layout(shapes, 7, torch.device("cpu"))
-    assert layout.sequences.tolist() == [0, 0, 1, 0, 1, 1, 1]  # nodes, nodes, nodes, SAT, SATs, padding
+    # nodes, nodes, nodes, SAT, SATs, padding
+    assert layout.sequences.tolist() == [
+        0,
+        0,
+        1,
+        0,
+        1,
+        1,
+        1,
+    ]
     assert layout.places.tolist() == [0, 1, 0, 2, 1, 2, 3]
     assert layout.offsets.tolist()[:6] == [0, 1, 0, 2, 1, 2]
     assert layout.within.int().tolist() == [
@@ -167,7 +216,11 @@ def test_windows_and_caps_in_batches(family):
     vocab = lm.config.vocab_size - 1
     prompts = [[token % vocab for token in prompt] for prompt in PROMPTS[:3]]
     for strategy in EXACT:
-        assert_as_alone(model, prompts, [DecodeConfig(3, 20 + 9 * i, (2, 1), strategy=strategy) for i in range(3)])
+        assert_as_alone(
+            model,
+            prompts,
+            [DecodeConfig(3, 20 + 9 * i, (2, 1), strategy=strategy) for i in range(3)],
+        )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -179,7 +232,9 @@ def test_one_prompt_with_many_seeds(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_waiting_prompts_enter_as_others_leave(engine, monkeypatch):
-    counts, events, real = [], {}, decode.forward_batch
+    counts = []
+    events = {}
+    real = loop.forward_batch
 
     def counted(model, parts, *rest, **named):
         counts.append(len(parts))
@@ -189,12 +244,19 @@ def test_waiting_prompts_enter_as_others_leave(engine, monkeypatch):
         assert len(tokens) == len(drafted)
         events.setdefault(number, []).append((len(counts), tokens))
 
-    monkeypatch.setattr(decode, "forward_batch", counted)
+    monkeypatch.setattr(loop, "forward_batch", counted)
     limits = [12, 3, 11, 4, 7]
-    ended = [number for number, _ in iterate_batch(model_of(engine), PROMPTS, [DecodeConfig(0, n) for n in limits], batch_size=2)]
+    ended = [
+        number
+        for number, _ in iterate_batch(
+            model_of(engine), PROMPTS, [DecodeConfig(0, n) for n in limits], batch_size=2
+        )
+    ]
     assert ended == [1, 0, 2, 3, 4]
     assert counts == [2] * 16 + [1] * 5  # passes 1-12, 1-3, 4-14, 13-16 and 15-21
-    outs = generate_batch(model_of(engine), PROMPTS, [DecodeConfig(0, n) for n in limits], on_tokens, batch_size=2)
+    outs = generate_batch(
+        model_of(engine), PROMPTS, [DecodeConfig(0, n) for n in limits], on_tokens, batch_size=2
+    )
     for number, out in enumerate(outs):
         assert len(out.token_ids) == limits[number]
         assert [token for _, tokens in events[number] for token in tokens] == out.token_ids
@@ -202,28 +264,41 @@ def test_waiting_prompts_enter_as_others_leave(engine, monkeypatch):
 
 
 def test_of_many_places_several_are_filled_at_once():
-    model, seen = model_of("modules, float32"), []
+    model = model_of("modules, float32")
+    seen = []
     prompts = [[1 + i % 60] * (1 + i % 5) for i in range(80)]
     configs = [DecodeConfig(0, 1 + i % 4) for i in range(80)]
-    plain, Room.enter = Room.enter, lambda room, prompts, slots: seen.append(len(prompts)) or plain(room, prompts, slots)
+    plain, Room.enter = (
+        Room.enter,
+        lambda room, prompts, slots: seen.append(len(prompts)) or plain(room, prompts, slots),
+    )
     try:
         outs = generate_batch(model, prompts, configs, batch_size=40)
     finally:
         Room.enter = plain
     assert seen[0] == 40 and all(count >= 3 for count in seen[:-1]) and sum(seen) == 80
-    assert [out.token_ids for out in outs] == [generate(model, *each).token_ids for each in zip(prompts, configs, strict=True)]
+    assert [out.token_ids for out in outs] == [
+        generate(model, *each).token_ids for each in zip(prompts, configs, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("size", [2, 6])
 def test_answers_to_one_prompt_share_its_pass(engine, size, monkeypatch):
-    """And are those of each alone, though some need more room and some wait until others have left."""
+    """And are those of each alone, though some need more room and some wait for others."""
     prompts = [prompt for prompt in ([5, 9] * 35, [8, 4, 11], [3]) for _ in range(3)]
     sampling = [SamplingConfig(1.3 * (i % 3 > 0), seed=i) for i in range(9)]
-    configs = [DecodeConfig(i % 2 * K, 5 + 70 * (i % 3), sampling=each) for i, each in enumerate(sampling)]
-    engines.probe_rows(model_of(engine))  # reads a text of its own
-    read, plain = [], engines.prefill
-    monkeypatch.setattr(engines, "prefill", lambda model, cache, tokens: read.append(tokens.shape) or plain(model, cache, tokens))
+    configs = [
+        DecodeConfig(i % 2 * K, 5 + 70 * (i % 3), sampling=each) for i, each in enumerate(sampling)
+    ]
+    transformers.probe_rows(model_of(engine))  # reads a text of its own
+    read = []
+    plain = transformers.prefill
+    monkeypatch.setattr(
+        transformers,
+        "prefill",
+        lambda model, cache, tokens: read.append(tokens.shape) or plain(model, cache, tokens),
+    )
     generate_batch(model_of(engine), prompts, configs, batch_size=size)
     sequences = sum(shape[0] if len(shape) > 1 else 1 for shape in read)
     assert sequences == 3 if ENGINES[engine][0] else 3 <= sequences < 9
@@ -239,7 +314,7 @@ def test_nothing_to_do_and_more_room_than_prompts():
 
 def test_bad_input_names_the_prompt_and_nothing_is_decoded(monkeypatch):
     model = model_of("modules, float32")
-    monkeypatch.setattr(decode, "_decode", None)
+    monkeypatch.setattr(loop, "_decode", None)
     with one_line_error("prompts[1]: prompt: no tokens"):
         generate_batch(model, [[1], [], [2]], DecodeConfig(0, 5))
     with one_line_error("prompts[2]: prompt: token id 99 is not in the model's vocabulary of 64"):
@@ -247,7 +322,9 @@ def test_bad_input_names_the_prompt_and_nothing_is_decoded(monkeypatch):
     with one_line_error("prompts[0]: max_new_tokens=510"):
         generate_batch(model, PROMPTS, [DecodeConfig(0, 510), *[DecodeConfig(0, 5)] * 4])
     with one_line_error("prompts[1]: strategy=rounded"):
-        generate_batch(model, PROMPTS[:2], [DecodeConfig(2, 5), DecodeConfig(2, 5, strategy="rounded")])
+        generate_batch(
+            model, PROMPTS[:2], [DecodeConfig(2, 5), DecodeConfig(2, 5, strategy="rounded")]
+        )
     with one_line_error("configs: 2 for 5 prompts"):
         generate_batch(model, PROMPTS, [DecodeConfig(0, 5)] * 2)
     with pytest.raises(InputError, match=r"^batch_size=0: expected 1 or more$"):
@@ -257,21 +334,31 @@ def test_bad_input_names_the_prompt_and_nothing_is_decoded(monkeypatch):
 # ---- what `auto` makes of batches ----
 
 # As on a CPU: rows are nearly free up to some number, then each adds as much.
-KNEE = curve(lambda n: 1 + 0.02 * n + 0.1 * max(0, n - 8), rounded=lambda n: 0.7 + 0.02 * n + 0.08 * max(0, n - 8))
+KNEE = curve(
+    lambda n: 1 + 0.02 * n + 0.1 * max(0, n - 8),
+    rounded=lambda n: 0.7 + 0.02 * n + 0.08 * max(0, n - 8),
+)
 
 
 def test_a_share_of_a_pass_in_which_all_do_as_much():
     planner = AutoPlanner(DecodeConfig(5, strategy="auto"), KNEE, 5, [0.6] * 5)
     alone = [planner._cost(n, 0, 100) for n in (1, 4)]
     planner.share(8, 100)
-    assert planner._cost(1, 0, 100) == pytest.approx(KNEE.seconds(8, 0, 100) / 8) and planner._cost(1, 0, 100) < alone[0]
+    assert (
+        planner._cost(1, 0, 100) == pytest.approx(KNEE.seconds(8, 0, 100) / 8)
+        and planner._cost(1, 0, 100) < alone[0]
+    )
     assert planner._cost(4, 0, 100) == pytest.approx(KNEE.seconds(32, 0, 100) / 8)
     assert planner._cost(4, 0, 100) / planner._cost(1, 0, 100) > 2 > alone[1] / alone[0]
     planner.share(1, 100)
     assert [planner._cost(n, 0, 100) for n in (1, 4)] == alone
     for context in CONTEXTS:  # beyond the table in proportion
-        assert KNEE.seconds(3 * MAX_ROWS, 0, context) == pytest.approx(3 * KNEE.seconds(MAX_ROWS, 0, context))
-        assert KNEE.rounded_seconds(2 * MAX_ROWS - 1, context) == pytest.approx(2 * KNEE.rounded_seconds(MAX_ROWS - 1, context))
+        assert KNEE.seconds(3 * MAX_ROWS, 0, context) == pytest.approx(
+            3 * KNEE.seconds(MAX_ROWS, 0, context)
+        )
+        assert KNEE.rounded_seconds(2 * MAX_ROWS - 1, context) == pytest.approx(
+            2 * KNEE.rounded_seconds(MAX_ROWS - 1, context)
+        )
 
 
 @pytest.mark.parametrize("costs", [KNEE, replace(KNEE, rounded=[])], ids=["8 bits", "exact"])
@@ -296,7 +383,10 @@ def test_of_a_batch_where_nothing_pays_one_sequence_tries_again_now_and_then():
         assert sum(map(bool, sizes)) <= 1
         tried += sum(map(bool, sizes))
         values = {size: [0.0] * (size + 1) + [0.1] * (size + 1) for size in sizes}
-        every = [Drafts.of_rounded(0, make_tree("chain", size), values[size]) if size else Drafts.none(0) for size in sizes]
+        every = [
+            Drafts.of_rounded(0, make_tree("chain", size), values[size]) if size else Drafts.none(0)
+            for size in sizes
+        ]
         plans = [planner.plan(drafts, 100, 100) for drafts in every]
         for drafts, plan in zip(every, plans, strict=True):
             planner.observe(drafts.kept(plan.nodes), plan, [0])
@@ -321,25 +411,40 @@ def script():
 
 
 def test_throughput_script(script, tmp_path, monkeypatch, capsys):
-    model_of("native, float32")  # the engine is compiled before the cache folder, for the cost curve, is another
+    # the engine is compiled before the cache folder, for the cost curve, is another
+    model_of("native, float32")
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path / "cache"))
-    folder, out = tmp_path / "tiny", tmp_path / "results" / "batch.json"
+    folder = tmp_path / "tiny"
+    out = tmp_path / "results" / "batch.json"
     tiny_llama(torch.float32, max_position_embeddings=4096, **WHOLE).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "sdsat": {"sat_token_id": 63, "k": 3}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "sdsat": {"sat_token_id": 63, "k": 3}})
+    )
     tiny_tokenizer(CHARACTERS).save_pretrained(folder)
 
     def measure(**changes):
-        options = dict(sizes="2,1", strategy=["two-step:2", "auto"], prompts=3, max_new_tokens=5, turns=1, dtype="float32")
+        options = dict(
+            sizes="2,1",
+            strategy=["two-step:2", "auto"],
+            prompts=3,
+            max_new_tokens=5,
+            turns=1,
+            dtype="float32",
+        )
         script.main(str(folder), **{**options, **changes}, device="cpu", out=out)
         return json.loads(out.read_text())
 
-    document, names = measure(), ("ar", "two-step:2", "lookup", "auto:lookup=0", "auto")  # auto, and what it is made of
+    # auto, and what it is made of
+    document = measure()
+    names = ("ar", "two-step:2", "lookup", "auto:lookup=0", "auto")
     assert [(run["batch_size"], run["strategy"]) for run in document["runs"]] == [
         *((1, name) for name in names), *((2, name) for name in (*names[1:], "ar")),
     ]  # fmt: skip
     rows = document["summary"]["rows"]
-    assert [(row["batch_size"], row["strategy"]) for row in rows] == [(n, s) for n in (1, 2) for s in names]
+    assert [(row["batch_size"], row["strategy"]) for row in rows] == [
+        (n, s) for n in (1, 2) for s in names
+    ]
     assert all(row["identical_outputs"] == 3 and row["tokens_per_second"] > 0 for row in rows)
     assert rows[0]["over_ar"] == rows[5]["over_ar"] == rows[0]["over_first_ar"] == 1
     assert set(document["summary"]["stops_paying_at"]) == {*names[1:]}
@@ -349,7 +454,10 @@ def test_throughput_script(script, tmp_path, monkeypatch, capsys):
         measure(max_new_tokens=6)
     for changes, words in (
         (dict(sizes="1,0"), "--sizes=1,0"),
-        (dict(strategy=["two-step:x"]), "strategy=two-step:x: expected NAME, NAME:K or NAME:lookup=N"),
+        (
+            dict(strategy=["two-step:x"]),
+            "strategy=two-step:x: expected NAME, NAME:K or NAME:lookup=N",
+        ),
         (dict(strategy=["ar"]), "--strategy=ar: one is there twice, or is ar"),
     ):
         with one_line_error(words):
@@ -366,14 +474,26 @@ def test_where_strategies_stop_paying_is_read_off_the_figures(script):
         ("auto", 4): 0.4,
     }
     runs = [
-        {"turn": turn, "batch_size": size, "strategy": name, "seconds": taken * (1 + turn), "num_new_tokens": 10, "num_passes": 5,
-         "outputs_sha256": ["a", "b" if name == "ar" else "c"]}
-        for (name, size), taken in seconds.items() for turn in (0, 1)
-    ]  # fmt: skip
-    found = script.summarize({"settings": {"sizes": [1, 4], "strategies": ["ar", "two-step:3", "auto"]}, "runs": runs})
+        {
+            "turn": turn,
+            "batch_size": size,
+            "strategy": name,
+            "seconds": taken * (1 + turn),
+            "num_new_tokens": 10,
+            "num_passes": 5,
+            "outputs_sha256": ["a", "b" if name == "ar" else "c"],
+        }
+        for (name, size), taken in seconds.items()
+        for turn in (0, 1)
+    ]
+    found = script.summarize(
+        {"settings": {"sizes": [1, 4], "strategies": ["ar", "two-step:3", "auto"]}, "runs": runs}
+    )
     assert found["stops_paying_at"] == {"two-step:3": 4, "auto": None}
     rows = {(row["strategy"], row["batch_size"]): row for row in found["rows"]}
-    assert rows["two-step:3", 4]["over_ar"] == pytest.approx(0.8) and rows["two-step:3", 4]["over_first_ar"] == pytest.approx(1.6)
+    assert rows["two-step:3", 4]["over_ar"] == pytest.approx(0.8) and rows["two-step:3", 4][
+        "over_first_ar"
+    ] == pytest.approx(1.6)
     assert rows["ar", 4]["identical_outputs"] == 2 and rows["auto", 4]["identical_outputs"] == 1
     assert rows["ar", 4]["tokens_per_second"] == pytest.approx(20 / 1.5, abs=0.01)
     assert [rows[name, 4]["identical_outputs"] for name in ("ar", "auto")] == [2, 1]

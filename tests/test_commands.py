@@ -1,4 +1,6 @@
-"""Whole commands, as a user types them: both start scripts, killed and resumed, and one line for every bad input."""
+"""Whole commands, as a user types them: both start scripts, killed and resumed, and one line for
+every bad input.
+"""
 
 import json
 import os
@@ -23,28 +25,55 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from sdsat import cli, devices, model
-from sdsat.bench import BenchConfig
-from sdsat.records import RECORD_VERSION
-from sdsat.report import SCHEMA_VERSION
+from sdsat.cli import main as cli
+from sdsat.evaluation.bench import BenchConfig
+from sdsat.evaluation.records import RECORD_VERSION
+from sdsat.evaluation.report import SCHEMA_VERSION
+from sdsat.models import devices, loading
 
 ROOT = Path(__file__).parent.parent
 RUN_KEYS = {
-    "dataset", "strategy", "k", "num_problems", "num_new_tokens", "num_passes", "tokens_per_second", "speedup", "speedup_ci95",
-    "acceptance_rate", "acceptance_by_depth", "accepted_per_loop", "mean_accepted_tokens", "tokens_per_pass", "identical_outputs",
-}  # fmt: skip
+    "dataset",
+    "strategy",
+    "k",
+    "num_problems",
+    "num_new_tokens",
+    "num_passes",
+    "tokens_per_second",
+    "speedup",
+    "speedup_ci95",
+    "acceptance_rate",
+    "acceptance_by_depth",
+    "accepted_per_loop",
+    "mean_accepted_tokens",
+    "tokens_per_pass",
+    "identical_outputs",
+}
 
 
 @pytest.fixture
 def start(tiny, tmp_path):
     """Start `start_<method>.sh` with the tiny model; settings are environment variables."""
-    settings = {"K_LIST": "0,2,5", "DATA_LIMIT": "3", "MAX_NEW_TOKENS": "12", "DTYPE": "float32", "OMP_NUM_THREADS": "1"}
+    settings = {
+        "K_LIST": "0,2,5",
+        "DATA_LIMIT": "3",
+        "MAX_NEW_TOKENS": "12",
+        "DTYPE": "float32",
+        "OMP_NUM_THREADS": "1",
+    }
 
     def begin(method, *arguments, model=tiny, prepare=None, **changed):
         command = ["bash", str(ROOT / f"start_{method}.sh"), str(model), *arguments]
-        environment = {**os.environ, **settings, "RESULTS_DIR": str(tmp_path / "results"), **changed}
+        environment = {
+            **os.environ,
+            **settings,
+            "RESULTS_DIR": str(tmp_path / "results"),
+            **changed,
+        }
 
-        def heeding():  # interrupts, which what a script starts in the background would ignore, and with it these tests' runs
+        # interrupts, which what a script starts in the background would ignore, and with it these
+        # tests' runs
+        def heeding():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if prepare:
                 prepare()
@@ -93,12 +122,18 @@ def test_start_scripts(start, method, arguments, folder):
     assert summary["schema_version"] == SCHEMA_VERSION
     assert summary["environment"]["torch"] and summary["settings"]["seed"] == 0
     assert [(run["strategy"], run["k"], run["lookup"]) for run in summary["runs"]] == [
-        ("ar", 0, 0), ("lookup", 0, 12), ("two-step", 2, 0), ("two-step", 5, 0), ("auto", 5, 0), ("auto", 5, 12),
-    ]  # fmt: skip
+        ("ar", 0, 0),
+        ("lookup", 0, 12),
+        ("two-step", 2, 0),
+        ("two-step", 5, 0),
+        ("auto", 5, 0),
+        ("auto", 5, 12),
+    ]
     for run in summary["runs"]:
         assert run.keys() >= RUN_KEYS
         assert run["num_problems"] == run["identical_outputs"] == 3
-        in_8_bits = run["strategy"] == "auto"  # whose own first draft comes before those of its SATs
+        # whose own first draft comes before those of its SATs
+        in_8_bits = run["strategy"] == "auto"
         assert len(run["acceptance_by_depth"]) == (run["lookup"] or run["k"] + in_8_bits)
     for plot in ("tokens_per_second", "speedup", "acceptance_rate", "acceptance_by_depth"):
         assert (start.results / folder / f"{plot}.png").exists()
@@ -117,7 +152,9 @@ def test_interrupted_run_resumes_and_keeps_others_out_while_it_runs(start):
     wait_for_problems(start.results / "greedy", 1)
     _, errors = start("greedy", code=2, **longer)
     assert last_line(errors) == (
-        f"error: results folder {start.results / 'greedy'}: another run is writing to it; wait for it or choose another"
+        f"error: results folder {start.results / 'greedy'}: another run is writing to it; "
+        "wait for it or "
+        "choose another"
     )
     os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
@@ -167,17 +204,37 @@ def test_a_new_users_path_as_the_readme_has_it(start, tmp_path):
     """Distill, train, measure: a random Qwen2, and sizes made small."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(["<unk>", *string.printable])
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    config = Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=4096, eos_token_id=5, **shape)
+    shape = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), max_position_embeddings=4096, eos_token_id=5, **shape
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "qwen")
     tokenizer.save_pretrained(tmp_path / "qwen")
     (tmp_path / "code").mkdir()
-    functions = (f'def f{i}(x):\n    """Function number {i}, with a docstring that is long enough."""\n' for i in range(60))
+    functions = (
+        f'def f{i}(x):\n    """Function number {i}, with a docstring that is long enough."""\n'
+        for i in range(60)
+    )
     (tmp_path / "code" / "functions.py").write_text("".join(functions))
     readme = (ROOT / "README.md").read_text().split("three commands:\n\n")[1].split("\n\n")[0]
-    commands = [line.split() for line in readme.replace("MODEL", str(tmp_path / "qwen")).splitlines()]
-    assert [command[:2] for command in commands] == [["sdsat", "distill"], ["sdsat", "train"], ["bash", "start_greedy.sh"]]
-    smaller = (["--source", "code", "--max-new-tokens", "12"], ["--steps", "4", "--eval-every", "2"])
+    commands = [
+        line.split() for line in readme.replace("MODEL", str(tmp_path / "qwen")).splitlines()
+    ]
+    assert [command[:2] for command in commands] == [
+        ["sdsat", "distill"],
+        ["sdsat", "train"],
+        ["bash", "start_greedy.sh"],
+    ]
+    smaller = (
+        ["--source", "code", "--max-new-tokens", "12"],
+        ["--steps", "4", "--eval-every", "2"],
+    )
     for command, options in zip(commands, smaller, strict=False):
         run = [sys.executable, "-m", *command, *options]
         done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=200)
@@ -214,20 +271,29 @@ def test_dead_worker_is_named_and_the_others_finish(start):
     assert str(log) in last_line(errors)
     survivors = documents(start.results / "greedy")
     assert sum(len(document["problems"]) for document in survivors) == 4
-    assert json.loads((start.results / "greedy/summary.json").read_text())["runs"][0]["num_problems"] == 4
+    assert (
+        json.loads((start.results / "greedy/summary.json").read_text())["runs"][0]["num_problems"]
+        == 4
+    )
     start("greedy", DATA_LIMIT="8")
-    assert json.loads((start.results / "greedy/summary.json").read_text())["runs"][0]["num_problems"] == 8
+    assert (
+        json.loads((start.results / "greedy/summary.json").read_text())["runs"][0]["num_problems"]
+        == 8
+    )
 
 
 @pytest.fixture
 def command(monkeypatch, capsys, tiny, tmp_path):
     """Run `sdsat ...` in this process: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # an unknown model is unknown at once, also where a hub is reachable
+    # an unknown model is unknown at once, also where a hub is reachable
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # in this process, too
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sdsat", *(str(tiny) if a == "TINY" else a for a in arguments)])
+        monkeypatch.setattr(
+            sys, "argv", ["sdsat", *(str(tiny) if a == "TINY" else a for a in arguments)]
+        )
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         captured = capsys.readouterr()
@@ -241,59 +307,151 @@ BAD_INPUT = [
     (["bench", "greedy", "TINY", "7"], "GPUS=7: this machine has"),
     (["bench", "greedy", "TINY", "gpu"], "GPUS=gpu: this machine has"),
     (["bench", "greedy", "TINY", "7+8,9"], "GPUS=7+8: this machine has"),
-    (["train", "--data", "none", "--out", "out", "--device", "0+1"], "device=0+1: training takes one GPU a process"),
+    (
+        ["train", "--data", "none", "--out", "out", "--device", "0+1"],
+        "device=0+1: training takes one GPU a process",
+    ),
     (["bench", "beam", "TINY"], "method=beam: expected greedy or nucleus"),
     (["bench", "nucleus", "TINY", "cpu", "0"], "temperature=0.0: expected a positive number"),
     (["bench", "nucleus", "TINY", "cpu", "--", "-1"], "temperature=-1.0: expected"),
     (["bench", "nucleus", "TINY", "cpu", "warm"], "temperature=warm: expected"),
     (["bench", "nucleus", "TINY", "cpu", "nan"], "temperature=nan: expected"),
     (["bench", "nucleus", "TINY", "cpu", "--top-p", "0"], "top_p=0.0: expected a number in (0, 1]"),
-    (["bench", "nucleus", "TINY", "cpu", "--top-p", "1.5"], "top_p=1.5: expected a number in (0, 1]"),
-    (["bench", "greedy", "TINY", "cpu", "--k-list", "0,-1"], "k=-1: expected 0 (AR) or a positive number"),
+    (
+        ["bench", "nucleus", "TINY", "cpu", "--top-p", "1.5"],
+        "top_p=1.5: expected a number in (0, 1]",
+    ),
+    (
+        ["bench", "greedy", "TINY", "cpu", "--k-list", "0,-1"],
+        "k=-1: expected 0 (AR) or a positive number",
+    ),
     (["bench", "greedy", "TINY", "cpu", "--k-list", "five"], "k_list=five: expected numbers"),
     (["bench", "greedy", "TINY", "cpu", "--tree", "bush"], "tree='bush': expected"),
     (["bench", "greedy", "TINY", "cpu", "--data-limit", "0"], "data_limit=0: expected 1 or more"),
-    (["bench", "greedy", "TINY", "cpu", "--data-limit", "half"], "data_limit=half: expected a number of problems, a share"),
-    (["bench", "greedy", "TINY", "cpu", "--dataset", "mbpp"], "dataset=mbpp: expected humaneval, infilling"),
+    (
+        ["bench", "greedy", "TINY", "cpu", "--data-limit", "half"],
+        "data_limit=half: expected a number of problems, a share",
+    ),
+    (
+        ["bench", "greedy", "TINY", "cpu", "--dataset", "mbpp"],
+        "dataset=mbpp: expected humaneval, infilling",
+    ),
     (["bench", "greedy", "TINY", "cpu", "--trained-k", "5"], "trained_k=5: "),
-    (["bench", "greedy", "TINY", "cpu", "--dataset", "infilling"], "infilling needs CodeLlama's tokens"),
-    (["bench", "greedy", "TINY", "cpu", "--max-new-tokens", "0"], "max_new_tokens=0: expected 1 or more"),
+    (
+        ["bench", "greedy", "TINY", "cpu", "--dataset", "infilling"],
+        "infilling needs CodeLlama's tokens",
+    ),
+    (
+        ["bench", "greedy", "TINY", "cpu", "--max-new-tokens", "0"],
+        "max_new_tokens=0: expected 1 or more",
+    ),
     (["bench", "greedy", "TINY", "cpu", "--dtype", "int3"], "dtype=int3: expected"),
-    (["bench", "greedy", "TINY", "cpu", "--results", "a-file/x"], "a-file/x/tiny-sdsat/greedy: cannot be written"),
-    (["generate", "hello", "--model", "TINY", "--max-new-tokens", "9999"], "max_new_tokens=9999: with a prompt of 5 tokens"),
+    (
+        ["bench", "greedy", "TINY", "cpu", "--results", "a-file/x"],
+        "a-file/x/tiny-sdsat/greedy: cannot be written",
+    ),
+    (
+        ["generate", "hello", "--model", "TINY", "--max-new-tokens", "9999"],
+        "max_new_tokens=9999: with a prompt of 5 tokens",
+    ),
     (["generate", "hello", "--model", "TINY", "--temperature", "-2"], "temperature=-2.0: expected"),
-    (["generate", "hello", "--model", "TINY", "--as", "verse"], "--as=verse: expected chat, code or raw"),
+    (
+        ["generate", "hello", "--model", "TINY", "--as", "verse"],
+        "--as=verse: expected chat, code or raw",
+    ),
     (["generate", "", "--model", "TINY"], "prompt: empty"),
     (["generate", "caf\udce9", "--model", "TINY"], "prompt: not UTF-8 at character 3"),
     (["generate", "hello", "--model", "TINY", "--stop", "\udcff"], "stop_strings: not UTF-8"),
-    (["generate", "hello", "--model", "TINY", "-k", "99"], "k=99: expected 0 (AR) or a positive number of SATs, 94 at most"),
-    (["generate", "hello", "--model", "TINY", "-k", "2.5"], "Invalid value for '-k' / '--k': Input should be a valid integer"),
-    (["generate", "hello", "--model", "TINY", "--budget", "1"], "budget=1: expected a number of rows from 2 to 96"),
-    (["generate", "hello", "--model", "TINY", "--tree", "9,9"], "tree=9,9 with k=5: more than 96 nodes"),
-    (["generate", "hello", "--model", "a-file"], "model a-file: a file, such as GGUF, not a model directory"),
-    (["generate", "hello", "--model", "gguf"], "model gguf: holds GGUF weights (model.gguf)"),
+    (
+        ["generate", "hello", "--model", "TINY", "-k", "99"],
+        "k=99: expected 0 (AR) or a positive number of SATs, 94 at most",
+    ),
+    (
+        ["generate", "hello", "--model", "TINY", "-k", "2.5"],
+        "Invalid value for '-k' / '--k': Input should be a valid integer",
+    ),
+    (
+        ["generate", "hello", "--model", "TINY", "--budget", "1"],
+        "budget=1: expected a number of rows from 2 to 96",
+    ),
+    (
+        ["generate", "hello", "--model", "TINY", "--tree", "9,9"],
+        "tree=9,9 with k=5: more than 96 nodes",
+    ),
+    (
+        ["generate", "hello", "--model", "a-file"],
+        "model a-file: a file, such as GGUF, not a model directory",
+    ),
+    (["generate", "hello", "--model", "gguf"], "model gguf: holds GGUF weights (loading.gguf)"),
     (["bench", "greedy", "gguf", "cpu"], "model gguf: holds GGUF weights"),
     (["bench", "nucleus", "TINY", "cpu", "0.2,1.0"], "temperature=0.2,1.0: expected one number"),
     (["verify", "TINY", "--temperature", "0,-1"], "temperature=-1.0: expected 0 (greedy)"),
     (["verify", "TINY", "--k-list", "99"], "k=99: expected"),
     (["verify", "TINY", "--max-new-tokens", "0"], "max_new_tokens=0: expected 1 or more"),
     (["inspect", "TINY", "--max-new-tokens", "0"], "max_new_tokens=0: expected 1 or more"),
-    (["train", "--data", "none", "--out", "out", "--lr", "nan"], "lr=nan: expected a positive number"),
-    (["train", "--data", "none", "--out", "out", "--k", "99"], "k=99: expected a whole number from 1 to 16"),
-    (["distill", "--source", "none", "--out", "out", "--model", "TINY", "--temperatures", "-1"], "temperature=-1.0: expected"),
     (
-        ["distill", "--source", "none", "--out", "out", "--model", "TINY", "--max-prompt-tokens", "0"],
+        ["train", "--data", "none", "--out", "out", "--lr", "nan"],
+        "lr=nan: expected a positive number",
+    ),
+    (
+        ["train", "--data", "none", "--out", "out", "--k", "99"],
+        "k=99: expected a whole number from 1 to 16",
+    ),
+    (
+        ["distill", "--source", "none", "--out", "out", "--model", "TINY", "--temperatures", "-1"],
+        "temperature=-1.0: expected",
+    ),
+    (
+        [
+            "distill",
+            "--source",
+            "none",
+            "--out",
+            "out",
+            "--model",
+            "TINY",
+            "--max-prompt-tokens",
+            "0",
+        ],
         "max_prompt_tokens=0: expected",
     ),
-    (["generate", "hello", "--model", "TINY", "--svg", "none/x.svg"], "--svg=none/x.svg: no such folder"),
-    (["generate", "hello", "--model", "TINY", "--svg", "/dev/full"], "--svg=/dev/full: cannot be written (it is no regular file"),
-    (["inspect", "TINY", "--out", "/dev/full"], "--out=/dev/full: cannot be written (it is no regular file; expected a file"),
-    (["verify", "TINY", "--out", "/dev/full"], "--out=/dev/full: cannot be written (it is no regular file; expected a file"),
-    (["eval", "TINY", "--out", "/dev/full"], "--out=/dev/full: cannot be written (it is no regular file; expected a file"),
-    (["eval", "TINY", "--out", "."], "--out=.: cannot be written (it is a folder; expected a file or a new name)"),
+    (
+        ["generate", "hello", "--model", "TINY", "--svg", "none/x.svg"],
+        "--svg=none/x.svg: no such folder",
+    ),
+    (
+        ["generate", "hello", "--model", "TINY", "--svg", "/dev/full"],
+        "--svg=/dev/full: cannot be written (it is no regular file",
+    ),
+    (
+        ["inspect", "TINY", "--out", "/dev/full"],
+        "--out=/dev/full: cannot be written (it is no regular file; expected a file",
+    ),
+    (
+        ["verify", "TINY", "--out", "/dev/full"],
+        "--out=/dev/full: cannot be written (it is no regular file; expected a file",
+    ),
+    (
+        ["eval", "TINY", "--out", "/dev/full"],
+        "--out=/dev/full: cannot be written (it is no regular file; expected a file",
+    ),
+    (
+        ["eval", "TINY", "--out", "."],
+        "--out=.: cannot be written (it is a folder; expected a file or a new name)",
+    ),
     (["verify", "TINY", "--out", "none/x.json"], "--out=none/x.json: no such folder"),
     (
-        ["distill", "--source", str(ROOT / "sdsat"), "--limit", "2", "--out", "a-file", "--model", "TINY"],
+        [
+            "distill",
+            "--source",
+            str(ROOT / "sdsat"),
+            "--limit",
+            "2",
+            "--out",
+            "a-file",
+            "--model",
+            "TINY",
+        ],
         "out=a-file: cannot be written (File exists)",
     ),
     (["export", "TINY", "--out", "a-file"], "out=a-file: exists already; choose a new directory"),
@@ -301,7 +459,10 @@ BAD_INPUT = [
     (["generate"], "Missing argument 'prompt'"),
     (["report", "none"], "results folder none: no such folder"),
     (["train", "--data", "none", "--out", "out"], "data=none: no such file or folder"),
-    (["distill", "--source", "none", "--out", "out", "--model", "TINY"], "source=none: expected a folder of Python code"),
+    (
+        ["distill", "--source", "none", "--out", "out", "--model", "TINY"],
+        "source=none: expected a folder of Python code",
+    ),
 ]
 
 
@@ -314,29 +475,59 @@ BAD_INPUT = [
             ["greedy", "ainergy/CodeLlama-SDSAT_L5_7B", "0,1,2,3"],
             {},
             [
-                dict(dataset="humaneval", data_limit=Fraction(1, 2), max_new_tokens=512, k_list=tuple(range(14)), dtype="auto"),
-                dict(dataset="infilling", data_limit=Fraction(3, 100), max_new_tokens=50, k_list=tuple(range(14)), dtype="auto"),
+                dict(
+                    dataset="humaneval",
+                    data_limit=Fraction(1, 2),
+                    max_new_tokens=512,
+                    k_list=tuple(range(14)),
+                    dtype="auto",
+                ),
+                dict(
+                    dataset="infilling",
+                    data_limit=Fraction(3, 100),
+                    max_new_tokens=50,
+                    k_list=tuple(range(14)),
+                    dtype="auto",
+                ),
             ],
         ),
         (
             ["nucleus", "ainergy/CodeLlama-SDSAT_L7_13B", "0", "0.2"],
-            {"DATASET": "infilling-psm", "K_LIST": "0,5", "TREE": "chain", "DATA_LIMIT": "all", "TRAINED_K": "6"},
+            {
+                "DATASET": "infilling-psm",
+                "K_LIST": "0,5",
+                "TREE": "chain",
+                "DATA_LIMIT": "all",
+                "TRAINED_K": "6",
+            },
             [
                 dict(
-                    method="nucleus", temperature=0.2, dataset="infilling-psm", max_new_tokens=50, k_list=(0, 5), dtype="auto",
-                    trained_k=6, tree="chain",
+                    method="nucleus",
+                    temperature=0.2,
+                    dataset="infilling-psm",
+                    max_new_tokens=50,
+                    k_list=(0, 5),
+                    dtype="auto",
+                    trained_k=6,
+                    tree="chain",
                 )
             ],
         ),
     ],
     ids=["embedded", "adapter", "published", "published but otherwise"],
-)  # fmt: skip
-def test_what_is_measured_by_default(command, monkeypatch, tiny, tmp_path, arguments, settings, expected):
-    """The small run for the embedded default, the paper's settings for its checkpoints; the environment overrides both."""
+)
+def test_what_is_measured_by_default(
+    command, monkeypatch, tiny, tmp_path, arguments, settings, expected
+):
+    """The small run for the embedded default, the paper's settings for its checkpoints; the
+    environment overrides both.
+    """
     measured = []
-    monkeypatch.setattr("sdsat.bench.bench", lambda config, *_: (measured.append(config) or tmp_path, []))
-    monkeypatch.setattr("sdsat.report.report", lambda _: {"runs": [{"num_problems": 1}]})
-    monkeypatch.setattr("sdsat.report.rich_table", lambda _: "")
+    monkeypatch.setattr(
+        "sdsat.evaluation.bench.bench", lambda config, *_: (measured.append(config) or tmp_path, [])
+    )
+    monkeypatch.setattr("sdsat.evaluation.report.report", lambda _: {"runs": [{"num_problems": 1}]})
+    monkeypatch.setattr("sdsat.evaluation.report.rich_table", lambda _: "")
     for name in ("K_LIST", "TREE", "DTYPE", "DATASET", "DATA_LIMIT", "MAX_NEW_TOKENS", "TRAINED_K"):
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():
@@ -346,17 +537,22 @@ def test_what_is_measured_by_default(command, monkeypatch, tiny, tmp_path, argum
     assert measured == [BenchConfig(model, **fields) for fields in expected]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=[" ".join(a)[:60] for a, _ in BAD_INPUT])
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD_INPUT, ids=[" ".join(a)[:60] for a, _ in BAD_INPUT]
+)
 def test_bad_input_is_one_line_and_exit_code_2(command, tmp_path, arguments, message):
     (tmp_path / "a-file").write_text("")
     (tmp_path / "gguf").mkdir()
-    (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "gguf" / "loading.gguf").write_bytes(b"GGUF")
     code, _, errors = command(*arguments)
     lines = errors.strip().splitlines()
     assert code == 2
     assert lines[-1].startswith("error: ") and message in lines[-1]
     assert "Traceback" not in errors
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "results") == ["a-file", "gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "results") == [
+        "a-file",
+        "gguf",
+    ]
 
 
 def test_a_cache_that_is_whole_but_no_model_is_named(command, tmp_path, monkeypatch, tiny):
@@ -371,7 +567,18 @@ def test_a_cache_that_is_whole_but_no_model_is_named(command, tmp_path, monkeypa
 
 def test_generate_compares_and_draws(command, tmp_path):
     code, out, _ = command(
-        *("generate", "hello", "--model", "TINY", "-k", "3", "--dtype", "float32", "--max-new-tokens", "40"),
+        *(
+            "generate",
+            "hello",
+            "--model",
+            "TINY",
+            "-k",
+            "3",
+            "--dtype",
+            "float32",
+            "--max-new-tokens",
+            "40",
+        ),
         *("--compare", "--svg", str(tmp_path / "x.svg")),
     )
     assert code == 0
@@ -380,13 +587,37 @@ def test_generate_compares_and_draws(command, tmp_path):
 
 
 def test_generate_warns_beyond_the_trained_depth(command):
-    code, _, errors = command("generate", "hello", "--model", "TINY", "-k", "9", "--dtype", "float32", "--max-new-tokens", "5")
+    code, _, errors = command(
+        "generate",
+        "hello",
+        "--model",
+        "TINY",
+        "-k",
+        "9",
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        "5",
+    )
     assert code == 0
-    assert any(line.startswith("warning: k=9 is beyond the depth k=5") for line in errors.splitlines())
+    assert any(
+        line.startswith("warning: k=9 is beyond the depth k=5") for line in errors.splitlines()
+    )
 
 
 def test_verify_compares_everything_and_resumes(command, tmp_path):
-    audit = ["verify", "TINY", "--data-limit", "2", "--max-new-tokens", "8", "--temperature", "0,1.0", "--seeds", "0,1"]
+    audit = [
+        "verify",
+        "TINY",
+        "--data-limit",
+        "2",
+        "--max-new-tokens",
+        "8",
+        "--temperature",
+        "0,1.0",
+        "--seeds",
+        "0,1",
+    ]
     audit += [
         "--strategies",
         "two-step,one-pass",
@@ -402,7 +633,8 @@ def test_verify_compares_everything_and_resumes(command, tmp_path):
     code, _, _ = command(*audit)
     document = json.loads((tmp_path / "audit.json").read_text())
     assert code == 0
-    assert len(document["summary"]) == 1 + 3 * 2 * 2 * 2  # generate; (greedy, two seeds) x strategy x k x tree
+    # generate; (greedy, two seeds) x strategy x k x tree
+    assert len(document["summary"]) == 1 + 3 * 2 * 2 * 2
     assert all(row["identical"] == row["num_problems"] == 2 for row in document["summary"])
     document["problems"].pop()
     (tmp_path / "audit.json").write_text(json.dumps(document))
@@ -421,8 +653,20 @@ def retrained(tiny, folder, seed):
 
 @pytest.mark.parametrize("name", ["verify", "eval"])
 def test_another_adapter_at_the_same_place_is_another_run(command, tmp_path, tiny, name):
-    adapter, out = retrained(tiny, tmp_path / "mine", 1), tmp_path / "out.json"
-    run = [name, adapter, "--k-list", "2", "--strategies", "two-step", "--max-new-tokens", "4", "--dtype", "float32"]
+    adapter = retrained(tiny, tmp_path / "mine", 1)
+    out = tmp_path / "out.json"
+    run = [
+        name,
+        adapter,
+        "--k-list",
+        "2",
+        "--strategies",
+        "two-step",
+        "--max-new-tokens",
+        "4",
+        "--dtype",
+        "float32",
+    ]
     run += ["--out", str(out), "--data-limit"]
     assert command(*run, "1")[0] == 0
     held = out.read_text()
@@ -446,25 +690,48 @@ def test_results_of_an_older_schema_or_of_other_settings_are_refused_and_kept(co
     file = written(folder, "worker_cpu.json", schema_version=1, problems=[])
     code, _, errors = command("bench", "greedy", "TINY", "cpu")
     assert code == 2
-    expected = f"schema_version 1, expected {SCHEMA_VERSION}; delete the folder or choose another RESULTS_DIR"
+    expected = (
+        f"schema_version 1, expected {SCHEMA_VERSION}; delete the folder or choose "
+        "another "
+        "RESULTS_DIR"
+    )
     assert last_line(errors) == f"error: {file}: {expected}"
     assert json.loads(file.read_text()) == {"schema_version": 1, "problems": []}
-    written(folder, "worker_cpu.json", schema_version=SCHEMA_VERSION, settings={"max_new_tokens": 12}, problems=[])
+    written(
+        folder,
+        "worker_cpu.json",
+        schema_version=SCHEMA_VERSION,
+        settings={"max_new_tokens": 12},
+        problems=[],
+    )
     code, _, errors = command("bench", "greedy", "TINY", "cpu", "--max-new-tokens", "13")
     assert code == 2 and "holds results for" in last_line(errors)
     for name in ("verify", "eval"):
         out = written(tmp_path, "out.json", schema_version=1, settings={}, problems=[])
-        code, _, errors = command(name, "TINY", "--data-limit", "1", "--dtype", "float32", "--out", str(out))
+        code, _, errors = command(
+            name, "TINY", "--data-limit", "1", "--dtype", "float32", "--out", str(out)
+        )
         assert code == 2
-        assert last_line(errors) == f"error: {out}: schema_version 1, expected {RECORD_VERSION}; delete it or choose another file"
+        assert last_line(errors) == (
+            f"error: {out}: schema_version 1, expected {RECORD_VERSION}; delete it or "
+            "choose "
+            "another file"
+        )
         with FileLock(tmp_path / ".out.json.lock"):
-            code, _, errors = command(name, "TINY", "--data-limit", "1", "--dtype", "float32", "--out", str(out))
+            code, _, errors = command(
+                name, "TINY", "--data-limit", "1", "--dtype", "float32", "--out", str(out)
+            )
         assert code == 2
-        assert last_line(errors) == f"error: {out}: another run is writing to it; wait for it or choose another"
+        assert (
+            last_line(errors)
+            == f"error: {out}: another run is writing to it; wait for it or choose another"
+        )
         assert json.loads(out.read_text()) == {"schema_version": 1, "settings": {}, "problems": []}
 
 
-def test_workers_that_cannot_fit_together_are_refused_before_one_starts(command, tmp_path, monkeypatch):
+def test_workers_that_cannot_fit_together_are_refused_before_one_starts(
+    command, tmp_path, monkeypatch
+):
     monkeypatch.setattr(devices, "free_bytes", lambda device: 3 << 27)  # 0.4 GiB: enough for one
     code, _, errors = command("bench", "greedy", "TINY", "cpu,cpu", "--dtype", "float32")
     assert code == 2
@@ -479,14 +746,25 @@ def test_memory_that_ran_out_is_one_line(command, monkeypatch):
     def load(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
 
-    monkeypatch.setattr(model, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     code, _, errors = command("verify", "TINY")
     assert (code, errors.strip()) == (1, "error: CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def test_eval_shows_that_completions_are_the_same_and_resumes(command, tmp_path):
     out = tmp_path / "eval.json"
-    run = ["eval", "TINY", "--k-list", "2,3", "--strategies", "two-step,one-pass,auto", "--temperature", "1", "--samples", "2"]
+    run = [
+        "eval",
+        "TINY",
+        "--k-list",
+        "2,3",
+        "--strategies",
+        "two-step,one-pass,auto",
+        "--temperature",
+        "1",
+        "--samples",
+        "2",
+    ]
     run += ["--data-limit", "2", "--max-new-tokens", "6", "--dtype", "float32", "--out", str(out)]
     code, text, _ = command(*run)
     document = json.loads(out.read_text())
@@ -494,7 +772,9 @@ def test_eval_shows_that_completions_are_the_same_and_resumes(command, tmp_path)
     assert "24 of SDSAT's 24 completions are AR's, token for token" in text
     keys = [("ar", 0), *((s, k) for s in ("two-step", "one-pass", "auto") for k in (2, 3))]
     assert [(row["strategy"], row["k"]) for row in document["summary"]] == keys
-    assert all({"pass@1", "pass@2"} <= row.keys() and row["identical"] == 4 for row in document["summary"])
+    assert all(
+        {"pass@1", "pass@2"} <= row.keys() and row["identical"] == 4 for row in document["summary"]
+    )
     document["problems"].pop()
     out.write_text(json.dumps(document))
     assert command(*run)[0] == 0
@@ -503,8 +783,20 @@ def test_eval_shows_that_completions_are_the_same_and_resumes(command, tmp_path)
 
 
 def test_verify_takes_several_dtypes_one_file_each(command, tmp_path, monkeypatch):
-    audit = ["verify", "TINY", "--data-limit", "1", "--max-new-tokens", "6", "--k-list", "2", "--strategies", "auto"]
-    honest, loaded = model.load, []
+    audit = [
+        "verify",
+        "TINY",
+        "--data-limit",
+        "1",
+        "--max-new-tokens",
+        "6",
+        "--k-list",
+        "2",
+        "--strategies",
+        "auto",
+    ]
+    honest = loading.load
+    loaded = []
 
     def load(*arguments, **options):
         assert not any(earlier() for earlier in loaded)  # one in memory at a time
@@ -512,8 +804,10 @@ def test_verify_takes_several_dtypes_one_file_each(command, tmp_path, monkeypatc
         loaded.append(weakref.ref(found.model))
         return found
 
-    monkeypatch.setattr(model, "load", load)
-    code, text, _ = command(*audit, "--dtype", "float32,bfloat16", "--out", str(tmp_path / "audit.json"))
+    monkeypatch.setattr(loading, "load", load)
+    code, text, _ = command(
+        *audit, "--dtype", "float32,bfloat16", "--out", str(tmp_path / "audit.json")
+    )
     assert code == 0 and len(loaded) == 2
     assert "100%" in text and "float32" in text and "bfloat16" in text
     assert text.splitlines()[-1] == "2 of SDSAT's 2 outputs are AR's, token for token"
@@ -527,7 +821,7 @@ def test_verify_takes_several_dtypes_one_file_each(command, tmp_path, monkeypatc
 
 
 def test_verify_exits_1_on_an_unexplained_difference(command, monkeypatch):
-    from sdsat import verify
+    from sdsat.evaluation import verify
 
     honest = verify.generate
 
@@ -538,11 +832,15 @@ def test_verify_exits_1_on_an_unexplained_difference(command, monkeypatch):
         return out
 
     monkeypatch.setattr(verify, "generate", wrong)
-    code, out, _ = command("verify", "TINY", "--data-limit", "1", "--max-new-tokens", "8", "--k-list", "2")
+    code, out, _ = command(
+        "verify", "TINY", "--data-limit", "1", "--max-new-tokens", "8", "--k-list", "2"
+    )
     assert code == 1
     assert "False" in out and "0/1" in out
     lines = [
-        line for line in out.splitlines() if line.startswith("HumanEval/0, float32, temperature 0.0, two-step k=2 chain: token 3")
+        line
+        for line in out.splitlines()
+        if line.startswith("HumanEval/0, float32, temperature 0.0, two-step k=2 chain: token 3")
     ]
     assert len(lines) == 1 and lines[0].endswith("more than rounding explains")
 

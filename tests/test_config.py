@@ -1,4 +1,6 @@
-"""Every refusal in config.py names the argument and its value, in one line; the borders themselves are allowed."""
+"""Every refusal in config.py names the argument and its value, in one line; the borders themselves
+are allowed.
+"""
 
 import json
 import math
@@ -80,12 +82,20 @@ def test_borders_are_allowed():
 
 
 def test_numbers_of_numpy_and_lists_become_pythons():
-    config = DecodeConfig(np.int64(3), np.int32(9), [np.uint8(2), 1], SamplingConfig(np.float32(0.5), np.int64(4)), [np.int64(7)])
+    config = DecodeConfig(
+        np.int64(3),
+        np.int32(9),
+        [np.uint8(2), 1],
+        SamplingConfig(np.float32(0.5), np.int64(4)),
+        [np.int64(7)],
+    )
     assert config == DecodeConfig(3, 9, (2, 1), SamplingConfig(0.5, 4), (7,)) and hash(config)
     json.dumps(asdict(config))
 
 
-@pytest.mark.parametrize("config", [SamplingConfig(), SatConfig(1, 1), DecodeConfig()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "config", [SamplingConfig(), SatConfig(1, 1), DecodeConfig()], ids=lambda c: type(c).__name__
+)
 def test_frozen_and_hashable(config):
     with pytest.raises(FrozenInstanceError):
         config.k = 3

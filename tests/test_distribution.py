@@ -1,4 +1,6 @@
-"""Drafted sampling as a distribution: thousands of seeds against the exact joint probabilities of the first tokens."""
+"""Drafted sampling as a distribution: thousands of seeds against the exact joint probabilities of
+the first tokens.
+"""
 
 import itertools
 
@@ -9,20 +11,32 @@ from conftest import tiny_llama, with_adapter
 from scipy.stats import chisquare
 
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decode import generate
+from sdsat.decoding.loop import generate
 
-VOCAB, PROMPT, TEMPERATURE, TOP_K, TOP_P = 6, [1, 2], 1.2, 5, 0.9
+VOCAB = 6
+PROMPT = [1, 2]
+TEMPERATURE = 1.2
+TOP_K = 5
+TOP_P = 0.9
 NUM_SEEDS = 2000
 
 
 @pytest.fixture(scope="module")
 def model():
-    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    sizes = dict(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     return with_adapter(tiny_llama(vocab=VOCAB, **sizes), k=3)
 
 
 def next_token(lm, ids):
-    """{token: probability} after `ids`, filtered as the definition of nucleus sampling says: sort, cut, renormalise."""
+    """{token: probability} after `ids`, filtered as the definition of nucleus sampling says: sort,
+    cut, renormalise.
+    """
     mask = torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool).tril()
     logits = lm(torch.tensor([ids]), attention_mask=mask).logits[0, -1].numpy() / TEMPERATURE
     best = np.argsort(-logits)[:TOP_K]
@@ -36,13 +50,16 @@ def joint(lm, length):
     outputs = {(): 1.0}
     for _ in range(length):
         outputs = {
-            (*tokens, token): p * q for tokens, p in outputs.items() for token, q in next_token(lm, [*PROMPT, *tokens]).items()
+            (*tokens, token): p * q
+            for tokens, p in outputs.items()
+            for token, q in next_token(lm, [*PROMPT, *tokens]).items()
         }
     return outputs
 
 
 def test_nucleus_sampling_with_a_tree_is_exact(model):
-    outputs, accepted = [], 0
+    outputs = []
+    accepted = 0
     for seed in range(NUM_SEEDS):
         config = DecodeConfig(3, 5, (2, 1), SamplingConfig(TEMPERATURE, TOP_K, TOP_P, seed))
         out = generate(model, PROMPT, config)
@@ -63,7 +80,9 @@ def assert_distributed(counts, probabilities):
     rare = {tokens for tokens, count in expected.items() if count < 5}
     groups = [{tokens} for tokens in expected if tokens not in rare] + ([rare] if rare else [])
     assert len(groups) > 3
-    observed, wanted = ([sum(table[tokens] for tokens in group) for group in groups] for table in (counts, expected))
+    observed, wanted = (
+        [sum(table[tokens] for tokens in group) for group in groups] for table in (counts, expected)
+    )
     assert chisquare(observed, wanted).pvalue > 1e-3
 
 
@@ -71,4 +90,5 @@ def test_the_exact_probabilities_are_a_distribution(model):
     for length in (1, 2, 3):
         table = joint(model.model, length)
         assert sum(table.values()) == pytest.approx(1)
-        assert 1 < len(table) < len(list(itertools.product(range(VOCAB), repeat=length)))  # the filter bites
+        # the filter bites
+        assert 1 < len(table) < len(list(itertools.product(range(VOCAB), repeat=length)))

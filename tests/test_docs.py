@@ -14,7 +14,7 @@ import pytest
 import typer
 from conftest import tiny_llama, tiny_tokenizer
 
-from sdsat.cli import app
+from sdsat.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -22,17 +22,23 @@ STARTS = ("sdsat ", "bash ", "python ", ".venv-vllm/bin/python ")
 
 
 def commands_in(document):
-    """Commands on lines of their own and in backquotes, without settings before them and remarks after them."""
+    """Commands on lines of their own and in backquotes, without settings before them and remarks
+    after them.
+    """
     text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
     shown = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     for command in [*shown, *re.findall(r"`([^`]+)`", text)]:
         command = re.sub(r"^([A-Z_]+=\S+ )+", "", " ".join(command.split())).split(" # ")[0]
-        launched = command.startswith(("accelerate launch ", "torchrun ")) and " -m sdsat " in command
+        launched = (
+            command.startswith(("accelerate launch ", "torchrun ")) and " -m sdsat " in command
+        )
         if launched or command.startswith(STARTS):
             yield command.removesuffix(" ...")
 
 
-COMMANDS = sorted({(command, document.name) for document in DOCUMENTS for command in commands_in(document)})
+COMMANDS = sorted(
+    {(command, document.name) for document in DOCUMENTS for command in commands_in(document)}
+)
 
 
 def test_there_are_commands():
@@ -41,7 +47,9 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize(("command", "document"), COMMANDS)
 def test_a_command_is_one_that_exists_with_these_options(command, document, monkeypatch):
-    """The command line takes it as it stands; that the commands do what they say is tested in their own files."""
+    """The command line takes it as it stands; that the commands do what they say is tested in their
+    own files.
+    """
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
     if "-m" in words:  # a launcher before it
@@ -58,7 +66,9 @@ def test_a_command_is_one_that_exists_with_these_options(command, document, monk
     assert program.is_file(), f"{document}: there is no {program.name}"
     source = program.read_text()
     for option in (word for word in words if word.startswith("--")):
-        assert option in source or option.lstrip("-").replace("-", "_") in source, f"{document}: {program.name} has no {option}"
+        assert option in source or option.lstrip("-").replace("-", "_") in source, (
+            f"{document}: {program.name} has no {option}"
+        )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -86,11 +96,23 @@ def test_the_batch_example_runs(tiny, monkeypatch, capsys):
 
 def test_the_training_example_runs(tmp_path, monkeypatch, capsys):
     tokenizer = tiny_tokenizer(["<unk>", *map(chr, range(32, 127)), "\n"])
-    tiny_llama(vocab=len(tokenizer), max_position_embeddings=4096, eos_token_id=5).float().save_pretrained(tmp_path / "base")
+    tiny_llama(
+        vocab=len(tokenizer), max_position_embeddings=4096, eos_token_id=5
+    ).float().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    (tmp_path / "prompts.txt").write_text("".join(f"Say number {i} in some words.\n" for i in range(24)))
+    (tmp_path / "prompts.txt").write_text(
+        "".join(f"Say number {i} in some words.\n" for i in range(24))
+    )
     sizes = ("--prompts", 24, "--steps", 4, "--max-new-tokens", 10, "--held-out", 4, "--rank", 4)
-    example("training.py", monkeypatch, tmp_path / "base", tmp_path / "prompts.txt", "--out", tmp_path / "out", *sizes)
+    example(
+        "training.py",
+        monkeypatch,
+        tmp_path / "base",
+        tmp_path / "prompts.txt",
+        "--out",
+        tmp_path / "out",
+        *sizes,
+    )
     assert "the same output as without drafts" in capsys.readouterr().out
 
 
@@ -100,7 +122,9 @@ class _Answers(http.server.BaseHTTPRequestHandler):
     asked: ClassVar[list] = []
 
     def do_POST(self):
-        self.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        self.asked.append(
+            (self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        )
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
@@ -115,7 +139,7 @@ class _Answers(http.server.BaseHTTPRequestHandler):
 
 
 def test_the_serving_example_runs(monkeypatch, capsys):
-    """The real client, against a stand-in for the server (scripts/serve_vllm.py runs the real one)."""
+    """The real client against a stand-in server (scripts/serve_vllm.py runs the real one)."""
     server = http.server.HTTPServer(("127.0.0.1", 0), _Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
@@ -125,4 +149,8 @@ def test_the_serving_example_runs(monkeypatch, capsys):
     assert capsys.readouterr().out == "def f(x):\n"
     ((path, asked),) = _Answers.asked
     assert path == "/v1/chat/completions"
-    assert (asked["model"], asked["stream"], asked["messages"][0]["content"]) == ("sdsat", True, "Write f.")
+    assert (asked["model"], asked["stream"], asked["messages"][0]["content"]) == (
+        "sdsat",
+        True,
+        "Write f.",
+    )

@@ -1,4 +1,6 @@
-"""Every command in the documents runs, as it stands there, on tiny models: only sizes are made small, and names are filled in."""
+"""Every command in the documents runs, as it stands there, on tiny models: only sizes are made
+small, and names are filled in.
+"""
 
 import importlib
 import json
@@ -16,48 +18,74 @@ from conftest import function, long_doc, tiny_llama, tiny_tokenizer, with_adapte
 from random_checkpoint import make_pieces, save_tokenizer
 from test_docs import COMMANDS, ROOT
 
-from sdsat import cli
-from sdsat.adapter import AdapterConfig
+from sdsat.cli import main as cli
+from sdsat.models.adapter import AdapterConfig
 
 # What makes a run short. Of two equal options the last one counts.
 SMALL = {
     "bench": "--data-limit 1 --max-new-tokens 3 --k-list 0,5 --dtype float32",
-    "distill": "--limit 8 --max-new-tokens 6 --batch-size 8 --max-prompt-tokens 4096 --dtype float32",
+    "distill": (
+        "--limit 8 --max-new-tokens 6 --batch-size 8 --max-prompt-tokens 4096 --dtype float32"
+    ),
     "eval": "--data-limit 1 --max-new-tokens 4",
     "generate": "--max-new-tokens 8 --device cpu",
     "inspect": "--data-limit 1 --max-new-tokens 6",
-    "train": "--steps 2 --eval-every 1 --held-out 2 --anchors 2 --batch-size 1 --rank 4 --dtype float32",
+    "train": (
+        "--steps 2 --eval-every 1 --held-out 2 --anchors 2 --batch-size 1 --rank 4 --dtype float32"
+    ),
     "verify": "--data-limit 1 --max-new-tokens 6",
     "batch_throughput": "--sizes 1,2 --prompts 2 --max-new-tokens 4 --dtype float32 --device cpu",
     "pass_cost": "--dtype float32 --device cpu --turns 2",
     "peers": "--data-limit 1 --general 1 --max-new-tokens 4 --ours auto",
     "soak": "--generations 20",
 }
-CONSTANTS = {"pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)}, "profile_passes": {"SHAPES": ((2, 1),)}}
+CONSTANTS = {
+    "pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)},
+    "profile_passes": {"SHAPES": ((2, 1),)},
+}
 # These name something else, need what a test has not, or are what runs these tests.
 ELSEWHERE = {
     "bash scripts/setup.sh": "runs before these tests",
     "bash scripts/test.sh": "runs these tests",
     "bash scripts/reference.sh": "takes over an hour",
-    "bash scripts/gpu_default.sh": "takes GPUs; its parts run on a stand-in for them in test_graphs.py and test_devices.py",
+    "bash scripts/gpu_default.sh": (
+        "takes GPUs; its parts run on a stand-in for them in test_graphs.py and test_devices.py"
+    ),
     "bash scripts/setup_vllm.sh": "installs gigabytes",
-    ".venv-vllm/bin/python scripts/serve_vllm.py": "takes that environment, and five minutes of load",
-    "python scripts/make_prompts.py": "fetches a gigabyte of packages; test_prompts.py runs it on a small corpus",
+    ".venv-vllm/bin/python scripts/serve_vllm.py": (
+        "takes that environment, and five minutes of load"
+    ),
+    "python scripts/make_prompts.py": (
+        "fetches a gigabyte of packages; test_prompts.py runs it on a small corpus"
+    ),
     "accelerate launch": "takes GPUs",
     "torchrun": "test_train.py starts two processes",
 }
-MODEL_OPTION = ("generate", "distill", "train")  # of these the model is an option, else the first argument
+# of these the model is an option, else the first argument
+MODEL_OPTION = (
+    "generate",
+    "distill",
+    "train",
+)
 
 
 def words_of(command):
-    """(the program, its arguments), or None for a mere mention: a subcommand without what it must be given."""
+    """(the program, its arguments), or None for a mere mention: a subcommand without what it must
+    be given.
+    """
     words = [word.strip("[]") for word in shlex.split(command)]
     if words[0] == "bash" and words[1].startswith("start_"):
         method = re.search(r"exec sdsat bench (\w+)", (ROOT / words[1]).read_text())[1]
         return "bench", [method, *words[2:]]
     if words[0] == "python":
         return Path(words[1]).stem, words[2:]
-    if words[0] != "sdsat" or words[1:] in (["bench"], ["export"], ["generate"], ["distill"], ["train"]):
+    if words[0] != "sdsat" or words[1:] in (
+        ["bench"],
+        ["export"],
+        ["generate"],
+        ["distill"],
+        ["train"],
+    ):
         return None
     if words[1] == "train" and "--out" not in words:
         return None
@@ -68,22 +96,33 @@ def is_elsewhere(command):
     return any(command.startswith(start) for start in ELSEWHERE)
 
 
-RUNNABLE = sorted({command for command, _ in COMMANDS if not is_elsewhere(command) and words_of(command)})
+RUNNABLE = sorted(
+    {command for command, _ in COMMANDS if not is_elsewhere(command) and words_of(command)}
+)
 
 
 def tiny(vocabulary):
     """Of sizes that the native engine takes."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return tiny_llama(torch.float32, vocab=vocabulary, max_position_embeddings=8192, eos_token_id=5, **sizes)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    return tiny_llama(
+        torch.float32, vocab=vocabulary, max_position_embeddings=8192, eos_token_id=5, **sizes
+    )
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder with all that the documents name, made of tiny random models."""
     root = tmp_path_factory.mktemp("documents")
-    pieces, tokenizer = make_pieces(), tiny_tokenizer(["<unk>", *map(chr, range(32, 127)), "\n"])
-    for name, vocabulary in {"ainergy/CodeLlama-SDSAT_L5_7B": 32016, "ainergy/CodeLlama-SDSAT_L7_13B": 32016, "runs/full": 128,
-                             "runs/model": 128, "base": 128}.items():  # fmt: skip
+    pieces = make_pieces()
+    tokenizer = tiny_tokenizer(["<unk>", *map(chr, range(32, 127)), "\n"])
+    published = ("ainergy/CodeLlama-SDSAT_L5_7B", "ainergy/CodeLlama-SDSAT_L7_13B")
+    for name in (*published, "runs/full", "runs/model", "base"):
+        vocabulary = 32016 if name in published else 128
         lm = tiny(vocabulary)
         if name != "base":
             lm.config.sdsat = {"sat_token_id": vocabulary - 5, "k": 5}
@@ -95,8 +134,11 @@ def workplace(tmp_path_factory):
     stages = [f"runs/stage{number}" for number in range(1, 5)]
     for name in ("MODEL", "adapters/default", *stages, "runs/adapter", "runs/everywhere"):
         model = with_adapter(tiny(128), k=5)
-        sample, everywhere = model.adapter.config.base_sample, name == "runs/everywhere"
-        model.adapter.config = AdapterConfig(str(root / "base"), model.sat, 4, everywhere=everywhere, base_sample=sample)
+        sample = model.adapter.config.base_sample
+        everywhere = name == "runs/everywhere"
+        model.adapter.config = AdapterConfig(
+            str(root / "base"), model.sat, 4, everywhere=everywhere, base_sample=sample
+        )
         model.adapter.save(root / name)
     functions = "".join(function(f"f{i}", long_doc(f"number {i}")) for i in range(12))
     for name in ("path/to/python/packages", "corpus", "stdlib"):
@@ -110,7 +152,7 @@ def workplace(tmp_path_factory):
 
 
 def run(patch, program, arguments):
-    """As `sdsat program arguments` or `python scripts/program.py arguments`, with what SMALL adds."""
+    """As `sdsat program arguments` or `python scripts/program.py ..`, with what SMALL adds."""
     arguments = [*arguments, *SMALL.get(program, "").split()]
     patch.setenv("OMP_NUM_THREADS", "1")
     patch.setattr(sys, "argv", ["sdsat", program, *arguments])
@@ -128,18 +170,28 @@ def run(patch, program, arguments):
 
 
 def filled_in(program, arguments):
-    """The arguments with names for placeholders, and with tiny models for those that must be fetched."""
+    """The arguments with names for placeholders, and with tiny models for those that must be
+    fetched.
+    """
     base = program in ("distill", "train")
     known = {
         "MODEL": "runs/full" if program == "export" else "base" if base else "MODEL",
-        "GPUS": "cpu", "0,1,2,3": "cpu", "TEMPERATURE": "0.2", "PROMPT": "def f(x):", "FILE": "made.json",
-        "FOLDER": "results/MODEL/greedy", "smollm2-135m-sdsat": "MODEL", "sdsat/adapters/smollm2-135m-sdsat": "adapters/default",
-    }  # fmt: skip
+        "GPUS": "cpu",
+        "0,1,2,3": "cpu",
+        "TEMPERATURE": "0.2",
+        "PROMPT": "def f(x):",
+        "FILE": "made.json",
+        "FOLDER": "results/MODEL/greedy",
+        "smollm2-135m-sdsat": "MODEL",
+        "sdsat/adapters/smollm2-135m-sdsat": "adapters/default",
+    }
     words = [known.get(word, word) for word in arguments]
     if program in MODEL_OPTION:
         return words if "--model" in words else [*words, "--model", "base" if base else "MODEL"]
     place = 1 if program == "bench" else 0
-    if program not in ("export", "report", "peers") and (len(words) <= place or words[place].startswith("--")):
+    if program not in ("export", "report", "peers") and (
+        len(words) <= place or words[place].startswith("--")
+    ):
         words.insert(place, "MODEL")
     return words
 
@@ -154,7 +206,9 @@ def test_a_documented_command_runs(command, workplace, tmp_path, monkeypatch, ca
     program, arguments = words_of(command)
     words = filled_in(program, arguments)
     for name in workplace.iterdir():  # a copy that it may write in; models are read only
-        (shutil.copytree if name.name in ("runs", "results") else os.symlink)(name, tmp_path / name.name)
+        (shutil.copytree if name.name in ("runs", "results") else os.symlink)(
+            name, tmp_path / name.name
+        )
     monkeypatch.chdir(tmp_path)
     Path("results/reference/smollm2-135m-sdsat").mkdir(parents=True)
     monkeypatch.setenv("RESULTS_DIR", "made")

@@ -1,7 +1,9 @@
-"""`model.generate(..., custom_generate=sdsat.generate)` against transformers' own loop, on tiny models of three families.
+"""`model.generate(..., custom_generate=sdsat.generate)` against transformers' own loop, on tiny
+models of three families.
 
-The oracle is a model that transformers alone has loaded. Greedy: its plain `generate`. Sampling: its own `_sample` with our noise
-as the last logits processor, which leaves one token to draw; so its warpers and its loop judge ours.
+The oracle is a model that transformers alone has loaded. Greedy: its plain `generate`. Sampling:
+its own `_sample` with our noise as the last logits processor, which leaves one token to draw; so
+its warpers and its loop judge ours.
 """
 
 import runpy
@@ -30,24 +32,35 @@ from transformers import (
 )
 
 import sdsat
-from sdsat import decode
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.dropin import _ONLY
-from sdsat.sampling import gumbel_noise
+from sdsat.decoding import loop
+from sdsat.interfaces.transformers_hook import _ONLY
+from sdsat.method.sampling import gumbel_noise
 
 NUM = 24
-MODELS = [("llama 3", "native"), ("llama 3", "transformers"), ("qwen3", "native"), ("gemma 2, tied", "transformers")]
+MODELS = [
+    ("llama 3", "native"),
+    ("llama 3", "transformers"),
+    ("qwen3", "native"),
+    ("gemma 2, tied", "transformers"),
+]
 LETTERS = string.ascii_lowercase[:VOCAB]  # the text of a token
 HOW = [
-    dict(strategy="two-step"), dict(strategy="two-step", tree="2,2,1"), dict(strategy="one-pass", k=2), dict(strategy="auto"),
-    dict(), dict(k=0),
-]  # fmt: skip
+    dict(strategy="two-step"),
+    dict(strategy="two-step", tree="2,2,1"),
+    dict(strategy="one-pass", k=2),
+    dict(strategy="auto"),
+    dict(),
+    dict(k=0),
+]
 PAD = 0
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    """(family, engine) -> a model of transformers alone, and ours with its tokenizer; each is made once."""
+    """(family, engine) -> a model of transformers alone, and ours with its tokenizer; each is made
+    once.
+    """
     made = {}
 
     def get(name, engine):
@@ -72,11 +85,22 @@ def batch(*prompts):
     """Prompts with padding on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts])
-    return dict(input_ids=ids, attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]))
+    return dict(
+        input_ids=ids,
+        attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+    )
 
 
 def plainly(lm, inputs=None, num=NUM, suppress_tokens=(), **settings):
-    settings = dict(max_new_tokens=num, pad_token_id=PAD, do_sample=False, suppress_tokens=[SAT, *suppress_tokens]) | settings
+    settings = (
+        dict(
+            max_new_tokens=num,
+            pad_token_id=PAD,
+            do_sample=False,
+            suppress_tokens=[SAT, *suppress_tokens],
+        )
+        | settings
+    )
     return lm.generate(**(inputs or batch(PROMPT)), **settings)
 
 
@@ -86,7 +110,10 @@ def drafting(model, inputs=None, num=NUM, **settings):
 
 
 class Alternating(LogitsProcessor):
-    """Keeps state: at every second call it takes away the likeliest token. It wants one position a call, in order."""
+    """Keeps state: at every second call it takes away the likeliest token.
+
+    It wants one position a call, in order.
+    """
 
     def __init__(self):
         self.lengths = []
@@ -101,7 +128,8 @@ class Alternating(LogitsProcessor):
 
 class Sum(StoppingCriteria):
     def __init__(self, most):
-        self.most, self.lengths = most, []
+        self.most = most
+        self.lengths = []
 
     def __call__(self, input_ids, scores, **kwargs):
         self.lengths.append(input_ids.shape[1])
@@ -137,10 +165,15 @@ GREEDY = {
     "a processor with state": dict(logits_processor=Alternating),
     "a criterion of one's own": dict(stopping_criteria=lambda: Sum(120)),
     "much together": dict(
-        repetition_penalty=1.2, no_repeat_ngram_size=3, min_new_tokens=5, eos_token_id="found", logits_processor=Alternating,
-        stopping_criteria=lambda: Sum(300), stop_strings=["nd", "ih"],
+        repetition_penalty=1.2,
+        no_repeat_ngram_size=3,
+        min_new_tokens=5,
+        eos_token_id="found",
+        logits_processor=Alternating,
+        stopping_criteria=lambda: Sum(300),
+        stop_strings=["nd", "ih"],
     ),
-}  # fmt: skip
+}
 
 
 def made(settings, lm):
@@ -148,11 +181,15 @@ def made(settings, lm):
     settings = dict(settings)
     if "found" in settings.values():
         new = plainly(lm)[0, len(PROMPT) :].tolist()
-        last = max(set(new), key=new.index)  # of all tokens the one that comes up last for the first time
+        # of all tokens the one that comes up last for the first time
+        last = max(set(new), key=new.index)
         if settings.get("eos_token_id"):
             settings["eos_token_id"] = [last, SAT]
         if settings.get("stop_strings"):
-            settings["stop_strings"] = [LETTERS[new[new.index(last) - 1]] + LETTERS[last], "no such"]
+            settings["stop_strings"] = [
+                LETTERS[new[new.index(last) - 1]] + LETTERS[last],
+                "no such",
+            ]
     if "logits_processor" in settings:
         settings["logits_processor"] = LogitsProcessorList([settings["logits_processor"]()])
     if "stopping_criteria" in settings:
@@ -161,7 +198,9 @@ def made(settings, lm):
 
 
 def cases(settings, name, engine):
-    """(place, name, settings): all for the native engine; through transformers' modules, which takes long, each for one model."""
+    """(place, name, settings): all for the native engine; through transformers' modules, which
+    takes long, each for one model.
+    """
     for place, (case, chosen) in enumerate(settings.items()):
         if engine == "native" or place % 2 == (name == "llama 3"):
             yield place, case, chosen
@@ -170,14 +209,20 @@ def cases(settings, name, engine):
 @pytest.mark.parametrize(("name", "engine"), MODELS)
 def test_greedy_equals_plain_generate(family, name, engine):
     lm, model, tokenizer = family(name, engine)
-    accepted, outputs = 0, set()
+    accepted = 0
+    outputs = set()
     for place, case, settings in cases(GREEDY, name, engine):
-        want, how = plainly(lm, **made(settings, lm), tokenizer=tokenizer), HOW[place % len(HOW)]
+        want = plainly(lm, **made(settings, lm), tokenizer=tokenizer)
+        how = HOW[place % len(HOW)]
         own = made(settings, lm)
         out = drafting(model, **own, **how, return_dict_in_generate=True)
         assert torch.equal(out.sequences, want), (case, how)
         assert not out.sequences.is_inference()
-        for seen in (*own.get("logits_processor", ()), *own.get("stopping_criteria", ())):  # once each position, in order
+        # once each position, in order
+        for seen in (
+            *own.get("logits_processor", ()),
+            *own.get("stopping_criteria", ()),
+        ):
             first = len(PROMPT) + isinstance(seen, Sum)
             assert seen.lengths == list(range(first, first + want.shape[1] - len(PROMPT))), case
         accepted += sum(out.generations[0].accepted_lengths)
@@ -208,7 +253,8 @@ class Coupled(LogitsProcessor):
     """Leaves the token for which log p + noise is largest."""
 
     def __init__(self, seed, start):
-        self.seed, self.start = seed, start
+        self.seed = seed
+        self.start = start
 
     def __call__(self, input_ids, scores):
         index = torch.full((1,), input_ids.shape[1] - self.start)
@@ -235,7 +281,14 @@ def test_sampling_equals_transformers_loop_with_the_same_noise(family, name, eng
     for place, case, settings in cases(SAMPLED, name, engine):
         want = sampled_plainly(lm, place, tokenizer, **made(settings, lm))
         for how in (HOW[place % len(HOW)], dict(k=0)):
-            out = drafting(model, **made(settings, lm), **how, do_sample=True, seed=place, return_dict_in_generate=True)
+            out = drafting(
+                model,
+                **made(settings, lm),
+                **how,
+                do_sample=True,
+                seed=place,
+                return_dict_in_generate=True,
+            )
             assert torch.equal(out.sequences, want), (case, how)
             accepted += sum(out.generations[0].accepted_lengths)
     assert accepted > 0
@@ -245,28 +298,41 @@ def test_plain_sampling_equals_decode_generate(llama):
     _, model, _ = llama
     ours = drafting(model, do_sample=True, temperature=0.7, top_k=6, top_p=0.9, seed=11)
     config = DecodeConfig(0, NUM, sampling=SamplingConfig(0.7, 6, 0.9, 11))
-    assert ours[0, len(PROMPT) :].tolist() == decode.generate(model.sdsat, PROMPT, config).token_ids
+    assert ours[0, len(PROMPT) :].tolist() == loop.generate(model.sdsat, PROMPT, config).token_ids
 
 
 PROMPTS = ([1, 5, 9, 2, 7, 3, 12], [4, 8], [6, 6, 11, 2, 13, 1, 5, 9, 9, 2])
 
 
 @pytest.mark.parametrize(("name", "engine"), MODELS)
-@pytest.mark.parametrize("case", ["nothing", "eos", "eos, held back", "repetition_penalty", "sequence_bias", "stop string"])
+@pytest.mark.parametrize(
+    "case",
+    ["nothing", "eos", "eos, held back", "repetition_penalty", "sequence_bias", "stop string"],
+)
 def test_batches_with_padding(family, name, engine, case):
     lm, model, tokenizer = family(name, engine)
     settings = made(GREEDY[case], lm)
     if case == "stop string":
-        settings["eos_token_id"] = 14  # without one, transformers goes on with sequences that a string has ended
+        settings["eos_token_id"] = (
+            14  # without one, transformers goes on with sequences that a string has ended
+        )
     want = plainly(lm, batch(*PROMPTS), **settings, tokenizer=tokenizer)
     assert torch.equal(drafting(model, batch(*PROMPTS), **settings), want)
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(repetition_penalty=1.7), dict(no_repeat_ngram_size=1), dict(bad_words_ids=[[PAD, 8], [8, PAD]])]
+    "settings",
+    [
+        dict(repetition_penalty=1.7),
+        dict(no_repeat_ngram_size=1),
+        dict(bad_words_ids=[[PAD, 8], [8, PAD]]),
+    ],
 )
 def test_what_processors_see_of_a_batch_is_what_they_see_in_plain_generate(llama, settings):
-    """Padding, too: where it is the end token, a padded row may go on longer than it does alone. Without them it may not."""
+    """Padding, too: where it is the end token, a padded row may go on longer than it does alone.
+
+    Without them it may not.
+    """
     lm, model, _ = llama
     inputs = batch(PROMPT, [8])
     settings = settings | dict(eos_token_id=PAD)
@@ -275,11 +341,16 @@ def test_what_processors_see_of_a_batch_is_what_they_see_in_plain_generate(llama
     for row, prompt in zip(rows, (PROMPT, [8]), strict=True):
         (alone,) = drafting(model, batch(prompt), eos_token_id=PAD)
         new = row[len(PROMPT) :]
-        assert torch.equal(new[: len(alone) - len(prompt)], alone[len(prompt) :]) and not new[len(alone) - len(prompt) :].any()
+        assert (
+            torch.equal(new[: len(alone) - len(prompt)], alone[len(prompt) :])
+            and not new[len(alone) - len(prompt) :].any()
+        )
 
 
 def test_prompts_that_hold_the_padding_token(llama, family):
-    """transformers leaves it out of the mask that it makes, wherever it stands; sliding windows count it all the same."""
+    """transformers leaves it out of the mask that it makes, wherever it stands; sliding windows
+    count it all the same.
+    """
     lm, model, _ = llama
     inputs = dict(input_ids=torch.tensor([[3, PAD, 8, PAD, PAD, 5], [PAD, PAD, 4, 9, PAD, 2]]))
     assert torch.equal(drafting(model, inputs), plainly(lm, inputs))
@@ -307,19 +378,26 @@ class Remembering(LogitsProcessor):
 def test_inside_inference_mode(family, engine):
     lm, model, tokenizer = family("llama 3", engine)
     for settings in (
-        {}, dict(repetition_penalty=1.4), dict(stop_strings="d"), dict(sequence_bias=[[[3], 2.5], [[9, 4], -8.0]]),
+        {},
+        dict(repetition_penalty=1.4),
+        dict(stop_strings="d"),
+        dict(sequence_bias=[[[3], 2.5], [[9, 4], -8.0]]),
         dict(return_dict_in_generate=True, output_scores=True, output_logits=True),
-    ):  # fmt: skip
+    ):
         with torch.inference_mode():
-            out, want = drafting(model, **settings), plainly(lm, **settings, tokenizer=tokenizer)
+            out = drafting(model, **settings)
+            want = plainly(lm, **settings, tokenizer=tokenizer)
         if "output_scores" in settings:
             assert len(out.scores) == len(out.logits) == NUM
-            out, want = out.sequences, want.sequences
+            out = out.sequences
+            want = want.sequences
         assert torch.equal(out, want), settings
     want = plainly(lm, logits_processor=LogitsProcessorList([Remembering()]))
     assert torch.equal(drafting(model, logits_processor=LogitsProcessorList([Remembering()])), want)
     with torch.inference_mode():
-        assert torch.equal(drafting(model, logits_processor=LogitsProcessorList([Remembering()])), want)
+        assert torch.equal(
+            drafting(model, logits_processor=LogitsProcessorList([Remembering()])), want
+        )
         drafting(model, do_sample=True, seed=1, min_p=0.1)
 
 
@@ -328,8 +406,12 @@ def test_scores_and_logits(llama):
     wanted = dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
     legal = [token for token in range(VOCAB) if token != SAT]
     for settings in ({}, dict(repetition_penalty=1.3), dict(no_repeat_ngram_size=2)):
-        want, out = plainly(lm, **wanted, **settings), drafting(model, **wanted, **settings)
-        assert torch.equal(out.sequences, want.sequences) and len(out.scores) == len(want.scores) == len(out.logits) == NUM
+        want = plainly(lm, **wanted, **settings)
+        out = drafting(model, **wanted, **settings)
+        assert (
+            torch.equal(out.sequences, want.sequences)
+            and len(out.scores) == len(want.scores) == len(out.logits) == NUM
+        )
         for name in ("scores", "logits"):
             mine, theirs = (torch.cat(getattr(each, name))[:, legal] for each in (out, want))
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
@@ -337,7 +419,8 @@ def test_scores_and_logits(llama):
         assert all(tensor.dtype == torch.float32 for tensor in (*out.scores, *out.logits))
     sampled = dict(do_sample=True, temperature=0.7, top_k=6, top_p=0.9, seed=3)
     out = drafting(model, **wanted, **sampled)
-    assert torch.equal(out.sequences, drafting(model, **sampled))  # asking for scores changes nothing
+    # asking for scores changes nothing
+    assert torch.equal(out.sequences, drafting(model, **sampled))
     assert all(int((row > -torch.inf).sum()) <= 6 for row in out.scores)
     shares = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
     assert shares.shape == (1, NUM) and bool((shares <= 0).all()) and bool(shares.isfinite().all())
@@ -358,18 +441,24 @@ def test_seeds_and_return_sequences(llama):
     assert len(set(map(tuple, rows))) == 3
     for row, ids in enumerate(rows):
         config = DecodeConfig(0, NUM, sampling=SamplingConfig(1.0, seed=7 + row * 2**32))
-        assert ids == decode.generate(model.sdsat, PROMPT, config).token_ids
+        assert ids == loop.generate(model.sdsat, PROMPT, config).token_ids
     assert sampled(seed=7) == rows[:1] != sampled(seed=8)
     torch.manual_seed(5)
-    first, second = sampled(), sampled()
+    first = sampled()
+    second = sampled()
     torch.manual_seed(5)
     assert [first, second] == [sampled(), sampled()] and first != second
-    assert sampled(generator=torch.Generator().manual_seed(1)) == sampled(generator=torch.Generator().manual_seed(1)) != first
+    assert (
+        sampled(generator=torch.Generator().manual_seed(1))
+        == sampled(generator=torch.Generator().manual_seed(1))
+        != first
+    )
 
 
 class Listening:
     def __init__(self):
-        self.values, self.ended = [], 0
+        self.values = []
+        self.ended = 0
 
     def put(self, value):
         assert not self.ended
@@ -382,10 +471,13 @@ class Listening:
 @pytest.mark.parametrize("settings", [{}, dict(repetition_penalty=1.3), dict(stop_strings="d")])
 def test_streamers_see_the_prompt_and_then_every_token(llama, settings):
     lm, model, tokenizer = llama
-    heard, want = Listening(), plainly(lm, **settings, tokenizer=tokenizer)
+    heard = Listening()
+    want = plainly(lm, **settings, tokenizer=tokenizer)
     out = drafting(model, **settings, streamer=heard)
     assert torch.equal(out, want) and heard.ended == 1
-    assert heard.values[0].tolist() == [PROMPT] and all(value.shape == (1,) for value in heard.values[1:])
+    assert heard.values[0].tolist() == [PROMPT] and all(
+        value.shape == (1,) for value in heard.values[1:]
+    )
     assert [int(value) for value in heard.values[1:]] == want[0, len(PROMPT) :].tolist()
     texts = TextIteratorStreamer(tokenizer, skip_prompt=True)
     drafting(model, **settings, streamer=texts)
@@ -401,7 +493,9 @@ def test_max_time_ends_the_output(llama):
 def test_a_watermark_with_state(llama):
     """SynthID's processor remembers what it saw: it must be called as in plain generate."""
     lm, model, _ = llama
-    marked = dict(watermarking_config=SynthIDTextWatermarkingConfig(keys=[654, 400, 836], ngram_len=3))
+    marked = dict(
+        watermarking_config=SynthIDTextWatermarkingConfig(keys=[654, 400, 836], ngram_len=3)
+    )
     assert torch.equal(drafting(model, **marked), plainly(lm, **marked))
 
 
@@ -412,9 +506,16 @@ def test_the_loaded_model_is_a_plain_one_too(family, name):
         assert torch.equal(plainly(model, inputs), plainly(lm, inputs))
         real = inputs.get("attention_mask", torch.ones(1, len(PROMPT))).bool()
         with torch.no_grad():
-            torch.testing.assert_close(model(**inputs).logits[real], lm(**inputs).logits[real], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                model(**inputs).logits[real], lm(**inputs).logits[real], rtol=1e-4, atol=1e-4
+            )
     sampled = plainly(
-        model, batch(*PROMPTS), do_sample=True, num_beams=2, stop_strings="d", tokenizer=family(name, "transformers")[2]
+        model,
+        batch(*PROMPTS),
+        do_sample=True,
+        num_beams=2,
+        stop_strings="d",
+        tokenizer=family(name, "transformers")[2],
     )
     assert sampled.shape[0] == 3
 
@@ -430,9 +531,12 @@ def test_attached_to_a_model_that_transformers_loaded(tmp_path, engine):
     model.sdsat.costs = COSTS
     wanted = dict(return_dict_in_generate=True, output_logits=True)
     for how in HOW:
-        out, want = drafting(model, **how, **wanted), plainly(lm, **wanted, suppress_tokens=[])
+        out = drafting(model, **how, **wanted)
+        want = plainly(lm, **wanted, suppress_tokens=[])
         assert torch.equal(out.sequences, want.sequences)
-        torch.testing.assert_close(torch.cat(out.logits), torch.cat(want.logits), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.cat(out.logits), torch.cat(want.logits), rtol=1e-4, atol=1e-4
+        )
     assert torch.equal(plainly(model), plainly(lm))
     with one_line_error("already attached"):
         sdsat.attach(model, None, str(tmp_path / "adapter"))
@@ -472,23 +576,45 @@ EMBEDDED = torch.zeros(1, 3, 64)
         (dict(dola_layers="low"), ["dola_layers=low"]),
         (dict(use_cache=False), ["use_cache=False"]),
         (dict(output_attentions=True, return_dict_in_generate=True), ["output_attentions=True"]),
-        (dict(output_hidden_states=True, return_dict_in_generate=True), ["output_hidden_states=True"]),
+        (
+            dict(output_hidden_states=True, return_dict_in_generate=True),
+            ["output_hidden_states=True"],
+        ),
         (dict(prefill_chunk_size=4), ["prefill_chunk_size=4"]),
-        (dict(cache_implementation="offloaded"), ["cache_implementation=offloaded", "leave it out"]),
+        (
+            dict(cache_implementation="offloaded"),
+            ["cache_implementation=offloaded", "leave it out"],
+        ),
         (dict(past_key_values=DynamicCache()), ["past_key_values", "leave it out"]),
         (dict(position_ids=torch.arange(3, 10)[None]), ["position_ids", "count from 0"]),
         (dict(inputs=dict(inputs_embeds=EMBEDDED)), ["inputs_embeds"]),
         (
-            dict(inputs=dict(input_ids=TWO["input_ids"].flip(1), attention_mask=TWO["attention_mask"].flip(1))),
+            dict(
+                inputs=dict(
+                    input_ids=TWO["input_ids"].flip(1), attention_mask=TWO["attention_mask"].flip(1)
+                )
+            ),
             ["attention_mask", "left"],
         ),
         (dict(synced_gpus=True), ["synced_gpus"]),
-        (dict(inputs=TWO, logits_processor=LogitsProcessorList([Alternating()])), ["Alternating", "expected a single one"]),
-        (dict(inputs=TWO, stopping_criteria=StoppingCriteriaList([Sum(9)])), ["Sum", "expected a single one"]),
+        (
+            dict(inputs=TWO, logits_processor=LogitsProcessorList([Alternating()])),
+            ["Alternating", "expected a single one"],
+        ),
+        (
+            dict(inputs=TWO, stopping_criteria=StoppingCriteriaList([Sum(9)])),
+            ["Sum", "expected a single one"],
+        ),
         (dict(inputs=TWO, max_time=9.0), ["MaxTimeCriteria", "expected a single one"]),
-        (dict(inputs=TWO, guidance_scale=2.0), ["UnbatchedClassifierFreeGuidance", "expected a single one"]),
+        (
+            dict(inputs=TWO, guidance_scale=2.0),
+            ["UnbatchedClassifierFreeGuidance", "expected a single one"],
+        ),
         (dict(inputs=TWO, streamer=Listening()), ["streamer=Listening", "expected a single one"]),
-        (dict(inputs=TWO, stop_strings="d", pad_token_id=None), ["pad_token_id=None", "expected a token id"]),
+        (
+            dict(inputs=TWO, stop_strings="d", pad_token_id=None),
+            ["pad_token_id=None", "expected a token id"],
+        ),
         (dict(do_sample=True, seed=1, generator=torch.Generator()), ["seed=1", "not both"]),
         (dict(strategy="fast"), ["strategy=fast", "two-step"]),
         (dict(k=-1), ["k=-1"]),
@@ -509,13 +635,27 @@ EMBEDDED = torch.zeros(1, 3, 64)
         (dict(do_sample=True, generator=7), ["generator=7", "torch.Generator"]),
         (dict(streamer=7), ["streamer=7", "put and end"]),
         (dict(strategy=7), ["strategy=7", "two-step"]),
-        (dict(inputs=dict(input_ids=torch.zeros(1, 0, dtype=torch.long))), ["input_ids: no tokens", "at least one"]),
         (
-            dict(inputs=dict(input_ids=TWO["input_ids"], attention_mask=TWO["attention_mask"] * torch.tensor([[1], [0]]))),
+            dict(inputs=dict(input_ids=torch.zeros(1, 0, dtype=torch.long))),
+            ["input_ids: no tokens", "at least one"],
+        ),
+        (
+            dict(
+                inputs=dict(
+                    input_ids=TWO["input_ids"],
+                    attention_mask=TWO["attention_mask"] * torch.tensor([[1], [0]]),
+                )
+            ),
             ["attention_mask: prompt 1", "no tokens"],
         ),
-        (dict(inputs=dict(input_ids=TWO["input_ids"], attention_mask=2 * TWO["attention_mask"])), ["attention_mask", "0 or 1"]),
-        (dict(inputs=TWO, stop_strings="d", eos_token_id=None), ["StopStringCriteria", "eos_token_id"]),
+        (
+            dict(inputs=dict(input_ids=TWO["input_ids"], attention_mask=2 * TWO["attention_mask"])),
+            ["attention_mask", "0 or 1"],
+        ),
+        (
+            dict(inputs=TWO, stop_strings="d", eos_token_id=None),
+            ["StopStringCriteria", "eos_token_id"],
+        ),
         (dict(tree="bush"), ["tree='bush'", "chain"]),
         (dict(max_new_tokens=300), ["max_new_tokens=300", "256"]),
     ],
@@ -530,14 +670,27 @@ def test_what_is_not_honoured_is_refused_by_name(llama, settings, parts):
 def test_a_batch_of_no_prompts_is_refused(llama):
     _, model, _ = llama
     with one_line_error("input_ids", "[0, 3]", "one prompt or more"):
-        model.generate(torch.zeros((0, 3), dtype=torch.long), max_new_tokens=4, custom_generate=sdsat.generate, pad_token_id=PAD)
+        model.generate(
+            torch.zeros((0, 3), dtype=torch.long),
+            max_new_tokens=4,
+            custom_generate=sdsat.generate,
+            pad_token_id=PAD,
+        )
 
 
 def test_numbers_of_numpy_are_numbers(llama):
     _, model, _ = llama
     plain = dict(k=2, lookup=3, budget=9, tree=(2, 1), strategy="one-pass", seed=7, do_sample=True)
-    of_numpy = dict(k=np.int64(2), lookup=np.int32(3), budget=np.uint8(9), tree=[np.int64(2), 1], strategy="one-pass")
-    assert torch.equal(drafting(model, **of_numpy, seed=np.uint64(7), do_sample=True), drafting(model, **plain))
+    of_numpy = dict(
+        k=np.int64(2),
+        lookup=np.int32(3),
+        budget=np.uint8(9),
+        tree=[np.int64(2), 1],
+        strategy="one-pass",
+    )
+    assert torch.equal(
+        drafting(model, **of_numpy, seed=np.uint64(7), do_sample=True), drafting(model, **plain)
+    )
 
 
 class Small(TorchDispatchMode):
@@ -555,9 +708,18 @@ class Small(TorchDispatchMode):
     [
         (dict(max_new_tokens=5 * 10**8), ["max_new_tokens=500000000", "1 to 256"]),
         (dict(max_new_tokens=None, max_length=10**9), ["max_length=1000000000", "1 to 256"]),
-        (dict(max_new_tokens=5 * 10**8, cache_implementation="static"), ["max_new_tokens=500000000", "1 to 256"]),
-        (dict(max_new_tokens=5 * 10**8, return_dict_in_generate=True, output_scores=True), ["max_new_tokens=500000000"]),
-        (dict(do_sample=True, num_return_sequences=10**8), ["num_return_sequences=100000000", "GiB of cache", "fewer sequences"]),
+        (
+            dict(max_new_tokens=5 * 10**8, cache_implementation="static"),
+            ["max_new_tokens=500000000", "1 to 256"],
+        ),
+        (
+            dict(max_new_tokens=5 * 10**8, return_dict_in_generate=True, output_scores=True),
+            ["max_new_tokens=500000000"],
+        ),
+        (
+            dict(do_sample=True, num_return_sequences=10**8),
+            ["num_return_sequences=100000000", "GiB of cache", "fewer sequences"],
+        ),
         (dict(do_sample=True, num_return_sequences=10**9, use_cache=False), ["use_cache=False"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -595,21 +757,68 @@ def test_typing_errors_are_transformers_to_refuse(llama):
 
 # Settings that reach sdsat.generate as processors, criteria or prompts, or that it reads itself.
 HONOURED = {
-    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample", "temperature",
-    "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
-    "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "renormalize_logits",
-    "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
-    "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "token_healing", "guidance_scale", "watermarking_config",
-    "num_return_sequences", "output_scores", "output_logits", "return_dict_in_generate", "pad_token_id", "bos_token_id",
-    "eos_token_id", "cache_implementation",
-}  # fmt: skip
-# Settings that mean nothing without beams, an assistant, a static cache, compilation or an encoder, in plain generate as here.
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "max_time",
+    "stop_strings",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "renormalize_logits",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "token_healing",
+    "guidance_scale",
+    "watermarking_config",
+    "num_return_sequences",
+    "output_scores",
+    "output_logits",
+    "return_dict_in_generate",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "cache_implementation",
+}
+# Settings that mean nothing without beams, an assistant, a static cache, compilation or an encoder,
+# in plain generate as here.
 IDLE = {
-    "early_stopping", "length_penalty", "diversity_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
-    "assistant_ensemble_weight", "speculation_type", "cache_config", "max_cache_len", "compile_config", "disable_compile",
-    "continuous_batching_config", "decoder_start_token_id", "transformers_version",
-}  # fmt: skip
+    "early_stopping",
+    "length_penalty",
+    "diversity_penalty",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "max_matching_ngram_size",
+    "assistant_lookbehind",
+    "target_lookbehind",
+    "assistant_ensemble_weight",
+    "speculation_type",
+    "cache_config",
+    "max_cache_len",
+    "compile_config",
+    "disable_compile",
+    "continuous_batching_config",
+    "decoder_start_token_id",
+    "transformers_version",
+}
 
 
 def test_every_setting_of_transformers_is_known():
@@ -619,6 +828,10 @@ def test_every_setting_of_transformers_is_known():
 
 
 def test_the_example_runs(llama, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["dropin.py", llama[1].sdsat.name, "--prompt", "bfj", "--stop", "d"])
-    runpy.run_path(str(Path(__file__).parent.parent / "examples" / "dropin.py"), run_name="__main__")
+    monkeypatch.setattr(
+        sys, "argv", ["dropin.py", llama[1].sdsat.name, "--prompt", "bfj", "--stop", "d"]
+    )
+    runpy.run_path(
+        str(Path(__file__).parent.parent / "examples" / "dropin.py"), run_name="__main__"
+    )
     assert "the same" in capsys.readouterr().out

@@ -1,7 +1,9 @@
-"""1,000 random settings and prompts, single and batched: `sdsat.generate` gives what plain `generate` does, or refuses by name.
+"""1,000 random settings and prompts, single and batched: `sdsat.generate` gives what plain
+`generate` does, or refuses by name.
 
-The oracle is transformers' own `generate` of a model that knows nothing of sdsat; sampling, its loop with our noise as the last
-logits processor (test_dropin.py). The SAT is an adapter's, so that all of the vocabulary is the model's own.
+The oracle is transformers' own `generate` of a model that knows nothing of sdsat; sampling, its
+loop with our noise as the last logits processor (test_dropin.py). The SAT is an adapter's, so that
+all of the vocabulary is the model's own.
 """
 
 import os
@@ -24,12 +26,13 @@ from transformers import (
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 import sdsat
-from sdsat import dropin
 from sdsat.config import InputError
-from sdsat.model import equip
-from sdsat.sampling import as_seed, gumbel_noise
+from sdsat.interfaces import transformers_hook as dropin
+from sdsat.method.sampling import as_seed, gumbel_noise
+from sdsat.models.loading import equip
 
-VOCAB, COUNT = 16, 1000
+VOCAB = 16
+COUNT = 1000
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 TOKENIZER = tiny_tokenizer(LETTERS)
 
@@ -38,7 +41,14 @@ TOKENIZER = tiny_tokenizer(LETTERS)
 def models(tmp_path_factory):
     """(transformers' own, {engine: the same with a random adapter})."""
     folder = tmp_path_factory.mktemp("fuzz")
-    sizes = dict(vocab=VOCAB, hidden_size=64, intermediate_size=64, head_dim=32, max_position_embeddings=64, num_hidden_layers=1)
+    sizes = dict(
+        vocab=VOCAB,
+        hidden_size=64,
+        intermediate_size=64,
+        head_dim=32,
+        max_position_embeddings=64,
+        num_hidden_layers=1,
+    )
     lm, *copies = (tiny_llama(torch.float32, **sizes) for _ in range(3))
     lm.set_attn_implementation("sdpa")
     with_adapter(tiny_llama(torch.float32, **sizes), k=3, strength=0.2).adapter.save(folder)
@@ -58,14 +68,18 @@ def tokens(rng, count):
     return [rng.randrange(VOCAB) for _ in range(count)]
 
 
-# Each with a maker of a random value. What is not honoured is among them: it must be refused, whatever stands beside it.
+# Each with a maker of a random value. What is not honoured is among them: it must be refused,
+# whatever stands beside it.
 ANYWHERE = {
     "repetition_penalty": lambda rng: rng.choice([0.7, 1.0, 1.3, 5.0]),
     "no_repeat_ngram_size": lambda rng: rng.randrange(4),
     "encoder_repetition_penalty": lambda rng: rng.choice([0.8, 1.0, 1.5]),
     "encoder_no_repeat_ngram_size": lambda rng: rng.randrange(3),
     "bad_words_ids": lambda rng: [tokens(rng, rng.randint(1, 3)) for _ in range(rng.randint(1, 3))],
-    "sequence_bias": lambda rng: [[[rng.randint(1, 15) for _ in range(rng.randint(1, 2))], rng.uniform(-9, 9)] for _ in range(2)],
+    "sequence_bias": lambda rng: [
+        [[rng.randint(1, 15) for _ in range(rng.randint(1, 2))], rng.uniform(-9, 9)]
+        for _ in range(2)
+    ],
     "suppress_tokens": lambda rng: tokens(rng, 4),
     "begin_suppress_tokens": lambda rng: tokens(rng, 6),
     "forced_eos_token_id": lambda rng: rng.choice([3, [3, 5]]),
@@ -126,7 +140,11 @@ def case(number):
     if rng.random() < 0.4:
         settings |= {"do_sample": True} | some(rng, SAMPLING, 0.35)
     ends = rng.choice([None, 3, [3, 5, 7], 0])
-    settings |= {"eos_token_id": ends, "pad_token_id": rng.choice([0, 0, 3, None]), "max_new_tokens": rng.randint(1, 7)}
+    settings |= {
+        "eos_token_id": ends,
+        "pad_token_id": rng.choice([0, 0, 3, None]),
+        "max_new_tokens": rng.randint(1, 7),
+    }
     how = some(rng, DRAFTING, 0.5)
     if how.get("strategy") != "lookup":
         how |= rng.choice([{}, {"k": rng.randint(0, 3)}])
@@ -135,14 +153,20 @@ def case(number):
     ids = torch.tensor([[pad] * (max(lengths) - n) + tokens(rng, n) for n in lengths])
     mask = torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])
     whole = len(lengths) == 1 and rng.random() < 0.3
-    return settings, how, {"input_ids": ids} if whole else {"input_ids": ids, "attention_mask": mask}, rng.random() < 0.3
+    return (
+        settings,
+        how,
+        {"input_ids": ids} if whole else {"input_ids": ids, "attention_mask": mask},
+        rng.random() < 0.3,
+    )
 
 
 class Coupled(LogitsProcessor):
     """Leaves, in each row, the token for which log p + that row's noise is largest."""
 
     def __init__(self, seed, shape):
-        self.seeds, self.start = torch.tensor([as_seed(seed + (row << 32)) for row in range(shape[0])]), shape[1]
+        self.seeds = torch.tensor([as_seed(seed + (row << 32)) for row in range(shape[0])])
+        self.start = shape[1]
 
     def __call__(self, input_ids, scores):
         index = torch.full((len(scores),), input_ids.shape[1] - self.start)
@@ -158,7 +182,12 @@ def arguments(settings, as_config):
     if not as_config:
         return dict(settings)
     rest = {name: settings[name] for name in ARGUMENTS if name in settings}
-    return {"generation_config": GenerationConfig(**{k: v for k, v in settings.items() if k not in rest}), **rest}
+    return {
+        "generation_config": GenerationConfig(
+            **{k: v for k, v in settings.items() if k not in rest}
+        ),
+        **rest,
+    }
 
 
 def plainly(lm, settings, inputs, as_config, seed):
@@ -172,7 +201,9 @@ def plainly(lm, settings, inputs, as_config, seed):
     settings = dict(settings)
     stop = settings.pop("stop_strings", None)
     criteria = StoppingCriteriaList([StopStringCriteria(TOKENIZER, stop)] if stop else [])
-    return lm.generate(**inputs, **arguments(settings, as_config), custom_generate=loop, stopping_criteria=criteria)
+    return lm.generate(
+        **inputs, **arguments(settings, as_config), custom_generate=loop, stopping_criteria=criteria
+    )
 
 
 def outcome(run):
@@ -195,21 +226,32 @@ CLASSES = {
 
 
 def verdict(number, models):
-    """'greedy' or 'sampled' for the same output, 'refused NAME', or 'error' where both raise the same; else AssertionError."""
+    """'greedy' or 'sampled' for the same output, 'refused NAME', or 'error' where both raise the
+    same; else AssertionError.
+    """
     lm, ours = models
     settings, how, inputs, as_config = case(number)
     model = ours[ENGINES[number % 5 == 4]]
     seed = number if settings.get("do_sample") else None
 
     def run():
-        return model.generate(**inputs, **arguments(settings, as_config), **how, seed=seed, custom_generate=sdsat.generate)
+        return model.generate(
+            **inputs,
+            **arguments(settings, as_config),
+            **how,
+            seed=seed,
+            custom_generate=sdsat.generate,
+        )
 
     mine = outcome(run)
     if isinstance(mine, InputError):
         name = str(mine).replace(":", "=").split("=")[0]
         name = next((setting for kind, setting in CLASSES.items() if name.startswith(kind)), name)
         given = {**settings, **how}
-        if "attention_mask" not in inputs and inputs["input_ids"][0, -1] == settings["pad_token_id"]:
+        if (
+            "attention_mask" not in inputs
+            and inputs["input_ids"][0, -1] == settings["pad_token_id"]
+        ):
             given["attention_mask"] = "transformers' own, which leaves the last token out"
         assert "\n" not in str(mine) and name in given, (number, mine, settings, how)
         return f"refused {name}"
@@ -218,7 +260,13 @@ def verdict(number, models):
         assert type(mine) is type(want), (number, mine, want, settings, how)
         return "error"
     assert not NEVER.keys() & settings.keys(), (number, settings)
-    assert isinstance(mine, torch.Tensor) and torch.equal(mine, want), (number, mine, want, settings, how)
+    assert isinstance(mine, torch.Tensor) and torch.equal(mine, want), (
+        number,
+        mine,
+        want,
+        settings,
+        how,
+    )
     return "sampled" if settings.get("do_sample") else "greedy"
 
 

@@ -1,4 +1,6 @@
-"""The serving export: what a server computes from it is what was trained, and what can't be exported is refused."""
+"""The serving export: what a server computes from it is what was trained, and what can't be
+exported is refused.
+"""
 
 import json
 import shlex
@@ -9,12 +11,11 @@ from conftest import VOCAB, one_line_error, tiny_llama, tiny_tokenizer
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sdsat import adapter as adapters
-from sdsat import embedded
-from sdsat import model as models
-from sdsat.adapter import AdapterConfig, SatAdapter, sample_weights
 from sdsat.config import SatConfig
-from sdsat.export import Export, export
+from sdsat.interfaces.export import Export, export
+from sdsat.models import adapter as adapters
+from sdsat.models import embedded, loading
+from sdsat.models.adapter import AdapterConfig, SatAdapter, sample_weights
 
 SPARE = VOCAB - 2
 
@@ -32,7 +33,12 @@ def base_directory(folder, tied, special=("<reserved>", "<other>"), vocab=VOCAB)
 def everywhere_adapter(folder, base, lm, everywhere=True, scale=0.5):
     torch.manual_seed(1)
     config = AdapterConfig(
-        str(base), SatConfig(lm.config.vocab_size, 3), 4, scale, everywhere=everywhere, base_sample=sample_weights(lm)
+        str(base),
+        SatConfig(lm.config.vocab_size, 3),
+        4,
+        scale,
+        everywhere=everywhere,
+        base_sample=sample_weights(lm),
     )
     adapter = SatAdapter(lm, config).requires_grad_(False)
     for parameter in adapter.up.values():
@@ -44,7 +50,9 @@ def everywhere_adapter(folder, base, lm, everywhere=True, scale=0.5):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_merged_draft_equals_the_adapter_on_every_row(tmp_path, tied):
-    """The server's draft pass, tokens and then masks under a causal mask, against hooks on the base: no merged weights there."""
+    """The server's draft pass, tokens and then masks under a causal mask, against hooks on the
+    base: no merged weights there.
+    """
     lm = base_directory(tmp_path / "base", tied)
     adapter = everywhere_adapter(tmp_path / "adapter", tmp_path / "base", lm)
     before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
@@ -100,16 +108,22 @@ def test_a_full_checkpoint_is_target_and_draft(tmp_path, tied):
     lm.save_pretrained(tmp_path / "full")
     tiny_tokenizer([chr(33 + i) for i in range(VOCAB)]).save_pretrained(tmp_path / "full")
     done = export(str(tmp_path / "full"), tmp_path / "served")
-    assert (done.target, done.draft, done.mask_token_id, done.k) == (str(tmp_path / "served"), tmp_path / "served", 5, 4)
+    assert (done.target, done.draft, done.mask_token_id, done.k) == (
+        str(tmp_path / "served"),
+        tmp_path / "served",
+        5,
+        4,
+    )
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
     assert served.config.pard_token == 5
     tokens = torch.tensor([[3, 9, 5, 5]])
     lm.set_attn_implementation("sdpa")
-    expected, logits = lm(tokens).logits, served(tokens).logits
+    expected = lm(tokens).logits
+    logits = served(tokens).logits
     others = torch.arange(VOCAB) != 5
     torch.testing.assert_close(logits[..., others], expected[..., others])
     torch.testing.assert_close(logits[..., 5], expected[..., others].mean(-1), rtol=1e-4, atol=1e-4)
-    again = models.load(str(tmp_path / "served"), "float32", "cpu")
+    again = loading.load(str(tmp_path / "served"), "float32", "cpu")
     assert again.sat == SatConfig(5, 3), "and this program's own checkpoint still"
 
 
@@ -131,7 +145,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path):
     with one_line_error("out=", "exists already"):
         export(str(tmp_path / "adapter"), tmp_path / "base")
     with one_line_error("acts on every row", "sdsat export"):
-        models.load(str(tmp_path / "adapter"), "float32", "cpu")
+        loading.load(str(tmp_path / "adapter"), "float32", "cpu")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "gated"]
 
 
@@ -151,4 +165,8 @@ def test_the_commands_are_what_a_shell_reads(tmp_path):
     assert json.loads(many[-1]) == {**expected, "draft_tensor_parallel_size": 16}
     text = done.commands(gpus=8, nodes=2)
     assert done.vllm_command(8) in text and "ray start --head" in text
-    assert f"PARDDecodingConfig(speculative_model={str(tmp_path / 'a draft')!r}, max_draft_len=4, mask_token_id=62)" in text
+    assert (
+        f"PARDDecodingConfig(speculative_model={str(tmp_path / 'a draft')!r}, "
+        "max_draft_len=4, "
+        "mask_token_id=62)"
+    ) in text

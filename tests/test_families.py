@@ -1,6 +1,8 @@
-"""Every supported architecture, as a tiny random checkpoint: exact against transformers' own `generate`; others are refused.
+"""Every supported architecture, as a tiny random checkpoint: exact against transformers' own
+`generate`; others are refused.
 
-The oracle is a model that transformers alone has loaded. Where layers have windows, generations run far past them.
+The oracle is a model that transformers alone has loaded. Where layers have windows, generations run
+far past them.
 """
 
 import copy
@@ -26,24 +28,37 @@ from transformers import (
     Qwen3Config,
 )
 
-from sdsat import attention
 from sdsat.config import DecodeConfig, SamplingConfig, TrainConfig
-from sdsat.costs import COUNTS, CostCurve
-from sdsat.data import Sequence, answer_batch
-from sdsat.decode import generate
-from sdsat.engine import forward, new_cache, prefill, probe_rows
-from sdsat.graphs import Graphs
-from sdsat.loss import IGNORED, joint_logits, predict, sat_batch
-from sdsat.model import load
-from sdsat.reference import transformers_generate
-from sdsat.train import train
-from sdsat.tree import DraftTree, make_tree
+from sdsat.decoding.loop import generate
+from sdsat.engines.graphs import Graphs
+from sdsat.engines.transformers import forward, new_cache, prefill, probe_rows
+from sdsat.evaluation.reference import transformers_generate
+from sdsat.method.costs import COUNTS, CostCurve
+from sdsat.method.tree import DraftTree, make_tree
+from sdsat.models import attention
+from sdsat.models.loading import load
+from sdsat.training.distill import answer_batch
+from sdsat.training.loop import train
+from sdsat.training.loss import IGNORED, joint_logits, predict, sat_batch
+from sdsat.training.shards import Sequence
 
-VOCAB, SAT, WINDOW = 16, 15, 16  # so few tokens that random SATs are right now and then
+VOCAB = 16
+SAT = 15
+WINDOW = 16  # so few tokens that random SATs are right now and then
 COMMON = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=32, max_position_embeddings=256, initializer_range=0.3, eos_token_id=None, bos_token_id=1, pad_token_id=None,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=256,
+    initializer_range=0.3,
+    eos_token_id=None,
+    bos_token_id=1,
+    pad_token_id=None,
+)
 NO_DIM = {key: value for key, value in COMMON.items() if key != "head_dim"}
 WIDE = {**NO_DIM, "hidden_size": 128}  # Qwen2's head_dim is hidden_size / heads
 UNGROUPED = {**COMMON, "num_key_value_heads": 4}
@@ -54,7 +69,8 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )  # fmt: skip
 YARN = dict(**ROPE, rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
-SLIDING = dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)  # the first layer sees everything
+# the first layer sees everything
+SLIDING = dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
 CAPS = dict(query_pre_attn_scalar=24, attn_logit_softcapping=3.0, final_logit_softcapping=4.0)
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
@@ -69,7 +85,9 @@ NATIVE = {  # what the native engine takes too
     "llama, one kv head": LlamaConfig(**{**COMMON, "num_key_value_heads": 1}),
     "llama, attention biases": LlamaConfig(**COMMON, attention_bias=True),
     "llama, mlp biases": LlamaConfig(**COMMON, mlp_bias=True),
-    "linear rope": LlamaConfig(**COMMON, rope_parameters={**ROPE, "rope_type": "linear", "factor": 4.0}),
+    "linear rope": LlamaConfig(
+        **COMMON, rope_parameters={**ROPE, "rope_type": "linear", "factor": 4.0}
+    ),
     "yarn rope": LlamaConfig(**COMMON, rope_parameters=YARN),
     "mistral": MistralConfig(**COMMON, sliding_window=None),
     "mistral, window never reached": MistralConfig(**COMMON, sliding_window=256),
@@ -85,22 +103,40 @@ WINDOWED = {
     "gemma 2": Gemma2Config(**COMMON, **CAPS, **UNTIED, sliding_window=WINDOW),
     "gemma 2, tied": Gemma2Config(**COMMON, **CAPS, sliding_window=WINDOW),
     "gemma 3": Gemma3TextConfig(
-        **COMMON, **UNTIED, query_pre_attn_scalar=24, sliding_window=WINDOW, sliding_window_pattern=3, rope_parameters=GEMMA3_ROPE
+        **COMMON,
+        **UNTIED,
+        query_pre_attn_scalar=24,
+        sliding_window=WINDOW,
+        sliding_window_pattern=3,
+        rope_parameters=GEMMA3_ROPE,
     ),
 }
-OTHERS = {"gemma": GemmaConfig(**COMMON), "gemma, untied": GemmaConfig(**COMMON, **UNTIED), **WINDOWED}
+OTHERS = {
+    "gemma": GemmaConfig(**COMMON),
+    "gemma, untied": GemmaConfig(**COMMON, **UNTIED),
+    **WINDOWED,
+}
 FAMILIES = {**NATIVE, **OTHERS}
 ADAPTED = ("mistral, window", "qwen2, window", "gemma", "gemma 2, tied", "gemma 3")
 RUNS = [
-    (0, "chain", "two-step"), (1, "chain", "two-step"), (3, "chain", "two-step"), (3, (2, 2, 1), "two-step"),
-    (2, "chain", "one-pass"), (3, (2, 2, 1), "one-pass"), (3, "chain", "auto"), (3, (2, 2, 1), "auto"),
-]  # fmt: skip
-COSTS = CostCurve([[1e-3 * n + 1 for n in COUNTS]] * 2, [[1e-3 * n + 1 for n in COUNTS]] * 2, 0.0)  # `auto` drafts a lot
+    (0, "chain", "two-step"),
+    (1, "chain", "two-step"),
+    (3, "chain", "two-step"),
+    (3, (2, 2, 1), "two-step"),
+    (2, "chain", "one-pass"),
+    (3, (2, 2, 1), "one-pass"),
+    (3, "chain", "auto"),
+    (3, (2, 2, 1), "auto"),
+]
+# `auto` drafts a lot
+COSTS = CostCurve([[1e-3 * n + 1 for n in COUNTS]] * 2, [[1e-3 * n + 1 for n in COUNTS]] * 2, 0.0)
 PROMPT = [1, 5, 9, 2, 7, 3, 12]
 
 
 def checkpoint(folder, config, sat=True):
-    """A random model whose norms and biases are no ones and zeros, and whose tokens don't just repeat themselves."""
+    """A random model whose norms and biases are no ones and zeros, and whose tokens don't just
+    repeat themselves.
+    """
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -112,7 +148,9 @@ def checkpoint(folder, config, sat=True):
     lm.save_pretrained(folder)
     if sat:
         path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "sdsat": {"sat_token_id": SAT, "k": 3}}))
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "sdsat": {"sat_token_id": SAT, "k": 3}})
+        )
     tiny_tokenizer([f"<{i}>" for i in range(VOCAB)]).save_pretrained(folder)
     return str(folder)
 
@@ -126,24 +164,33 @@ def narrow(family):
 
 
 def alone(folder):
-    """The model as transformers loads it. Its sdpa attention leaves Gemma 2's caps out: `eager`, as Gemma 2's authors advise."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    """The model as transformers loads it.
+
+    Its sdpa attention leaves Gemma 2's caps out: `eager`, as Gemma 2's authors advise.
+    """
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def generated(lm, num_tokens, sat=True, prompt=PROMPT):
     ids = torch.tensor([prompt])
     never = [SAT] if sat else None
-    settings = dict(do_sample=False, suppress_tokens=never, pad_token_id=0, attention_mask=torch.ones_like(ids))
+    settings = dict(
+        do_sample=False, suppress_tokens=never, pad_token_id=0, attention_mask=torch.ones_like(ids)
+    )
     return lm.generate(ids, max_new_tokens=num_tokens, **settings)[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_transformers_generate(tmp_path, family):
-    folder, num_tokens = checkpoint(tmp_path, FAMILIES[family]), 48 if family in WINDOWED else 32
+    folder = checkpoint(tmp_path, FAMILIES[family])
+    num_tokens = 48 if family in WINDOWED else 32
     want = generated(alone(folder), num_tokens)
     assert len(set(want)) > 4
     for engine in ("native", "transformers") if family in NATIVE else ("transformers",):
-        model, accepted = load(folder, "float32", "cpu", engine=engine), 0
+        model = load(folder, "float32", "cpu", engine=engine)
+        accepted = 0
         model.costs = COSTS
         for k, tree, strategy in RUNS:
             out = generate(model, PROMPT, DecodeConfig(k, num_tokens, tree, strategy=strategy))
@@ -152,26 +199,41 @@ def test_equals_transformers_generate(tmp_path, family):
         assert accepted > 0
         nucleus = DecodeConfig(0, num_tokens, sampling=SamplingConfig(1.0, 10, 0.95, seed=4))
         sampled = generate(model, PROMPT, nucleus).token_ids
-        assert generate(model, PROMPT, DecodeConfig(3, num_tokens, (2, 2, 1), nucleus.sampling)).token_ids == sampled != want
+        assert (
+            generate(
+                model, PROMPT, DecodeConfig(3, num_tokens, (2, 2, 1), nucleus.sampling)
+            ).token_ids
+            == sampled
+            != want
+        )
 
 
 @pytest.mark.parametrize("family", ["mistral, window", "gemma 2, tied"])
 def test_the_package_s_own_reference_is_that_generate(tmp_path, family):
-    model = load(checkpoint(tmp_path, FAMILIES[family], sat=False), "float32", "cpu", engine="transformers")
-    assert transformers_generate(model, PROMPT, DecodeConfig(0, 40)).token_ids == generated(alone(tmp_path), 40, sat=False)
+    model = load(
+        checkpoint(tmp_path, FAMILIES[family], sat=False), "float32", "cpu", engine="transformers"
+    )
+    assert transformers_generate(model, PROMPT, DecodeConfig(0, 40)).token_ids == generated(
+        alone(tmp_path), 40, sat=False
+    )
 
 
 # Nodes 1 and 2 below x, 3 and 4 below 1, 5 below 2; SATs at x and at nodes 3 and 5.
-TREE, TREE_TOKENS, GROUPS = DraftTree((-1, 0, 0, 1, 1, 2), (0, 0, 1, 0, 1, 0)), [4, 8, 11, 2, 9, 6], ((0, 3), (3, 2), (5, 3))
+TREE = DraftTree((-1, 0, 0, 1, 1, 2), (0, 0, 1, 0, 1, 0))
+TREE_TOKENS = [4, 8, 11, 2, 9, 6]
+GROUPS = ((0, 3), (3, 2), (5, 3))
 PATHS = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4], [0, 2, 5]]
 
 
-@pytest.mark.parametrize(("family", "recorded"), [*((family, False) for family in OTHERS), ("mistral, window", True)])
+@pytest.mark.parametrize(
+    ("family", "recorded"), [*((family, False) for family in OTHERS), ("mistral, window", True)]
+)
 @torch.inference_mode()
 def test_every_row_of_a_pass_is_the_end_of_a_plain_sequence(tmp_path, family, recorded):
-    """A tree's nodes and SATs lie in the cache apart from their positions: windows go by position."""
+    """Nodes and SATs lie in the cache apart from their positions: windows go by position."""
     folder = checkpoint(tmp_path, narrow(family))
-    model, plain = load(folder, "float32", "cpu", engine="transformers"), alone(folder)
+    model = load(folder, "float32", "cpu", engine="transformers")
+    plain = alone(folder)
     model.graphs = Graphs(traced) if recorded else None
     paths = [[TREE_TOKENS[node] for node in path] for path in PATHS]
     paths += [paths[node] + [SAT] * i for node, size in GROUPS for i in range(1, size + 1)]
@@ -192,7 +254,8 @@ def test_every_row_of_a_pass_is_the_end_of_a_plain_sequence(tmp_path, family, re
 def test_a_row_has_the_same_bits_beside_any_others(tmp_path, family):
     model = load(checkpoint(tmp_path, FAMILIES[family]), "float32", "cpu", engine="transformers")
     assert probe_rows(model).stable
-    tokens, cache = torch.randint(SAT, (72,), generator=torch.Generator().manual_seed(1)), new_cache(model, 128)
+    tokens = torch.randint(SAT, (72,), generator=torch.Generator().manual_seed(1))
+    cache = new_cache(model, 128)
     one_by_one = []
     for size in (1, 5):
         prefill(model, cache, tokens[:12])
@@ -219,20 +282,35 @@ def sequences(lengths=(44, 30, 37, 26)):
 
 
 def expected_of(batch, logits_of):
-    """[M, V]: `logits_of` (standard tokens [T], how many SATs after them) at the last SAT, for every labelled row."""
+    """[M, V]: `logits_of` (standard tokens [T], how many SATs after them) at the last SAT, for
+    every labelled row.
+    """
     rows = (batch.label != IGNORED).nonzero().tolist()
-    return torch.stack([logits_of(batch.tokens[b, : batch.anchor[b, r] + 1], int(batch.depth[b, r])) for b, r in rows])
+    return torch.stack(
+        [
+            logits_of(batch.tokens[b, : batch.anchor[b, r] + 1], int(batch.depth[b, r]))
+            for b, r in rows
+        ]
+    )
 
 
 @pytest.mark.parametrize("family", ADAPTED)
 @torch.no_grad()
 def test_training_sees_what_decoding_sees(tmp_path, family):
-    """SATs of an adapter, and in full mode: each is the end of a plain sequence, with its windows, caps and scales."""
-    plain = load(checkpoint(tmp_path, narrow(family), sat=False), "float32", "cpu", engine="transformers")
+    """SATs of an adapter, and in full mode: each is the end of a plain sequence, with its windows,
+    caps and scales.
+    """
+    plain = load(
+        checkpoint(tmp_path, narrow(family), sat=False), "float32", "cpu", engine="transformers"
+    )
     batch = sat_batch(sequences(), 3, 6, 0.8, [torch.Generator().manual_seed(i) for i in range(4)])
     lm = alone(tmp_path)
-    of_full_mode = expected_of(batch, lambda ids, sats: lm(torch.cat([ids, torch.full((sats,), SAT)])[None]).logits[0, -1])
-    torch.testing.assert_close(joint_logits(plain.model, SAT, batch)[0], of_full_mode, rtol=1e-4, atol=1e-4)
+    of_full_mode = expected_of(
+        batch, lambda ids, sats: lm(torch.cat([ids, torch.full((sats,), SAT)])[None]).logits[0, -1]
+    )
+    torch.testing.assert_close(
+        joint_logits(plain.model, SAT, batch)[0], of_full_mode, rtol=1e-4, atol=1e-4
+    )
     adapted = with_adapter(lm, k=3, strength=0.3)
     scale = getattr(lm.get_input_embeddings(), "embed_scale", 1)
     sat = adapted.adapter.sat_embedding * scale
@@ -250,17 +328,36 @@ def test_training_sees_what_decoding_sees(tmp_path, family):
 @pytest.mark.parametrize("mode", ["adapter", "full"])
 @pytest.mark.parametrize("family", ["mistral, window", "gemma 2, tied"])
 def test_trained_here_and_decoded_exactly(tmp_path, family, mode):
-    base, out = tmp_path / "base", tmp_path / "out"
-    model = load(checkpoint(base, FAMILIES[family], sat=False), "float32", "cpu", engine="transformers")
+    base = tmp_path / "base"
+    out = tmp_path / "out"
+    model = load(
+        checkpoint(base, FAMILIES[family], sat=False), "float32", "cpu", engine="transformers"
+    )
     of_adapter = dict(rank=2, head=8) if mode == "adapter" else {}
-    settings = dict(steps=2, k=3, anchors=8, eval_every=2, held_out=1, warmup=1, lr=1e-2, mode=mode, **of_adapter)
+    settings = dict(
+        steps=2,
+        k=3,
+        anchors=8,
+        eval_every=2,
+        held_out=1,
+        warmup=1,
+        lr=1e-2,
+        mode=mode,
+        **of_adapter,
+    )
     train(model, sequences(), out, TrainConfig(**settings))
     trained = load(str(out), "float32", "cpu", engine="transformers")
     trained.costs = COSTS
     lm = alone(base if mode == "adapter" else out)
     ids = torch.tensor([PROMPT])
     never = [trained.sat.token_id] if mode == "full" else None
-    want = lm.generate(ids, max_new_tokens=40, do_sample=False, suppress_tokens=never, attention_mask=torch.ones_like(ids))
+    want = lm.generate(
+        ids,
+        max_new_tokens=40,
+        do_sample=False,
+        suppress_tokens=never,
+        attention_mask=torch.ones_like(ids),
+    )
     for strategy in ("two-step", "one-pass", "auto"):
         config = DecodeConfig(3, 40, (2, 2, 1), strategy=strategy)
         assert generate(trained, PROMPT, config).token_ids == want[0, len(PROMPT) :].tolist()
@@ -270,7 +367,10 @@ def test_masks_of_layers_brute_force():
     generator = torch.Generator().manual_seed(0)
     attend = torch.rand(2, 1, 9, 30, generator=generator) < 0.7
     rows, columns = (torch.randint(40, (2, n), generator=generator) for n in (9, 30))
-    for family, kinds in (("mistral, window", None), ("gemma 2", {"full_attention", "sliding_attention"})):
+    for family, kinds in (
+        ("mistral, window", None),
+        ("gemma 2", {"full_attention", "sliding_attention"}),
+    ):
         found = attention.layer_masks(FAMILIES[family], attend, rows, columns)
         if kinds:
             assert found.keys() == kinds and torch.equal(found["full_attention"], attend)
@@ -286,7 +386,14 @@ def refused(folder, config):
     return str(folder)
 
 
-TINY = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, pad_token_id=None)
+TINY = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=32,
+    pad_token_id=None,
+)
 SUPPORTED = "expected one of llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"
 LONGROPE = dict(
     **ROPE, rope_type="longrope", factor=2.0, short_factor=[1.0] * 16, long_factor=[2.0] * 16,
@@ -303,26 +410,50 @@ LOOKS_AHEAD = "drafts look ahead"
         (GraniteConfig(**TINY), ["architecture 'granite'", SUPPORTED]),
         (Olmo2Config(**TINY), ["architecture 'olmo2'", SUPPORTED]),
         (Gemma3Config(text_config=TINY), ["architecture 'gemma3'", SUPPORTED]),
-        (LlamaConfig(**COMMON, rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 2.0}), ["'dynamic'", LOOKS_AHEAD]),
+        (
+            LlamaConfig(**COMMON, rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 2.0}),
+            ["'dynamic'", LOOKS_AHEAD],
+        ),
         (LlamaConfig(**COMMON, rope_parameters=LONGROPE), ["'longrope'", LOOKS_AHEAD]),
         (
-            Gemma3TextConfig(**COMMON, rope_parameters={"full_attention": {"rope_type": "dynamic", "factor": 2.0}}),
+            Gemma3TextConfig(
+                **COMMON,
+                rope_parameters={"full_attention": {"rope_type": "dynamic", "factor": 2.0}},
+            ),
             ["rope_type 'dynamic'", LOOKS_AHEAD],
         ),
         (
-            LlamaConfig(**COMMON, rope_parameters={**ROPE, "rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5}),
+            LlamaConfig(
+                **COMMON,
+                rope_parameters={
+                    **ROPE,
+                    "rope_type": "linear",
+                    "factor": 4.0,
+                    "partial_rotary_factor": 0.5,
+                },
+            ),
             ["partial_rotary_factor=0.5", "expected 1"],
         ),
-        (GemmaConfig(**COMMON, use_bidirectional_attention=True), ["use_bidirectional_attention=True", "expected false"]),
         (
-            Qwen2Config(**NO_DIM, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+            GemmaConfig(**COMMON, use_bidirectional_attention=True),
+            ["use_bidirectional_attention=True", "expected false"],
+        ),
+        (
+            Qwen2Config(
+                **NO_DIM, layer_types=["full_attention", "sliding_attention", "full_attention"]
+            ),
             ["layer type 'sliding_attention' with sliding_window=None", "expected full_attention"],
         ),
         (
-            Qwen3Config(**COMMON, layer_types=["full_attention", "chunked_attention", "full_attention"]),
+            Qwen3Config(
+                **COMMON, layer_types=["full_attention", "chunked_attention", "full_attention"]
+            ),
             ["layer type 'chunked_attention'", "expected full_attention"],
         ),
-        (LlamaConfig(**COMMON, quantization_config={"quant_method": "fp8"}), ["quantized weights", "expected a checkpoint"]),
+        (
+            LlamaConfig(**COMMON, quantization_config={"quant_method": "fp8"}),
+            ["quantized weights", "expected a checkpoint"],
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -344,7 +475,9 @@ def test_what_cannot_be_decoded_exactly_is_refused(tmp_path, config, reasons):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_native_engine_leaves_what_it_does_not_compute_to_transformers(tmp_path, config, reason):
+def test_the_native_engine_leaves_what_it_does_not_compute_to_transformers(
+    tmp_path, config, reason
+):
     folder = checkpoint(tmp_path, config)
     with one_line_error("engine=native", reason):
         load(folder, "float32", "cpu", engine="native")

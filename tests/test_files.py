@@ -1,4 +1,6 @@
-"""Files: whole or absent whoever else writes, only where a file belongs, and hashes that tell contents apart."""
+"""Files: whole or absent whoever else writes, only where a file belongs, and hashes that tell
+contents apart.
+"""
 
 import hashlib
 import json
@@ -10,13 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import one_line_error
 
-from sdsat import kept
-from sdsat.files import destination, locked, make_folder, read_json, replacing, sha256_of, write_json
-from sdsat.kept import remembered_sha256
+from sdsat import cache_folder as kept
+from sdsat.cache_folder import remembered_sha256
+from sdsat.files import (
+    destination,
+    locked,
+    make_folder,
+    read_json,
+    replacing,
+    sha256_of,
+    write_json,
+)
 
 
 def test_many_writers_of_one_file_never_fail_and_no_reader_sees_a_part(tmp_path):
-    file, stop = tmp_path / "a.json", threading.Event()
+    file = tmp_path / "a.json"
+    stop = threading.Event()
     write_json(file, [0] * 999)
 
     def write(number):
@@ -41,7 +52,10 @@ def test_many_writers_of_one_file_never_fail_and_no_reader_sees_a_part(tmp_path)
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     file = tmp_path / "a.json"
     write_json(file, {"old": 1})
-    for failure, raised in ((KeyboardInterrupt, KeyboardInterrupt), (ZeroDivisionError, ZeroDivisionError)):
+    for failure, raised in (
+        (KeyboardInterrupt, KeyboardInterrupt),
+        (ZeroDivisionError, ZeroDivisionError),
+    ):
         with pytest.raises(raised), replacing(file) as part:
             part.write_text("half")
             raise failure
@@ -75,7 +89,11 @@ def test_only_a_file_or_a_new_name_is_written_to_and_nothing_else_is_read(tmp_pa
         with one_line_error(path, said):
             write_json(type(tmp_path)(path), {})
         if str(path).startswith("/dev") or path.name in ("pipe", "to-a-device"):
-            for read in (read_json, sha256_of):  # neither waits for a pipe nor reads a device for ever
+            # neither waits for a pipe nor reads a device for ever
+            for read in (
+                read_json,
+                sha256_of,
+            ):
                 with one_line_error(f"{path}: cannot be read (not a regular file)"):
                     read(type(tmp_path)(path))
     assert stat.S_IFMT(os.stat("/dev/full").st_mode) == before
@@ -98,7 +116,10 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     for path in (tmp_path / "a-file", tmp_path / "a-file" / "x", type(tmp_path)("/proc/none/x")):
         with one_line_error(f"out={path}: cannot be written ("):
             make_folder(path, "out")
-    assert make_folder(tmp_path / "a" / "b", "out").is_dir() and make_folder(tmp_path / "a", "out").is_dir()
+    assert (
+        make_folder(tmp_path / "a" / "b", "out").is_dir()
+        and make_folder(tmp_path / "a", "out").is_dir()
+    )
 
 
 def test_where_this_user_may_not_write_is_said_before(tmp_path, unprivileged):
@@ -117,11 +138,14 @@ def test_a_second_holder_of_a_lock_is_refused(tmp_path):
 
 
 def test_hashes_are_those_of_the_content(tmp_path, monkeypatch):
-    """Large files' are remembered: not beyond a change of the content that leaves size and time stamp as they were."""
+    """Large files' are remembered: not beyond a change of the content that leaves size and time
+    stamp as they were.
+    """
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(kept, "_REMEMBER_FROM", 0)
     monkeypatch.setattr(kept, "_SETTLED", -1.0)
-    file, times = tmp_path / "weights", (1e9, 1e9)
+    file = tmp_path / "weights"
+    times = (1e9, 1e9)
     for content in (b"a" * 9999, b"b" * 9999):
         file.write_bytes(content)
         os.utime(file, times)

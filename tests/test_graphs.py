@@ -1,4 +1,6 @@
-"""Recorded passes, by stand-ins for CUDA's recording that run on a CPU: the same tokens as without, whatever the caches held."""
+"""Recorded passes, by stand-ins for CUDA's recording that run on a CPU: the same tokens as without,
+whatever the caches held.
+"""
 
 import gc
 import warnings
@@ -8,35 +10,44 @@ import torch
 from conftest import CHARACTERS, tiny_llama, tiny_tokenizer, with_adapter
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sdsat import graphs as recording
-from sdsat.cache import SlotCache
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.costs import CONTEXTS, COUNTS, CostCurve
-from sdsat.decode import generate, next_logits
-from sdsat.engine import forward, new_cache, prefill
-from sdsat.graphs import MAX_CACHES, SLOTS, Graphs, eager, padded
-from sdsat.model import load
-from sdsat.tree import make_tree
+from sdsat.decoding.loop import generate, next_logits
+from sdsat.engines import graphs as recording
+from sdsat.engines.cache import SlotCache
+from sdsat.engines.graphs import MAX_CACHES, SLOTS, Graphs, eager, padded
+from sdsat.engines.transformers import forward, new_cache, prefill
+from sdsat.method.costs import CONTEXTS, COUNTS, CostCurve
+from sdsat.method.tree import make_tree
+from sdsat.models.loading import load
 
 PROMPTS = ([1, 5, 9, 2, 7], [3], [8, 4, 4, 11, 60, 2, 9, 33, 17, 5, 6])
 NUCLEUS = SamplingConfig(temperature=1.0, top_k=10, top_p=0.95, seed=3)
 CONFIGS = (
-    *(dict(k=k, tree=tree) for k, tree in ((0, "chain"), (1, "chain"), (5, "chain"), (3, (2, 2, 1)), (5, "paper"))),
-    *(dict(k=k, strategy="one-pass", budget=24, tree=tree) for k, tree in ((3, "chain"), (5, "chain"), (3, (2, 1, 1)))),
+    *(
+        dict(k=k, tree=tree)
+        for k, tree in ((0, "chain"), (1, "chain"), (5, "chain"), (3, (2, 2, 1)), (5, "paper"))
+    ),
+    *(
+        dict(k=k, strategy="one-pass", budget=24, tree=tree)
+        for k, tree in ((3, "chain"), (5, "chain"), (3, (2, 1, 1)))
+    ),
     dict(k=4, strategy="auto"),
     dict(k=3, lookup=6),
 )
 
 
 def traced(step):
-    """As strict as CUDA's recording: the tensor operations of one run, with every Python number as it was then."""
+    """As strict as CUDA's recording: the tensor operations of one run, with every Python number as
+    it was then.
+    """
     recorded = make_fx(step)()
     return lambda: recorded()
 
 
 class Counting:
     def __init__(self, capture):
-        self.capture, self.count = capture, 0
+        self.capture = capture
+        self.count = 0
 
     def __call__(self, step):
         self.count += 1
@@ -65,13 +76,18 @@ def storage(model):
 
 @pytest.mark.parametrize(("capture", "head"), [(eager, 0), (eager, 6), (traced, 6)])
 def test_many_generations_on_one_cache_equal_those_without_graphs(capture, head):
-    plain, model = with_adapter(tiny_llama(), k=5, head=head), recorded_model(capture, head=head)
-    model.costs = CostCurve(*([[1 + n / 8 for n in COUNTS] for _ in CONTEXTS] for _ in range(2)), 0.01)
+    plain = with_adapter(tiny_llama(), k=5, head=head)
+    model = recorded_model(capture, head=head)
+    model.costs = CostCurve(
+        *([[1 + n / 8 for n in COUNTS] for _ in CONTEXTS] for _ in range(2)), 0.01
+    )
     for sampling in (SamplingConfig(), NUCLEUS):
         for prompt in PROMPTS:
             want = generate(plain, prompt, config(sampling=sampling)).token_ids
             for settings in CONFIGS:
-                assert generate(model, prompt, config(sampling=sampling, **settings)).token_ids == want, (prompt, settings)
+                assert (
+                    generate(model, prompt, config(sampling=sampling, **settings)).token_ids == want
+                ), (prompt, settings)
     kept = storage(model)
     assert kept.num_slots == kept.layers[0].keys.shape[2] == SLOTS
     assert len(kept.graphs) == model.graphs.capture.count < 60
@@ -79,12 +95,17 @@ def test_many_generations_on_one_cache_equal_those_without_graphs(capture, head)
 
 def test_a_full_model_without_adapter():
     settings = dict(k=3, strategy="one-pass", budget=16)
-    plain, model = with_adapter(tiny_llama(), k=5), recorded_model()
+    plain = with_adapter(tiny_llama(), k=5)
+    model = recorded_model()
     for each in (plain, model):
         each.adapter.detach()
-        each.adapter, each.sat = None, SatConfig(40, 5)
+        each.adapter = None
+        each.sat = SatConfig(40, 5)
     for prompt in PROMPTS:
-        assert generate(model, prompt, config(**settings)).token_ids == generate(plain, prompt, config()).token_ids
+        assert (
+            generate(model, prompt, config(**settings)).token_ids
+            == generate(plain, prompt, config()).token_ids
+        )
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e9])
@@ -99,7 +120,8 @@ def test_what_a_cache_held_before_does_not_leak(model, poison):
 
 
 def test_logits_have_the_same_bits_on_a_new_cache_and_on_a_used_one(model):
-    ids, settings = [1, 5, 9, 2, 7, 3], config()
+    ids = [1, 5, 9, 2, 7, 3]
+    settings = config()
     first = next_logits(model, ids, 3, settings)
     kept = first.clone()
     generate(model, PROMPTS[2], config(k=5, tree="paper"))
@@ -109,7 +131,8 @@ def test_logits_have_the_same_bits_on_a_new_cache_and_on_a_used_one(model):
 
 
 def test_a_generation_inside_another_has_a_cache_of_its_own(model):
-    want, inner = generate(model, PROMPTS[0], config()).token_ids, []
+    want = generate(model, PROMPTS[0], config()).token_ids
+    inner = []
 
     def on_tokens(tokens, accepted):
         inner.append(generate(model, PROMPTS[2], config(8, k=3)).token_ids)
@@ -140,7 +163,8 @@ def test_graphs_are_bounded_and_the_one_not_used_for_longest_goes(model, monkeyp
     for settings in CONFIGS[:4]:
         assert generate(model, PROMPTS[0], config(**settings)).token_ids == want
         assert len(storage(model).graphs) <= 2
-    count, held = model.graphs.capture.count, storage(model).graphs
+    count = model.graphs.capture.count
+    held = storage(model).graphs
     generate(model, PROMPTS[0], config())  # one shape
     last = list(held)[-1]
     assert model.graphs.capture.count <= count + 1
@@ -150,15 +174,32 @@ def test_graphs_are_bounded_and_the_one_not_used_for_longest_goes(model, monkeyp
 
 
 def test_shapes_are_few():
-    assert [n for n in range(1, 129) if padded(n) == n] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+    assert [n for n in range(1, 129) if padded(n) == n] == [
+        1,
+        2,
+        3,
+        4,
+        6,
+        8,
+        12,
+        16,
+        24,
+        32,
+        48,
+        64,
+        96,
+        128,
+    ]
     assert all(n <= padded(n) <= 2 * n for n in range(1, 129))
 
 
 @pytest.mark.parametrize("sats", [0, 3])
 def test_a_pass_equals_the_one_without_graphs(model, sats):
-    plain, tree = with_adapter(tiny_llama(), k=5, head=6), make_tree((2, 1), 2)
+    plain = with_adapter(tiny_llama(), k=5, head=6)
+    tree = make_tree((2, 1), 2)
     tokens = torch.tensor([7, 8, 9, 10, 11, *[model.sat.token_id] * sats])
-    groups, results = ((2, sats),) if sats else (), []
+    groups = ((2, sats),) if sats else ()
+    results = []
     with torch.inference_mode():
         for each in (plain, model, model):
             cache = new_cache(each, 100)
@@ -183,13 +224,19 @@ def test_a_pass_outside_inference_mode(model):
 def test_where_recording_fails_passes_run_without(model):
     def failing(step):
         step()
-        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
+        raise RuntimeError(
+            "operation not permitted when stream is capturing\nCUDA kernel errors ..."
+        )
 
     want = generate(model, PROMPTS[0], config()).token_ids
     assert model.engine_name == "cuda graphs"
     model.graphs = Graphs(failing)
     with pytest.warns(
-        UserWarning, match="CUDA graphs are off, which is slower: operation not permitted when stream is capturing$"
+        UserWarning,
+        match=(
+            "CUDA graphs are off, which is slower: operation not permitted when stream is "
+            "capturing$"
+        ),
     ):
         assert generate(model, PROMPTS[0], config(k=3)).token_ids == want
     assert model.engine_name == "transformers"

@@ -1,4 +1,6 @@
-"""The draft head: the tree's tokens against an oracle that ranks every node's children by itself, and what a head can learn."""
+"""The draft head: the tree's tokens against an oracle that ranks every node's children by itself,
+and what a head can learn.
+"""
 
 import json
 import math
@@ -9,21 +11,22 @@ from conftest import VOCAB, random_sequences, tiny_llama, with_adapter
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sdsat import draft
-from sdsat import head as heads
-from sdsat.adapter import load
 from sdsat.config import MAX_ROWS, SamplingConfig, TrainConfig
-from sdsat.data import Sequence
-from sdsat.draft import draft_tokens
-from sdsat.loss import predict, sat_batch, sat_states
-from sdsat.model import SatModel
-from sdsat.sampling import choose, support
-from sdsat.train import train
-from sdsat.tree import from_branching, from_widths
+from sdsat.engines import drafting
+from sdsat.engines.drafting import draft_tokens
+from sdsat.method.sampling import choose, support
+from sdsat.method.tree import from_branching, from_widths
+from sdsat.models import head as heads
+from sdsat.models.adapter import load
+from sdsat.models.loading import SatModel
+from sdsat.training.loop import train
+from sdsat.training.loss import predict, sat_batch, sat_states
+from sdsat.training.shards import Sequence
 
 
 def children_of(model, state, logits, token, index, sampling, count, size):
-    """The `count` best next tokens after `token`: over the vocabulary, with all but the SAT's `size` best left out.
+    """The `count` best next tokens after `token`: over the vocabulary, with all but the SAT's
+    `size` best left out.
 
     Where the filters leave fewer, those: what fills a tree up then can never be drawn.
     """
@@ -31,7 +34,9 @@ def children_of(model, state, logits, token, index, sampling, count, size):
     moved = model.model.get_output_embeddings()(state + move)
     dropped = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, logits.topk(size).indices, False)
     ranked = moved.masked_fill(dropped, float("-inf"))[None]
-    left = count if sampling.greedy else min(count, int(support(ranked, sampling)[1].isfinite().sum()))
+    left = (
+        count if sampling.greedy else min(count, int(support(ranked, sampling)[1].isfinite().sum()))
+    )
     return choose(ranked, index[None], sampling, left)[0].tolist()
 
 
@@ -40,28 +45,39 @@ def children_of(model, state, logits, token, index, sampling, count, size):
     seed=st.integers(0, 99),
     widths=st.lists(st.integers(1, 3), min_size=1, max_size=4).map(tuple),
     branching=st.booleans(),
-    sampling=st.sampled_from([SamplingConfig(), SamplingConfig(0.8, seed=5), SamplingConfig(1.0, 6, 0.9, 2)]),
+    sampling=st.sampled_from(
+        [SamplingConfig(), SamplingConfig(0.8, seed=5), SamplingConfig(1.0, 6, 0.9, 2)]
+    ),
 )
 def test_every_node_gets_the_best_given_its_parent(seed, widths, branching, sampling):
     assume(math.prod(widths) < MAX_ROWS / 2)
     tree = from_branching(widths) if branching else from_widths(widths)
     model = with_adapter(tiny_llama(seed=seed % 3), k=4, seed=seed, head=7)
     generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(len(widths), model.model.config.hidden_size, generator=generator, dtype=torch.float64)
-    logits, index = model.model.get_output_embeddings()(states), torch.arange(3, 3 + len(widths))
+    states = torch.randn(
+        len(widths), model.model.config.hidden_size, generator=generator, dtype=torch.float64
+    )
+    logits = model.model.get_output_embeddings()(states)
+    index = torch.arange(3, 3 + len(widths))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draft, "SHORTLIST", 12)
-        tokens, likely = draft_tokens(model, torch.tensor([9]), states, logits, 3, tree, sampling).tolist()
+        patch.setattr(drafting, "SHORTLIST", 12)
+        tokens, likely = draft_tokens(
+            model, torch.tensor([9]), states, logits, 3, tree, sampling
+        ).tolist()
     assert (tokens[0], likely[0]) == (9, 1)
     for node in range(1, len(tree)):
         i = tree.depths[node] - 1
         parent = int(tokens[tree.parents[node]])
-        best = children_of(model, states[i], logits[i], parent, index[i], sampling, tree.ranks[node] + 1, 12)
+        best = children_of(
+            model, states[i], logits[i], parent, index[i], sampling, tree.ranks[node] + 1, 12
+        )
         assert tree.ranks[node] >= len(best) or tokens[node] == best[tree.ranks[node]]
 
 
 def test_a_head_learns_what_only_the_token_before_tells(tmp_path):
-    """Every token has two successors, taken by chance: knowing the token before, half of all guesses can be right."""
+    """Every token has two successors, taken by chance: knowing the token before, half of all
+    guesses can be right.
+    """
     generator = torch.Generator().manual_seed(0)
     data = []
     for _ in range(40):
@@ -71,7 +87,9 @@ def test_a_head_learns_what_only_the_token_before_tells(tmp_path):
         data.append(Sequence(torch.tensor(ids), 0))
     accuracy = {}
     for size in (0, 32):
-        config = TrainConfig(80, k=2, rank=4, head=size, anchors=16, eval_every=80, held_out=8, warmup=5, lr=3e-2)
+        config = TrainConfig(
+            80, k=2, rank=4, head=size, anchors=16, eval_every=80, held_out=8, warmup=5, lr=3e-2
+        )
         train(SatModel(tiny_llama(torch.float32), None, "tiny"), data, tmp_path / str(size), config)
         log = (tmp_path / str(size) / "train_log.jsonl").read_text().splitlines()
         accuracy[size] = json.loads(log[-1])["accuracy_by_depth"]
@@ -85,31 +103,42 @@ def test_a_head_learns_what_only_the_token_before_tells(tmp_path):
 def test_a_head_prepared_for_decoding_moves_the_same(dtype):
     head = heads.DraftHead(24, 10, dtype, torch.device("cpu"))
     torch.nn.init.normal_(head.outer)
-    states, before = torch.randn(5, 24, dtype=dtype), torch.randn(5, 24, dtype=dtype)
+    states = torch.randn(5, 24, dtype=dtype)
+    before = torch.randn(5, 24, dtype=dtype)
     want = head(states, before)
     head.fuse()
     torch.testing.assert_close(head(states, before), want, rtol=1e-5, atol=1e-5)
 
 
 def test_predictions_are_the_drafts_and_their_chances():
-    """`predict`, which training logs and `inspect` rest on, takes the same best tokens as drafting and loses no probability."""
+    """`predict`, which training logs and `inspect` rest on, takes the same best tokens as drafting
+    and loses no probability.
+    """
     model = with_adapter(tiny_llama(torch.float64), k=3, strength=0.3, head=8)
     (sequence,) = random_sequences([12])
     batch = sat_batch([sequence], 3, 4, 1.0, [torch.Generator().manual_seed(0)])
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        for module in (heads, draft):
+        for module in (heads, drafting):
             patch.setattr(module, "SHORTLIST", 12)
         got = predict(model, batch)
         states, _ = sat_states(model, batch)
         own = model.model.get_output_embeddings()(states)
         for i, before in enumerate(batch.before.tolist()):
             tree = from_widths((1,))
-            given = (torch.tensor([before]), states[i : i + 1], own[i : i + 1], 0, tree, SamplingConfig())
+            given = (
+                torch.tensor([before]),
+                states[i : i + 1],
+                own[i : i + 1],
+                0,
+                tree,
+                SamplingConfig(),
+            )
             tokens, likely = draft_tokens(model, *given)
             assert got[i].argmax() == tokens[1]
             short = own[i].topk(12).indices
             torch.testing.assert_close(likely[1], got[i][short].softmax(-1).max())
-            p, q = own[i].softmax(-1), got[i].softmax(-1)
+            p = own[i].softmax(-1)
+            q = got[i].softmax(-1)
             torch.testing.assert_close(q[short].sum(), p[short].sum())
             rest = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, short, False)
             torch.testing.assert_close(q[rest], p[rest])

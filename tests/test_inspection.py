@@ -1,4 +1,6 @@
-"""Inspection: its figures are those of decoding and of the loss's own evaluation, and its sentences follow from them."""
+"""Inspection: its figures are those of decoding and of the loss's own evaluation, and its sentences
+follow from them.
+"""
 
 from functools import partial
 
@@ -8,11 +10,12 @@ from conftest import one_line_error, tiny_llama, with_adapter
 from rich.console import Console
 
 from sdsat.config import DecodeConfig
-from sdsat.data import Sequence
-from sdsat.decode import generate
-from sdsat.inspection import findings, inspect, inspection_table
-from sdsat.loss import evaluate, predict
-from sdsat.model import SatModel
+from sdsat.decoding.loop import generate
+from sdsat.evaluation.inspection import findings, inspect, inspection_table
+from sdsat.models.loading import SatModel
+from sdsat.training.evaluate import evaluate
+from sdsat.training.loss import predict
+from sdsat.training.shards import Sequence
 
 PROMPTS = ([5, 9, 2, 7], [11, 3])
 GIVEN = ([4, 8] * 10, [6] * 20)
@@ -23,10 +26,20 @@ def test_own_output_is_what_ar_writes():
     found = inspect(model, list(zip(PROMPTS, GIVEN, strict=True)), max_new_tokens=16, anchors=8)
     answers = [generate(model, prompt, DecodeConfig(0, 16)).token_ids for prompt in PROMPTS]
     for name, texts in (("own", answers), ("given", [answer[:16] for answer in GIVEN])):
-        sequences = [Sequence(torch.tensor(p + t), len(p)) for p, t in zip(PROMPTS, texts, strict=True)]
-        assert found[name] == evaluate(partial(predict, model), sequences, 3, torch.device("cpu"), 8)
-    loops = [n for prompt in PROMPTS for n in generate(model, prompt, DecodeConfig(3, 16)).accepted_lengths]
-    assert found["decoding"]["accepted_per_loop"] == pytest.approx(sum(loops) / len(loops), abs=1e-4)
+        sequences = [
+            Sequence(torch.tensor(p + t), len(p)) for p, t in zip(PROMPTS, texts, strict=True)
+        ]
+        assert found[name] == evaluate(
+            partial(predict, model), sequences, 3, torch.device("cpu"), 8
+        )
+    loops = [
+        n
+        for prompt in PROMPTS
+        for n in generate(model, prompt, DecodeConfig(3, 16)).accepted_lengths
+    ]
+    assert found["decoding"]["accepted_per_loop"] == pytest.approx(
+        sum(loops) / len(loops), abs=1e-4
+    )
     assert found["findings"] == findings(found)
     console = Console(record=True, width=140)
     console.print(inspection_table(found))

@@ -1,4 +1,6 @@
-"""The cache folder: used as it is where it is whole, made again where it isn't, and never trusted with another's code."""
+"""The cache folder: used as it is where it is whole, made again where it isn't, and never trusted
+with another's code.
+"""
 
 import errno
 import os
@@ -9,8 +11,9 @@ import warnings
 import pytest
 from conftest import one_line_error, tiny_llama, tiny_tokenizer
 
-from sdsat import embedded, native
-from sdsat.kept import load_library
+from sdsat.cache_folder import load_library
+from sdsat.engines.native import bindings
+from sdsat.models import embedded
 
 
 class Build:
@@ -49,7 +52,7 @@ def test_a_library_is_built_once_and_used_where_nothing_can_be_written(cache):
     assert quietly(build, "another") == 2
     for folder in (cache / "native", cache):
         folder.chmod(0o500)
-    (cache / "native.lock").chmod(0o400)
+    (cache / "weights.lock").chmod(0o400)
     assert quietly(build) == 1 and build.count == 2
     cache.chmod(0o700)
 
@@ -83,7 +86,8 @@ def test_nor_one_in_a_folder_that_others_can_write_to(cache):
     build = Build()
     build.count = 30
     quietly(build)
-    (cache / "native").chmod(0o777)  # this user's own: closed, for whatever is there, and built anew
+    # this user's own: closed, for whatever is there, and built anew
+    (cache / "native").chmod(0o777)
     assert quietly(build) == 32 and (cache / "native").stat().st_mode & 0o077 == 0
     cache.chmod(0o777)  # somebody else could put another folder in its place
     with pytest.warns(UserWarning, match=f"cannot be kept .*{cache}: others can write to it"):
@@ -94,7 +98,8 @@ def test_nor_one_in_a_folder_that_others_can_write_to(cache):
 def test_a_kept_library_needs_no_other_folder(cache, monkeypatch):
     build = Build()
     quietly(build)
-    monkeypatch.setattr("tempfile.TemporaryDirectory", None)  # a machine where nothing else can be written
+    # a machine where nothing else can be written
+    monkeypatch.setattr("tempfile.TemporaryDirectory", None)
     assert quietly(build) == 1 and build.count == 1
 
 
@@ -104,7 +109,9 @@ def test_a_full_disk_costs_no_more_than_keeping_it(cache, monkeypatch):
 
     monkeypatch.setattr("shutil.copyfile", full)
     build = Build()
-    with pytest.warns(UserWarning, match="compiled at every start: it cannot be kept .*No space left"):
+    with pytest.warns(
+        UserWarning, match="compiled at every start: it cannot be kept .*No space left"
+    ):
         assert load_library("key", build).answer() == 1
     assert build.count == 1 and not list(cache.rglob("*.so"))  # built once, and not on that disk
 
@@ -142,9 +149,9 @@ def test_what_cannot_be_kept_is_built_for_this_process_with_a_warning(cache, mon
 def test_a_failed_build_says_why_and_leaves_nothing(cache):
     def fail(target):
         target.write_text("half")
-        raise native.Unavailable("no")
+        raise bindings.Unavailable("no")
 
-    with pytest.raises(native.Unavailable, match="no"):
+    with pytest.raises(bindings.Unavailable, match="no"):
         load_library("key", fail)
     assert not list(cache.rglob("*.so*"))
 
@@ -168,7 +175,8 @@ def test_the_base_is_used_where_it_is_whole_and_made_again_where_it_is_not(cache
     assert embedded.base_dir() == folder and len(made) == 3
     (cache / f"{embedded.BASE_NAME}.lock").unlink()
     cache.chmod(0o500)
-    assert embedded.base_dir() == folder and len(made) == 3  # nothing needs to be written, no lock either
+    # nothing needs to be written, no lock either
+    assert embedded.base_dir() == folder and len(made) == 3
     (cache / f"{embedded.BASE_NAME}").chmod(0o700)
     cache.chmod(0o700)
     shutil.rmtree(folder)

@@ -1,4 +1,6 @@
-"""Loading small local models and adapters, each refusal in one line, and row policies against the bits they promise."""
+"""Loading small local models and adapters, each refusal in one line, and row policies against the
+bits they promise.
+"""
 
 import json
 import shutil
@@ -9,14 +11,15 @@ import torch
 from conftest import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
 from transformers import GPT2Config
 
-from sdsat import adapter as adapters
-from sdsat.adapter import AdapterConfig, SatAdapter, sample_weights
-from sdsat.cache import SlotCache, pass_mask
 from sdsat.config import DecodeConfig, SatConfig
-from sdsat.decode import generate
-from sdsat.engine import RowPolicy, probe_rows
+from sdsat.decoding.loop import generate
+from sdsat.engines.base import RowPolicy
+from sdsat.engines.cache import SlotCache, pass_mask
+from sdsat.engines.transformers import probe_rows
 from sdsat.files import read_json
-from sdsat.model import SatModel, load
+from sdsat.models import adapter as adapters
+from sdsat.models.adapter import AdapterConfig, SatAdapter, sample_weights
+from sdsat.models.loading import SatModel, load
 
 PIECES = ["<unk>", *(f"t{n} " for n in range(1, VOCAB))]
 
@@ -40,7 +43,10 @@ def set_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize(("dtype", "loaded"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)])
+@pytest.mark.parametrize(
+    ("dtype", "loaded"),
+    [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)],
+)
 def test_a_local_directory(local, dtype, loaded):
     model = load(str(local), dtype, "cpu")
     assert (model.name, model.sat, model.adapter, model.dtype) == (str(local), None, None, loaded)
@@ -52,7 +58,8 @@ def test_a_local_directory(local, dtype, loaded):
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
     assert model.tokenizer.decode([5, 7]) == "t5 t7 "
     out = generate(model, [1, 5, 9], DecodeConfig(0, 8))
-    assert out.text == "".join(PIECES[token] for token in out.token_ids if token)  # special tokens aren't shown
+    # special tokens aren't shown
+    assert out.text == "".join(PIECES[token] for token in out.token_ids if token)
 
 
 @pytest.fixture
@@ -68,14 +75,18 @@ def adapter_dir(local, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_directory(local, adapter_dir, dtype):
-    model, base = load(str(adapter_dir), dtype, "cpu"), load(str(local), dtype, "cpu")
+    model = load(str(adapter_dir), dtype, "cpu")
+    base = load(str(local), dtype, "cpu")
     assert (model.name, model.sat) == (str(adapter_dir), SatConfig(VOCAB, 3))
     assert model.adapter.sat_embedding.dtype == model.dtype == base.dtype
     want = generate(base, [1, 5, 9], DecodeConfig(0, 24))
     out = generate(model, [1, 5, 9], DecodeConfig(3, 24))
     assert out.token_ids == want.token_ids
     assert out.text == want.text
-    sats = dict(inputs_embeds=model.embed(torch.tensor([[VOCAB]])), attention_mask=torch.ones(1, 1, 1, 1).bool())
+    sats = dict(
+        inputs_embeds=model.embed(torch.tensor([[VOCAB]])),
+        attention_mask=torch.ones(1, 1, 1, 1).bool(),
+    )
     with model.sat_rows(0, 1):
         updated = model.model(**sats).logits
     assert not torch.equal(updated, model.model(**sats).logits)  # it is attached
@@ -92,7 +103,10 @@ def test_an_adapter_of_another_base_or_of_another_format(local, adapter_dir):
 
 def test_an_unknown_name(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with one_line_error("model nobody/nothing-of-this-name: not found", "a hub id, a local model or adapter directory"):
+    with one_line_error(
+        "model nobody/nothing-of-this-name: not found",
+        "a hub id, a local model or adapter directory",
+    ):
         load("nobody/nothing-of-this-name", device="cpu")
 
 
@@ -117,7 +131,15 @@ def truncate(name):
         lambda folder: (folder / "tokenizer.json").write_text("{"),
         lambda folder: set_config(folder, intermediate_size=32),
     ],
-    ids=["cut weights", "empty weights", "no weights", "cut config", "no config", "tokenizer", "other shape"],
+    ids=[
+        "cut weights",
+        "empty weights",
+        "no weights",
+        "cut config",
+        "no config",
+        "tokenizer",
+        "other shape",
+    ],
 )
 def test_a_damaged_directory(local, damage):
     damage(local)
@@ -141,16 +163,26 @@ def test_sat_of_config_json_and_its_override(local):
             load(str(local), "float32", "cpu", sat_token_id=token_id)
 
 
-@pytest.mark.parametrize("value", [{"sat_token_id": 7}, {"k": 3}, 7, "7", {"sat_token_id": "a", "k": 3}], ids=str)
+@pytest.mark.parametrize(
+    "value", [{"sat_token_id": 7}, {"k": 3}, 7, "7", {"sat_token_id": "a", "k": 3}], ids=str
+)
 def test_sat_of_config_json_damaged(local, value):
     set_config(local, sdsat=value)
     with one_line_error(f"model {local}", "'sdsat'", "sat_token_id and k"):
         load(str(local), "float32", "cpu")
 
 
-@pytest.mark.parametrize(("name", "k"), [("CodeLlama-SDSAT_L5_7B", 5), ("CodeLlama-SDSAT_L7_13B", 7)])
+@pytest.mark.parametrize(
+    ("name", "k"), [("CodeLlama-SDSAT_L5_7B", 5), ("CodeLlama-SDSAT_L7_13B", 7)]
+)
 def test_published_checkpoints_are_known_by_name(tmp_path, name, k):
-    sizes = dict(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    sizes = dict(
+        hidden_size=4,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
     folder = tmp_path / "ainergy" / name
     tiny_tokenizer(PIECES).save_pretrained(folder)
     tiny_llama(torch.float32, vocab=32016, **sizes).save_pretrained(folder)
@@ -168,7 +200,12 @@ def test_stop_ids(eos, stop_ids):
 
 @pytest.mark.parametrize(
     ("policy", "rows"),
-    [((1, 1), [1, 2, 3, 5, 8, 9]), ((4, 1), [4, 4, 4, 5, 8, 9]), ((4, 4), [4, 4, 4, 8, 8, 12]), ((8, 8), [8] * 5 + [16])],
+    [
+        ((1, 1), [1, 2, 3, 5, 8, 9]),
+        ((4, 1), [4, 4, 4, 5, 8, 9]),
+        ((4, 4), [4, 4, 4, 8, 8, 12]),
+        ((8, 8), [8] * 5 + [16]),
+    ],
     ids=str,
 )
 def test_padded_rows(policy, rows):
@@ -176,8 +213,11 @@ def test_padded_rows(policy, rows):
 
 
 def logits_in_passes_of(model, tokens, rows, policy):
-    """[S, V] logits of the tokens fed `rows` at a time, each pass padded as the policy says by rows that see themselves."""
-    cache, parts = SlotCache(model.model.config.num_hidden_layers, 192), []
+    """[S, V] logits of the tokens fed `rows` at a time, each pass padded as the policy says by rows
+    that see themselves.
+    """
+    cache = SlotCache(model.model.config.num_hidden_layers, 192)
+    parts = []
     for part in tokens.split(rows):
         count = policy.rows(len(part))
         within = torch.eye(count, dtype=torch.bool)
@@ -186,7 +226,9 @@ def logits_in_passes_of(model, tokens, rows, policy):
         ids[: len(part)] = part
         positions = (cache.length + torch.arange(count))[None]
         mask = pass_mask(cache, within)
-        logits = model.model(ids[None], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        logits = model.model(
+            ids[None], attention_mask=mask, position_ids=positions, past_key_values=cache
+        ).logits
         parts.append(logits[0, : len(part)])
         cache.commit(tuple(range(len(part))))
     return torch.cat(parts)
@@ -201,22 +243,29 @@ def test_probed_policy_keeps_its_promise(dtype):
     tokens = torch.randint(VOCAB, (30,), generator=torch.Generator().manual_seed(1))
     want = logits_in_passes_of(model, tokens, 1, policy)
     for rows in (*range(2, 17), 20, 24, 29):
-        assert not policy.stable or torch.equal(logits_in_passes_of(model, tokens, rows, policy), want)
+        assert not policy.stable or torch.equal(
+            logits_in_passes_of(model, tokens, rows, policy), want
+        )
 
 
-@pytest.mark.parametrize(("smallest_stable", "minimum"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (16, 16)])
+@pytest.mark.parametrize(
+    ("smallest_stable", "minimum"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (16, 16)]
+)
 def test_probe_finds_the_cheapest_padding(smallest_stable, minimum):
     """A model whose logits change when a pass has fewer rows than some number."""
     model = with_adapter(tiny_llama())
     model.model.lm_head.register_forward_hook(
-        lambda module, inputs, logits: torch.full_like(logits, max(0, smallest_stable - logits.shape[-2]))
+        lambda module, inputs, logits: torch.full_like(
+            logits, max(0, smallest_stable - logits.shape[-2])
+        )
     )
     policy = probe_rows(model)
     assert (policy.minimum, policy.stable) == (minimum, True)
 
 
 def test_probe_says_when_nothing_is_stable():
-    model, calls = with_adapter(tiny_llama()), iter(range(10**6))
+    model = with_adapter(tiny_llama())
+    calls = iter(range(10**6))
     model.model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + next(calls))
     assert not probe_rows(model).stable
 

@@ -1,4 +1,6 @@
-"""The native engine: transformers' logits, a row's bits whatever its pass is, and a plain reason where it can't be had."""
+"""The native engine: transformers' logits, a row's bits whatever its pass is, and a plain reason
+where it can't be had.
+"""
 
 import copy
 import ctypes
@@ -28,23 +30,36 @@ from transformers import (
 )
 
 import sdsat
-from sdsat import attention, cli, draft, native
-from sdsat.adapter import AdapterConfig, SatAdapter
+from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.decode import generate
-from sdsat.draft import draft_tokens
-from sdsat.engine import forward, new_cache, prefill, probe_rows
-from sdsat.model import SatModel, load
-from sdsat.native import NativeEngine, Unavailable
-from sdsat.sampling import as_seed, choose, gumbel_noise
-from sdsat.tree import DraftTree, Layout, make_tree
+from sdsat.decoding.loop import generate
+from sdsat.engines import drafting
+from sdsat.engines.drafting import draft_tokens
+from sdsat.engines.native import bindings, weights
+from sdsat.engines.native.bindings import Unavailable
+from sdsat.engines.native.weights import NativeEngine
+from sdsat.engines.transformers import forward, new_cache, prefill, probe_rows
+from sdsat.method.layout import Layout
+from sdsat.method.sampling import as_seed, choose, gumbel_noise
+from sdsat.method.tree import DraftTree, make_tree
+from sdsat.models import attention
+from sdsat.models.adapter import AdapterConfig, SatAdapter
+from sdsat.models.loading import SatModel, load
 
 VOCAB = 75
 SIZES = dict(hidden_size=64, intermediate_size=96, head_dim=32)
 COMMON = dict(
-    **SIZES, vocab_size=VOCAB, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-    initializer_range=0.2, eos_token_id=None, bos_token_id=1, pad_token_id=None,
-)  # fmt: skip
+    **SIZES,
+    vocab_size=VOCAB,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+    eos_token_id=None,
+    bos_token_id=1,
+    pad_token_id=None,
+)
 ROPE = dict(rope_theta=10000.0, original_max_position_embeddings=32)
 LLAMA3 = dict(**ROPE, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 CONFIGS = {
@@ -52,16 +67,21 @@ CONFIGS = {
     "tied": LlamaConfig(**COMMON, tie_word_embeddings=True),
     "biases": LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True),
     "groups of 4": LlamaConfig(**{**COMMON, "num_key_value_heads": 1}),
-    "groups of 5": LlamaConfig(**{**COMMON, "hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 1}),
+    "groups of 5": LlamaConfig(
+        **{**COMMON, "hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 1}
+    ),
     "head dim 96": LlamaConfig(**{**COMMON, "head_dim": 96, "num_attention_heads": 2}),
     "llama 3 rope": LlamaConfig(**COMMON, rope_parameters=LLAMA3),
-    "yarn rope": LlamaConfig(**COMMON, rope_parameters={**ROPE, "rope_type": "yarn", "factor": 16.0}),
+    "yarn rope": LlamaConfig(
+        **COMMON, rope_parameters={**ROPE, "rope_type": "yarn", "factor": 16.0}
+    ),
     "mistral": MistralConfig(**COMMON, sliding_window=None),
     "qwen2": Qwen2Config(**{**COMMON, "hidden_size": 128}),
     "qwen2, tied": Qwen2Config(**{**COMMON, "hidden_size": 128}, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**COMMON),
 }
-FLOAT, HALF = torch.float32, torch.bfloat16
+FLOAT = torch.float32
+HALF = torch.bfloat16
 each_dtype = pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 TOKENS = torch.randint(VOCAB, (400,), generator=torch.Generator().manual_seed(0))
 
@@ -89,11 +109,18 @@ def natively(lm, adapter=None):
 
 
 @cache
-def model_of(name, dtype, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), head=0):
+def model_of(
+    name,
+    dtype,
+    targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    head=0,
+):
     """A native model with an adapter whose rank, like its head's size, is no multiple of 32."""
     lm = random_lm(name, dtype)
     lm.set_attn_implementation(attention.NAME)
-    adapter = SatAdapter(lm, AdapterConfig(name, SatConfig(VOCAB, 4), rank=5, scale=0.5, targets=targets, head=head))
+    adapter = SatAdapter(
+        lm, AdapterConfig(name, SatConfig(VOCAB, 4), rank=5, scale=0.5, targets=targets, head=head)
+    )
     for parameter in adapter.up.values():
         torch.nn.init.normal_(parameter, std=0.3)
     if adapter.head is not None:
@@ -114,8 +141,11 @@ def chain(count):
 
 
 def in_passes(model, tokens, sizes):
-    """[S, V] logits of passes of so many tokens in turn, each committed; sizes[0] is the prefill's, which gives none."""
-    cache, parts = new_cache(model, len(tokens) + 1), tokens.split(sizes)
+    """[S, V] logits of passes of so many tokens in turn, each committed; sizes[0] is the prefill's,
+    which gives none.
+    """
+    cache = new_cache(model, len(tokens) + 1)
+    parts = tokens.split(sizes)
     prefill(model, cache, parts[0])
     logits = []
     for part in parts[1:]:
@@ -126,18 +156,23 @@ def in_passes(model, tokens, sizes):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_transformers(name):
-    lm, tokens = random_lm(name), TOKENS[:150]
+    lm = random_lm(name)
+    tokens = TOKENS[:150]
     lm.set_attn_implementation("sdpa")
     want = lm(tokens[None]).logits[0]
     for sizes in ([0, 96, 54], [37, 1, 2, 30, 80], [128, 22]):
-        torch.testing.assert_close(in_passes(natively(lm), tokens, sizes), want[sizes[0] :], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            in_passes(natively(lm), tokens, sizes), want[sizes[0] :], rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_is_as_near_to_the_exact_as_transformers_bfloat16(name):
-    lm, tokens = random_lm(name, HALF), TOKENS[:150]
+    lm = random_lm(name, HALF)
+    tokens = TOKENS[:150]
     lm.set_attn_implementation("sdpa")
-    got, theirs = in_passes(natively(lm), tokens, [0, 96, 54]).float(), lm(tokens[None]).logits[0].float()
+    got = in_passes(natively(lm), tokens, [0, 96, 54]).float()
+    theirs = lm(tokens[None]).logits[0].float()
     exact = lm.float()(tokens[None]).logits[0]  # of the same, rounded weights
     assert (got - exact).pow(2).mean() <= 1.5 * (theirs - exact).pow(2).mean()
     assert (got - exact).abs().max() <= 2 * (theirs - exact).abs().max()
@@ -147,9 +182,12 @@ def test_bfloat16_is_as_near_to_the_exact_as_transformers_bfloat16(name):
 def test_weights_in_8_bits(shape):
     weight = torch.randn(shape) * torch.rand(shape[0], 1)
     weight[3] = 0
-    packed, scale = native.pack8(weight)
-    lanes = native.library().sdsat_lanes()
-    assert packed.shape == (len(scale) // lanes, shape[1] // 4, lanes, 4) and packed.dtype == torch.uint8
+    packed, scale = weights.pack8(weight)
+    lanes = bindings.library().sdsat_lanes()
+    assert (
+        packed.shape == (len(scale) // lanes, shape[1] // 4, lanes, 4)
+        and packed.dtype == torch.uint8
+    )
     for o, i in [(0, 0), (3, 5), (17, 31), (31, 1), (shape[0] - 1, shape[1] - 1)]:
         held = (int(packed[o // lanes, i // 4, o % lanes, i % 4]) - 128) * scale[o]
         assert abs(held - weight[o, i]) <= scale[o] * 0.501
@@ -170,8 +208,11 @@ def rows_in_8_bits(module, args):
 @pytest.mark.parametrize("rows", [1, 7, 10, 11, 33])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_in_8_bits_are_those_of_rounded_weights_and_rows(name, rows):
-    """Through transformers' modules, with weights and inputs rounded; after a context that the exact engine has read."""
-    lm, tokens = random_lm(name), TOKENS[: 40 + rows]
+    """Through transformers' modules, with weights and inputs rounded; after a context that the
+    exact engine has read.
+    """
+    lm = random_lm(name)
+    tokens = TOKENS[: 40 + rows]
     model = natively(lm)
     cache = new_cache(model, len(tokens))
     prefill(model, cache, tokens[:40])
@@ -184,19 +225,26 @@ def test_logits_in_8_bits_are_those_of_rounded_weights_and_rows(name, rows):
         module.weight = torch.nn.Parameter(in_8_bits(module.weight), requires_grad=False)
         module.register_forward_pre_hook(rows_in_8_bits)
     want = other(tokens[None, 40:], past_key_values=past).logits[0]
-    assert (got - want).norm() <= 0.6 * (got - before).norm()  # rounding is a step: near an edge it may fall either way
+    assert (got - want).norm() <= 0.6 * (
+        got - before
+    ).norm()  # rounding is a step: near an edge it may fall either way
     assert (got - before).norm() <= 0.2 * before.norm()
 
 
 @pytest.mark.parametrize("rows", [1, 4, 10, 11])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_linear_layer_in_8_bits(name, rows):
-    """The last one, of whose input, the states, the caller has every bit: nothing is near an edge unseen."""
+    """The last one, of whose input, the states, the caller has every bit: nothing is near an edge
+    unseen.
+    """
     lm = random_lm(name)
     model = natively(lm)
     states, got = forward(model, new_cache(model, rows), TOKENS[:rows], chain(rows), rounded=True)
-    inputs, head = rows_in_8_bits(None, [states.double()]), lm.get_output_embeddings()
-    want = inputs @ in_8_bits(head.weight).double().T + (0 if head.bias is None else head.bias.double())
+    inputs = rows_in_8_bits(None, [states.double()])
+    head = lm.get_output_embeddings()
+    want = inputs @ in_8_bits(head.weight).double().T + (
+        0 if head.bias is None else head.bias.double()
+    )
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
@@ -207,7 +255,8 @@ def test_gates_far_below_zero(factor):
     for layer in lm.model.layers:
         layer.mlp.gate_proj.weight.mul_(factor)
     lm.set_attn_implementation("sdpa")
-    got, want = in_passes(natively(lm), TOKENS[:40], [0, 40]), lm(TOKENS[None, :40]).logits[0]
+    got = in_passes(natively(lm), TOKENS[:40], [0, 40])
+    want = lm(TOKENS[None, :40]).logits[0]
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
@@ -215,9 +264,17 @@ def test_gates_far_below_zero(factor):
 def passes(draw, max_nodes=20):
     """(tree of random parents, SAT groups at some of its nodes)."""
     count = draw(st.integers(1, max_nodes))
-    parents = [-1, *(draw(st.integers(max(0, node - draw(st.integers(1, 8))), node - 1)) for node in range(1, count))]
+    parents = [
+        -1,
+        *(
+            draw(st.integers(max(0, node - draw(st.integers(1, 8))), node - 1))
+            for node in range(1, count)
+        ),
+    ]
     at = draw(st.lists(st.integers(0, count - 1), max_size=3, unique=True))
-    return DraftTree(tuple(parents), (0,) * count), tuple((node, draw(st.integers(1, 4))) for node in at)
+    return DraftTree(tuple(parents), (0,) * count), tuple(
+        (node, draw(st.integers(1, 4))) for node in at
+    )
 
 
 def path_to(tree, node):
@@ -228,7 +285,8 @@ class OneByOne:
     """The oracle of bits: a cache of its own that is fed one token a pass, from the first on."""
 
     def __init__(self, model, context):
-        self.model, self.cache = model, new_cache(model, len(context) + 300)
+        self.model = model
+        self.cache = new_cache(model, len(context) + 300)
         for token in context:
             self.feed([token])
 
@@ -237,7 +295,9 @@ class OneByOne:
         for token in tokens[:-1]:
             self.feed([token])
         sats = [VOCAB] * sum(size for _, size in groups)
-        logits = forward(self.model, self.cache, torch.tensor([tokens[-1], *sats]), chain(1), groups)[1]
+        logits = forward(
+            self.model, self.cache, torch.tensor([tokens[-1], *sats]), chain(1), groups
+        )[1]
         self.cache.commit((0,))
         return logits
 
@@ -249,8 +309,9 @@ class OneByOne:
 
 
 def assert_bits(model, context, rounds, generator, slots=300):
-    """Passes over trees, after each of which a path is kept: every row has the bits of `OneByOne`."""
-    cache, oracle = new_cache(model, len(context) + slots), OneByOne(model, context.tolist())
+    """Passes over trees, a path kept after each: every row has the bits of `OneByOne`."""
+    cache = new_cache(model, len(context) + slots)
+    oracle = OneByOne(model, context.tolist())
     prefill(model, cache, context)
     for tree, groups in rounds:
         tokens = torch.randint(VOCAB, (len(tree),), generator=generator)
@@ -274,7 +335,10 @@ def assert_bits(model, context, rounds, generator, slots=300):
     name=st.sampled_from(["llama", "biases", "groups of 4", "groups of 5", "head dim 96", "qwen3"]),
     dtype=st.sampled_from([FLOAT, HALF]),
     targets=st.sampled_from(
-        [("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), ("v_proj", "down_proj")]
+        [
+            ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+            ("v_proj", "down_proj"),
+        ]
     ),
     context=st.one_of(st.integers(1, 140), st.sampled_from([15, 16, 63, 64, 65, 127, 128])),
     rounds=st.lists(passes(), min_size=1, max_size=3),
@@ -290,12 +354,18 @@ def test_a_row_has_the_bits_that_it_has_alone(name, dtype, targets, context, rou
 @pytest.mark.parametrize("context", [255, 256, 257])
 def test_the_same_bits_across_passes_of_the_prefill(dtype, context):
     tree = DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
-    assert_bits(model_of("llama", dtype), TOKENS[:context], [(tree, ((7, 2), (0, 3)))] * 2, torch.Generator().manual_seed(1))
+    assert_bits(
+        model_of("llama", dtype),
+        TOKENS[:context],
+        [(tree, ((7, 2), (0, 3)))] * 2,
+        torch.Generator().manual_seed(1),
+    )
 
 
 @each_dtype
 def test_the_same_bits_for_any_number_of_rows_and_threads(dtype):
-    model, threads = model_of("groups of 5", dtype), torch.get_num_threads()
+    model = model_of("groups of 5", dtype)
+    threads = torch.get_num_threads()
     want = in_passes(model, TOKENS[:97], [1] * 97)
     for rows in (*range(2, 33), 47, 48, 95, 96):
         sizes = [1, *[rows] * (96 // rows), *([96 % rows] if 96 % rows else [])]
@@ -309,13 +379,18 @@ def test_the_same_bits_for_any_number_of_rows_and_threads(dtype):
 
 
 def test_a_small_context_is_probed_within_its_positions():
-    """Every pass of the probe of a model of 100 positions gives what the same model of 512 gives."""
-    small, large = (natively(tiny_llama(FLOAT, vocab=VOCAB, max_position_embeddings=n, **SIZES)) for n in (100, 512))
-    plain, other = small.native.forward, large.native.cache(512)
+    """Every probe pass of a model of 100 positions gives what it gives with 512."""
+    small, large = (
+        natively(tiny_llama(FLOAT, vocab=VOCAB, max_position_embeddings=n, **SIZES))
+        for n in (100, 512)
+    )
+    plain = small.native.forward
+    other = large.native.cache(512)
 
     def both(caches, *inputs, **named):
         other.length = caches[0].length
-        found, wanted = plain(caches, *inputs, **named), large.native.forward([other], *inputs, **named)
+        found = plain(caches, *inputs, **named)
+        wanted = large.native.forward([other], *inputs, **named)
         assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
         return found
 
@@ -326,13 +401,20 @@ def test_a_small_context_is_probed_within_its_positions():
 @settings(max_examples=30, deadline=None)
 @given(
     name=st.sampled_from(["llama", "biases", "groups of 5", "head dim 96", "qwen3"]),
-    targets=st.sampled_from([("q_proj", "gate_proj"), ("o_proj", "k_proj", "up_proj", "down_proj"), ("v_proj",)]),
+    targets=st.sampled_from(
+        [("q_proj", "gate_proj"), ("o_proj", "k_proj", "up_proj", "down_proj"), ("v_proj",)]
+    ),
     one_pass=passes(),
     context=st.integers(1, 90),
 )
 def test_sat_rows_are_those_of_transformers(name, targets, one_pass, context):
     (tree, groups), model = one_pass, model_of(name, FLOAT, targets)
-    tokens = torch.cat([TOKENS[context : context + len(tree)], torch.full((sum(size for _, size in groups),), VOCAB)])
+    tokens = torch.cat(
+        [
+            TOKENS[context : context + len(tree)],
+            torch.full((sum(size for _, size in groups),), VOCAB),
+        ]
+    )
     found = []
     for either in (model, without_native(model)):
         cache = new_cache(either, context + 200)
@@ -354,24 +436,35 @@ LOGITS = dict(
 @given(**LOGITS, kinds=st.sampled_from([1, 2, 9, 1000]), data=st.data())
 def test_top_is_a_sort_with_the_lower_id_first(dtype, rows, size, kinds, seed, data):
     count = data.draw(st.integers(1, min(size, 70)))
-    logits = (torch.randint(kinds, (rows, size), generator=torch.Generator().manual_seed(seed)) - kinds / 2).to(dtype) / 7
+    logits = (
+        torch.randint(kinds, (rows, size), generator=torch.Generator().manual_seed(seed))
+        - kinds / 2
+    ).to(dtype) / 7
     logits[:, data.draw(st.integers(0, size - 1))] = float("-inf")
     values, ids = model_of("llama", dtype).native.top(logits, count)
-    for row, got_values, got_ids in zip(logits.tolist(), values.tolist(), ids.tolist(), strict=True):
+    for row, got_values, got_ids in zip(
+        logits.tolist(), values.tolist(), ids.tolist(), strict=True
+    ):
         want = sorted(range(size), key=lambda i, row=row: (-row[i], i))[:count]
         assert got_ids == want
         assert got_values == [row[i] for i in want]
 
 
 def chosen_by_sorting(row, index, sampling):
-    """The token with the most of log p + noise among what the filters leave, all of them in order, in float64."""
+    """The token with the most of log p + noise among what the filters leave, all of them in order,
+    in float64.
+    """
     scaled = (torch.tensor(row) / sampling.temperature).tolist()  # in float32, as transformers does
     order = sorted(range(len(row)), key=lambda i: (-scaled[i], -i))
     if sampling.top_k:
         order = [i for i in order if scaled[i] >= scaled[order[: sampling.top_k][-1]]]
     weights = [math.exp(scaled[i] - scaled[order[0]]) for i in order]
     before = [sum(weights[:place]) for place in range(len(order))]
-    kept = [i for i, passed in zip(order, before, strict=True) if sampling.top_p == 1 or passed < sampling.top_p * sum(weights)]
+    kept = [
+        i
+        for i, passed in zip(order, before, strict=True)
+        if sampling.top_p == 1 or passed < sampling.top_p * sum(weights)
+    ]
     noise = gumbel_noise(sampling.seed, torch.tensor([index]), torch.arange(len(row)))[0].tolist()
     return max(kept, key=lambda i: scaled[i] + noise[i])
 
@@ -389,23 +482,35 @@ def chosen_by_sorting(row, index, sampling):
     ),
 )
 def test_choices_are_those_of_sorting_everything(dtype, rows, size, spread, sampling, seed):
-    logits = (spread * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    logits = (spread * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))).to(
+        dtype
+    )
     if size > 1:
         logits[:, seed % size] = float("-inf")  # the SAT
     index = torch.arange(rows) + seed
     got = model_of("llama", dtype).native.choose(logits, index, sampling)
-    assert got.tolist() == [chosen_by_sorting(row, i, sampling) for row, i in zip(logits.tolist(), index.tolist(), strict=True)]
+    assert got.tolist() == [
+        chosen_by_sorting(row, i, sampling)
+        for row, i in zip(logits.tolist(), index.tolist(), strict=True)
+    ]
     seeds = torch.tensor([as_seed(sampling.seed + row) for row in range(rows)])
     each = model_of("llama", dtype).native.choose(logits, index, replace(sampling, seed=0), seeds)
     alone = [replace(sampling, seed=seed) for seed in seeds.tolist()]
-    assert each.tolist() == [chosen_by_sorting(*args) for args in zip(logits.tolist(), index.tolist(), alone, strict=True)]
+    assert each.tolist() == [
+        chosen_by_sorting(*args)
+        for args in zip(logits.tolist(), index.tolist(), alone, strict=True)
+    ]
 
 
 def stably_warped(logits, sampling):
     """What transformers leaves of logits [V], if its sort kept equals in the order of their ids."""
     sort = torch.sort
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "sort", lambda scores, descending: sort(scores, descending=descending, stable=True))
+        patch.setattr(
+            torch,
+            "sort",
+            lambda scores, descending: sort(scores, descending=descending, stable=True),
+        )
         scores = logits[None].float() / sampling.temperature
         scores = TopKLogitsWarper(sampling.top_k)(None, scores) if sampling.top_k else scores
         return (TopPLogitsWarper(sampling.top_p)(None, scores) if sampling.top_p < 1 else scores)[0]
@@ -415,43 +520,73 @@ def stably_warped(logits, sampling):
 @pytest.mark.parametrize("seed", range(8))
 def test_what_is_drawn_is_what_transformers_keeps(dtype, seed):
     """Of rows in which many tokens tie, by as many draws as show every token that is left."""
-    logits = (torch.randint(2 + seed, (40,), generator=torch.Generator().manual_seed(seed)) / 4).to(dtype)
+    logits = (torch.randint(2 + seed, (40,), generator=torch.Generator().manual_seed(seed)) / 4).to(
+        dtype
+    )
     logits[seed] = float("-inf")
-    for top_k, top_p in [(1, 1.0), (5, 1.0), (12, 1.0), (0, 0.61), (5, 0.61), (12, 0.37), (60, 0.61)]:
+    for top_k, top_p in [
+        (1, 1.0),
+        (5, 1.0),
+        (12, 1.0),
+        (0, 0.61),
+        (5, 0.61),
+        (12, 0.37),
+        (60, 0.61),
+    ]:
         sampling = SamplingConfig(0.7, top_k, top_p, seed)
         kept = set((stably_warped(logits, sampling) > -math.inf).nonzero().flatten().tolist())
         rows = logits.expand(3000, -1)
-        assert set(model_of("llama", dtype).native.choose(rows, torch.arange(3000), sampling).tolist()) == kept
+        assert (
+            set(model_of("llama", dtype).native.choose(rows, torch.arange(3000), sampling).tolist())
+            == kept
+        )
 
 
 @each_dtype
 @pytest.mark.parametrize("size", [70, 5000])
 def test_choices_in_torch_are_the_same(dtype, size):
-    """Both engines filter alike: ties everywhere, float32 rounding after the temperature included."""
+    """Both engines filter alike: ties everywhere, float32 rounding included."""
     generator = torch.Generator().manual_seed(size)
-    logits = torch.cat([torch.randn(30, size, generator=generator) * spread for spread in (0.1, 3)]).bfloat16().to(dtype)
+    logits = (
+        torch.cat([torch.randn(30, size, generator=generator) * spread for spread in (0.1, 3)])
+        .bfloat16()
+        .to(dtype)
+    )
     index = torch.arange(60)
-    for seed, (top_k, top_p) in enumerate([(10, 1.0), (600, 1.0), (0, 0.9), (10, 0.9), (60, 0.5), (0, 1.0)]):
+    for seed, (top_k, top_p) in enumerate(
+        [(10, 1.0), (600, 1.0), (0, 0.9), (10, 0.9), (60, 0.5), (0, 1.0)]
+    ):
         for temperature in (0.3, 1.0):
             sampling = SamplingConfig(temperature, top_k, top_p, seed)
-            got, want = model_of("llama", dtype).native.choose(logits, index, sampling), choose(logits, index, sampling)[:, 0]
+            got = model_of("llama", dtype).native.choose(logits, index, sampling)
+            want = choose(logits, index, sampling)[:, 0]
             assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (5, 0.75), (0, 0.3)])
 def test_output_scores_are_finite_for_what_can_be_drawn(engine, top_k, top_p):
-    """Tokens tie in threes; the first one's score is finite where, over many seeds, it was drawn, and nowhere else."""
+    """Tokens tie in threes; the first one's score is finite where, over many seeds, it was drawn,
+    and nowhere else.
+    """
     lm = random_lm("llama", HALF)
-    lm.lm_head.weight[1:VOCAB] = lm.lm_head.weight[torch.arange(1, VOCAB) // 3 * 3] / 3  # so flat that all that stay are drawn
+    # so flat that all that stay are drawn
+    lm.lm_head.weight[1:VOCAB] = lm.lm_head.weight[torch.arange(1, VOCAB) // 3 * 3] / 3
     lm.generation_config.pad_token_id = 0
-    model, drawn = sdsat.attach(lm, engine=engine), set()
-    settings_ = dict(do_sample=True, top_k=top_k, top_p=top_p, return_dict_in_generate=True, output_scores=True)
+    model = sdsat.attach(lm, engine=engine)
+    drawn = set()
+    settings_ = dict(
+        do_sample=True, top_k=top_k, top_p=top_p, return_dict_in_generate=True, output_scores=True
+    )
     for seed in range(12):
         prompts = torch.tensor([[1, 5, 9]]).repeat(100, 1)
-        out = model.generate(prompts, max_new_tokens=1, custom_generate=sdsat.generate, k=0, seed=seed, **settings_)
+        out = model.generate(
+            prompts, max_new_tokens=1, custom_generate=sdsat.generate, k=0, seed=seed, **settings_
+        )
         drawn |= set(out.sequences[:, -1].tolist())
-    assert set((out.scores[0][0] > -math.inf).nonzero().flatten().tolist()) == drawn and len(drawn) > 1
+    assert (
+        set((out.scores[0][0] > -math.inf).nonzero().flatten().tolist()) == drawn and len(drawn) > 1
+    )
 
 
 def strange_rows(dtype):
@@ -463,11 +598,16 @@ def strange_rows(dtype):
 
 @each_dtype
 @pytest.mark.parametrize(
-    "sampling", [SamplingConfig(1.0, *f) for f in [(0, 1.0), (7, 1.0), (0, 0.9), (7, 0.9), (400, 0.9)]], ids=str
+    "sampling",
+    [SamplingConfig(1.0, *f) for f in [(0, 1.0), (7, 1.0), (0, 0.9), (7, 0.9), (400, 0.9)]],
+    ids=str,
 )
 def test_of_logits_that_are_no_numbers_ids_of_the_vocabulary_come(dtype, sampling):
-    """engine.py refuses such logits; should some come all the same, nothing is read or written elsewhere."""
-    engine, rows = model_of("llama", dtype).native, strange_rows(dtype)
+    """engine.py refuses such logits; should some come all the same, nothing is read or written
+    elsewhere.
+    """
+    engine = model_of("llama", dtype).native
+    rows = strange_rows(dtype)
     for ids in (engine.choose(rows, torch.arange(6), sampling), engine.top(rows, 70)[1]):
         assert ids.min() >= 0 and ids.max() < 150
     assert engine.top(rows, 1)[1][0, 0] == rows[0].float().nan_to_num(-math.inf).argmax()
@@ -476,10 +616,16 @@ def test_of_logits_that_are_no_numbers_ids_of_the_vocabulary_come(dtype, samplin
 
 @st.composite
 def candidate_trees(draw):
-    """Trees of up to four depths in any topological order; the children of a node have the ranks 0, 1 and 2."""
-    parents, ranks, depths = [-1], [0], [0]
+    """Trees of up to four depths in any topological order; the children of a node have the ranks 0,
+    1 and 2.
+    """
+    parents = [-1]
+    ranks = [0]
+    depths = [0]
     for _ in range(draw(st.integers(1, 14))):
-        open_nodes = [node for node in range(len(parents)) if depths[node] < 4 and parents.count(node) < 3]
+        open_nodes = [
+            node for node in range(len(parents)) if depths[node] < 4 and parents.count(node) < 3
+        ]
         parent = draw(st.sampled_from(open_nodes))
         ranks.append(parents.count(parent))
         depths.append(depths[parent] + 1)
@@ -492,18 +638,35 @@ def candidate_trees(draw):
     tree=candidate_trees(),
     head=st.sampled_from([0, 7, 40]),
     sampling=st.sampled_from(
-        [SamplingConfig(), SamplingConfig(0.7, seed=5), SamplingConfig(1.0, 6, 0.9, 2), SamplingConfig(1.0, 0, 0.75, 7)]
+        [
+            SamplingConfig(),
+            SamplingConfig(0.7, seed=5),
+            SamplingConfig(1.0, 6, 0.9, 2),
+            SamplingConfig(1.0, 0, 0.75, 7),
+        ]
     ),
     shortlist=st.sampled_from([12, 64]),
     seed=st.integers(0, 99),
 )
 def test_drafts_are_those_of_the_torch_code(tree, head, sampling, shortlist, seed):
-    model, generator = model_of("llama", FLOAT, ("v_proj",), head), torch.Generator().manual_seed(seed)
-    states = 0.3 * torch.randn(max(tree.depths), 64, generator=generator)  # flat, so that top-p leaves three tokens
-    given_ = (torch.tensor([seed % VOCAB]), states, model.model.get_output_embeddings()(states), 3, tree, sampling)
+    model = model_of("llama", FLOAT, ("v_proj",), head)
+    generator = torch.Generator().manual_seed(seed)
+    # flat, so that top-p leaves three tokens
+    states = 0.3 * torch.randn(max(tree.depths), 64, generator=generator)
+    given_ = (
+        torch.tensor([seed % VOCAB]),
+        states,
+        model.model.get_output_embeddings()(states),
+        3,
+        tree,
+        sampling,
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draft, "SHORTLIST", shortlist)
-        (tokens, likely), (want_tokens, want_likely) = draft_tokens(model, *given_), draft_tokens(without_native(model), *given_)
+        patch.setattr(drafting, "SHORTLIST", shortlist)
+        (tokens, likely), (want_tokens, want_likely) = (
+            draft_tokens(model, *given_),
+            draft_tokens(without_native(model), *given_),
+        )
     assert tokens.tolist() == want_tokens.tolist()
     torch.testing.assert_close(likely, want_likely, rtol=1e-4, atol=1e-4)
     assert tokens[0] == seed % VOCAB and likely[0] == 1
@@ -517,7 +680,9 @@ def test_trees_wider_than_the_shortlist(native, width, head):
     model = model if native else without_native(model)
     states = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
     logits = model.model.get_output_embeddings()(states)
-    tokens, _ = draft_tokens(model, torch.tensor([3]), states, logits, 0, make_tree((width,), 1), SamplingConfig())
+    tokens, _ = draft_tokens(
+        model, torch.tensor([3]), states, logits, 0, make_tree((width,), 1), SamplingConfig()
+    )
     assert len(set(tokens[1:].tolist())) == width
     if not head:
         assert sorted(tokens[1:].tolist()) == sorted(logits[0].topk(width).indices.tolist())
@@ -532,12 +697,20 @@ def test_trees_wider_than_the_shortlist(native, width, head):
 
 
 ROWS = torch.arange(3)
-LAYOUT = Layout(torch.eye(3, dtype=torch.bool), torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), ROWS, 3)
+LAYOUT = Layout(
+    torch.eye(3, dtype=torch.bool),
+    torch.zeros(3, dtype=torch.long),
+    torch.zeros(3, dtype=torch.long),
+    ROWS,
+    3,
+)
 WITHIN = torch.ones(3, 3, dtype=torch.bool)
 PASSES = {
-    "embeddings: torch.bfloat16 [3, 64] on cpu; the native engine was made for torch.float32 [3, 64] on cpu": {
-        "embeddings": torch.zeros(3, 64, dtype=HALF)
-    },
+    (
+        "embeddings: torch.bfloat16 [3, 64] on cpu; the native engine was made for "
+        "torch.float32 [3, 64] "
+        "on cpu"
+    ): {"embeddings": torch.zeros(3, 64, dtype=HALF)},
     "embeddings: torch.float32 [3, 64] on meta": {"embeddings": torch.zeros(3, 64, device="meta")},
     "embeddings: torch.float32 [3, 32] on cpu": {"embeddings": torch.zeros(3, 32)},
     "within: torch.float32 [3, 3]": {"within": torch.eye(3)},
@@ -547,7 +720,9 @@ PASSES = {
     "sequences: a row of a sequence that has no cache": {"sequences": torch.tensor([0, 0, 1])},
     "slots: a row beyond the cache's end": {"places": torch.tensor([0, 1, 10**6])},
     "slots: a row beyond the cache": {"places": torch.tensor([0, 1, -10])},
-    "positions: a row beyond those that the model was loaded for": {"offsets": torch.tensor([0, 0, 10**6])},
+    "positions: a row beyond those that the model was loaded for": {
+        "offsets": torch.tensor([0, 0, 10**6])
+    },
     "positions: a row beyond": {"offsets": torch.tensor([0, 0, -10])},
     "within: every row must see itself": {"within": torch.zeros(3, 3, dtype=torch.bool)},
     "slots that ascend": {"within": WITHIN, "places": torch.tensor([2, 1, 0])},
@@ -561,17 +736,24 @@ PASSES = {
 def test_passes_that_it_refuses(message):
     given_ = dict(PASSES[message])
     engine = model_of("llama", FLOAT).native
-    inputs = (given_.pop("embeddings", torch.zeros(3, 64)), given_.pop("sats", 0), given_.pop("last", None))
+    inputs = (
+        given_.pop("embeddings", torch.zeros(3, 64)),
+        given_.pop("sats", 0),
+        given_.pop("last", None),
+    )
     with one_line_error(message):
         engine.forward([engine.cache(64)], inputs[0], replace(LAYOUT, **given_), *inputs[1:])
 
 
 def test_caches_of_another_model_are_refused():
-    engine, other = model_of("llama", FLOAT).native, model_of("llama", HALF).native
+    engine = model_of("llama", FLOAT).native
+    other = model_of("llama", HALF).native
     with one_line_error("cache: torch.bfloat16"):
         engine.forward([other.cache(64)], torch.zeros(3, 64), LAYOUT)
     with one_line_error("cache: torch.float32 [2, 1, 64, 32]"):
-        engine.forward([model_of("groups of 4", FLOAT).native.cache(64)], torch.zeros(3, 64), LAYOUT)
+        engine.forward(
+            [model_of("groups of 4", FLOAT).native.cache(64)], torch.zeros(3, 64), LAYOUT
+        )
 
 
 def test_kept_rows_that_no_pass_had_are_refused():
@@ -584,10 +766,15 @@ def test_kept_rows_that_no_pass_had_are_refused():
 
 
 def test_logits_that_are_not_the_models_are_refused():
-    model, index, sampling = model_of("llama", FLOAT), torch.arange(3), SamplingConfig(1.0, 5)
-    engine, logits = model.native, torch.zeros(3, VOCAB)
+    model = model_of("llama", FLOAT)
+    index = torch.arange(3)
+    sampling = SamplingConfig(1.0, 5)
+    engine = model.native
+    logits = torch.zeros(3, VOCAB)
     for strange in (logits.bfloat16(), logits.double(), logits.to("meta"), logits[0], logits[None]):
-        with one_line_error("logits: ", "the native engine was made for torch.float32 [any, any] on cpu"):
+        with one_line_error(
+            "logits: ", "the native engine was made for torch.float32 [any, any] on cpu"
+        ):
             engine.top(strange, 1)
         with one_line_error("logits: "):
             engine.choose(strange, index, sampling)
@@ -603,12 +790,21 @@ def test_logits_that_are_not_the_models_are_refused():
 
 
 def test_logits_may_lie_anyhow():
-    engine, index, sampling = model_of("llama", FLOAT).native, torch.arange(9), SamplingConfig(1.0, 5)
+    engine = model_of("llama", FLOAT).native
+    index = torch.arange(9)
+    sampling = SamplingConfig(1.0, 5)
     logits = torch.randn(VOCAB, 18).T[::2]
     assert torch.equal(engine.top(logits, 7)[1], engine.top(logits.contiguous(), 7)[1])
-    assert torch.equal(engine.choose(logits, index, sampling), engine.choose(logits.contiguous(), index, sampling))
+    assert torch.equal(
+        engine.choose(logits, index, sampling), engine.choose(logits.contiguous(), index, sampling)
+    )
     embeddings = torch.randn(64, 3).T
-    assert torch.equal(*(engine.forward([engine.cache(64)], x, LAYOUT)[1] for x in (embeddings, embeddings.contiguous())))
+    assert torch.equal(
+        *(
+            engine.forward([engine.cache(64)], x, LAYOUT)[1]
+            for x in (embeddings, embeddings.contiguous())
+        )
+    )
 
 
 CHAIN = make_tree("chain", 2)
@@ -629,11 +825,22 @@ DRAFTS = {
 @pytest.mark.parametrize("message", DRAFTS)
 def test_drafts_that_it_refuses(message, monkeypatch):
     monkeypatch.setattr(
-        DraftTree, "depths", property(lambda tree: tuple(range(len(tree)))) if "before" in message else DraftTree.depths
+        DraftTree,
+        "depths",
+        property(lambda tree: tuple(range(len(tree)))) if "before" in message else DraftTree.depths,
     )
-    given_ = dict(x=torch.tensor([3]), states=torch.zeros(2, 64), logits=torch.zeros(2, VOCAB), shortlist=12, index=0, tree=CHAIN)
+    given_ = dict(
+        x=torch.tensor([3]),
+        states=torch.zeros(2, 64),
+        logits=torch.zeros(2, VOCAB),
+        shortlist=12,
+        index=0,
+        tree=CHAIN,
+    )
     with one_line_error(message):
-        model_of("llama", FLOAT, ("v_proj",), 40).native.draft(**{**given_, **DRAFTS[message]}, sampling=SamplingConfig())
+        model_of("llama", FLOAT, ("v_proj",), 40).native.draft(
+            **{**given_, **DRAFTS[message]}, sampling=SamplingConfig()
+        )
 
 
 # ---- where it can't be had ----
@@ -643,9 +850,9 @@ def test_drafts_that_it_refuses(message, monkeypatch):
 def fresh_library(monkeypatch, tmp_path):
     """An empty cache folder, and no library from before."""
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path / "cache"))
-    native.library.cache_clear()
+    bindings.library.cache_clear()
     yield monkeypatch
-    native.library.cache_clear()
+    bindings.library.cache_clear()
 
 
 def unavailable(lm, *parts):
@@ -657,11 +864,13 @@ def unavailable(lm, *parts):
 
 def test_without_a_compiler(fresh_library):
     fresh_library.delenv("CXX", raising=False)
-    fresh_library.setattr(native.shutil, "which", lambda name: None)
+    fresh_library.setattr(weights.shutil, "which", lambda name: None)
     unavailable(random_lm("llama"), "no C++ compiler was found")
 
 
-@pytest.mark.parametrize(("compiler", "reason"), [("/bin/false", "/bin/false failed"), ("/no/such/c++", "/no/such/c++")])
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("/bin/false", "/bin/false failed"), ("/no/such/c++", "/no/such/c++")]
+)
 def test_with_a_compiler_that_fails(fresh_library, compiler, reason):
     fresh_library.setenv("CXX", compiler)
     unavailable(random_lm("llama"), reason)
@@ -689,7 +898,10 @@ def test_a_cache_folder_that_cannot_be_written(fresh_library, tmp_path):
         ({"hidden_size": 48}, "hidden=48: not a multiple of 32"),
         ({"head_dim": 16}, "dim=16: not a multiple of 32"),
         ({"intermediate_size": 100}, "inner=100: not a multiple of 32"),
-        ({"hidden_size": 48, "intermediate_size": 100}, "hidden=48, inner=100: not a multiple of 32"),
+        (
+            {"hidden_size": 48, "intermediate_size": 100},
+            "hidden=48, inner=100: not a multiple of 32",
+        ),
         ({"hidden_act": "gelu"}, "activation gelu"),
         ({"dtype": torch.float16}, "no torch.float16 on cpu"),
         ({"dtype": torch.float64}, "no torch.float64 on cpu"),
@@ -703,10 +915,26 @@ def test_models_it_was_not_written_for(changes, reason):
 @pytest.mark.parametrize(
     ("part", "change", "reason"),
     [
-        ("layers.1.self_attn.k_proj", lambda weight: weight[:32], "model/layers/1/self_attn/k_proj is torch.float32 [32, 64]"),
-        ("layers.0.mlp.down_proj", lambda weight: weight[:, :64], "model/layers/0/mlp/down_proj is torch.float32 [64, 64]"),
-        ("layers.0.input_layernorm", lambda weight: weight[:32], "model/layers/0/input_layernorm is torch.float32 [32] on cpu"),
-        ("norm", lambda weight: weight[:32], "norm is torch.float32 [32] on cpu, and not torch.float32 [64] on cpu"),
+        (
+            "layers.1.self_attn.k_proj",
+            lambda weight: weight[:32],
+            "model/layers/1/self_attn/k_proj is torch.float32 [32, 64]",
+        ),
+        (
+            "layers.0.mlp.down_proj",
+            lambda weight: weight[:, :64],
+            "model/layers/0/mlp/down_proj is torch.float32 [64, 64]",
+        ),
+        (
+            "layers.0.input_layernorm",
+            lambda weight: weight[:32],
+            "model/layers/0/input_layernorm is torch.float32 [32] on cpu",
+        ),
+        (
+            "norm",
+            lambda weight: weight[:32],
+            "norm is torch.float32 [32] on cpu, and not torch.float32 [64] on cpu",
+        ),
         ("embed_tokens", lambda weight: weight[:60], "embed_tokens is torch.float32 [60, 64]"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -720,7 +948,9 @@ def test_weights_of_other_sizes_than_the_config_says(part, change, reason):
 
 def test_an_adapter_of_another_type():
     adapter = copy.deepcopy(model_of("llama", FLOAT).adapter)
-    with pytest.raises(Unavailable, match=r"adapter's down of model/layers/0/self_attn/q_proj is torch\.bfloat16"):
+    with pytest.raises(
+        Unavailable, match=r"adapter's down of model/layers/0/self_attn/q_proj is torch\.bfloat16"
+    ):
         NativeEngine(random_lm("llama"), adapter.bfloat16(), 512)
 
 
@@ -733,9 +963,16 @@ def test_the_compiler_may_be_a_command(fresh_library, tmp_path):
 
 
 def run_program(path, program, **environment):
-    """Run this Python program by itself, with this folder's modules; returns what it printed, line by line."""
+    """Run this Python program by itself, with this folder's modules; returns what it printed, line
+    by line.
+    """
     path.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{program}")
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env={**os.environ, **environment})
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()
 
@@ -746,7 +983,8 @@ from test_native import HALF, LAYOUT, SamplingConfig, model_of
 
 torch.set_num_threads(2)
 engine = model_of("groups of 4", HALF).native
-cache, small, logits = engine.cache(8_000_000), engine.cache(64), torch.zeros(2, 4_000_000, dtype=HALF)
+cache, small = engine.cache(8_000_000), engine.cache(64)
+logits = torch.zeros(2, 4_000_000, dtype=HALF)
 embeddings = torch.zeros(3, 64, dtype=HALF)
 logits[:, 7] = 100
 
@@ -760,7 +998,8 @@ def a_small_pass():
     return engine.forward([small], embeddings, LAYOUT)[1]
 
 want = a_small_pass()
-for act, room in ((a_pass, 48), (a_pass, 144), (a_choice, 8)):  # MiB: for no thread, for one of two, for none
+# MiB: for no thread, for one of two, for none
+for act, room in ((a_pass, 48), (a_pass, 144), (a_choice, 8)):
     held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + (room << 20), resource.RLIM_INFINITY))
     try:
@@ -775,14 +1014,21 @@ for act, room in ((a_pass, 48), (a_pass, 144), (a_choice, 8)):  # MiB: for no th
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 def test_where_memory_ends(tmp_path):
-    """A pass, and a choice, for whose own memory there is no room, in some thread: an error, and the engine works afterwards."""
+    """A pass, and a choice, for whose own memory there is no room, in some thread: an error, and
+    the engine works afterwards.
+    """
+    # what was freed is given back, not kept for the next
     kept_apart = {
         "MALLOC_MMAP_THRESHOLD_": "1000000",
         "MALLOC_ARENA_MAX": "1",
-    }  # what was freed is given back, not kept for the next
+    }
     lines = run_program(tmp_path / "program.py", WITHOUT_MEMORY, **kept_apart)
     acts = ("a_pass 48", "a_pass 144", "a_choice 8")
-    reason = "the native engine has no memory for this pass; expected fewer sequences or a shorter context"
+    reason = (
+        "the native engine has no memory for this pass; expected fewer sequences or a "
+        "shorter "
+        "context"
+    )
     assert lines == [f"{act} {reason}" for act in acts]
 
 
@@ -799,7 +1045,11 @@ def folders(tmp_path_factory):
 
 def test_load_takes_the_engine_asked_for(folders):
     want = None
-    for engine, name in (("native", "native"), ("auto", "native"), ("transformers", "transformers")):
+    for engine, name in (
+        ("native", "native"),
+        ("auto", "native"),
+        ("transformers", "transformers"),
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model = load(str(folders["whole"]), "float32", "cpu", engine=engine)
@@ -807,11 +1057,13 @@ def test_load_takes_the_engine_asked_for(folders):
         out = generate(model, [1, 5, 9], DecodeConfig(0, 20)).token_ids
         want = want or out
         assert out == want
-    assert load(str(folders["whole"]), "float16", "cpu").engine_name == "transformers"  # as asked: no warning
+    # as asked: no warning
+    assert load(str(folders["whole"]), "float16", "cpu").engine_name == "transformers"
 
 
 def test_load_says_why_there_is_no_native_engine(folders, fresh_library, capsys):
-    odd, reason = str(folders["odd"]), "hidden=80: not a multiple of 32"
+    odd = str(folders["odd"])
+    reason = "hidden=80: not a multiple of 32"
     with one_line_error(f"engine=native: not to be had for {odd}", reason, "expected auto"):
         load(odd, "float32", "cpu", engine="native")
     with pytest.warns(UserWarning, match=reason):
@@ -823,33 +1075,60 @@ def test_load_says_why_there_is_no_native_engine(folders, fresh_library, capsys)
     for engine in ("nonsense", "", "Native"):
         with one_line_error(f"engine={engine}: expected one of auto, native, transformers"):
             load(odd, "float32", "cpu", engine=engine)
-    fresh_library.setattr(sys, "argv", ["sdsat", "generate", "x", "--model", odd, "--device", "cpu", "--engine", "native"])
+    fresh_library.setattr(
+        sys,
+        "argv",
+        ["sdsat", "generate", "x", "--model", odd, "--device", "cpu", "--engine", "native"],
+    )
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     errors = capsys.readouterr().err
-    assert exit_.value.code == 2 and errors.startswith("error: engine=native") and errors.count("\n") == 1
+    assert (
+        exit_.value.code == 2
+        and errors.startswith("error: engine=native")
+        and errors.count("\n") == 1
+    )
 
 
 def sanitizer(tmp_path):
-    """The library that a program must preload for the address sanitizer; None where the compiler has no sanitizers."""
+    """The library that a program must preload for the address sanitizer; None where the compiler
+    has no sanitizers.
+    """
     try:
-        compiler = native._compiler()
-        flags = ["-fsanitize=address,undefined", "-shared", "-fPIC", "-x", "c++", os.devnull, "-o", str(tmp_path / "empty.so")]
+        compiler = bindings._compiler()
+        flags = [
+            "-fsanitize=address,undefined",
+            "-shared",
+            "-fPIC",
+            "-x",
+            "c++",
+            os.devnull,
+            "-o",
+            str(tmp_path / "empty.so"),
+        ]
         if subprocess.run([*compiler, *flags], capture_output=True).returncode:
             return None
-        found = subprocess.run([*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+        found = subprocess.run(
+            [*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
+        ).stdout.strip()
     except (Unavailable, OSError):
         return None
     return found if Path(found).is_file() else None
 
 
 def test_nothing_is_read_or_written_elsewhere(tmp_path):
-    """native.cpp under sanitizers: random models, trees, budgets, batches, dtypes and numbers of threads (fuzz_native.py)."""
+    """weights.cpp under sanitizers: random models, trees, budgets, batches, dtypes and numbers of
+    threads (fuzz_native.py).
+    """
     preload = sanitizer(tmp_path)
     if preload is None:
         pytest.skip("the compiler has no sanitizers")
-    program = "import runpy\nsys.argv[1:] = ['15']\nrunpy.run_module('fuzz_native', run_name='__main__')\n"
-    options = "detect_leaks=0:malloc_context_size=0:quarantine_size_mb=8"  # Python keeps what it has; and less to wait for
+    program = (
+        "import runpy\nsys.argv[1:] = ['15']\nrunpy.run_module('fuzz_native', "
+        "run_name='__main__')\n"
+    )
+    # Python keeps what it has; and less to wait for
+    options = "detect_leaks=0:malloc_context_size=0:quarantine_size_mb=8"
     run_program(tmp_path / "program.py", program, LD_PRELOAD=preload, ASAN_OPTIONS=options)
 
 
@@ -857,12 +1136,14 @@ if platform.machine() in ("x86_64", "AMD64"):
 
     @pytest.fixture(scope="module", params=["x86-64-v2", "x86-64-v3", "x86-64-v4"])
     def other_build(request, tmp_path_factory):
-        """native.cpp for a processor without AVX2, without AVX-512, and without the latter's instructions for narrow numbers."""
+        """weights.cpp for a processor without AVX2, without AVX-512, and without the latter's
+        instructions for narrow numbers.
+        """
         if request.param == "x86-64-v4" and "avx512vl" not in Path("/proc/cpuinfo").read_text():
             pytest.skip("this processor has no AVX-512")
-        target = tmp_path_factory.mktemp("build") / "native.so"
-        flags = ["-O1", f"-march={request.param}", *native._FLAGS[2:], "-Wno-psabi"]
-        subprocess.run(["c++", *flags, str(native.SOURCE), "-o", str(target)], check=True)
+        target = tmp_path_factory.mktemp("build") / "weights.so"
+        flags = ["-O1", f"-march={request.param}", *bindings._FLAGS[2:], "-Wno-psabi"]
+        subprocess.run(["c++", *flags, str(bindings.SOURCE), "-o", str(target)], check=True)
         return ctypes.CDLL(str(target))
 
     @each_dtype
@@ -870,13 +1151,27 @@ if platform.machine() in ("x86_64", "AMD64"):
         def drafts(model):
             cache = new_cache(model, 128)
             prefill(model, cache, TOKENS[:40])
-            return forward(model, cache, torch.cat([TOKENS[:9], torch.full((3,), VOCAB)]), chain(9), ((8, 3),), rounded=True)[1]
+            return forward(
+                model,
+                cache,
+                torch.cat([TOKENS[:9], torch.full((3,), VOCAB)]),
+                chain(9),
+                ((8, 3),),
+                rounded=True,
+            )[1]
 
-        model, tree = model_of("groups of 5", dtype), DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
-        want, guessed = in_passes(model, TOKENS[:120], [40, 7, 73]), drafts(model)
-        monkeypatch.setattr(native, "library", lambda: other_build)
+        model = model_of("groups of 5", dtype)
+        tree = DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
+        want = in_passes(model, TOKENS[:120], [40, 7, 73])
+        guessed = drafts(model)
+        monkeypatch.setattr(bindings, "library", lambda: other_build)
         model = natively(model.model, model.adapter)
         got = in_passes(model, TOKENS[:120], [40, 7, 73])
-        for ours, theirs, most in [(got, want, 1e-5 if dtype == FLOAT else 0.05), (drafts(model), guessed, 0.05)]:
+        for ours, theirs, most in [
+            (got, want, 1e-5 if dtype == FLOAT else 0.05),
+            (drafts(model), guessed, 0.05),
+        ]:
             assert (ours.float() - theirs.float()).abs().max() <= most * theirs.float().abs().max()
-        assert_bits(model, TOKENS[:67], [(tree, ((7, 2), (0, 3)))] * 2, torch.Generator().manual_seed(1))
+        assert_bits(
+            model, TOKENS[:67], [(tree, ((7, 2), (0, 3)))] * 2, torch.Generator().manual_seed(1)
+        )

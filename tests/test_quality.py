@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import one_line_error, tiny_llama, tiny_tokenizer
 
-from sdsat import quality, sandbox
-from sdsat.datasets import humaneval_problems
-from sdsat.decode import Generation
-from sdsat.model import SatModel
-from sdsat.quality import QualityConfig, completion, evaluate
+from sdsat.decoding.sequence import Generation
+from sdsat.evaluation import quality, sandbox
+from sdsat.evaluation.quality import QualityConfig, completion, evaluate
+from sdsat.models.loading import SatModel
+from sdsat.tasks.datasets import humaneval_problems
 
 PROBLEMS = humaneval_problems(3)
 
@@ -55,28 +55,39 @@ DRAFT = "Let me see:\n    - first\n```python\ndef double(x):\n    return x\n```\
         DRAFT + "</think>\n\n```python\nCODE```\nIt is used so:\n```python\nprint(1)\n```",
         DRAFT + "[/THINK]Here:\n  - as asked\n```\nCODE",
         DRAFT + "<|end_of_thought|>\n```python\nCODE```",
-        DRAFT + "So:\n```python\nCODE```",  # where the end is a special token, it is not in the text
+        DRAFT
+        + "So:\n```python\nCODE```",  # where the end is a special token, it is not in the text
     ],
 )
 def test_the_code_of_an_answer_that_thinks_first(answer):
     """What is tried out in the thought is not the answer."""
     code = "def double(x):\n    return 2 * x\n"
-    assert completion(answer.replace("CODE", code), True, thinks=True).strip() == f"pass\n\n{code}".strip()
+    assert (
+        completion(answer.replace("CODE", code), True, thinks=True).strip()
+        == f"pass\n\n{code}".strip()
+    )
     assert completion("a thought that never ends", True, thinks=True) == ""
 
 
 def scripted(monkeypatch, answers):
     """generate() gives the texts of answers[(prompt number, k, seed)]: solved or not."""
-    model = SatModel(tiny_llama(torch.float32), tiny_tokenizer(["?", *map(chr, range(32, 95))]), "tiny")
+    model = SatModel(
+        tiny_llama(torch.float32), tiny_tokenizer(["?", *map(chr, range(32, 95))]), "tiny"
+    )
     calls = []
 
     def generate(model, prompt_ids, config):
         number = len(calls) // answers["runs"]
         calls.append(config)
-        drawn = [replace(config.sampling, seed=seed).of_problem(PROBLEMS[number]["task_id"]).seed for seed in (0, 1)]
-        good = answers[number][config.k, drawn.index(config.sampling.seed)]  # each problem has seeds of its own
+        drawn = [
+            replace(config.sampling, seed=seed).of_problem(PROBLEMS[number]["task_id"]).seed
+            for seed in (0, 1)
+        ]
+        # each problem has seeds of its own
+        good = answers[number][config.k, drawn.index(config.sampling.seed)]
         return Generation(
-            token_ids=[1 + good, config.sampling.seed], text=PROBLEMS[number]["canonical_solution"] if good else "    pass\n"
+            token_ids=[1 + good, config.sampling.seed],
+            text=PROBLEMS[number]["canonical_solution"] if good else "    pass\n",
         )
 
     monkeypatch.setattr(quality, "generate", generate)
@@ -94,7 +105,8 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
     config = QualityConfig((3,), ("two-step",), temperature=1.0, samples=2, data_limit=3)
     out = tmp_path / "eval.json"
     model, calls = scripted(monkeypatch, answers)
-    real, checks = sandbox.check, []
+    real = sandbox.check
+    checks = []
 
     def interrupted(problem, code):
         checks.append(code)
@@ -105,14 +117,21 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox, "check", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, config, out)
-    assert [p["task_id"] for p in json.loads(out.read_text())["problems"]] == [PROBLEMS[0]["task_id"]]
+    assert [p["task_id"] for p in json.loads(out.read_text())["problems"]] == [
+        PROBLEMS[0]["task_id"]
+    ]
     assert len(checks) == 2  # the first problem's equal completions were run once
     monkeypatch.setattr(sandbox, "check", real)
     del calls[4:]
     document = evaluate(model, config, out)
     assert json.loads(out.read_text()) == document
     ar, drafted = document["summary"]
-    assert (ar["num_passed"], ar["pass@1"], ar["pass@2"], ar["identical"]) == (3, 0.5, pytest.approx(2 / 3, abs=1e-4), 6)
+    assert (ar["num_passed"], ar["pass@1"], ar["pass@2"], ar["identical"]) == (
+        3,
+        0.5,
+        pytest.approx(2 / 3, abs=1e-4),
+        6,
+    )
     assert (drafted["num_passed"], drafted["pass@1"], drafted["pass@2"], drafted["identical"]) == (
         4,
         pytest.approx(4 / 6, abs=1e-4),
@@ -123,23 +142,38 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
         evaluate(model, QualityConfig((5,), data_limit=3), out)
 
 
-def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_again(monkeypatch, tmp_path):
-    """Problem 0 is solved by both and problem 1 by SDSAT only; at first nothing can be tested, then all but one answer."""
+def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_again(
+    monkeypatch, tmp_path
+):
+    """Problem 0 is solved by both and problem 1 by SDSAT only; at first nothing can be tested, then
+    all but one answer.
+    """
     answers = {"runs": 2, 0: {(0, 0): True, (3, 0): True}, 1: {(0, 0): False, (3, 0): True}}
-    config, out = QualityConfig((3,), ("two-step",), data_limit=2), tmp_path / "eval.json"
+    config = QualityConfig((3,), ("two-step",), data_limit=2)
+    out = tmp_path / "eval.json"
     model, calls = scripted(monkeypatch, answers)
     real = sandbox.check
     monkeypatch.setattr(sandbox, "check", lambda problem, code: "sandbox error: no memory")
     with pytest.warns(UserWarning, match=r"2 problems are left out .*no memory.*eval.json"):
         rows = evaluate(model, config, out)["summary"]
-    assert [(row["num_problems"], row["num_untested"], row["num_passed"], row["pass@1"]) for row in rows] == [(2, 2, 0, None)] * 2
-    assert [row["identical"] for row in rows] == [2, 1]  # a comparison of tokens, which needs no test
+    assert [
+        (row["num_problems"], row["num_untested"], row["num_passed"], row["pass@1"]) for row in rows
+    ] == [(2, 2, 0, None)] * 2
+    # a comparison of tokens, which needs no test
+    assert [row["identical"] for row in rows] == [
+        2,
+        1,
+    ]
 
     fails = {PROBLEMS[1]["task_id"]}
     monkeypatch.setattr(
         sandbox,
         "check",
-        lambda problem, code: "sandbox error: x" if problem["task_id"] in fails and code != "    pass\n" else real(problem, code),
+        lambda problem, code: (
+            "sandbox error: x"
+            if problem["task_id"] in fails and code != "    pass\n"
+            else real(problem, code)
+        ),
     )
     with pytest.warns(UserWarning, match="1 problems are left out"):
         rows = evaluate(model, config, out)["summary"]
@@ -148,7 +182,9 @@ def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_
 
     fails.clear()
     document = evaluate(model, config, out)
-    assert [(row["num_untested"], row["num_passed"], row["pass@1"]) for row in document["summary"]] == [(0, 1, 0.5), (0, 2, 1.0)]
+    assert [
+        (row["num_untested"], row["num_passed"], row["pass@1"]) for row in document["summary"]
+    ] == [(0, 1, 0.5), (0, 2, 1.0)]
     assert len(calls) == 4  # nothing was answered twice
     assert json.loads(out.read_text()) == document
 
@@ -158,7 +194,12 @@ def test_settings_are_checked():
     config = QualityConfig((5, 3), ("lookup", "auto"))
     assert config.keys == [("ar", 0), ("lookup", 0), ("auto", 3), ("auto", 5)]
     decoded = [config.decode(strategy, k, 0, "p", ()) for strategy, k in config.keys]
-    assert [(c.k, c.strategy) for c in decoded] == [(0, "two-step"), (0, "lookup"), (3, "auto"), (5, "auto")]
+    assert [(c.k, c.strategy) for c in decoded] == [
+        (0, "two-step"),
+        (0, "lookup"),
+        (3, "auto"),
+        (5, "auto"),
+    ]
     with one_line_error("strategy=beam: expected one of"):
         QualityConfig(strategies=("beam",))
     with one_line_error("strategy=ar: expected one of"):

@@ -11,11 +11,12 @@ import torch
 from conftest import one_line_error, tiny_llama, with_adapter
 from safetensors.torch import load_file, save_file
 
-from sdsat import bench, records
+from sdsat import environment
 from sdsat.config import InputError, SamplingConfig
-from sdsat.datasets import Task
+from sdsat.evaluation import bench, records
+from sdsat.evaluation.report import SCHEMA_VERSION
 from sdsat.files import write_json
-from sdsat.report import SCHEMA_VERSION
+from sdsat.tasks.datasets import Task
 
 
 @pytest.fixture
@@ -23,7 +24,11 @@ def adapter(tiny, tmp_path):
     """A copy of the tiny adapter and its base."""
     shutil.copytree(tiny.parent, tmp_path / "copy")
     config = tmp_path / "copy" / tiny.name / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model": str(tmp_path / "copy" / "base")}))
+    config.write_text(
+        json.dumps(
+            {**json.loads(config.read_text()), "base_model": str(tmp_path / "copy" / "base")}
+        )
+    )
     return tmp_path / "copy" / tiny.name
 
 
@@ -35,36 +40,42 @@ def one_bit_more(file):
 
 
 def test_a_run_is_known_by_every_bit_of_code_base_and_adapter(adapter, monkeypatch, tmp_path):
-    first = records.identity(str(adapter))
+    first = environment.identity(str(adapter))
     assert all(isinstance(value, str) for value in first.values())
     (adapter.parent / "base" / "training.png").write_text("no part of the model")
-    assert records.identity(str(adapter)) == first
-    for part, file in (("adapter", adapter / "adapter_model.safetensors"), ("base", adapter.parent / "base/model.safetensors")):
+    assert environment.identity(str(adapter)) == first
+    for part, file in (
+        ("adapter", adapter / "adapter_model.safetensors"),
+        ("base", adapter.parent / "base/model.safetensors"),
+    ):
         one_bit_more(file)
-        changed = records.identity(str(adapter))
+        changed = environment.identity(str(adapter))
         assert {key for key in first if changed[key] != first[key]} == {part}
         first = changed
-    for part, file in (("adapter", adapter / "adapter_config.json"), ("base", adapter.parent / "base/generation_config.json")):
+    for part, file in (
+        ("adapter", adapter / "adapter_config.json"),
+        ("base", adapter.parent / "base/generation_config.json"),
+    ):
         file.write_text(file.read_text() + "\n")
-        changed = records.identity(str(adapter))
+        changed = environment.identity(str(adapter))
         assert {key for key in first if changed[key] != first[key]} == {part}
         first = changed
     package = Path(records.__file__).parent
     shutil.copytree(package, tmp_path / "sdsat", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(records, "__file__", str(tmp_path / "sdsat" / "records.py"))
-    assert records.identity(str(adapter)) == first  # wherever it is installed
+    assert environment.identity(str(adapter)) == first  # wherever it is installed
     for name in ("native.cpp", "decode.py"):
         (tmp_path / "sdsat" / name).write_text((tmp_path / "sdsat" / name).read_text() + "\n")
-        changed = records.identity(str(adapter))
+        changed = environment.identity(str(adapter))
         assert {key for key in first if changed[key] != first[key]} == {"code"}
         first = changed
     with one_line_error("model no/such-model: not found"):
-        records.identity("no/such-model")
+        environment.identity("no/such-model")
 
 
 def test_a_model_that_was_never_in_files_is_known_by_its_tensors():
     one, same, other = (with_adapter(tiny_llama(torch.bfloat16, seed=seed)) for seed in (0, 0, 1))
-    hashes = [records.identity("somewhere", model)["base"] for model in (one, same, other)]
+    hashes = [environment.identity("somewhere", model)["base"] for model in (one, same, other)]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -75,26 +86,39 @@ def test_the_commit_is_named_only_where_it_holds_these_sources(tmp_path, monkeyp
     monkeypatch.setattr(records, "__file__", str(package / "records.py"))
 
     def git(*arguments):
-        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        command = [
+            "git",
+            "-C",
+            str(tmp_path),
+            "-c",
+            "user.name=a",
+            "-c",
+            "user.email=a@b.c",
+            *arguments,
+        ]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    assert records.commit() is None  # no repository
+    assert environment.commit() is None  # no repository
     git("init")
     (tmp_path / ".gitignore").write_text("site-packages/\n")
     git("add", ".gitignore")
     git("commit", "-m", "another project's")
-    assert records.commit() is None  # installed beside a project that is not this one
+    assert environment.commit() is None  # installed beside a project that is not this one
     git("add", "-f", str(package))
     git("commit", "-m", "its own")
-    assert records.commit() == git("rev-parse", "HEAD")
+    assert environment.commit() == git("rev-parse", "HEAD")
     (package / "records.py").write_text("x = 2\n")
-    assert records.commit() is None
+    assert environment.commit() is None
 
 
 def test_what_an_older_version_did_not_note_is_not_taken_for_the_same():
-    with one_line_error("out.json: was begun with code=None, now it is a; delete it or choose another"):
-        records.check_environment({"torch": "2"}, {"torch": "2", "code": "a"}, "out.json")
-    records.check_environment({"code": "a", "commit": "b"}, {"code": "a", "commit": None}, "out.json")
+    with one_line_error(
+        "out.json: was begun with code=None, now it is a; delete it or choose another"
+    ):
+        environment.check_environment({"torch": "2"}, {"torch": "2", "code": "a"}, "out.json")
+    environment.check_environment(
+        {"code": "a", "commit": "b"}, {"code": "a", "commit": None}, "out.json"
+    )
 
 
 def test_a_script_resumes_only_its_own_record_of_the_same_run(tmp_path):
@@ -117,34 +141,54 @@ def test_a_script_resumes_only_its_own_record_of_the_same_run(tmp_path):
 @pytest.mark.parametrize(
     "damage",
     [
-        {"problems": None}, {"problems": "x"}, {"problems": [3]}, {"problems": [{"task_id": "a"}]}, {"problems": [{"runs": []}]},
-        {"environment": None}, {"settings": 3}, {"schema_version": None},
+        {"problems": None},
+        {"problems": "x"},
+        {"problems": [3]},
+        {"problems": [{"task_id": "a"}]},
+        {"problems": [{"runs": []}]},
+        {"environment": None},
+        {"settings": 3},
+        {"schema_version": None},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_damaged_record_is_one_line_and_stays(tmp_path, damage):
-    model, config, out = with_adapter(tiny_llama(), k=3), SamplingConfig(), tmp_path / "out.json"
+    model = with_adapter(tiny_llama(), k=3)
+    config = SamplingConfig()
+    out = tmp_path / "out.json"
     with records.open_record(model, config, out, "runs") as document:
         write_json(out, document)
     with records.open_record(model, config, out, "runs") as again:
         assert again == document
     write_json(out, document | damage)
     held = out.read_text()
-    with one_line_error(out, "not a whole record of this command"), records.open_record(model, config, out, "runs"):
+    with (
+        one_line_error(out, "not a whole record of this command"),
+        records.open_record(model, config, out, "runs"),
+    ):
         pass
     assert out.read_text() == held
 
 
-def test_a_finished_benchmark_of_other_weights_or_code_is_not_taken_for_this_one(adapter, tmp_path, monkeypatch):
+def test_a_finished_benchmark_of_other_weights_or_code_is_not_taken_for_this_one(
+    adapter, tmp_path, monkeypatch
+):
     """Without a worker: also where all problems were measured before."""
     config = bench.BenchConfig(str(adapter), k_list=(2,), strategies=("two-step",), data_limit=1)
     folder = tmp_path / config.folder
     folder.mkdir(parents=True)
-    held = records.identity(str(adapter))
+    held = environment.identity(str(adapter))
 
     def write(**changes):
-        head = {"schema_version": SCHEMA_VERSION, "device": "cpu", "environment": {**held, **changes}}
-        write_json(folder / "worker_cpu.json", {**head, "settings": bench._settings(config), "problems": [done]})
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "device": "cpu",
+            "environment": {**held, **changes},
+        }
+        write_json(
+            folder / "worker_cpu.json",
+            {**head, "settings": bench._settings(config), "problems": [done]},
+        )
 
     done = {"task_id": "HumanEval/0", "runs": []}
     write()
@@ -163,7 +207,8 @@ class Pipe:
     """A worker as its parent sees it, without a process."""
 
     def __init__(self, said, code):
-        self.said, self.exitcode = list(said), code
+        self.said = list(said)
+        self.exitcode = code
 
     def recv(self):
         if not self.said:
@@ -180,7 +225,10 @@ class Pipe:
     ("workers", "dead"),
     [
         ([([("error", "full")], 2), ([("problem", 1), ("problem", 2)], 0)], ["worker cpu (full)"]),
-        ([([("problem", 1)], -9), ([("problem", 2), ("error", "full")], 2)], ["exit code -9", "worker cpu.1 (full)"]),
+        (
+            [([("problem", 1)], -9), ([("problem", 2), ("error", "full")], 2)],
+            ["exit code -9", "worker cpu.1 (full)"],
+        ),
         ([([("error", "full")], 2), ([("error", "full")], 2)], None),
         ([([("problem", 1)], 0), ([("problem", 2)], 0)], []),
     ],
@@ -188,7 +236,8 @@ class Pipe:
 )
 def test_a_worker_that_cannot_go_on_does_not_end_the_others(tmp_path, monkeypatch, workers, dead):
     pipes = [Pipe(*worker) for worker in workers]
-    waiting, seen = iter(pipes), []
+    waiting = iter(pipes)
+    seen = []
 
     class Context:
         def Pipe(self, duplex):
@@ -214,5 +263,9 @@ def test_a_worker_that_cannot_go_on_does_not_end_the_others(tmp_path, monkeypatc
             bench._run_workers(*arguments)
     else:
         found = bench._run_workers(*arguments)
-        assert len(found) == len(dead) and all(part in line for part, line in zip(dead, found, strict=True))
-    assert sorted(seen) == sorted(content for said, _ in workers for kind, content in said if kind == "problem")
+        assert len(found) == len(dead) and all(
+            part in line for part, line in zip(dead, found, strict=True)
+        )
+    assert sorted(seen) == sorted(
+        content for said, _ in workers for kind, content in said if kind == "problem"
+    )

@@ -1,4 +1,6 @@
-"""The summary against figures worked out by hand, and the table, plots and refusals of a results folder."""
+"""The summary against figures worked out by hand, and the table, plots and refusals of a results
+folder.
+"""
 
 import json
 from pathlib import Path
@@ -10,39 +12,83 @@ import torch
 from conftest import one_line_error, tiny_llama
 from test_decode import WHOLE, drafting
 
-from sdsat.bench import _run_record
 from sdsat.config import DecodeConfig, InputError
-from sdsat.decode import generate
+from sdsat.decoding.loop import generate
+from sdsat.evaluation.bench import _run_record
+from sdsat.evaluation.report import (
+    interval,
+    markdown_table,
+    read_workers,
+    report,
+    rich_table,
+    summarize,
+)
 from sdsat.files import read_json, write_json
-from sdsat.report import interval, markdown_table, read_workers, report, rich_table, summarize
 
 REFERENCES = sorted((Path(__file__).parent.parent / "results/reference").glob("*/*/summary.json"))
-SETTINGS = {"model": "tiny", "dataset": "humaneval", "method": "greedy", "dtype": "float32", "max_new_tokens": 8, "tree": "chain"}
+SETTINGS = {
+    "model": "tiny",
+    "dataset": "humaneval",
+    "method": "greedy",
+    "dtype": "float32",
+    "max_new_tokens": 8,
+    "tree": "chain",
+}
 
 
-def run(strategy, k, tokens, seconds, passes, proposed=(), accepted=(), histogram=(0,), sha="same", lookup=0, rounded=0):
+def run(
+    strategy,
+    k,
+    tokens,
+    seconds,
+    passes,
+    proposed=(),
+    accepted=(),
+    histogram=(0,),
+    sha="same",
+    lookup=0,
+    rounded=0,
+):
     return {
-        "strategy": strategy, "k": k, "lookup": lookup, "prefill_seconds": 0.5, "decode_seconds": seconds - 0.5,
+        "strategy": strategy,
+        "k": k,
+        "lookup": lookup,
+        "prefill_seconds": 0.5,
+        "decode_seconds": seconds - 0.5,
         "num_passes": passes,
         "num_plain_passes": 0,
         "num_rounded_passes": rounded,
-        "num_new_tokens": tokens, "finish": "length", "proposed_by_depth": list(proposed), "accepted_by_depth": list(accepted),
-        "accepted_histogram": list(histogram), "outputs_sha256": [sha] if isinstance(sha, str) else sha,
-    }  # fmt: skip
+        "num_new_tokens": tokens,
+        "finish": "length",
+        "proposed_by_depth": list(proposed),
+        "accepted_by_depth": list(accepted),
+        "accepted_histogram": list(histogram),
+        "outputs_sha256": [sha] if isinstance(sha, str) else sha,
+    }
 
 
 def document(problems, device="cpu"):
     return {
-        "schema_version": 4, "device": device, "environment": {"device_name": "test CPU"}, "settings": SETTINGS,
-        "problems": [{"task_id": f"{device}/{i}", "num_prompt_tokens": 3, "runs": runs} for i, runs in enumerate(problems)],
-    }  # fmt: skip
+        "schema_version": 4,
+        "device": device,
+        "environment": {"device_name": "test CPU"},
+        "settings": SETTINGS,
+        "problems": [
+            {"task_id": f"{device}/{i}", "num_prompt_tokens": 3, "runs": runs}
+            for i, runs in enumerate(problems)
+        ],
+    }
 
 
 @pytest.fixture
 def documents():
-    # 8 tokens a problem. Problem 0: two loops, 2 and 1 drafts accepted of 2. Problem 1: 0, 1 and 2, and another output.
+    # 8 tokens a problem. Problem 0: two loops, 2 and 1 drafts accepted of 2. Problem 1: 0, 1 and 2,
+    # and another output.
     first = [run("ar", 0, 8, 4.0, 8), run("two-step", 2, 8, 2.0, 4, (2, 2), (2, 1), (0, 1, 1))]
-    second = [run("ar", 0, 8, 6.0, 8), run("two-step", 2, 8, 3.0, 6, (3, 3), (2, 1), (1, 1, 1), sha="other")]
+    second = [
+        run("ar", 0, 8, 6.0, 8),
+        run("two-step", 2, 8, 3.0, 6, (3, 3), (2, 1), (1, 1, 1), sha="other"),
+    ]
     return [document([first]), document([second], "1")]
 
 
@@ -53,17 +99,20 @@ def test_summary_by_hand(documents):
     assert ar["tokens_per_second"] == pytest.approx(16 / 10)
     assert (drafted["strategy"], drafted["k"], drafted["num_problems"]) == ("two-step", 2, 2)
     assert drafted["speedup"] == pytest.approx(2.0)
-    assert drafted["speedup_ci95"] == pytest.approx([2.0, 2.0])  # both problems: exactly twice as fast
+    # both problems: exactly twice as fast
+    assert drafted["speedup_ci95"] == pytest.approx([2.0, 2.0])
     assert drafted["acceptance_by_depth"] == pytest.approx([4 / 5, 2 / 5])
     assert drafted["acceptance_rate"] == pytest.approx(6 / 10)
     assert drafted["accepted_per_loop"] == pytest.approx(6 / 5)
-    assert drafted["mean_accepted_tokens"] == pytest.approx((16 - 5) / 5)  # five of ten passes verified nothing: a token each
+    # five of ten passes verified nothing: a token each
+    assert drafted["mean_accepted_tokens"] == pytest.approx((16 - 5) / 5)
     assert ar["mean_accepted_tokens"] is None  # it verifies nothing
     assert drafted["tokens_per_pass"] == pytest.approx(16 / 10)
     assert drafted["accepted_histogram"] == [1, 2, 2]
     assert drafted["identical_outputs"] == 1
     low, high = drafted["tokens_per_second_ci95"]
-    assert low == pytest.approx(8 / 3, rel=1e-3) and high == pytest.approx(8 / 2, rel=1e-3)  # two problems: the extremes
+    # two problems: the extremes
+    assert low == pytest.approx(8 / 3, rel=1e-3) and high == pytest.approx(8 / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -76,24 +125,34 @@ def test_summary_by_hand(documents):
     ],
 )
 def test_identical_looks_at_the_outputs_of_every_turn(ar, drafted, identical):
-    runs = [run("ar", 0, 8, 4.0, 8, sha=ar), run("two-step", 2, 8, 2.0, 4, (2, 2), (2, 1), (0, 1, 1), sha=drafted)]
+    runs = [
+        run("ar", 0, 8, 4.0, 8, sha=ar),
+        run("two-step", 2, 8, 2.0, 4, (2, 2), (2, 1), (0, 1, 1), sha=drafted),
+    ]
     assert summarize([document([runs])])["runs"][1]["identical_outputs"] == identical
 
 
 @pytest.mark.parametrize("strategy", ["two-step", "rounded"])
 def test_mean_accepted_tokens_are_those_that_a_verify_pass_emits(strategy):
-    """As the field has it: with the token that the model adds itself, and without passes that verify nothing.
+    """As the field has it: with the token that the model adds itself, and without passes that
+    verify nothing.
 
     Drafts that are never right make one token a verify pass, however many tokens other passes make.
     """
     model = drafting(tiny_llama(torch.float32, **WHOLE), native=True, k=3, strength=1.0)
     emitted = []
-    out = generate(model, [1, 5, 9], DecodeConfig(3, 40, strategy=strategy), lambda tokens, _: emitted.append(len(tokens)))
+    out = generate(
+        model,
+        [1, 5, 9],
+        DecodeConfig(3, 40, strategy=strategy),
+        lambda tokens, _: emitted.append(len(tokens)),
+    )
     record = _run_record((strategy, 3, 0), out)
     ar = _run_record(("ar", 0, 0), generate(model, [1, 5, 9], DecodeConfig(0, 40)))
     (_, found) = summarize([document([[ar, record]])])["runs"]
     verify = len(out.accepted_lengths)
-    passes = emitted[1 : 2 * verify : 2] if strategy == "two-step" else emitted[:verify]  # two-step drafts and verifies in turn
+    # two-step drafts and verifies in turn
+    passes = emitted[1 : 2 * verify : 2] if strategy == "two-step" else emitted[:verify]
     assert len(passes) == verify > 5
     assert found["mean_accepted_tokens"] == pytest.approx(sum(passes) / verify, abs=1e-4)
     never = run("two-step", 3, 40, 2.0, 40, (20, 0, 0), (0, 0, 0), (20, 0, 0, 0))
@@ -103,14 +162,23 @@ def test_mean_accepted_tokens_are_those_that_a_verify_pass_emits(strategy):
 def test_figures_say_which_of_them_counts_the_models_own_token(documents):
     summary = summarize(documents)
     for text in (markdown_table(summary), str(rich_table(summary).caption)):
-        assert "without the token that the model adds itself" in text and "BCa bootstrap over the problems" in text
-        assert "made once: loading, warming up, the cost curve of auto, the weights in 8 bits" in text
+        assert (
+            "without the token that the model adds itself" in text
+            and "BCa bootstrap over the problems" in text
+        )
+        assert (
+            "made once: loading, warming up, the cost curve of auto, the weights in 8 bits" in text
+        )
 
 
 def test_an_interval_is_scipys():
-    """The bootstrap of a mean, asked for directly; where all problems say the same there is nothing to draw."""
+    """The bootstrap of a mean, asked for directly; where all problems say the same there is nothing
+    to draw.
+    """
     values = np.array([1.0, 2.0, 2.5, 3.0, 7.0, 11.0])
-    want = scipy.stats.bootstrap((values,), np.mean, method="BCa", n_resamples=20_000, rng=np.random.default_rng(5))
+    want = scipy.stats.bootstrap(
+        (values,), np.mean, method="BCa", n_resamples=20_000, rng=np.random.default_rng(5)
+    )
     found = interval(np.stack([values, np.ones(6)], 1), lambda sums: sums[..., 0] / sums[..., 1])
     assert found == pytest.approx(list(want.confidence_interval), rel=0.03)
     assert interval(np.ones((6, 2)), lambda sums: sums[..., 0] / sums[..., 1]) == [1.0, 1.0]
@@ -126,7 +194,10 @@ def test_report_writes_summary_plots_and_table(documents, tmp_path):
     for name in ("tokens_per_second", "speedup", "acceptance_rate", "acceptance_by_depth"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part"))
-    assert "| two-step | 2 | 0 | 3.2 | 2.00 [2.00, 2.00] | 0.60 | 1.20 | 2.20 | 1.60 | 1/2 |" in markdown_table(summary)
+    assert (
+        "| two-step | 2 | 0 | 3.2 | 2.00 [2.00, 2.00] | 0.60 | 1.20 | 2.20 | 1.60 | 1/2 |"
+        in markdown_table(summary)
+    )
 
 
 def test_report_of_a_single_problem_has_no_interval(documents, tmp_path):
@@ -135,10 +206,14 @@ def test_report_of_a_single_problem_has_no_interval(documents, tmp_path):
 
 
 def test_report_of_a_strategy_that_never_drafted(documents, tmp_path):
-    """`auto` may find plain passes best throughout: no acceptance rate, and all plots all the same."""
+    """`auto` may find plain passes best throughout: no acceptance rate, yet all plots."""
     for lookup in (0, 12):
-        documents[0]["problems"][0]["runs"].append(run("auto", 2, 8, 4.0, 8, (0, 0), (0, 0), (0, 0, 0), lookup=lookup))
-    documents[0]["problems"][0]["runs"].append(run("lookup", 0, 8, 4.0, 8, (1,), (1,), (0, 1), lookup=12))
+        documents[0]["problems"][0]["runs"].append(
+            run("auto", 2, 8, 4.0, 8, (0, 0), (0, 0), (0, 0, 0), lookup=lookup)
+        )
+    documents[0]["problems"][0]["runs"].append(
+        run("lookup", 0, 8, 4.0, 8, (1,), (1,), (0, 1), lookup=12)
+    )
     write_json(tmp_path / "worker_cpu.json", documents[0])
     runs = report(tmp_path)["runs"]
     assert [(run["strategy"], run["lookup"]) for run in runs] == [

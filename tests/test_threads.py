@@ -1,4 +1,6 @@
-"""Several threads on one model, and plain `generate` beside them: every output is the one that it has alone."""
+"""Several threads on one model, and plain `generate` beside them: every output is the one that it
+has alone.
+"""
 
 import copy
 import pickle
@@ -15,7 +17,7 @@ from test_families import COSTS, FAMILIES, PROMPT, alone, checkpoint
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import sdsat
-from sdsat.lock import FairLock
+from sdsat.decoding.lock import FairLock
 
 
 def plainly(lm, inputs, num):
@@ -45,14 +47,24 @@ def often():
 
 @pytest.mark.parametrize("engine", ["transformers", "native"])
 def test_threads_on_one_model_beside_plain_generate(attached, often, engine):
-    lm, model = attached[0], attached[1][engine]
+    lm = attached[0]
+    model = attached[1][engine]
     inputs = [batch(PROMPT), batch(*PROMPTS), batch(PROMPTS[1])]
-    ways = [dict(strategy="two-step"), dict(strategy="auto"), dict(strategy="one-pass", k=2), None]  # the last one: plainly
+    # the last one: plainly
+    ways = [
+        dict(strategy="two-step"),
+        dict(strategy="auto"),
+        dict(strategy="one-pass", k=2),
+        None,
+    ]
     asked = [(inputs[i % 3], 8 + i) for i in range(6)]
     wanted = [plainly(lm, *each) for each in asked]
 
     def run(way):
-        return [plainly(model, *each) if way is None else drafting(model, *each, **way) for each in asked]
+        return [
+            plainly(model, *each) if way is None else drafting(model, *each, **way)
+            for each in asked
+        ]
 
     with ThreadPoolExecutor(4) as pool:
         for outputs in pool.map(run, ways):
@@ -63,7 +75,8 @@ class Meeting:
     """A streamer that goes on once another one, in another thread, has its first token too."""
 
     def __init__(self, barrier):
-        self.barrier, self.count = barrier, 0
+        self.barrier = barrier
+        self.count = 0
 
     def put(self, value):
         self.count += 1
@@ -75,14 +88,21 @@ class Meeting:
 
 
 def test_the_model_is_free_while_a_streamer_waits(attached):
-    model, barrier = attached[1]["native"], threading.Barrier(2)
+    model = attached[1]["native"]
+    barrier = threading.Barrier(2)
     with ThreadPoolExecutor(2) as pool:
-        outs = list(pool.map(lambda streamer: drafting(model, streamer=streamer), [Meeting(barrier), Meeting(barrier)]))
+        outs = list(
+            pool.map(
+                lambda streamer: drafting(model, streamer=streamer),
+                [Meeting(barrier), Meeting(barrier)],
+            )
+        )
     assert torch.equal(*outs)
 
 
 def test_who_comes_back_for_the_lock_waits_behind_who_waits():
-    lock, order = FairLock(), []
+    lock = FairLock()
+    order = []
 
     def enter():
         with lock.held():
@@ -106,7 +126,8 @@ class Asking(LogitsProcessor):
     """Generates with the model whose logits it is given."""
 
     def __init__(self, model):
-        self.model, self.heard = model, []
+        self.model = model
+        self.heard = []
 
     def __call__(self, input_ids, scores):
         self.heard.append(drafting(self.model, dict(input_ids=input_ids), num=1))

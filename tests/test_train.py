@@ -17,19 +17,21 @@ from conftest import VOCAB, one_line_error, random_sequences, tiny_llama, tiny_t
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sdsat import loss as losses
-from sdsat import modes
-from sdsat import train as training
-from sdsat.adapter import read_config
 from sdsat.config import DecodeConfig, SatConfig, TrainConfig
-from sdsat.data import Sequence
-from sdsat.decode import generate
-from sdsat.model import SatModel, load
-from sdsat.train import train
+from sdsat.decoding.loop import generate
+from sdsat.models.adapter import read_config
+from sdsat.models.loading import SatModel, load
+from sdsat.training import loop as training
+from sdsat.training import loss, modes
+from sdsat.training.loop import train
+from sdsat.training.shards import Sequence
 
 
 def lines_of(folder):
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(folder / "train_log.jsonl")]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in open(folder / "train_log.jsonl")
+    ]
 
 
 def train_tiny(folder, dtype=torch.float32, **changed):
@@ -40,7 +42,12 @@ def train_tiny(folder, dtype=torch.float32, **changed):
     if changed.get("mode", "adapter") == "adapter":
         settings |= {"head": 8}
     model = SatModel(tiny_llama(dtype), None, "tiny")
-    train(model, random_sequences([9, 13, 6, 11, 8, 10]), folder, TrainConfig(**{**settings, **changed}))
+    train(
+        model,
+        random_sequences([9, 13, 6, 11, 8, 10]),
+        folder,
+        TrainConfig(**{**settings, **changed}),
+    )
     return last_weights(folder)
 
 
@@ -58,21 +65,26 @@ def assert_close(one, two, **tolerance):
 
 
 MODES = pytest.mark.parametrize("mode", ["adapter", "everywhere", "full"])
-FILES = {"adapter": "adapter_model.safetensors", "everywhere": "adapter_model.safetensors", "full": "model.safetensors"}
+FILES = {
+    "adapter": "adapter_model.safetensors",
+    "everywhere": "adapter_model.safetensors",
+    "full": "model.safetensors",
+}
 
 
 @MODES
 def test_killed_training_resumes_exactly(tmp_path, monkeypatch, mode):
     whole = train_tiny(tmp_path / "whole", mode=mode)
-    steps, loss = [], "sat_loss" if mode == "adapter" else "joint_loss"
+    steps = []
+    name = "sat_loss" if mode == "adapter" else "joint_loss"
 
     def killed(*arguments):
         steps.append(1)
         if len(steps) == 4:  # after the checkpoint of step 2, in step 4
             raise KeyboardInterrupt
-        return getattr(losses, loss)(*arguments)
+        return getattr(loss, name)(*arguments)
 
-    monkeypatch.setattr(f"sdsat.modes.{loss}", killed)
+    monkeypatch.setattr(f"sdsat.training.modes.{name}", killed)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(tmp_path / "killed", mode=mode)
     monkeypatch.undo()
@@ -101,21 +113,37 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, mode):
         "from pathlib import Path\nfrom test_train import train_tiny\n"
         f"train_tiny(Path({str(tmp_path / 'two')!r}), batch_size=2, mode={mode!r})\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     one = train_tiny(tmp_path / "one", batch_size=4, mode=mode)
     assert_close(one, last_weights(tmp_path / "two"), rtol=1e-3, atol=1e-5)
-    assert lines_of(tmp_path / "two")[-1]["sat_predictions"] == lines_of(tmp_path / "one")[-1]["sat_predictions"]
+    assert (
+        lines_of(tmp_path / "two")[-1]["sat_predictions"]
+        == lines_of(tmp_path / "one")[-1]["sat_predictions"]
+    )
 
 
 def train_sharded(folder, kill_at=None):
-    """Full mode under scripts/fsdp.yaml, in one of two CPU processes; accelerate itself shards on accelerators only."""
-    for key, value in yaml.safe_load((Path(__file__).parent.parent / "scripts" / "fsdp.yaml").read_text())["fsdp_config"].items():
+    """Full mode under scripts/fsdp.yaml, in one of two CPU processes; accelerate itself shards on
+    accelerators only.
+    """
+    for key, value in yaml.safe_load(
+        (Path(__file__).parent.parent / "scripts" / "fsdp.yaml").read_text()
+    )["fsdp_config"].items():
         os.environ[key.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
     Accelerator.distributed_type = property(lambda self: DistributedType.FSDP)
     AcceleratorState.is_fsdp2 = property(lambda self: True)
-    plugin, calls, joint_loss = FullyShardedDataParallelPlugin(), [], losses.joint_loss
+    plugin = FullyShardedDataParallelPlugin()
+    calls = []
+    joint_loss = loss.joint_loss
 
     def accelerator(cpu):
         made = Accelerator(cpu=cpu)
@@ -128,9 +156,17 @@ def train_sharded(folder, kill_at=None):
             os._exit(9)
         return joint_loss(*arguments)
 
-    training.Accelerator, modes.joint_loss = accelerator, killed
-    settings = TrainConfig(4, k=3, anchors=4, batch_size=2, eval_every=2, held_out=2, warmup=1, lr=1e-2, mode="full")
-    training.train(SatModel(tiny_llama(torch.float32), None, "tiny"), random_sequences([9, 13, 6, 11, 8, 10]), folder, settings)
+    training.Accelerator = accelerator
+    modes.joint_loss = killed
+    settings = TrainConfig(
+        4, k=3, anchors=4, batch_size=2, eval_every=2, held_out=2, warmup=1, lr=1e-2, mode="full"
+    )
+    training.train(
+        SatModel(tiny_llama(torch.float32), None, "tiny"),
+        random_sequences([9, 13, 6, 11, 8, 10]),
+        folder,
+        settings,
+    )
 
 
 def test_sharded_full_mode_equals_one_process_and_resumes(tmp_path):
@@ -138,9 +174,18 @@ def test_sharded_full_mode_equals_one_process_and_resumes(tmp_path):
         script = tmp_path / "run.py"
         script.write_text(
             f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-            f"from pathlib import Path\nfrom test_train import train_sharded\ntrain_sharded(Path({str(folder)!r}), {kill_at})\n"
+            "from pathlib import Path\nfrom test_train import "
+            f"train_sharded\ntrain_sharded(Path({str(folder)!r}), "
+            f"{kill_at})\n"
         )
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            str(script),
+        ]
         return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
     done = run(tmp_path / "sharded", None)
@@ -149,7 +194,9 @@ def test_sharded_full_mode_equals_one_process_and_resumes(tmp_path):
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint_*")] == ["checkpoint_2"]
     assert run(tmp_path / "killed", None).returncode == 0
     train_tiny(tmp_path / "one", batch_size=4, mode="full")
-    sharded, killed, one = (load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "killed", "one"))
+    sharded, killed, one = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "killed", "one")
+    )
     assert_close(one, sharded, rtol=1e-2, atol=1e-3)  # files in bfloat16
     assert_close(sharded, killed, rtol=0, atol=0)
 
@@ -160,7 +207,17 @@ def test_full_mode_makes_an_ordinary_checkpoint(tmp_path, tied):
     lm = tiny_llama(torch.float32, tie_word_embeddings=tied)
     tokenizer = tiny_tokenizer([f"<{i}>" for i in range(VOCAB)])
     data = [Sequence(torch.arange(2, 26) % 6 + 2, 0)] * 8
-    config = TrainConfig(60, k=3, anchors=8, eval_every=60, held_out=2, warmup=5, lr=1e-2, mode="full", checkpointing=True)
+    config = TrainConfig(
+        60,
+        k=3,
+        anchors=8,
+        eval_every=60,
+        held_out=2,
+        warmup=5,
+        lr=1e-2,
+        mode="full",
+        checkpointing=True,
+    )
     train(SatModel(lm, tokenizer, "tiny"), data, tmp_path, config)
     assert lines_of(tmp_path)[-1]["accepted_per_loop"] > 2.5
     model = load(str(tmp_path), "float32", "cpu")
@@ -170,14 +227,18 @@ def test_full_mode_makes_an_ordinary_checkpoint(tmp_path, tied):
     ar, drafted = (generate(model, prompt, DecodeConfig(k, 24)) for k in (0, 3))
     assert drafted.token_ids == ar.token_ids
     assert drafted.accepted_per_loop > 1.5
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.sdsat["training"]["config"]["mode"] == "full"
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path).config.sdsat["training"]["config"]["mode"]
+        == "full"
+    )
 
 
 def test_the_first_stage_trains_the_sat_alone(tmp_path):
     before = tiny_llama(torch.float32).state_dict()
     after = train_tiny(tmp_path, mode="full", embedding_steps=4, standard=0.5)
     for name, tensor in before.items():
-        trained = after[name][: len(tensor)] if name in after else tensor  # the embedding has one row more
+        # the embedding has one row more
+        trained = after[name][: len(tensor)] if name in after else tensor
         assert torch.equal(trained, tensor), name
     embedding = after["model.embed_tokens.weight"]
     assert (embedding[VOCAB] - embedding[:VOCAB].mean(0)).abs().max() > 1e-3
@@ -186,14 +247,26 @@ def test_the_first_stage_trains_the_sat_alone(tmp_path):
 def test_training_learns_what_repeats(tmp_path):
     model = SatModel(tiny_llama(torch.float32), None, "tiny")
     data = [Sequence(torch.arange(2, 26) % 6 + 2, 0)] * 8
-    train(model, data, tmp_path, TrainConfig(60, k=3, rank=4, head=8, anchors=8, eval_every=60, held_out=2, warmup=5, lr=3e-2))
+    train(
+        model,
+        data,
+        tmp_path,
+        TrainConfig(
+            60, k=3, rank=4, head=8, anchors=8, eval_every=60, held_out=2, warmup=5, lr=3e-2
+        ),
+    )
     assert lines_of(tmp_path)[-1]["accepted_per_loop"] > 2.5
 
 
 def test_init_starts_from_another_adapter(tmp_path):
     first = train_tiny(tmp_path / "first")
     second = train_tiny(tmp_path / "second", init=str(tmp_path / "first"), lr=1e-12, steps=1)
-    assert_close({name: tensor.bfloat16().float() for name, tensor in first.items()}, second, rtol=0, atol=1e-6)
+    assert_close(
+        {name: tensor.bfloat16().float() for name, tensor in first.items()},
+        second,
+        rtol=0,
+        atol=1e-6,
+    )
     with one_line_error(f"init={tmp_path / 'first'}", "rank is 2, expected 3"):
         train_tiny(tmp_path / "third", init=str(tmp_path / "first"), rank=3)
     with one_line_error(f"init={tmp_path / 'first'}", "head is 8", "(0, 4)"):
@@ -205,15 +278,24 @@ def test_init_starts_from_another_adapter(tmp_path):
 
 def test_everywhere_starts_from_a_gated_adapter_without_its_head(tmp_path):
     first = train_tiny(tmp_path / "first")
-    second = train_tiny(tmp_path / "second", mode="everywhere", init=str(tmp_path / "first"), lr=1e-12, steps=1)
-    assert_close({name: first[name].bfloat16().float() for name in second}, second, rtol=0, atol=1e-6)
+    second = train_tiny(
+        tmp_path / "second", mode="everywhere", init=str(tmp_path / "first"), lr=1e-12, steps=1
+    )
+    assert_close(
+        {name: first[name].bfloat16().float() for name in second}, second, rtol=0, atol=1e-6
+    )
     assert set(first) - set(second) == {"head.inner", "head.outer"}
-    assert read_config(tmp_path / "second").everywhere and not read_config(tmp_path / "first").everywhere
+    assert (
+        read_config(tmp_path / "second").everywhere
+        and not read_config(tmp_path / "first").everywhere
+    )
 
 
 @pytest.mark.parametrize(("soft", "decay", "standard"), [(0.0, 1.0, 1.0), (0.3, 0.7, 0.5)])
 def test_everywhere_learns_as_merged_weights_would(soft, decay, standard):
-    """Loss and gradients against full mode's own pass through W + B A, with the SAT as one more row of the embedding."""
+    """Loss and gradients against full mode's own pass through W + B A, with the SAT as one more row
+    of the embedding.
+    """
     config = TrainConfig(mode="everywhere", k=3, rank=2, soft=soft, decay=decay, standard=standard)
     lm = tiny_llama()
     mode = modes.EverywhereMode(SatModel(lm, None, "tiny"), config, Accelerator(cpu=True))
@@ -221,9 +303,9 @@ def test_everywhere_learns_as_merged_weights_would(soft, decay, standard):
     for parameter in adapter.up.values():
         torch.nn.init.normal_(parameter, std=0.3)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    batch = losses.sat_batch(random_sequences([9, 13]), 3, 4, 0.8, generators)
-    loss = mode.loss(batch)
-    got = torch.autograd.grad(loss, tuple(adapter.parameters()))
+    batch = loss.sat_batch(random_sequences([9, 13]), 3, 4, 0.8, generators)
+    value = mode.loss(batch)
+    got = torch.autograd.grad(value, tuple(adapter.parameters()))
     adapter.detach()
     weights = {name: parameter.detach() for name, parameter in tiny_llama().named_parameters()}
     embedding = weights.pop("model.embed_tokens.weight")
@@ -241,18 +323,27 @@ def test_everywhere_learns_as_merged_weights_would(soft, decay, standard):
             out.logits = out.logits[..., :VOCAB]  # what the adapter's pass has
             return out
 
-    sats, plain = losses.joint_loss(Merged(), VOCAB, batch, soft, decay)
+    sats, plain = loss.joint_loss(Merged(), VOCAB, batch, soft, decay)
     expected = sats + standard * plain
-    torch.testing.assert_close(loss, expected)
-    for one, two in zip(got, torch.autograd.grad(expected, tuple(adapter.parameters())), strict=True):
+    torch.testing.assert_close(value, expected)
+    for one, two in zip(
+        got, torch.autograd.grad(expected, tuple(adapter.parameters())), strict=True
+    ):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
 
 
 def run_tiny(folder, data=None, lm=None, name="tiny", **changed):
     """Two steps of adapter mode, on the given data and base."""
-    settings = dict(steps=2, k=3, rank=2, head=0, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2)
+    settings = dict(
+        steps=2, k=3, rank=2, head=0, anchors=4, eval_every=2, held_out=2, warmup=1, lr=1e-2
+    )
     model = SatModel(tiny_llama(torch.float32) if lm is None else lm, None, name)
-    train(model, data or random_sequences([9, 13, 6, 11]), folder, TrainConfig(**{**settings, **changed}))
+    train(
+        model,
+        data or random_sequences([9, 13, 6, 11]),
+        folder,
+        TrainConfig(**{**settings, **changed}),
+    )
 
 
 def other_tokens(number, place=-1):
@@ -276,7 +367,11 @@ def other_tokens(number, place=-1):
 )
 def test_another_run_in_the_folder_is_refused(tmp_path, change, named):
     run_tiny(tmp_path)
-    held = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file() and file.name != ".lock"}
+    held = {
+        file: file.read_bytes()
+        for file in tmp_path.rglob("*")
+        if file.is_file() and file.name != ".lock"
+    }
     if "lm" in change:  # the same base but for one number that the adapter's sample does not hold
         change["lm"].load_state_dict(tiny_llama(torch.float32).state_dict())
         change["lm"].model.norm.weight.data[-1] += 1
@@ -293,7 +388,9 @@ def test_another_dtype_is_refused(tmp_path):
     tiny_llama(torch.float32).save_pretrained(tmp_path / "base")
     run_tiny(tmp_path / "out", name=str(tmp_path / "base"))
     with one_line_error(f"out={tmp_path / 'out'}", "dtype=float32, now it is bfloat16"):
-        run_tiny(tmp_path / "out", lm=tiny_llama(torch.bfloat16), name=str(tmp_path / "base"), steps=4)
+        run_tiny(
+            tmp_path / "out", lm=tiny_llama(torch.bfloat16), name=str(tmp_path / "base"), steps=4
+        )
 
 
 def test_another_init_of_the_same_name_is_refused(tmp_path):
@@ -313,7 +410,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_two_runs_into_one_folder(tmp_path, monkeypatch):
-    """The second begins while the first takes a step: it is refused, and the first is as if alone."""
+    """The second begins while the first takes a step: it is refused; the first is as if alone."""
     run_tiny(tmp_path / "alone")
     refused = []
 
@@ -322,9 +419,9 @@ def test_two_runs_into_one_folder(tmp_path, monkeypatch):
             refused.append(1)
             with one_line_error(f"out={tmp_path / 'out'}: another run is writing to it"):
                 run_tiny(tmp_path / "out")
-        return losses.sat_loss(*arguments)
+        return loss.sat_loss(*arguments)
 
-    monkeypatch.setattr("sdsat.modes.sat_loss", second)
+    monkeypatch.setattr("sdsat.training.modes.sat_loss", second)
     run_tiny(tmp_path / "out")
     assert refused
     assert lines_of(tmp_path / "out") == lines_of(tmp_path / "alone")
@@ -343,19 +440,20 @@ def strict_json(text):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @MODES
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, mode, what):
-    """In step 4, after the checkpoint of step 2, from which the run goes on as if nothing had been."""
+    """In step 4; from the checkpoint of step 2 the run goes on as if nothing had been."""
     whole = train_tiny(tmp_path / "whole", mode=mode)
-    steps, name = [], "sat_loss" if mode == "adapter" else "joint_loss"
+    steps = []
+    name = "sat_loss" if mode == "adapter" else "joint_loss"
 
     def spoilt(*arguments):
         steps.append(1)
-        value = getattr(losses, name)(*arguments)
+        value = getattr(loss, name)(*arguments)
         part = value if mode == "adapter" else value[0]
         if len(steps) == 4:  # the root's slope at 0 is infinite, its value 0
             part = part * float("nan") if what == "loss" else part + (part - part).sqrt()
         return part if mode == "adapter" else (part, value[1])
 
-    monkeypatch.setattr(f"sdsat.modes.{name}", spoilt)
+    monkeypatch.setattr(f"sdsat.training.modes.{name}", spoilt)
     with one_line_error("lr=0.01", "step 4", "norm nan", "keeps its last checkpoint"):
         train_tiny(tmp_path / "out", mode=mode)
     monkeypatch.undo()
@@ -363,7 +461,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, mode, wh
     assert [path.name for path in out.glob("checkpoint_*")] == ["checkpoint_2"]
     assert not (out / FILES[mode]).exists()
     assert all(tensor.isfinite().all() for tensor in last_weights(out).values())
-    for line in [*(out / "train_log.jsonl").read_text().splitlines(), (out / "checkpoint_2" / "state.json").read_text()]:
+    for line in [
+        *(out / "train_log.jsonl").read_text().splitlines(),
+        (out / "checkpoint_2" / "state.json").read_text(),
+    ]:
         strict_json(line)
     assert_close(whole, train_tiny(out, mode=mode), rtol=0, atol=0)
 
@@ -387,7 +488,8 @@ def test_a_base_that_is_not_finite_is_refused(tmp_path):
 @pytest.mark.parametrize("stage", ["before its checkpoint is valid", "after"])
 def test_a_run_killed_at_its_last_checkpoint_has_its_whole_log(tmp_path, monkeypatch, stage):
     train_tiny(tmp_path / "whole")
-    write_json, remove = training.write_json, training.shutil.rmtree
+    write_json = training.write_json
+    remove = training.shutil.rmtree
 
     def kill_writing(path, document):
         if path.parent.name == "checkpoint_4":
@@ -411,9 +513,12 @@ def test_a_run_killed_at_its_last_checkpoint_has_its_whole_log(tmp_path, monkeyp
 
 
 def test_a_model_killed_while_saving_is_no_mixture(tmp_path, monkeypatch):
-    """Full mode saves over an earlier result, and is killed before it puts each of its files in place, in turn."""
+    """Full mode saves over an earlier result, and is killed before it puts each of its files in
+    place, in turn.
+    """
     trained = train_tiny(tmp_path, mode="full")
-    replace_file, moved = Path.replace, []
+    replace_file = Path.replace
+    moved = []
 
     def killed_before(number):
         def counted(file, target):
@@ -436,18 +541,36 @@ def test_a_model_killed_while_saving_is_no_mixture(tmp_path, monkeypatch):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.sdsat["k"] == 3
     saved = load_file(tmp_path / "model.safetensors")
     assert_close({name: trained[name].bfloat16() for name in saved}, saved, rtol=0, atol=0)
-    assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith("model")) == ["model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith("model")) == [
+        "model.safetensors"
+    ]
 
 
 def test_training_threads_do_not_spin(tmp_path):
     """OpenMP itself says what it was told, unless the caller had told it something else."""
 
     def policy(**environment):
-        command = [sys.executable, "-m", "sdsat", "train", "--data", "none", "--out", str(tmp_path / "out")]
-        held = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        command = [
+            sys.executable,
+            "-m",
+            "sdsat",
+            "train",
+            "--data",
+            "none",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+        held = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+        }
         environment = {**held, "OMP_DISPLAY_ENV": "true", **environment}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-        return next((line.split("'")[1] for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line), None)
+        return next(
+            (line.split("'")[1] for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line),
+            None,
+        )
 
     found = policy()
     if found is None:
@@ -485,10 +608,18 @@ def test_other_answers_to_held_out_prompts_are_not_trained_on(tmp_path):
     first = random_sequences([9, 13, 6])
     again = [Sequence(torch.cat([s.ids[:2], s.ids[2:].flip(0)]), 2) for s in first]
     config = TrainConfig(1, k=3, rank=2, head=0, anchors=4, held_out=2, warmup=1)
-    train(SatModel(tiny_llama(torch.float32), None, "tiny"), first + again, tmp_path / "out", config)
-    assert read_config(tmp_path / "out").training["sequences"] == 2  # the third and its other answer
+    train(
+        SatModel(tiny_llama(torch.float32), None, "tiny"), first + again, tmp_path / "out", config
+    )
+    # the third and its other answer
+    assert read_config(tmp_path / "out").training["sequences"] == 2
     with one_line_error("held_out=3", "other prompts"):
-        train(SatModel(tiny_llama(torch.float32), None, "tiny"), first + again, tmp_path / "none", replace(config, held_out=3))
+        train(
+            SatModel(tiny_llama(torch.float32), None, "tiny"),
+            first + again,
+            tmp_path / "none",
+            replace(config, held_out=3),
+        )
 
 
 def test_data_of_another_vocabulary_is_refused(tmp_path):
@@ -500,7 +631,12 @@ def test_data_of_another_vocabulary_is_refused(tmp_path):
 def test_settings_that_do_not_fit_together_are_refused(tmp_path):
     with one_line_error("embedding_steps=3", "only for mode full"):
         TrainConfig(embedding_steps=3)
-    for name, value in (("lr", float("inf")), ("lr", float("nan")), ("standard", float("inf")), ("embedding_steps", -1)):
+    for name, value in (
+        ("lr", float("inf")),
+        ("lr", float("nan")),
+        ("standard", float("inf")),
+        ("embedding_steps", -1),
+    ):
         with one_line_error(f"{name}={value}: expected"):
             TrainConfig(mode="full", **{name: value})
     with one_line_error("mode=both", "adapter, everywhere, full"):

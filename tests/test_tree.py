@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdsat.config import MAX_ROWS
-from sdsat.tree import PAPER_WIDTHS, from_branching, make_tree, parse_tree
+from sdsat.method.tree import PAPER_WIDTHS, from_branching, make_tree, parse_tree
 
 BRANCHINGS = (
     st.lists(st.integers(1, 4), max_size=5)
@@ -27,8 +27,10 @@ def path_to(tree, node):
 
 
 def rank_paths(tree):
-    """Each node but the root as the ranks along its path: what a tree is, whatever its numbering."""
-    return [tuple(tree.ranks[step] for step in path_to(tree, node)[1:]) for node in range(1, len(tree))]
+    """Each node but the root as the ranks along its path: a tree, whatever its numbering."""
+    return [
+        tuple(tree.ranks[step] for step in path_to(tree, node)[1:]) for node in range(1, len(tree))
+    ]
 
 
 def matrix(*rows):
@@ -41,7 +43,13 @@ def matrix(*rows):
         # 0
         ("chain", 0, (0,), (0,), matrix("1")),
         # 0 - 1 - 2 - 3
-        ("chain", 3, (0, 1, 2, 3), (0, 0, 0, 0), matrix("1 0 0 0", "1 1 0 0", "1 1 1 0", "1 1 1 1")),
+        (
+            "chain",
+            3,
+            (0, 1, 2, 3),
+            (0, 0, 0, 0),
+            matrix("1 0 0 0", "1 1 0 0", "1 1 1 0", "1 1 1 1"),
+        ),
         # 0 - 1 - 2
         #   \ 3 - 4
         (
@@ -70,7 +78,9 @@ def test_small_trees(spec, k, depths, ranks, ancestors):
 @given(BRANCHINGS)
 def test_branching_trees(branching):
     tree = from_branching(branching)
-    levels = [itertools.product(*map(range, branching[:depth])) for depth in range(1, len(branching) + 1)]
+    levels = [
+        itertools.product(*map(range, branching[:depth])) for depth in range(1, len(branching) + 1)
+    ]
     assert sorted(rank_paths(tree)) == sorted(path for level in levels for path in level)
     assert all(parent < node for node, parent in enumerate(tree.parents))
     assert tree.depths == tuple(len(path_to(tree, node)) - 1 for node in range(len(tree)))
@@ -79,7 +89,9 @@ def test_branching_trees(branching):
     assert tree.parents[: len(first)] == tuple(node - 1 for node in first)
     assert set(tree.ranks[: len(first)]) == {0}
     mask = tree.ancestors()
-    assert mask.tolist() == [[node in path_to(tree, row) for node in range(len(tree))] for row in range(len(tree))]
+    assert mask.tolist() == [
+        [node in path_to(tree, row) for node in range(len(tree))] for row in range(len(tree))
+    ]
 
 
 @pytest.mark.parametrize(("k", "nodes"), [(5, 28), (7, 36), (9, 46), (11, 60), (13, 76)])
@@ -95,7 +107,8 @@ def test_paper_trees(k, nodes):
     assert all(parent < node for node, parent in enumerate(tree.parents))
     paths = rank_paths(tree)
     assert len(set(paths)) == nodes
-    for depth, width in enumerate(widths, 1):  # each level holds the children with the smallest sums of ranks
+    # each level holds the children with the smallest sums of ranks
+    for depth, width in enumerate(widths, 1):
         above = [()] if depth == 1 else [path for path in paths if len(path) == depth - 1]
         sums = sorted(sum(path) + rank for path in above for rank in range(nodes))[:width]
         assert sorted(sum(path) for path in paths if len(path) == depth) == sums
@@ -117,11 +130,16 @@ def test_truncated_paper_tree_keeps_the_upper_levels_in_order(depth):
 @given(BRANCHINGS, st.data())
 def test_walk_is_the_longest_agreeing_path(branching, data):
     tree = from_branching(branching)
-    candidates = [data.draw(st.permutations(range(4))) for _ in branching]  # few ids, so that paths do agree
-    tokens = [99] + [candidates[d - 1][r] for d, r in zip(tree.depths[1:], tree.ranks[1:], strict=True)]
+    # few ids, so that paths do agree
+    candidates = [data.draw(st.permutations(range(4))) for _ in branching]
+    tokens = [99] + [
+        candidates[d - 1][r] for d, r in zip(tree.depths[1:], tree.ranks[1:], strict=True)
+    ]
     targets = data.draw(st.lists(st.integers(0, 4), min_size=len(tree), max_size=len(tree)))
     paths = [path_to(tree, node) for node in range(len(tree))]
-    agreeing = [path for path in paths if all(tokens[b] == targets[a] for a, b in itertools.pairwise(path))]
+    agreeing = [
+        path for path in paths if all(tokens[b] == targets[a] for a, b in itertools.pairwise(path))
+    ]
     assert tree.walk(tokens, targets) == max(agreeing, key=len)
 
 
@@ -133,7 +151,9 @@ def test_walk_does_not_step_over_a_wrong_token():
     assert tree.walk([9, 1, 2, 3, 4], [2, 2, 0, 4, 0]) == [0]
 
 
-@pytest.mark.parametrize(("text", "spec"), [("chain", "chain"), ("paper", "paper"), ("2,1,1", (2, 1, 1)), ("4", (4,))])
+@pytest.mark.parametrize(
+    ("text", "spec"), [("chain", "chain"), ("paper", "paper"), ("2,1,1", (2, 1, 1)), ("4", (4,))]
+)
 def test_parse_tree(text, spec):
     assert parse_tree(text) == spec
 

@@ -1,4 +1,6 @@
-"""Margins of a first divergence against their definition, on logits made up for it; and what is audited."""
+"""Margins of a first divergence against their definition, on logits made up for it; and what is
+audited.
+"""
 
 import string
 
@@ -6,14 +8,15 @@ import pytest
 import torch
 from conftest import tiny_llama, tiny_tokenizer, with_adapter
 
-import sdsat.verify as verify_module
+import sdsat.evaluation.verify as verify_module
 from sdsat.config import SamplingConfig
-from sdsat.decode import generate
-from sdsat.model import SatModel
-from sdsat.sampling import choose, gumbel_noise
-from sdsat.verify import VerifyConfig, _sampled_margin, verify
+from sdsat.decoding.loop import generate
+from sdsat.evaluation.verify import VerifyConfig, _sampled_margin, verify
+from sdsat.method.sampling import choose, gumbel_noise
+from sdsat.models.loading import SatModel
 
-SEED, INDEX = 3, 7
+SEED = 3
+INDEX = 7
 PLAIN = SamplingConfig(0.5, seed=SEED)
 
 
@@ -29,8 +32,14 @@ def test_without_filters_it_is_the_difference_of_logits_and_noise(rank):
     scores = logits + PLAIN.temperature * noise
     ours, theirs = scores.sort(descending=True).indices[[0, rank]].tolist()
     assert choice(logits, PLAIN) == ours
-    between = scores.topk(rank).values[1:].tolist()  # candidates that the rising token must pass as well
-    want = max([float(scores[ours] - scores[theirs]), *(2 * float(value - scores[theirs]) for value in between)])
+    # candidates that the rising token must pass as well
+    between = scores.topk(rank).values[1:].tolist()
+    want = max(
+        [
+            float(scores[ours] - scores[theirs]),
+            *(2 * float(value - scores[theirs]) for value in between),
+        ]
+    )
     assert _sampled_margin(logits, ours, theirs, INDEX, PLAIN) == pytest.approx(want, abs=1e-4)
 
 
@@ -48,10 +57,13 @@ def test_a_token_that_the_filter_drops_is_as_far_away_as_the_filters_edge():
 
 @pytest.mark.parametrize("sats", [True, False])
 def test_lookup_is_audited_once_and_problems_have_seeds_of_their_own(monkeypatch, sats):
-    """Without SATs it is all that there is to audit; whatever k and trees are asked for, it has neither."""
+    """Without SATs it is all that there is to audit; whatever k and trees are asked for, it has
+    neither.
+    """
     lm = tiny_llama(torch.float32, vocab=101)
     model = with_adapter(lm, k=3) if sats else SatModel(lm, None, "plain")
-    model.tokenizer, decoded = tiny_tokenizer(["<unk>", *string.printable]), []
+    model.tokenizer = tiny_tokenizer(["<unk>", *string.printable])
+    decoded = []
 
     def kept(model, prompt_ids, config):
         decoded.append(config)
@@ -59,9 +71,14 @@ def test_lookup_is_audited_once_and_problems_have_seeds_of_their_own(monkeypatch
 
     monkeypatch.setattr(verify_module, "generate", kept)
     strategies = ("lookup", "two-step") if sats else ()
-    config = VerifyConfig((1, 2), strategies, ("chain", "2,1"), (1.0,), (5,), data_limit=2, max_new_tokens=6)
+    config = VerifyConfig(
+        (1, 2), strategies, ("chain", "2,1"), (1.0,), (5,), data_limit=2, max_new_tokens=6
+    )
     summary = verify(model, config)["summary"]
     drafted = [("two-step", k, tree) for k in (1, 2) for tree in ("chain", "2,1")] if sats else []
-    assert [(row["against"], row["k"], row["tree"]) for row in summary] == [("lookup", 0, None), *drafted]
+    assert [(row["against"], row["k"], row["tree"]) for row in summary] == [
+        ("lookup", 0, None),
+        *drafted,
+    ]
     assert all((row["identical"], row["num_problems"], row["seed"]) == (2, 2, 5) for row in summary)
     assert len({config.sampling.seed for config in decoded}) == 2

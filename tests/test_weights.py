@@ -1,6 +1,8 @@
-"""A model that is not what it was when it was made ready, or not what its weights say: decoded as it is, or refused by name.
+"""A model that is not what it was when it was made ready, or not what its weights say: decoded as
+it is, or refused by name.
 
-The oracle is plain `generate` of a model that transformers alone has loaded, and that went through the same changes.
+The oracle is plain `generate` of a model that transformers alone has loaded, and that went through
+the same changes.
 """
 
 import copy
@@ -21,23 +23,33 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
 import sdsat
-from sdsat import decode, engine
-from sdsat.adapter import AdapterConfig
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.engine import RowPolicy, forward, new_cache, prefill
-from sdsat.native import NativeEngine, Unavailable
-from sdsat.tree import make_tree
+from sdsat.decoding import loop
+from sdsat.engines import transformers
+from sdsat.engines.base import RowPolicy
+from sdsat.engines.native.bindings import Unavailable
+from sdsat.engines.native.weights import NativeEngine
+from sdsat.engines.transformers import forward, new_cache, prefill
+from sdsat.method.tree import make_tree
+from sdsat.models.adapter import AdapterConfig
 
 NUM = 10
-HOW = [dict(strategy="two-step"), dict(strategy="one-pass", budget=9), dict(strategy="auto"), dict(k=0)]
+HOW = [
+    dict(strategy="two-step"),
+    dict(strategy="one-pass", budget=9),
+    dict(strategy="auto"),
+    dict(k=0),
+]
 ROUNDED = dict(strategy="rounded")  # the native engine has it alone
 each_engine = pytest.mark.parametrize("engine", ["auto", "transformers"])
 
 
 @pytest.fixture(autouse=True)
 def _no_probe(monkeypatch):
-    """Rows are padded without trying which padding is the cheapest: most of the time that a new engine takes here."""
-    monkeypatch.setattr(engine, "_POLICIES", ())
+    """Rows are padded without trying which padding is the cheapest: most of the time that a new
+    engine takes here.
+    """
+    monkeypatch.setattr(transformers, "_POLICIES", ())
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +58,15 @@ def folders(tmp_path_factory):
     made = {}
     for tied in (False, True):
         folder = tmp_path_factory.mktemp("weights")
-        base = checkpoint(folder / "base", FAMILIES["llama 3, tied" if tied else "llama 3"], sat=False)
-        model = with_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), strength=0.3, head=32)
-        model.adapter.config = AdapterConfig(base, model.sat, 4, head=32, base_sample=model.adapter.config.base_sample)
+        base = checkpoint(
+            folder / "base", FAMILIES["llama 3, tied" if tied else "llama 3"], sat=False
+        )
+        model = with_adapter(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), strength=0.3, head=32
+        )
+        model.adapter.config = AdapterConfig(
+            base, model.sat, 4, head=32, base_sample=model.adapter.config.base_sample
+        )
         model.adapter.save(folder / "adapter")
         made[tied] = base, str(folder / "adapter")
     return made
@@ -75,7 +93,9 @@ def oracle(folders, *changes, tied=False):
 
 
 def plainly(lm, prompt=PROMPT, **settings):
-    return lm.generate(torch.tensor([prompt]), max_new_tokens=NUM, do_sample=False, pad_token_id=0, **settings)[0].tolist()
+    return lm.generate(
+        torch.tensor([prompt]), max_new_tokens=NUM, do_sample=False, pad_token_id=0, **settings
+    )[0].tolist()
 
 
 def drafting(lm, **settings):
@@ -85,7 +105,9 @@ def drafting(lm, **settings):
 
 
 def assert_decodes_as(lm, want, engine):
-    """Every way of drafting gives plain `generate`'s output of `want`, and so does plain `generate` of the model itself."""
+    """Every way of drafting gives plain `generate`'s output of `want`, and so does plain `generate`
+    of the model itself.
+    """
     expected = plainly(want)
     for how in [*HOW, ROUNDED] if engine == "native" else HOW[::2]:
         assert drafting(lm, **how) == expected, how
@@ -139,13 +161,25 @@ def takes_other_norms(lm):
         lm.model.norm.weight.copy_(torch.linspace(-1, 2, 64))
 
 
-CHANGES = [loads, edits, edits_a_row, trains, merges, puts_another_parameter, puts_another_layer, takes_other_norms]
+CHANGES = [
+    loads,
+    edits,
+    edits_a_row,
+    trains,
+    merges,
+    puts_another_parameter,
+    puts_another_layer,
+    takes_other_norms,
+]
 named = dict(ids=lambda change: change.__name__)
 
 
 @pytest.mark.parametrize(
     ("change", "engine"),
-    [*((change, "auto") for change in CHANGES), *((change, "transformers") for change in (loads, merges, puts_another_layer))],
+    [
+        *((change, "auto") for change in CHANGES),
+        *((change, "transformers") for change in (loads, merges, puts_another_layer)),
+    ],
     ids=lambda part: getattr(part, "__name__", part),
 )
 def test_weights_that_changed_are_seen(folders, change, engine):
@@ -162,24 +196,32 @@ def test_weights_that_changed_are_seen(folders, change, engine):
 def test_the_adapters_own_weights_are_seen(folders, engine):
     """Other updates draft otherwise: as those of a model that was made ready with them."""
     lm = prepared(folders, engine)
-    count = lambda lm: lm.generate(  # noqa: E731
-        torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False, custom_generate=sdsat.generate, strategy="two-step",
-        return_dict_in_generate=True,
-    ).generations[0].accepted_by_depth  # fmt: skip
+
+    def count(lm):
+        settings = dict(strategy="two-step", max_new_tokens=40, do_sample=False)
+        out = lm.generate(
+            torch.tensor([PROMPT]),
+            custom_generate=sdsat.generate,
+            return_dict_in_generate=True,
+            **settings,
+        )
+        return out.generations[0].accepted_by_depth
+
     first = count(lm)
     with torch.no_grad():
-        for parameter in lm.sdsat.adapter.parameters():
+        for parameter in lm.sdsat.models.adapter.parameters():
             parameter.zero_()
     fresh = prepared(folders, engine)
     with torch.no_grad():
-        for parameter in fresh.sdsat.adapter.parameters():
+        for parameter in fresh.sdsat.models.adapter.parameters():
             parameter.zero_()
     assert count(lm) == count(fresh) != first
 
 
 def test_nothing_is_made_anew_where_nothing_changed(folders):
     lm = prepared(folders)
-    lm(torch.tensor([PROMPT]), output_hidden_states=True)  # transformers puts hooks in for it, and leaves them there
+    # transformers puts hooks in for it, and leaves them there
+    lm(torch.tensor([PROMPT]), output_hidden_states=True)
     drafting(lm)
     engine = lm.sdsat.native
     assert engine is not None
@@ -192,16 +234,22 @@ def test_nothing_is_made_anew_where_nothing_changed(folders):
 @each_engine
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_another_dtype(folders, engine, dtype):
-    """As a model that was loaded in that dtype; and back in float32 as plain generate with the rounded weights."""
+    """As a model that was loaded in that dtype; and back in float32 as plain generate with the
+    rounded weights.
+    """
     lm = prepared(folders, engine)
     drafting(lm)
     lm.to(dtype)
     fresh = prepared(folders, engine, dtype=dtype)
     assert [drafting(lm, **how) for how in HOW] == [drafting(fresh, k=0)] * len(HOW)
-    assert lm.sdsat.dtype == lm.sdsat.adapter.sat_embedding.dtype == dtype
+    assert lm.sdsat.dtype == lm.sdsat.models.adapter.sat_embedding.dtype == dtype
     assert lm.sdsat.engine_name == fresh.sdsat.engine_name
     lm.float()
-    assert_decodes_as(lm, oracle(folders, lambda lm: lm.to(dtype).float()), "native" if engine == "auto" else engine)
+    assert_decodes_as(
+        lm,
+        oracle(folders, lambda lm: lm.to(dtype).float()),
+        "native" if engine == "auto" else engine,
+    )
 
 
 def test_a_dtype_that_no_engine_has_is_refused(folders):
@@ -229,7 +277,8 @@ class Wrapped(nn.Module):
     def __init__(self, base_layer):
         super().__init__()
         torch.manual_seed(6)
-        self.base_layer, self.beside = base_layer, nn.Linear(base_layer.in_features, base_layer.out_features, bias=False)
+        self.base_layer = base_layer
+        self.beside = nn.Linear(base_layer.in_features, base_layer.out_features, bias=False)
 
     @property
     def weight(self):
@@ -266,7 +315,9 @@ class Lifted(nn.Module):
 
 def lora(lm, targets=("q_proj", "v_proj", "down_proj")):
     torch.manual_seed(7)
-    config = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, lora_alpha=16)
+    config = peft.LoraConfig(
+        r=4, target_modules=list(targets), init_lora_weights=False, lora_alpha=16
+    )
     return peft.get_peft_model(lm, config).eval()
 
 
@@ -294,7 +345,9 @@ def lifts(lm):
 def steers(lm):
     torch.manual_seed(8)
     vector = 9 * torch.randn(64)
-    lm.model.layers[1].register_forward_hook(lambda module, inputs, output: output + vector.to(output))
+    lm.model.layers[1].register_forward_hook(
+        lambda module, inputs, output: output + vector.to(output)
+    )
 
 
 def steers_inputs(lm):
@@ -316,12 +369,18 @@ def scales_attention(lm):
 
 
 STRANGE = {
-    lora: "peft.tuners.lora", lora_on_some: "o_proj is a peft.tuners.lora", wraps: "up_proj is a test_weights.Wrapped",
-    wraps_the_head: "lm_head is a test_weights.Wrapped", doubles: "o_proj is a test_weights.Doubled",
+    lora: "peft.tuners.lora",
+    lora_on_some: "o_proj is a peft.tuners.lora",
+    wraps: ("up_proj is a test_weights.Wrapped"),
+    wraps_the_head: "lm_head is a test_weights.Wrapped",
+    doubles: ("o_proj is a test_weights.Doubled"),
     lifts: "norm is a test_weights.Lifted",
-    steers: "layers.1 has a forward hook", steers_inputs: "mlp has a forward hook", parametrizes: "ParametrizedLinear",
-    patches: "v_proj has a forward of its own", scales_attention: "scaling=",
-}  # fmt: skip
+    steers: "layers.1 has a forward hook",
+    steers_inputs: "mlp has a forward hook",
+    parametrizes: "ParametrizedLinear",
+    patches: "v_proj has a forward of its own",
+    scales_attention: "scaling=",
+}
 
 
 @pytest.mark.parametrize("strange", STRANGE, **named)
@@ -345,7 +404,8 @@ def test_a_model_with_fewer_layers_than_its_config_says(folders):
     def drop(lm):
         lm.model.layers = lm.model.layers[:2]
 
-    want, lm = plainly(oracle(folders, drop)), alone(folders[False][0])
+    want = plainly(oracle(folders, drop))
+    lm = alone(folders[False][0])
     sdsat.attach(lm)
     drafting(lm, k=0)
     drop(lm)
@@ -361,7 +421,8 @@ def test_a_model_with_fewer_layers_than_its_config_says(folders):
 def test_peft_at_work(folders):
     """Switched off and on, merged, and asked through PEFT's own model."""
     lm = prepared(folders)
-    lora_model, want = lora(lm), lora(alone(folders[False][0]))
+    lora_model = lora(lm)
+    want = lora(alone(folders[False][0]))
     with one_line_error("model: a peft.peft_model.PeftModel", "get_base_model()"):
         sdsat.attach(lora_model)
     ask = lambda: plainly(lora_model, custom_generate=sdsat.generate)  # noqa: E731
@@ -385,7 +446,9 @@ def on_the_last_row(lm):
 
 
 def on_single_rows(lm):
-    return lm.model.layers[1].register_forward_hook(lambda module, inputs, output: output + 9 * (output.shape[1] == 1))
+    return lm.model.layers[1].register_forward_hook(
+        lambda module, inputs, output: output + 9 * (output.shape[1] == 1)
+    )
 
 
 def around_the_model(lm):
@@ -404,9 +467,11 @@ def on_all_modules(lm):
 
 
 REFUSED = {
-    on_the_last_row: "layers.1 has a forward hook", on_single_rows: "layers.1 has a forward hook",
-    around_the_model: "the model has a forward hook", on_all_modules: "a forward hook for all modules",
-}  # fmt: skip
+    on_the_last_row: "layers.1 has a forward hook",
+    on_single_rows: "layers.1 has a forward hook",
+    around_the_model: "the model has a forward hook",
+    on_all_modules: ("a forward hook for all modules"),
+}
 
 
 @each_engine
@@ -437,25 +502,37 @@ def spoils(name, value):
     return spoil
 
 
-BROKEN = {"lm_head.weight": float("nan"), "model.layers.1.mlp.up_proj.weight": float("inf"), "model.norm.weight": float("nan")}
+BROKEN = {
+    "lm_head.weight": float("nan"),
+    "model.layers.1.mlp.up_proj.weight": float("inf"),
+    "model.norm.weight": float("nan"),
+}
 
 
 @each_engine
 @pytest.mark.parametrize("name", BROKEN)
 def test_weights_that_are_no_numbers_are_one_error(folders, engine, name):
     spoil = spoils(name, BROKEN[name])
-    before, after = prepared(folders, engine, spoil), prepared(folders, engine)
+    before = prepared(folders, engine, spoil)
+    after = prepared(folders, engine)
     drafting(after)
     spoil(after)
     for lm in (before, after):
-        for how in [*HOW, *[ROUNDED] * (engine == "auto"), dict(repetition_penalty=1.2), dict(output_scores=True)]:
+        for how in [
+            *HOW,
+            *[ROUNDED] * (engine == "auto"),
+            dict(repetition_penalty=1.2),
+            dict(output_scores=True),
+        ]:
             with one_line_error(f"the weight {name} holds NaN or infinite numbers", lm.sdsat.name):
                 drafting(lm, **how)
         lm.sdsat.costs = None  # measured anew
         for k, strategy in ((0, "two-step"), (3, "two-step"), (3, "auto")):
-            config = DecodeConfig(k, 8, sampling=SamplingConfig(1.0, top_k=5, top_p=0.9, seed=1), strategy=strategy)
+            config = DecodeConfig(
+                k, 8, sampling=SamplingConfig(1.0, top_k=5, top_p=0.9, seed=1), strategy=strategy
+            )
             with one_line_error(f"the weight {name} holds NaN or infinite numbers"):
-                decode.generate(lm.sdsat, PROMPT, config)
+                loop.generate(lm.sdsat, PROMPT, config)
 
 
 def test_numbers_that_overflow_are_one_error(folders):
@@ -473,7 +550,7 @@ def test_numbers_that_overflow_are_one_error(folders):
 def test_an_adapter_of_no_numbers_is_refused(folders):
     lm = prepared(folders)
     with torch.no_grad():
-        lm.sdsat.adapter.sat_embedding[3] = float("nan")
+        lm.sdsat.models.adapter.sat_embedding[3] = float("nan")
     with one_line_error("adapter: sat_embedding holds NaN or infinite numbers"):
         drafting(lm)
 
@@ -482,17 +559,20 @@ def test_an_adapter_of_no_numbers_is_refused(folders):
 
 
 @each_engine
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_ready_and_on_their_own(folders, engine, copied):
     lm = prepared(folders, engine)
-    want, sats = drafting(lm), sat_logits(lm)
+    want = drafting(lm)
+    sats = sat_logits(lm)
     other = copied(lm)
     assert other.sdsat.model is other and other.sdsat.adapter is not lm.sdsat.adapter
     native = "native" if engine == "auto" else engine
     assert_decodes_as(other, oracle(folders), native)
     assert torch.equal(sat_logits(other), sats)
     with torch.no_grad():
-        lm.sdsat.adapter.sat_embedding.zero_()
+        lm.sdsat.models.adapter.sat_embedding.zero_()
     assert not torch.equal(sat_logits(lm), sats)
     assert torch.equal(sat_logits(other), sats)
     loads(other)  # changes the copy alone
@@ -507,7 +587,9 @@ def sat_logits(lm):
     cache = new_cache(lm.sdsat, 64)
     prefill(lm.sdsat, cache, torch.tensor(PROMPT))
     tokens = torch.tensor([3] + [lm.sdsat.sat.token_id] * 3)
-    return forward(lm.sdsat, cache, tokens, make_tree("chain", 0), ((0, 3),), RowPolicy(1, 1))[1][1:]
+    return forward(lm.sdsat, cache, tokens, make_tree("chain", 0), ((0, 3),), RowPolicy(1, 1))[1][
+        1:
+    ]
 
 
 FORKED = """
@@ -536,7 +618,12 @@ def test_a_forked_process_is_told_so(folders):
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(root)}
     done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=environment)
     first, second = done.stdout.splitlines()
-    assert first.startswith("2 model ") and "was forked from" in first and "'spawn'" in first and "set_num_threads(1)" in first
+    assert (
+        first.startswith("2 model ")
+        and "was forked from" in first
+        and "'spawn'" in first
+        and "set_num_threads(1)" in first
+    )
     assert second == "1 True"
 
 
@@ -563,12 +650,13 @@ def test_tokens_that_were_added_are_no_sats(folders, engine, tied, when):
     want = oracle(folders, grows, tied=tied)
     prompts = [[*PROMPT[:3], VOCAB + new, *PROMPT[3:]] for new in range(3)]
     outputs = [plainly(want, prompt) for prompt in prompts]
-    assert any(VOCAB in output[len(PROMPT) + 1 :] for output in outputs)  # the adapter's own number is a token here
+    # the adapter's own number is a token here
+    assert any(VOCAB in output[len(PROMPT) + 1 :] for output in outputs)
     for prompt, output in zip(prompts, outputs, strict=True):
         for how in HOW if prompt is prompts[0] else HOW[:1]:
             assert plainly(lm, prompt, custom_generate=sdsat.generate, **how) == output
     with one_line_error(f"token id {VOCAB + 3}", f"vocabulary of {VOCAB + 3}"):
-        decode.generate(lm.sdsat, [VOCAB + 3], DecodeConfig(2, 4))
+        loop.generate(lm.sdsat, [VOCAB + 3], DecodeConfig(2, 4))
 
 
 def test_a_sat_of_the_checkpoint_that_was_cut_off(folders):

@@ -1,0 +1,208 @@
+"""The compiled library and its structs, as C++ reads them (native.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sdsat.cache_folder import load_library
+from sdsat.config import InputError
+
+if TYPE_CHECKING:
+    from sdsat.config import SamplingConfig
+
+SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+
+
+class Unavailable(Exception):
+    """Why the native engine can't be used here, in one line."""
+
+
+class _Matrix(Structure):
+    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("stride", c_int64)]
+
+
+class _Linear(Structure):
+    _fields_ = [
+        *((name, _Matrix) for name in ("weight", "down", "up")),
+        ("bias", c_void_p),
+        *((name, c_int64) for name in ("out", "in_", "rank")),
+    ]
+
+
+class _Layer(Structure):
+    _fields_ = [(name, c_void_p) for name in ("norm_attention", "norm_mlp", "norm_q", "norm_k")] + [
+        (name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")
+    ]
+
+
+class _Model(Structure):
+    _fields_ = [
+        *(
+            (name, c_int64)
+            for name in ("layers", "hidden", "heads", "kv_heads", "dim", "inner", "vocabulary")
+        ),
+        *((name, c_int64) for name in ("positions", "threads")),
+        *((name, c_float) for name in ("eps", "scale")),
+        *((name, c_void_p) for name in ("cos", "sin", "norm")),
+        ("head", _Linear),
+        ("layer", POINTER(_Layer)),
+        *((name, c_void_p) for name in ("embedding", "unembedding")),
+        *((name, _Linear) for name in ("draft_inner", "draft_outer")),
+        ("draft_eps", c_float),
+    ]
+
+
+class _Sampling(Structure):
+    _fields_ = [("temperature", c_double), ("top_p", c_double), ("top_k", c_int64)]
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig) -> _Sampling:
+        return cls(sampling.temperature, sampling.top_p, sampling.top_k)
+
+
+class _Drafting(Structure):
+    _fields_ = [
+        *(
+            (name, c_void_p)
+            for name in ("states", "logits", "parents", "ranks", "depths", "tokens", "likely")
+        ),
+        *((name, c_int64) for name in ("nodes", "sats", "shortlist", "index", "seed")),
+        ("sampling", _Sampling),
+    ]
+
+
+class _Cache(Structure):
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("slots", c_int64)]
+
+
+class _Pass(Structure):
+    _fields_ = [
+        *(
+            (name, c_void_p)
+            for name in (
+                "x",
+                "states",
+                "logits",
+                "positions",
+                "slots",
+                "sequences",
+                "lengths",
+                "within",
+            )
+        ),
+        *((name, c_int64) for name in ("caches", "rows", "sats", "last")),
+    ]
+
+
+def _compiler() -> list[str]:
+    """$CXX, split as a shell would (`ccache g++`), else c++ or g++; the beginning of a command.
+
+    Raises Unavailable.
+    """
+    given = os.environ.get("CXX", "")
+    try:
+        command = shlex.split(given)
+    except ValueError as error:
+        raise Unavailable(f"CXX={given}: not a command ({error})") from None
+    found = shutil.which("c++") or shutil.which("g++")
+    if not command and found is None:
+        raise Unavailable("no C++ compiler was found (c++, g++ or $CXX)")
+    return command or [str(found)]
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The compiled native.cpp; compiles it unless the cache folder has it for this source, compiler
+    and processor.
+    """
+    compiler = _compiler()
+
+    def build(target: Path) -> None:
+        done = subprocess.run(
+            [*compiler, *_FLAGS, str(SOURCE), "-o", str(target)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise Unavailable(
+                f"{' '.join(compiler)} failed "
+                f"({(done.stderr.strip().splitlines() or ['no message'])[0]})"
+            )
+
+    try:
+        version = subprocess.run(
+            [*compiler, "-v", "-march=native", "-E", "-x", "c++", os.devnull], capture_output=True
+        ).stderr
+        name = hashlib.sha256(
+            SOURCE.read_bytes() + version + " ".join(_FLAGS).encode()
+        ).hexdigest()[:16]
+        return load_library(name, build)
+    except OSError as error:
+        raise Unavailable(f"native.cpp could not be built ({error})") from None
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a function of the library.
+
+    Raises MemoryError, or InputError for what it refuses, in one line.
+    """
+    function = getattr(library(), name)
+    function.restype = c_char_p
+    refused = function(*arguments)
+    if refused == b"out of memory":
+        raise MemoryError(
+            "the native engine has no memory for this pass; expected fewer sequences or a "
+            "shorter context"
+        )
+    if refused:
+        raise InputError(f"native engine: {refused.decode()}")
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> bool:
+    """Whether C++ may read this tensor as `dtype` [shape], once contiguous. None: any number."""
+    sizes = len(tensor.shape) == len(shape) and all(
+        want in (None, size) for size, want in zip(tensor.shape, shape, strict=True)
+    )
+    return (
+        sizes
+        and tensor.dtype == dtype
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+    )
+
+
+def _described(dtype: torch.dtype, shape: Sequence[int | None], device: str) -> str:
+    return (
+        f"{dtype} [{', '.join('any' if size is None else str(size) for size in shape)}] on {device}"
+    )
+
+
+def _readable(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> Tensor:
+    """The tensor as C++ reads it, contiguous.
+
+    Raises InputError unless it is `dtype` [shape] on the CPU.
+    """
+    if not _fits(tensor, dtype, shape):
+        raise InputError(
+            f"{name}: {_described(tensor.dtype, tensor.shape, tensor.device.type)}; the "
+            "native engine was made for "
+            f"{_described(dtype, shape, 'cpu')}: change a model's type or device before it "
+            "is loaded, not after"
+        )
+    return tensor.contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

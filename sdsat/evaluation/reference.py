@@ -1,0 +1,72 @@
+"""The outside reference: transformers' own greedy `generate` on the same weights, with none of this
+package's code in it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import GenerationConfig
+
+from sdsat.config import DecodeConfig, require
+from sdsat.decoding.sequence import Generation
+from sdsat.models import attention
+from sdsat.models.loading import SatModel
+
+
+@torch.inference_mode()
+def transformers_generate(
+    model: SatModel, prompt_ids: list[int], config: DecodeConfig
+) -> Generation:
+    """Greedy `generate` with transformers' own linear layers, attention and cache; ours are
+    detached for the duration.
+
+    Of the config only max_new_tokens, stop_ids and stop_strings are used. All seconds are in
+    decode_seconds.
+    """
+    require(
+        config.sampling.greedy, "transformers_generate: greedy only, its random numbers are its own"
+    )
+    settings = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(config.stop_ids) or None,
+        pad_token_id=config.stop_ids[0] if config.stop_ids else 0,
+        stop_strings=list(config.stop_strings) or None,
+    )
+    tokens = torch.tensor([prompt_ids], device=model.device)
+    if model.adapter is not None:
+        model.adapter.detach()
+    if model.packed is not None:
+        model.packed.detach()
+    capped = getattr(model.model.config, "attn_logit_softcapping", None) is not None
+    # sdpa would leave Gemma 2's caps out
+    model.model.set_attn_implementation("eager" if capped else "sdpa")
+    try:
+        began = time.perf_counter()
+        mask = torch.ones_like(tokens)
+        tokenizer = model.tokenizer if config.stop_strings else None
+        output = model.model.generate(
+            tokens, attention_mask=mask, generation_config=settings, tokenizer=tokenizer
+        )
+        token_ids = output[0, len(prompt_ids) :].tolist()
+        seconds = time.perf_counter() - began
+    finally:
+        model.model.set_attn_implementation(attention.NAME)
+        if model.packed is not None:
+            model.packed.attach()
+        if model.adapter is not None:
+            model.adapter.attach(model.model)
+    cut = (
+        "stop_string"
+        if config.stop_strings and len(token_ids) < config.max_new_tokens
+        else "length"
+    )
+    finish = "stop_id" if token_ids[-1] in config.stop_ids else cut
+    return Generation(
+        token_ids=token_ids,
+        finish=finish,
+        num_passes=max(1, len(token_ids) - 1),
+        decode_seconds=seconds,
+    )

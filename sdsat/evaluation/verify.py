@@ -1,0 +1,244 @@
+"""The exactness audit: AR against SDSAT over benchmark problems, and AR against transformers' own
+`generate`.
+
+    sdsat verify smollm2-135m-sdsat --dtype float32 --k-list 1,3,5,7 --data-limit 40
+
+Every pair of outputs is compared token by token. A difference is never hidden: its place, both
+tokens and the AR logit margin are recorded, so that a reader can tell a tie that rounding broke
+from a bug.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdsat.config import DecodeConfig, SamplingConfig, keys_of
+from sdsat.decoding.loop import generate, next_logits, resolved
+from sdsat.evaluation.records import open_record
+from sdsat.evaluation.reference import transformers_generate
+from sdsat.files import write_json
+from sdsat.method.sampling import choose
+from sdsat.method.tree import make_tree, parse_tree
+from sdsat.models.loading import SatModel
+from sdsat.tasks.datasets import Limit, check_limit
+from sdsat.tasks.prompts import Problem, humaneval
+
+# A first divergence with a larger margin than this cannot be rounding. In half precision logits of
+# 16 to 32 lie 1/8 (bfloat16) or 1/64 (float16) apart, and different kernels were seen to differ by
+# a few such steps.
+EXPLAINED = {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0}
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What is compared: every strategy, k and tree, greedy where temperatures holds 0, else every
+    temperature with every seed.
+
+    Every seed takes a form of its own for each problem (`SamplingConfig.of_problem`).
+    strategies: () for all that the model has SATs and an engine for; 'lookup' is compared once, for
+    it has neither k nor tree.
+    """
+
+    k_list: tuple[int, ...] = (1, 3, 5, 7)
+    strategies: tuple[str, ...] = ()
+    trees: tuple[str, ...] = ("auto",)
+    temperatures: tuple[float, ...] = (0.0,)
+    seeds: tuple[int, ...] = (0,)
+    top_k: int = 10
+    top_p: float = 0.95
+    data_limit: Limit = 40
+    max_new_tokens: int = 128
+    template_options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_limit(self.data_limit)
+        DecodeConfig(0, self.max_new_tokens)
+        for k in self.k_list:
+            DecodeConfig(k)
+        for temperature in self.temperatures:
+            SamplingConfig(temperature, self.top_k, self.top_p)
+        for tree in self.trees:
+            for k in self.k_list:
+                make_tree(parse_tree(tree), max(1, k))
+        for strategy in self.strategies:
+            DecodeConfig(None, strategy=strategy)
+
+    def samplings(self) -> list[SamplingConfig]:
+        nucleus = [t for t in self.temperatures if t > 0]
+        greedy = [SamplingConfig()] if 0.0 in self.temperatures else []
+        return greedy + [
+            SamplingConfig(t, self.top_k, self.top_p, seed) for t in nucleus for seed in self.seeds
+        ]
+
+
+def first_divergence(
+    model: SatModel, prompt_ids: list[int], ar: list[int], other: list[int], config: DecodeConfig
+) -> dict[str, Any] | None:
+    """Where two outputs first differ, and by how much AR preferred its own token there; None when
+    they are equal.
+
+    ar_margin, in logits: greedy, how far AR's token was ahead; sampling, by how much the two must
+    move towards each other for AR to choose the other token, its noise and filters included. None
+    where one output ends inside the other.
+    """
+    if ar == other:
+        return None
+    place = next((i for i, (a, b) in enumerate(zip(ar, other, strict=False)) if a != b), None)
+    if place is None:
+        return {
+            "index": min(len(ar), len(other)),
+            "ar_token": None,
+            "token": None,
+            "ar_margin": None,
+        }
+    logits = next_logits(model, prompt_ids + ar[:place], len(prompt_ids), config).double()
+    ours = ar[place]
+    theirs = other[place]
+    if config.sampling.greedy:
+        margin = float(logits[ours] - logits[theirs])
+    else:
+        margin = _sampled_margin(logits, ours, theirs, place, config.sampling)
+    return {"index": place, "ar_token": ours, "token": theirs, "ar_margin": round(margin, 6)}
+
+
+def _sampled_margin(
+    logits: Tensor, ours: int, theirs: int, index: int, sampling: SamplingConfig
+) -> float:
+    """The smallest shift, half of it down for `ours` and half up for `theirs`, at which `theirs` is
+    chosen; by bisection.
+    """
+    at = torch.tensor([index], device=logits.device)
+
+    def changes(shift: float) -> bool:
+        moved = logits.clone()
+        moved[ours] -= shift / 2
+        moved[theirs] += shift / 2
+        return int(choose(moved[None], at, sampling)) == theirs
+
+    low = 0.0
+    high = 256.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if changes(middle) else (middle, high)
+    return high
+
+
+def verify(model: SatModel, config: VerifyConfig, out: Path | None = None) -> dict[str, Any]:
+    """Compare and return the document; with `out` it is rewritten after every problem and an
+    interrupted run resumes.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    if not config.strategies:
+        config = replace(config, strategies=model.strategies)
+    problems = humaneval(model.tokenizer, config.data_limit, config.template_options)
+    with open_record(model, config, out, "comparisons") as document:
+        done = {problem["task_id"] for problem in document["problems"]}
+        todo = [problem for problem in problems if problem.task_id not in done]
+        for problem in tqdm(todo, desc=f"verify {dtype}", unit="problem", disable=None):
+            comparisons = _compare(model, problem, config)
+            document["problems"].append({"task_id": problem.task_id, "comparisons": comparisons})
+            document["summary"] = _summarize(document["problems"], dtype)
+            if out is not None:
+                write_json(out, document)
+    return document
+
+
+def divergences(document: dict[str, Any], tokenizer: Any) -> Iterator[str]:
+    """A line for each first divergence of an audit: where, both tokens, AR's margin and whether
+    rounding explains it.
+    """
+    dtype = document["settings"]["dtype"]
+    for problem in document["problems"]:
+        for comparison in problem["comparisons"]:
+            if found := comparison["divergence"]:
+                seed = "" if comparison["seed"] is None else f" seed {comparison['seed']}"
+                drafts = f" k={comparison['k']} {comparison['tree']}" if comparison["k"] else ""
+                against = comparison["against"] + drafts
+                sampling = f"temperature {comparison['temperature']}{seed}"
+                where = (
+                    f"{problem['task_id']}, {dtype}, {sampling}, {against}: token {found['index']}"
+                )
+                if found["ar_margin"] is None:
+                    yield f"{where}: one output ends there, unexplained"
+                    continue
+                tokens = (found["ar_token"], found["token"])
+                ours, theirs = (
+                    f"{t} {tokenizer.decode([t], clean_up_tokenization_spaces=False)!r}"
+                    for t in tokens
+                )
+                verdict = (
+                    "within rounding"
+                    if abs(found["ar_margin"]) <= EXPLAINED[dtype]
+                    else "more than rounding explains"
+                )
+                yield (
+                    f"{where} is {ours} in AR, {theirs} there; AR's margin "
+                    f"{found['ar_margin']}, {verdict}"
+                )
+
+
+def _compare(model: SatModel, problem: Problem, config: VerifyConfig) -> list[dict[str, Any]]:
+    prompt_ids = list(problem.prompt_ids)
+    comparisons = list[dict[str, Any]]()
+    keys = keys_of(config.strategies, config.k_list)
+    asked = [
+        (strategy, k, tree) for strategy, k in keys for tree in (config.trees if k else ("auto",))
+    ]
+    for sampling in config.samplings():
+        facts = {
+            "temperature": sampling.temperature,
+            "seed": None if sampling.greedy else sampling.seed,
+        }
+        base = DecodeConfig(
+            0, config.max_new_tokens, "auto", sampling.of_problem(problem.task_id), model.stop_ids
+        )
+        ar = generate(model, prompt_ids, base).token_ids
+        if sampling.greedy:
+            theirs = transformers_generate(model, prompt_ids, base).token_ids
+            divergence = first_divergence(model, prompt_ids, ar, theirs, base)
+            comparisons.append(
+                {"against": "transformers", **facts, "k": 0, "tree": None, "divergence": divergence}
+            )
+        for strategy, k, tree in asked:
+            decode = resolved(model, replace(base, k=k, tree=parse_tree(tree), strategy=strategy))
+            with warnings.catch_warnings():
+                # depth beyond the trained one changes speed, not the output
+                warnings.simplefilter("ignore")
+                tokens = generate(model, prompt_ids, decode).token_ids
+            found = {"against": strategy, **facts, "k": k, "tree": decode.tree_name if k else None}
+            comparisons.append(
+                {**found, "divergence": first_divergence(model, prompt_ids, ar, tokens, decode)}
+            )
+    return comparisons
+
+
+def _summarize(problems: list[dict[str, Any]], dtype: str) -> list[dict[str, Any]]:
+    """One row for each compared setting: how many problems are identical, and the largest margin at
+    a first divergence.
+    """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for comparison in (c for problem in problems for c in problem["comparisons"]):
+        setting = {key: comparison[key] for key in ("against", "temperature", "seed", "k", "tree")}
+        row = rows.setdefault(
+            tuple(setting.values()), {**setting, "num_problems": 0, "identical": 0, "margins": []}
+        )
+        row["num_problems"] += 1
+        if comparison["divergence"] is None:
+            row["identical"] += 1
+        else:
+            row["margins"].append(comparison["divergence"]["ar_margin"])
+    for row in rows.values():
+        margins = row.pop("margins")
+        row["largest_margin"] = None if None in margins or not margins else max(margins, key=abs)
+        row["explained"] = None not in margins and all(
+            abs(margin) <= EXPLAINED[dtype] for margin in margins
+        )
+    return list(rows.values())

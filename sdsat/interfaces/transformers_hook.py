@@ -1,0 +1,659 @@
+"""Draft-then-verify inside transformers' own `generate`: `model.generate(**inputs,
+custom_generate=sdsat.generate)`.
+
+transformers prepares everything (prompts, generation config, logits processors, stopping criteria)
+and hands it over; here each sequence becomes a generation of decode.py. What decode.py does itself
+(temperature, top-k, top-p, ends at token ids or at a length) goes into its `DecodeConfig`.
+Everything else acts through a `Chooser`, which decode.py asks once for each emitted position, in
+order, with the model's logits after true tokens only. So processors and criteria get, each sequence
+by itself, the very calls that plain `generate` makes: the output equals its output when greedy, and
+AR's with the same seed when sampling. A row of a batch is shown to them with its padding, as there,
+so that the output is plain `generate`'s for that batch: it is what the row has alone, too, unless
+one of them reads the padding. What can't be honoured is refused, by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation import logits_process as processors
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StopStringCriteria,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from sdsat.config import DecodeConfig, SamplingConfig, require, whole
+from sdsat.decoding.loop import check_context, generate_batch, next_tokens, num_slots, resolved
+from sdsat.decoding.sequence import Generation
+from sdsat.method.sampling import choose, filtered
+from sdsat.method.tree import parse_tree
+from sdsat.models import embedded, loading
+from sdsat.models.attention import sliding_window
+from sdsat.models.devices import GIB, free_bytes
+from sdsat.models.loading import SatModel
+
+ATTRIBUTE = "sdsat"  # of a model: its SatModel
+# Settings that plain decoding leaves at these values; others ask for another kind of decoding, or
+# for what isn't kept.
+_ONLY = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "constraints": None,
+    "force_words_ids": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "use_mtp": False,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "is_assistant": False,
+    "use_cache": True,
+    "prefill_chunk_size": None,
+    "low_memory": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+_ELSEWHERE = ("offloaded", "quantized")  # caches that are kept elsewhere or otherwise than here
+# What transformers hands over with every call, beside what the caller gave.
+_PREPARED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+# In the order in which transformers applies them, which is that of SamplingConfig.
+_NATIVE = (
+    processors.TemperatureLogitsWarper,
+    processors.TopKLogitsWarper,
+    processors.TopPLogitsWarper,
+)
+# Functions of (tokens so far, logits) alone: sequences of a batch may come one by one.
+_STATELESS = (
+    *_NATIVE,
+    processors.EpsilonLogitsWarper,
+    processors.EtaLogitsWarper,
+    processors.ExponentialDecayLengthPenalty,
+    processors.ForcedBOSTokenLogitsProcessor,
+    processors.ForcedEOSTokenLogitsProcessor,
+    processors.InfNanRemoveLogitsProcessor,
+    processors.LogitNormalization,
+    processors.MinLengthLogitsProcessor,
+    processors.MinNewTokensLengthLogitsProcessor,
+    processors.MinPLogitsWarper,
+    processors.NoBadWordsLogitsProcessor,
+    processors.NoRepeatNGramLogitsProcessor,
+    processors.RepetitionPenaltyLogitsProcessor,
+    processors.SequenceBiasLogitsProcessor,
+    processors.SuppressTokensAtBeginLogitsProcessor,
+    processors.SuppressTokensLogitsProcessor,
+    processors.TopHLogitsWarper,
+    processors.TypicalLogitsWarper,
+    processors.WatermarkLogitsProcessor,
+    StopStringCriteria,
+)
+
+
+@dataclass
+class SdsatOutput(GenerateDecoderOnlyOutput):
+    """transformers' output, and how each sequence came about. No cache is given back.
+
+    scores, logits: of a sequence that has ended, the padding token's score is 0 and all others are
+    -inf.
+    """
+
+    generations: list[Generation] | None = None
+
+
+def load(
+    name: str = embedded.NAME, dtype: str = "bfloat16", device: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A transformers model that is ready for `custom_generate=sdsat.generate`, and its tokenizer.
+
+    Everything else works on it as before: `model(**inputs)`, plain `model.generate(**inputs)`.
+    Arguments and errors as those of `sdsat.models.loading.load`.
+    """
+    sat = loading.load(name, dtype, device, **options)
+    return _ready(sat), sat.tokenizer
+
+
+def attach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter: str | None = None,
+    sat_token_id: int | None = None,
+    engine: str = "auto",
+    graphs: bool = True,
+    trained_k: int | None = None,
+) -> PreTrainedModel:
+    """Make a model that `AutoModelForCausalLM` has loaded ready for
+    `custom_generate=sdsat.generate`; returns it.
+
+    adapter: directory of an adapter made for it, or its embedded name; None for a checkpoint that
+    has SATs itself. tokenizer: for stop strings. Weights and modules may change: before each
+    generation what is made of them is made anew if they have (of changes through `.data`, which
+    torch does not count, only those of most of a weight are seen). A model with modules, hooks or
+    parametrizations of other origin goes through these, or is refused by the name of the first one.
+    Other options, and errors, as those of `sdsat.models.loading.load`.
+    """
+    require(
+        isinstance(model, PreTrainedModel),
+        f"model: a {type(model).__module__}.{type(model).__qualname__}; expected the "
+        "transformers model in it "
+        "(PEFT's: model.get_base_model())",
+    )
+    name = str(getattr(model, "name_or_path", "")) or type(model).__name__
+    require(getattr(model, ATTRIBUTE, None) is None, f"model {name}: already attached")
+    require(
+        adapter is None or loading.is_adapter(str(adapter)),
+        f"adapter={adapter}: not an adapter directory",
+    )
+    loading.check_options(str(adapter or name), sat_token_id, engine, trained_k)
+    loading.check_model(model, name)
+    _ready(
+        loading.equip(
+            model, tokenizer, str(adapter or name), sat_token_id, engine, graphs, trained_k
+        )
+    )
+    return model
+
+
+def _ready(sat: SatModel) -> PreTrainedModel:
+    model: Any = sat.model
+    setattr(model, ATTRIBUTE, sat)
+    # transformers gives a callable no streamer and no assistant, and its criteria no tokenizer
+    # then: all lost in silence.
+    model._extract_generation_mode_kwargs = partial(_mode_arguments, model)
+    model._validate_generation_mode = partial(_check_mode, model)
+    return model
+
+
+def _mode_arguments(
+    model: Any,
+    custom_generate: Any,
+    kwargs: dict[str, Any],
+    synced_gpus: Any,
+    assistant_model: Any,
+    streamer: Any,
+) -> dict[str, Any]:
+    """What transformers hands to a way of decoding beside what it has prepared; here with nothing
+    left out.
+    """
+    tokenizer = kwargs.get("tokenizer") or getattr(model, ATTRIBUTE).tokenizer
+    given = type(model)._extract_generation_mode_kwargs(
+        model, custom_generate, kwargs, synced_gpus, assistant_model, streamer
+    )
+    if getattr(custom_generate, "func", custom_generate) is generate:
+        require(
+            streamer is None
+            or (
+                callable(getattr(streamer, "put", None))
+                and callable(getattr(streamer, "end", None))
+            ),
+            (
+                f"streamer={streamer!r}: expected an object with put and end, such as "
+                "transformers' TextStreamer"
+            ),
+        )
+        own = {
+            "streamer": streamer,
+            "tokenizer": tokenizer,
+            "assistant_model": assistant_model,
+            "synced_gpus": synced_gpus,
+        }
+        given |= {name: value for name, value in own.items() if value is not None}
+        return _Arguments(given)
+    return given
+
+
+class _Arguments(dict[str, Any]):
+    """Of `generate`, by which `_check_mode` knows whose they are."""
+
+
+def _check_mode(model: Any, mode: Any, generation_config: Any, arguments: dict[str, Any]) -> None:
+    """transformers' check of a way of decoding; before it ours, of all that can be said before
+    inputs are copied for so many sequences, and caches of so many positions made.
+    """
+    if isinstance(arguments, _Arguments):
+        sat = getattr(model, ATTRIBUTE)
+        _refuse_settings(generation_config)
+        num = whole(
+            "num_return_sequences",
+            generation_config.num_return_sequences,
+            "1 or more, a whole number",
+            1,
+        )
+        name = "max_length" if generation_config.max_new_tokens is None else "max_new_tokens"
+        expected = (
+            f"1 to {sat.max_context} tokens, prompt included: so many positions model "
+            f"{sat.name} takes"
+        )
+        most = whole(name, getattr(generation_config, name), expected, 1, sat.max_context)
+        _refuse_without_room(sat, num, num, most if name == "max_new_tokens" else 1)
+    type(model)._validate_generation_mode(model, mode, generation_config, arguments)
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    streamer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    strategy: str = "auto",
+    k: int | None = None,
+    tree: str | tuple[int, ...] = "auto",
+    budget: int | None = None,
+    lookup: int | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    **model_kwargs: Any,
+) -> Tensor | SdsatOutput:
+    """What `model.generate(**inputs, custom_generate=sdsat.generate, strategy=.., k=.., ..)` calls;
+    not called directly.
+
+    strategy, k, tree, budget, lookup: as in `DecodeConfig`; k None: what the SATs were trained for.
+    They don't change the output.
+    seed: of sampling; sequence i of a batch takes seed + i * 2**32. Without one it is drawn from
+    `generator`, or from torch's global generator, so that `torch.manual_seed` makes it
+    reproducible. Returns token ids [B, S] as transformers would, or an `SdsatOutput` [B, S] where
+    return_dict_in_generate is true. Raises InputError, one line, for what can't be honoured.
+    """
+    sat = getattr(model, ATTRIBUTE, None)
+    require(
+        isinstance(sat, SatModel),
+        f"model {getattr(model, 'name_or_path', '')}: not prepared for sdsat.generate; "
+        "expected one from sdsat.load(NAME), or "
+        "sdsat.attach(model, tokenizer, ADAPTER) before it",
+    )
+    assert isinstance(sat, SatModel)
+    _refuse_inputs(model_kwargs)
+    prompts = _prompts(sat, input_ids, model_kwargs)
+    if len(prompts) > 1:
+        _refuse_in_batch([*logits_processor, *stopping_criteria], streamer)
+    sequences = _Sequences(
+        sat,
+        input_ids,
+        list(logits_processor),
+        stopping_criteria,
+        generation_config,
+        _seed(seed, generator, generation_config.do_sample),
+    )
+    settings = (k, tree, strategy, budget, lookup)
+    generations = sequences.decode(prompts, settings, streamer)
+    if streamer is not None:
+        streamer.end()
+    return sequences.output(generations)
+
+
+def _refuse_settings(generation_config: Any) -> None:
+    """InputError for settings that are not honoured."""
+    for name, only in _ONLY.items():
+        value = getattr(generation_config, name, None)
+        require(
+            value is None or value == only,
+            f"{name}={value}: sdsat.generate does not support it; expected {only}",
+        )
+    cache = generation_config.cache_implementation
+    require(
+        not str(cache).startswith(_ELSEWHERE),
+        f"cache_implementation={cache}: sdsat.generate has a cache of its own; leave it out",
+    )
+
+
+def _refuse_inputs(model_kwargs: dict[str, Any]) -> None:
+    given = getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
+    require(
+        not given, "past_key_values: sdsat.generate starts with a cache of its own; leave it out"
+    )
+    for name, value in model_kwargs.items():
+        known = name in _PREPARED or value is None or value is False
+        require(
+            known, f"{name}: sdsat.generate can't take it; expected input_ids and attention_mask"
+        )
+
+
+def _refuse_without_room(
+    sat: SatModel, num_return_sequences: int, rows: int, max_new_tokens: int, longest: int = 1
+) -> None:
+    """InputError where the caches of `rows` sequences, of prompts of up to `longest` tokens, are
+    larger than the free memory.
+    """
+    config = sat.model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    position = 2 * config.num_hidden_layers * heads * dim * sat.dtype.itemsize
+    needed = rows * num_slots(longest, max_new_tokens) * position
+    free = sum(free_bytes(device) for device in sat.devices)
+    argument = (
+        f"num_return_sequences={num_return_sequences}" if num_return_sequences > 1 else "input_ids"
+    )
+    require(
+        needed <= free,
+        f"{argument}: {rows} sequences of up to {longest + max_new_tokens} tokens need "
+        f"{needed / GIB:.1f} GiB of cache, and "
+        f"{free / GIB:.1f} are free; expected fewer sequences, or a smaller max_new_tokens",
+    )
+
+
+def _refuse_in_batch(steps: list[Any], streamer: Any) -> None:
+    require(
+        streamer is None,
+        (
+            f"streamer={type(streamer).__name__}: each sequence of a batch goes on by itself; "
+            "expected a single one"
+        ),
+    )
+    for step in steps:
+        require(
+            type(step) in (*_STATELESS, EosTokenCriteria, MaxLengthCriteria),
+            (
+                f"{type(step).__name__}: it may keep state, and each sequence of a batch goes "
+                "on by itself; expected a single one"
+            ),
+        )
+
+
+def _prompts(sat: SatModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[list[int]]:
+    """The prompts [B, L] without what the attention mask leaves out: padding on the left and, where
+    transformers has made the mask, padding tokens anywhere. Positions count what is left, so the
+    model never knows of the rest.
+    """
+    whole_ids = (
+        input_ids.dim() == 2 and not input_ids.is_floating_point() and input_ids.dtype != torch.bool
+    )
+    require(
+        whole_ids,
+        (
+            f"input_ids: {input_ids.dtype} {list(input_ids.shape)}; expected token ids [B, L], "
+            "whole numbers"
+        ),
+    )
+    require(
+        len(input_ids) > 0,
+        f"input_ids: of shape {list(input_ids.shape)}; expected one prompt or more",
+    )
+    require(input_ids.shape[1] > 0, "input_ids: no tokens; expected at least one in every prompt")
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device).long()
+    good = mask.shape == input_ids.shape and bool(((mask == 0) | (mask == 1)).all())
+    require(
+        good,
+        (
+            f"attention_mask: {list(mask.shape)}; expected 0 or 1 for each of "
+            f"{list(input_ids.shape)} tokens"
+        ),
+    )
+    empty = [row for row, seen in enumerate(mask.tolist()) if not any(seen)]
+    require(
+        not empty,
+        (
+            f"attention_mask: prompt {empty and empty[0]} (from 0) has no tokens; expected at "
+            "least one"
+        ),
+    )
+    require(
+        bool(mask[:, -1].all()),
+        "attention_mask: it leaves out a prompt's last token; expected padding_side='left'",
+    )
+    left = bool((mask.diff(dim=-1) >= 0).all())
+    require(
+        left or sliding_window(sat.model.config) is None,
+        "attention_mask: it leaves out tokens inside a prompt, which the sliding window "
+        f"of {sat.name} counts; expected padding "
+        "on the left alone, and a mask where a prompt holds pad_token_id",
+    )
+    positions = model_kwargs.get("position_ids")
+    counted = mask.cumsum(-1) - 1
+    require(
+        positions is None or bool(((positions.to(mask.device) == counted) | (mask == 0)).all()),
+        "position_ids: expected every prompt to count from 0; leave them out",
+    )
+    return [ids[seen == 1].tolist() for ids, seen in zip(input_ids, mask, strict=True)]
+
+
+def _seed(seed: int | None, generator: torch.Generator | None, sample: bool) -> int:
+    seed = None if seed is None else whole("seed", seed, "a whole number")
+    good = generator is None or isinstance(generator, torch.Generator)
+    require(good, f"generator={generator!r}: expected a torch.Generator")
+    require(seed is None or generator is None, f"seed={seed}: expected it or a generator, not both")
+    if seed is not None or not sample:
+        return seed or 0
+    return int(
+        torch.randint(
+            2**63 - 1, (), generator=generator, device=generator.device if generator else "cpu"
+        )
+    )
+
+
+def _native(step: Any) -> bool:
+    """Whether SamplingConfig does exactly what this warper does."""
+    if (
+        getattr(step, "min_tokens_to_keep", 1) != 1
+        or getattr(step, "filter_value", -math.inf) != -math.inf
+    ):
+        return False
+    if type(step) is processors.TemperatureLogitsWarper:
+        return 1e-6 <= step.temperature < math.inf
+    return type(step) is processors.TopKLogitsWarper or (
+        type(step) is processors.TopPLogitsWarper and step.top_p > 0
+    )
+
+
+def _first_native(steps: list[Any]) -> int:
+    """From where on `steps` are nothing but warpers that SamplingConfig does, in its order."""
+    first = len(steps)
+    place = len(_NATIVE)
+    while first and _native(steps[first - 1]) and _NATIVE.index(type(steps[first - 1])) < place:
+        first -= 1
+        place = _NATIVE.index(type(steps[first]))
+    return first
+
+
+def _sampling(steps: list[Any], seed: int) -> SamplingConfig:
+    """What the warpers among `steps` that SamplingConfig knows amount to."""
+    names = ("temperature", "top_k", "top_p")
+    found = {
+        name: getattr(step, name)
+        for step in steps
+        if _native(step)
+        for name in names
+        if hasattr(step, name)
+    }
+    return SamplingConfig(**{"temperature": 1.0, **found}, seed=seed)
+
+
+class _Sequences:
+    """The sequences of one call, [B, L] with their padding, and what transformers wants done at
+    each of their tokens.
+
+    own: processors that only a chooser can apply; native: those after them, which SamplingConfig
+    does.
+    """
+
+    def __init__(
+        self,
+        sat: SatModel,
+        input_ids: Tensor,
+        steps: list[Any],
+        criteria: StoppingCriteriaList,
+        settings: Any,
+        seed: int,
+    ):
+        self.sat = sat
+        self.input_ids = input_ids
+        self.settings = settings
+        self.seed = seed
+        first = _first_native(steps) if settings.do_sample else len(steps)
+        self.own = LogitsProcessorList(steps[:first])
+        self.native = LogitsProcessorList(steps[first:])
+        ends = [
+            ids for c in criteria if type(c) is EosTokenCriteria for ids in c.eos_token_id.tolist()
+        ]
+        lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
+        require(
+            bool(lengths), "max_new_tokens: nothing ends the output; expected a number of tokens"
+        )
+        self.stop_ids = tuple(ends)
+        self.max_new_tokens = max(1, min(lengths) - input_ids.shape[1])
+        self.criteria = StoppingCriteriaList(
+            c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)
+        )
+        in_dict = bool(settings.return_dict_in_generate)
+        self.keep_scores = in_dict and bool(settings.output_scores)
+        self.keep_logits = in_dict and bool(settings.output_logits)
+        pad = settings._pad_token_tensor
+        several = len(input_ids) > 1
+        require(
+            pad is not None or not self.criteria or not several,
+            (
+                "pad_token_id=None: the sequences may end at different lengths; expected a "
+                "token id to pad them with"
+            ),
+        )
+        require(
+            bool(ends) or not self.criteria or not several,
+            f"{', '.join(type(each).__name__ for each in self.criteria)}: without an "
+            "eos_token_id, plain generate goes on with "
+            "sequences of a batch that it has ended; expected an eos_token_id too, or a "
+            "single sequence",
+        )
+        self.pad = 0 if pad is None else int(pad)
+        self.choosers: list[_Chooser] = []
+
+    def decode(
+        self, prompts: list[list[int]], settings: tuple[Any, ...], streamer: Any
+    ) -> list[Generation]:
+        """One generation for each prompt.
+
+        settings: k, tree, strategy, budget and lookup of a DecodeConfig.
+        """
+        k, tree, strategy, budget, lookup = settings
+        tree = parse_tree(tree) if isinstance(tree, str) else tree
+        plain = not (self.own or self.criteria or self.keep_scores or self.keep_logits)
+        asked = DecodeConfig(
+            k,
+            self.max_new_tokens,
+            tree,
+            SamplingConfig(),
+            self.stop_ids,
+            (),
+            strategy,
+            budget,
+            lookup,
+        )
+        config = resolved(self.sat, asked)
+        longest = max(map(len, prompts))
+        num = self.settings.num_return_sequences
+        check_context(self.sat, longest, config)
+        _refuse_without_room(self.sat, num, len(prompts), self.max_new_tokens, longest)
+        self.choosers = [_Chooser(self, row) for row in range(len(prompts))]
+        configs = [replace(config, sampling=chooser.drafting) for chooser in self.choosers]
+        on_tokens = None if streamer is None else partial(_stream, streamer)
+        return generate_batch(
+            self.sat, prompts, configs, on_tokens, len(prompts), None if plain else self.choosers
+        )
+
+    def output(self, generations: list[Generation]) -> Tensor | SdsatOutput:
+        longest = max(generation.num_new_tokens for generation in generations)
+        new = torch.full((len(generations), longest), self.pad, dtype=torch.long)
+        for row, generation in enumerate(generations):
+            new[row, : generation.num_new_tokens] = torch.tensor(generation.token_ids)
+        sequences = torch.cat([self.input_ids, new.to(self.input_ids.device)], dim=1)
+        if not self.settings.return_dict_in_generate:
+            return sequences
+        scores, logits = (
+            [getattr(chooser, name) for chooser in self.choosers] for name in ("scores", "logits")
+        )
+        return SdsatOutput(
+            sequences=sequences,
+            scores=self._stacked(scores) if self.keep_scores else None,
+            logits=self._stacked(logits) if self.keep_logits else None,
+            generations=generations,
+        )
+
+    def _stacked(self, kept: list[list[Tensor]]) -> tuple[Tensor, ...]:
+        """Of each position, [B, V]."""
+        over = torch.full_like(kept[0][0], -math.inf)
+        over[:, self.pad] = 0
+        count = max(map(len, kept))
+        return tuple(
+            torch.cat([rows[i] if i < len(rows) else over for rows in kept]) for i in range(count)
+        )
+
+
+class _Chooser:
+    """A sequence's `decode.Chooser`: processors, the choice, and criteria, in this order, as in
+    transformers' own loop.
+    """
+
+    def __init__(self, all_: _Sequences, row: int):
+        self.all = all_
+        seed = all_.seed + (row << 32)
+        sample = bool(all_.settings.do_sample)
+        self.sampling = _sampling(all_.native, seed) if sample else SamplingConfig()
+        self.drafting = _sampling([*all_.own, *all_.native], seed) if sample else SamplingConfig()
+        prompt = all_.input_ids[row : row + 1]
+        self.ids = torch.nn.functional.pad(prompt, (0, all_.max_new_tokens)).to(all_.sat.device)
+        self.length = prompt.shape[1]
+        self.num_new = 0
+        # of the caller, in which processors have made what they keep
+        self.inference = torch.is_inference_mode_enabled()
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    def __call__(self, logits: Tensor) -> tuple[int, bool]:
+        own = self.all.own
+        native = self.all.native
+        so_far = self.ids[:, : self.length]
+        index = torch.full((1,), self.num_new, device=logits.device)
+        # as in plain generate: what processors keep stays theirs
+        with torch.inference_mode(self.inference), torch.no_grad():
+            scores = logits.to(torch.float32, copy=True)[None]
+            if self.all.keep_logits:
+                self.logits.append(scores.clone())
+            if own:
+                # some processors make more of a SAT's -inf
+                scores = self.all.sat.legal(own(so_far, scores))
+                chosen = (
+                    scores.argmax(-1)
+                    if self.sampling.greedy
+                    else choose(self._drawable(scores), index, self.sampling)[:, 0]
+                )
+            else:
+                chosen = next_tokens(self.all.sat, logits[None], index, self.sampling)
+            if self.all.keep_scores:
+                self.scores.append(filtered(scores, self.sampling) if native else scores)
+            self.ids[:, self.length] = chosen
+            self.length = self.length + 1
+            self.num_new = self.num_new + 1
+            scores_so_far = tuple(self.scores) if self.all.keep_scores else None
+            ended = bool(self.all.criteria) and bool(
+                self.all.criteria(self.ids[:, : self.length], scores_so_far).all()
+            )
+        return int(chosen), ended
+
+    def _drawable(self, scores: Tensor) -> Tensor:
+        """The scores [1, V], if a token can be drawn by them, which plain generate, too, refuses
+        otherwise.
+        """
+        require(
+            bool(scores.max().isfinite()),
+            "do_sample=True: after "
+            f"{', '.join(type(step).__name__ for step in self.all.own)} no token is left "
+            "to draw, or a "
+            "score is NaN or infinite; expected other settings, or remove_invalid_values=True",
+        )
+        return scores
+
+
+def _stream(streamer: Any, number: int, tokens: list[int], drafted: list[bool]) -> None:
+    for token in tokens:
+        streamer.put(torch.tensor([token]))

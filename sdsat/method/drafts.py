@@ -1,0 +1,112 @@
+"""Drafts: the tokens that SATs guess, and those looked up, as one tree below the last true token x.
+
+A pass of the exact engine that has SATs gives the token after x itself, which is true, and drafts
+below it. A pass in 8 bits (native.py) only drafts: what it says at x is the first draft, which is
+wrong now and then, and the SATs' come below that one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sdsat.config import MAX_ROWS
+from sdsat.method.tree import DraftTree
+
+if TYPE_CHECKING:
+    pass
+
+_ROOT = DraftTree((-1,), (0,))
+OWN = 0.97  # how likely the first draft of a pass in 8 bits is taken to be before anything is known
+
+
+@dataclass
+class Drafts:
+    """A tree of drafts below x, which is node 0.
+
+    likely[j]: how likely node j is right, given that its parent is.
+
+    looked_up[j]: the draft comes from the text so far, and not (or not only) from a SAT. kind:
+    where the SATs were that drafted, see planner.KINDS. rounded: they did in a pass in 8 bits, so
+    that node 1 is what that pass says at x.
+    """
+
+    tree: DraftTree
+    tokens: list[int]
+    likely: list[float]
+    looked_up: list[bool]
+    kind: str = "none"
+    rounded: bool = False
+
+    @property
+    def by_sats(self) -> bool:
+        """Whether SATs have drafted."""
+        return self.kind != "none"
+
+    @classmethod
+    def none(cls, x: int) -> Drafts:
+        return cls(_ROOT, [x], [1.0], [False])
+
+    @classmethod
+    def of_sats(cls, tree: DraftTree, values: list[float], kind: str) -> Drafts:
+        """values: what `draft_tokens` gave, flat."""
+        nodes = len(tree)
+        return cls(
+            tree, [int(value) for value in values[:nodes]], values[nodes:], [False] * nodes, kind
+        )
+
+    @classmethod
+    def of_rounded(cls, x: int, tree: DraftTree, values: list[float]) -> Drafts:
+        """The tree one node lower: below x the token at its root, which a pass in 8 bits gave for x
+        itself.
+        """
+        below = cls.of_sats(tree, values, "rounded")
+        parents = (-1, *(parent + 1 for parent in tree.parents))
+        likely = [1.0, OWN, *below.likely[1:]]
+        looked_up = [False] * len(parents)
+        return cls(
+            DraftTree(parents, (0, *tree.ranks)),
+            [x, *below.tokens],
+            likely,
+            looked_up,
+            "rounded",
+            True,
+        )
+
+    def with_chain(self, tokens: list[int], likely: float) -> Drafts:
+        """The tree with a looked-up chain added below x; where it says what a draft says already,
+        that draft is in both.
+        """
+        if not tokens:
+            return self
+        parents = list(self.tree.parents)
+        ranks = list(self.tree.ranks)
+        out = replace(
+            self, tokens=list(self.tokens), likely=list(self.likely), looked_up=list(self.looked_up)
+        )
+        node = 0
+        for token in tokens:
+            same = [j for j in range(len(parents)) if parents[j] == node and out.tokens[j] == token]
+            if not same and len(parents) >= MAX_ROWS:
+                break
+            if not same:
+                parents.append(node)
+                ranks.append(0)
+                out.tokens.append(token)
+                out.likely.append(likely)
+                out.looked_up.append(True)
+            node = same[0] if same else len(parents) - 1
+            out.likely[node] = max(out.likely[node], likely)
+            out.looked_up[node] = True
+        out.tree = DraftTree(tuple(parents), tuple(ranks))
+        return out
+
+    def kept(self, nodes: list[int]) -> Drafts:
+        if len(nodes) == len(self.tokens):
+            return self
+        tokens = [self.tokens[node] for node in nodes]
+        likely = [self.likely[node] for node in nodes]
+        looked_up = [self.looked_up[node] for node in nodes]
+        return Drafts(
+            self.tree.kept(nodes), tokens, likely, looked_up, self.kind, self.rounded and 1 in nodes
+        )

@@ -1,0 +1,113 @@
+"""The rows of a pass: who sees whom, and at which position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sdsat.method.tree import DraftTree
+
+
+@lru_cache(maxsize=1024)
+def pass_layout(
+    tree: DraftTree, groups: tuple[tuple[int, int], ...], rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(within [rows, rows] bool, position offsets [rows]) of a pass: the tree's nodes, then SAT
+    groups, then padding.
+
+    groups: (node, k) each. A node sees its ancestors and itself; a SAT its node, that node's
+    ancestors and the SATs of its group up to itself; a padding row itself. Offsets count from the
+    root, which stands at 0; SAT i of a node at depth d at d + i.
+
+        chain of 2, groups       within  1              offsets  0
+        ((0, 2), (1, 1)):                1 1                     1
+                                         1   1                   1
+                                         1   1 1                 2
+                                         1 1     1               2
+    """
+    within = torch.eye(rows, dtype=torch.bool)
+    nodes = len(tree)
+    depths = tree.depths
+    within[:nodes, :nodes] = tree.ancestors()
+    offsets = torch.zeros(rows, dtype=torch.long)
+    offsets[:nodes] = torch.tensor(depths)
+    first = nodes
+    for node, size in groups:
+        for i in range(size):
+            row = first + i
+            within[row, :nodes] = within[node, :nodes]
+            within[row, first : row + 1] = True
+            offsets[row] = depths[node] + 1 + i
+        first += size
+    return within.to(device), offsets.to(device)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the R rows of a pass over one or more sequences stand: all nodes, then all SATs, then
+    padding.
+
+    within [R, R] bool: which rows of the pass a row sees. For each row [R]: sequences, whose it is;
+    offsets, its position from that sequence's length on; places, its slot from there on, which is
+    its number among the sequence's own rows. width: how many rows a sequence has at most.
+    """
+
+    within: Tensor
+    offsets: Tensor
+    sequences: Tensor
+    places: Tensor
+    width: int
+
+
+# what one sequence brings into a pass: nodes, and SAT groups
+Shape = tuple[DraftTree, tuple[tuple[int, int], ...]]
+
+
+def batch_layout(shapes: list[Shape], rows: int, device: torch.device) -> Layout:
+    """The layout of a pass over sequences of these shapes; rows beyond theirs, up to `rows`, are
+    padding and the last one's.
+
+    Two sequences, x alone and x with a SAT:
+
+        within  1          sequences  0    offsets  0    places  0
+                  1                   1             0            0
+                  1 1                 1             1            1
+    """
+    if len(shapes) == 1:
+        return _layout_of_one(*shapes[0], rows, device)
+    counts = [len(tree) + sum(size for _, size in groups) for tree, groups in shapes]
+    held = [*counts[:-1], rows - sum(counts[:-1])]
+    parts = [
+        pass_layout(tree, groups, size, device)
+        for (tree, groups), size in zip(shapes, held, strict=True)
+    ]
+    # numbers, sequence by sequence, of nodes, SATs and padding
+    kinds: tuple[list[int], list[int], list[int]] = ([], [], [])
+    places = list[int]()
+    sequences = list[int]()
+    first = 0
+    for number, ((tree, _), count, size) in enumerate(zip(shapes, counts, held, strict=True)):
+        ends = (0, len(tree), count, size)
+        for kind, start, end in zip(kinds, ends[:-1], ends[1:], strict=True):
+            kind += range(first + start, first + end)
+        places += range(size)
+        sequences += [number] * size
+        first += size
+    order = torch.tensor([number for kind in kinds for number in kind], device=device)
+    within = torch.block_diag(*(within for within, _ in parts)).bool()[order][:, order]
+    offsets = torch.cat([offsets for _, offsets in parts])[order]
+    whose, where = (torch.tensor(part, device=device)[order] for part in (sequences, places))
+    return Layout(within, offsets, whose, where, max(held))
+
+
+@lru_cache(maxsize=1024)
+def _layout_of_one(
+    tree: DraftTree, groups: tuple[tuple[int, int], ...], rows: int, device: torch.device
+) -> Layout:
+    numbers = torch.arange(rows, device=device)
+    return Layout(
+        *pass_layout(tree, groups, rows, device), torch.zeros_like(numbers), numbers, rows
+    )

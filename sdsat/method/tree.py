@@ -1,0 +1,210 @@
+"""Draft trees: which drafts are verified together, and which tree nodes each one may attend to.
+
+Node 0 is the root, the true token y0; a node at depth i >= 1 holds one candidate of SAT i. Since
+SAT i predicts a position and not a path, all nodes of a depth draw from the same candidate list,
+and a node is a (parent, rank) pair.
+
+    branching 2,1:      0            nodes    0 1 2 3 4        ancestors   0 1 2 3 4
+                      /   \\          parents  . 0 1 0 3              0     1
+                     1     3         depths   0 1 2 1 2              1     1 1
+                     |     |         ranks    . 0 0 1 0              2     1 1 1
+                     2     4                                         3     1     1
+                                                                     4     1     1 1
+
+The path of first candidates is laid out first and contiguously: where rounding depends on the cache
+slot, the likeliest path is then the one that AR would have computed. The order is topological:
+parents come before children.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+from sdsat.config import MAX_ROWS, InputError, require
+
+# Nodes per depth of the paper's sampling trees (28, 36, 46, 60 and 76 nodes). The totals, the first
+# three depths and the narrow ends are the paper's program's; how the middle narrows isn't known to
+# us and is our own.
+PAPER_WIDTHS = {
+    5: (4, 8, 8, 5, 3),
+    7: (4, 8, 8, 6, 4, 3, 3),
+    9: (4, 8, 8, 6, 5, 5, 4, 3, 3),
+    11: (4, 8, 8, 8, 7, 6, 5, 5, 4, 3, 2),
+    13: (4, 8, 8, 8, 8, 7, 7, 6, 6, 5, 4, 3, 2),
+}
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """parents[j] < j is the parent of node j (-1 for the root), ranks[j] its place in its depth's
+    candidate list.
+    """
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return tuple(depths)
+
+    @property
+    def width(self) -> int:
+        """How many candidates a SAT must supply."""
+        return max(self.ranks) + 1
+
+    def kept(self, nodes: list[int]) -> DraftTree:
+        """The same tree with these nodes only, in their old order.
+
+        nodes: ascending, each with its parent.
+        """
+        place = {node: i for i, node in enumerate(nodes)}
+        parents = tuple(
+            -1 if self.parents[node] < 0 else place[self.parents[node]] for node in nodes
+        )
+        return DraftTree(parents, tuple(self.ranks[node] for node in nodes))
+
+    def truncated(self, depth: int) -> DraftTree:
+        """The same tree without the nodes below `depth` (near max_new_tokens a shallower tree is
+        enough).
+        """
+        return self.kept([node for node, d in enumerate(self.depths) if d <= depth])
+
+    def children(self) -> list[list[int]]:
+        children: list[list[int]] = [[] for _ in self.parents]
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                children[parent].append(node)
+        return children
+
+    def ancestors(self) -> Tensor:
+        """[N, N] bool: row j is true at j and at every ancestor of j."""
+        mask = torch.eye(len(self), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                mask[node] |= mask[parent]
+        return mask
+
+    def walk(self, tokens: list[int], targets: list[int]) -> list[int]:
+        """The verified path from the root: step to the child that carries the model's own next
+        token, else stop.
+
+        tokens[j]: the token at node j; targets[j]: the model's own next token after node j. Returns
+        the nodes of the path, root first; the target at its last node is the free true token (the
+        next x).
+        """
+        children = self.children()
+        path = [0]
+        while True:
+            matches = [child for child in children[path[-1]] if tokens[child] == targets[path[-1]]]
+            if not matches:
+                return path
+            path.append(matches[0])
+
+
+def _from_levels(levels: list[list[tuple[int, int]]]) -> DraftTree:
+    """Levels of (parent's place in the level above, rank) pairs, laid out depth-first so that first
+    candidates lead.
+    """
+    parents = [-1]
+    ranks = [0]
+
+    def visit(node: int, depth: int, place: int) -> None:
+        if depth == len(levels):
+            return
+        for child_place, (parent_place, rank) in enumerate(levels[depth]):
+            if parent_place == place:
+                parents.append(node)
+                ranks.append(rank)
+                visit(len(parents) - 1, depth + 1, child_place)
+
+    visit(0, 0, 0)
+    return DraftTree(tuple(parents), tuple(ranks))
+
+
+def from_branching(branching: tuple[int, ...]) -> DraftTree:
+    """Every node at depth i-1 gets branching[i-1] children; `1,1,1` is a chain of k = 3."""
+    levels = []
+    size = 1
+    nodes = 1
+    for count in branching:
+        levels.append([(parent, rank) for parent in range(size) for rank in range(count)])
+        size *= count
+        nodes += size
+        require(
+            nodes <= MAX_ROWS,
+            f"tree={branching}: more than {MAX_ROWS} nodes; use fewer or smaller widths",
+        )
+    return _from_levels(levels)
+
+
+def from_widths(widths: tuple[int, ...]) -> DraftTree:
+    """widths[i-1] nodes at depth i: of all (parent, rank) children, those with the smallest sum of
+    ranks along the path.
+
+    The sum of ranks stands for (un)likelihood; ties go to the better parent. Parents of a level are
+    ordered the same way.
+    """
+    levels = []
+    costs = [0]
+    for width in widths:
+        options = sorted(
+            (cost + rank, parent, rank)
+            for parent, cost in enumerate(costs)
+            for rank in range(width)
+        )
+        levels.append([(parent, rank) for _, parent, rank in options[:width]])
+        costs = [cost for cost, _, _ in options[:width]]
+    return _from_levels(levels)
+
+
+@cache
+def make_tree(spec: str | tuple[int, ...], k: int) -> DraftTree:
+    """The draft tree for k SATs.
+
+    spec: 'chain', 'paper', or a branching list; a list shorter than k ends in a chain. 'auto': a
+    chain, where no model has been asked (decode.with_tree).
+    """
+    if spec in ("auto", "chain"):
+        spec = (1,)
+    if spec == "paper":
+        require(
+            k in PAPER_WIDTHS,
+            f"tree=paper with k={k}: the paper's trees are for k in {sorted(PAPER_WIDTHS)}",
+        )
+        return from_widths(PAPER_WIDTHS[k])
+    if isinstance(spec, str):
+        raise InputError(
+            f"tree={spec!r}: expected 'chain', 'paper' or a branching list such as 2,1,1"
+        )
+    name = ",".join(map(str, spec))
+    require(all(width >= 1 for width in spec), f"tree={name}: every width must be 1 or more")
+    try:
+        return from_branching((spec + (1,) * k)[:k])
+    except InputError:
+        message = (
+            f"tree={name} with k={k}: more than {MAX_ROWS} nodes; expected fewer or smaller "
+            "widths, or a smaller k"
+        )
+        raise InputError(message) from None
+
+
+def parse_tree(text: str) -> str | tuple[int, ...]:
+    """'auto', 'chain', 'paper', or '2,1,1' -> (2, 1, 1)."""
+    if text in ("auto", "chain", "paper"):
+        return text
+    try:
+        return tuple(int(width) for width in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"tree={text!r}: expected 'auto', 'chain', 'paper' or a branching list such as 2,1,1"
+        ) from None

@@ -1,0 +1,456 @@
+"""The SDSAT adapter: a SAT embedding and low-rank updates (LoRA, arXiv 2106.09685) that act on SAT
+rows only.
+
+For a linear layer y = W x the adapter adds B A x on the rows named by `on_rows`, and nothing
+anywhere else: standard tokens never enter its arithmetic, so their logits are bit-identical to the
+base's (gated LoRA: arXiv 2507.11851).
+
+    attach(model)                  the hooks go in; nothing changes until rows are named
+    with adapter.on_rows(1, 6):    rows 1..5 of the pass are SATs
+        model(inputs_embeds=...)
+
+Files: `adapter_config.json` (base, a sample of its weights, SAT settings, rank, training facts, the
+hash of the other file), `adapter_model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from sdsat.config import TARGETS, InputError, SatConfig, require
+from sdsat.models import packed
+from sdsat.models.head import DraftHead
+
+FORMAT = "sdsat-adapter"
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is and where it belongs.
+
+    base_model: hub id, directory or embedded name of the base. base_sample: a few weights of it,
+    {tensor: numbers}.
+    targets: names of the linear layers that get an update. head: inner size of the draft head, 0
+    for none. everywhere: the update was trained to act on every row of a draft pass, not on SATs
+    alone (export.py). training: free-form facts on how it was made.
+    weights_sha256: of the weights' file beside it; None in adapters that were saved without.
+    """
+
+    base_model: str
+    sat: SatConfig
+    rank: int = 32
+    scale: float = 1.0
+    targets: tuple[str, ...] = tuple(TARGETS.split(","))
+    head: int = 0
+    everywhere: bool = False
+    base_sample: dict[str, list[float]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str | None = field(default=None, compare=False)
+
+
+def sample_weights(model: nn.Module) -> dict[str, list[float]]:
+    """Eight numbers from each of a dozen weights spread over the model: names a base in any dtype
+    it is loaded in.
+    """
+    parameters = sorted(
+        (name, p) for name, p in model.named_parameters() if p.dim() >= 1 and p.numel() >= 8
+    )
+    chosen = parameters[:: max(1, len(parameters) // 12)]
+    return {
+        name: [round(value, 6) for value in p.detach().flatten()[:8].float().tolist()]
+        for name, p in chosen
+    }
+
+
+class _Fused:
+    """The updates of layers that read the same input, as one pair of matmuls: computed by the
+    first, kept for the others.
+    """
+
+    def __init__(self, downs: list[Tensor], ups: list[Tensor], scale: float):
+        self.sizes = [up.shape[0] for up in ups]
+        self.down = packed.best_linear(torch.cat(downs))
+        self.up = packed.best_linear(scale * torch.block_diag(*ups))
+
+    def update(self, x: Tensor, on: _Pass, index: int) -> Tensor:
+        """[B, rows, out] of the group's layer `index` for the input x [B, S, in] of a pass."""
+        read, updates = on.computed.pop(self, (None, ()))
+        if read is not x:
+            updates = self.up(self.down(x[:, on.rows])).split(self.sizes, dim=-1)
+        if index + 1 < len(self.sizes):  # else the last of the group has come: keep no memory
+            on.computed[self] = x, updates
+        return updates[index]
+
+
+@dataclass
+class _Pass:
+    """A forward pass with SATs: of which adapter, in which rows, and what its layers have computed
+    for others of their group.
+    """
+
+    adapter: SatAdapter
+    rows: slice
+    computed: dict[_Fused, tuple[Tensor | None, tuple[Tensor, ...]]] = field(default_factory=dict)
+
+
+# The pass that runs in this thread. Another thread's pass, on the same modules, has its own; plain
+# `generate` has none.
+_CURRENT: ContextVar[_Pass | None] = ContextVar("sdsat_pass", default=None)
+
+
+class SatAdapter(nn.Module):
+    """SAT embedding [D] and one (A [r, in], B [out, r]) pair for each targeted linear layer of
+    `model`.
+    """
+
+    def __init__(self, model: Any, config: AdapterConfig):
+        super().__init__()
+        self.config = config
+        self._handles: list[Any] = []
+        self._hooks: dict[str, _Update] = {}
+        self._fused: dict[str, tuple[_Fused, int]] = {}
+        embedding = model.get_input_embeddings().weight
+        dtype = embedding.dtype
+        device = embedding.device
+        self.sat_embedding = nn.Parameter(embedding.detach().float().mean(0).to(dtype))
+        self.down = nn.ParameterDict()
+        self.up = nn.ParameterDict()
+        for name, layer in self._targeted(model):
+            key = name.replace(".", "/")
+            plain = _linear_of(layer)
+            where = plain.weight.device  # on several GPUs not always the embedding's
+            down = (
+                torch.randn(config.rank, plain.in_features, device=where) / plain.in_features**0.5
+            )
+            self.down[key] = nn.Parameter(down.to(dtype))
+            self.up[key] = nn.Parameter(
+                torch.zeros(plain.out_features, config.rank, dtype=dtype, device=where)
+            )
+        self.head = (
+            DraftHead(embedding.shape[1], config.head, dtype, device) if config.head else None
+        )
+        known = {key.rpartition("/")[2] for key in self.down}
+        strange = [name for name in config.targets if name not in known]
+        require(
+            not strange,
+            (
+                f"targets={','.join(config.targets)}: the model has no linear layer named "
+                f"{', '.join(strange)}"
+            ),
+        )
+
+    def _targeted(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The layers that get an update, by name; one may be a wrapper around its linear layer
+        (PEFT).
+        """
+        for name, layer in model.named_modules():
+            if name.rsplit(".", 1)[-1] in self.config.targets and _linear_of(layer) is not None:
+                yield name, layer
+
+    def attach(self, model: nn.Module) -> SatAdapter:
+        """Hook the low-rank updates into `model`'s linear layers. Undone by `detach`."""
+        require(not self._handles, "adapter: already attached; detach it first")
+        for name, layer in self._targeted(model):
+            key = name.replace(".", "/")
+            # the same one again: weights.Snapshot
+            hook = self._hooks.setdefault(key, _Update(self, key))
+            self._handles.append(layer.register_forward_hook(hook))
+        return self
+
+    def fuse(self) -> SatAdapter:
+        """Prepare for decoding: from now on the updates take half the matmuls and have no
+        gradients.
+        """
+        for key in self.down:
+            parent, _, name = key.rpartition("/")
+            names = next((names for names in _SAME_INPUT if name in names), (name,))
+            keys = [member for other in names if (member := f"{parent}/{other}") in self.down]
+            if key == keys[0]:
+                downs = [self.down[member].detach() for member in keys]
+                ups = [self.up[member].detach() for member in keys]
+                group = _Fused(downs, ups, self.config.scale)
+                self._fused.update({member: (group, index) for index, member in enumerate(keys)})
+        if self.head is not None:
+            self.head.fuse()
+        return self
+
+    def follow(self, model: nn.Module) -> SatAdapter:
+        """Go where `model`, the one that it was made for, is now: to its dtype, its devices and its
+        layers; and fuse.
+        """
+        embedding = model.get_input_embeddings().weight
+        layers = dict(self._targeted(model))  # type: ignore[operator]
+        gone = [key for key in self.down if key.replace("/", ".") not in layers]
+        require(
+            not gone,
+            (
+                f"adapter: the model has no linear layer {''.join(gone[:1]).replace('/', '.')} "
+                "any more"
+            ),
+        )
+        self.detach()
+        self.to(embedding.device, embedding.dtype)
+        for key in self.down:
+            weight = _linear_of(layers[key.replace("/", ".")]).weight
+            for part in (self.down[key], self.up[key]):
+                part.data = part.data.to(weight.device)
+        strange = [name for name, part in self.named_parameters() if not part.isfinite().all()]
+        require(
+            not strange,
+            f"adapter: {''.join(strange[:1])} holds NaN or infinite numbers; expected finite ones",
+        )
+        return self.fuse().attach(model)
+
+    def detach(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what `fuse` has made: memory in an order that only this process knows."""
+        return {**self.__dict__, "_fused": {}}
+
+    def _current(self) -> _Pass | None:
+        """The pass of this thread, if it has SATs of this adapter."""
+        on = _CURRENT.get()
+        return on if on is not None and on.adapter is self else None
+
+    @contextmanager
+    def on_rows(self, start: int, end: int) -> Iterator[None]:
+        """Within this block, rows start..end-1 of every forward pass of this thread are SATs."""
+        before = _CURRENT.set(_Pass(self, slice(start, end)) if end > start else None)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(before)
+
+    def save(self, directory: str | Path) -> None:
+        """Write both files; each appears whole or not at all, and a pair of which only one was
+        replaced is refused by `load`.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: p.detach().to("cpu", torch.bfloat16).contiguous()
+            for name, p in self.named_parameters()
+        }
+        content = tensors_to_bytes(weights, metadata={"format": "pt"})
+        self.config = replace(self.config, weights_sha256=hashlib.sha256(content).hexdigest())
+        config = {"format": FORMAT, "format_version": 1, "base_model": self.config.base_model}
+        config |= {"sat_token_id": self.config.sat.token_id, "k": self.config.sat.k}
+        config |= {
+            "rank": self.config.rank,
+            "scale": self.config.scale,
+            "targets": list(self.config.targets),
+        }
+        config |= {"head": self.config.head, "everywhere": self.config.everywhere}
+        config |= {"weights_sha256": self.config.weights_sha256}
+        config |= {"base_sample": self.config.base_sample, "training": self.config.training}
+        # The config comes last: until it is there, the hash in the one before tells that these
+        # weights are not its own.
+        files = {WEIGHTS_FILE: content, CONFIG_FILE: (json.dumps(config, indent=1) + "\n").encode()}
+        parts = {directory / name: directory / f"{name}.part" for name in files}
+        try:
+            for part, data in zip(parts.values(), files.values(), strict=True):
+                part.write_bytes(data)
+            for file, part in parts.items():
+                part.replace(file)
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+
+
+class _Update:
+    """The forward hook that adds an adapter's update to the SAT rows of one layer.
+
+    A copy of it belongs to the copied adapter.
+    """
+
+    def __init__(self, adapter: SatAdapter, key: str):
+        self.adapter = adapter
+        self.key = key
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+        adapter = self.adapter
+        on = adapter._current()
+        if on is None:
+            return None
+        if self.key in adapter._fused:
+            group, index = adapter._fused[self.key]
+            output[:, on.rows].add_(group.update(inputs[0], on, index))
+            return None
+        x = inputs[0][:, on.rows]
+        down = adapter.down[self.key]
+        up = adapter.up[self.key]
+        # Two dimensions and F.linear: on a CPU in bfloat16 a third of the time of `x @ down.T @
+        # up.T` on three.
+        update = linear(linear(x.flatten(0, 1), down.to(x)), up.to(x)).view(*x.shape[:2], -1)
+        if adapter.config.scale != 1:
+            update = adapter.config.scale * update
+        if update.shape == output.shape:  # every row is a SAT, as in training: keep autograd simple
+            return output + update
+        output[:, on.rows].add_(update)
+        return output
+
+
+def _linear_of(layer: nn.Module) -> Any:
+    """The linear layer that this is, or that it is a wrapper of: the first one in it.
+
+    None where there is none.
+    """
+    return next((part for part in layer.modules() if isinstance(part, nn.Linear)), None)
+
+
+def _plain_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters by the names that they had before PEFT or a parametrization of torch's
+    moved them.
+    """
+    moved = {".base_layer.": ".", ".parametrizations.weight.original": ".weight"}
+    named = dict[str, Tensor]()
+    for name, parameter in model.named_parameters():
+        for longer, shorter in moved.items():
+            name = name.replace(longer, shorter)
+        named[name] = parameter
+    return named
+
+
+def read_config(directory: str | Path) -> AdapterConfig:
+    """The checked `adapter_config.json` of an adapter directory.
+
+    Raises InputError, one line, for anything odd in it.
+    """
+    where = f"adapter {directory}: {CONFIG_FILE}"
+    try:
+        raw = {**_SINCE, **json.loads((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))}
+        require(raw.get("format") == FORMAT, f"its format is not {FORMAT!r}")
+        for key, kind in _KINDS.items():
+            require(
+                isinstance(raw[key], kind) and isinstance(raw[key], bool) == (kind is bool),
+                f"{key}={raw[key]!r} is of the wrong kind",
+            )
+        require(raw["rank"] >= 1, f"rank={raw['rank']}: expected 1 or more")
+        require(
+            all(isinstance(name, str) for name in raw["targets"]),
+            f"targets={raw['targets']}: expected names",
+        )
+        require(raw["head"] >= 0, f"head={raw['head']}: expected 0 (none) or a positive size")
+        for name, numbers in raw["base_sample"].items():
+            require(
+                len(numbers) == 8 and all(isinstance(n, (int, float)) for n in numbers),
+                f"base_sample of {name} is damaged",
+            )
+        sat = SatConfig(raw["sat_token_id"], raw["k"])
+        targets = tuple(raw["targets"])
+        rest = {
+            key: raw[key]
+            for key in ("rank", "scale", "head", "everywhere", "base_sample", "training")
+        }
+        weights_sha256 = raw["weights_sha256"] or None
+        return AdapterConfig(
+            raw["base_model"], sat, targets=targets, weights_sha256=weights_sha256, **rest
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{where} cannot be read ({error!r})") from None
+
+
+_KINDS: dict[str, Any] = {
+    "base_model": str,
+    "sat_token_id": int,
+    "k": int,
+    "rank": int,
+    "scale": (int, float),
+    "targets": list,
+    "head": int,
+    "everywhere": bool,
+    "base_sample": dict,
+    "training": dict,
+    "weights_sha256": str,
+}
+# what the first adapters do not have
+_SINCE: dict[str, Any] = {"head": 0, "everywhere": False, "weights_sha256": ""}
+
+
+def _check_base(model: nn.Module, config: AdapterConfig, directory: str | Path) -> None:
+    parameters = _plain_parameters(model)
+    for name, numbers in config.base_sample.items():
+        found = (
+            parameters[name].detach().flatten()[:8].float().cpu() if name in parameters else None
+        )
+        if found is None or not torch.allclose(found, torch.tensor(numbers), rtol=0.02, atol=1e-4):
+            raise InputError(
+                f"adapter {directory}: made for base {config.base_model}, but this model's "
+                f"{name} differs; load that base"
+            )
+
+
+def _read_weights(directory: Path, sha256: str | None) -> dict[str, Tensor]:
+    """The tensors of an adapter directory, which are those that its config was written with
+    (`sha256`).
+    """
+    where = f"adapter {directory}: {WEIGHTS_FILE}"
+    try:
+        content = (directory / WEIGHTS_FILE).read_bytes()
+        require(
+            sha256 in (None, hashlib.sha256(content).hexdigest()),
+            (
+                f"{where} is damaged, or not the one that {CONFIG_FILE} was written with; run "
+                "the command that makes it again"
+            ),
+        )
+        return parse_tensors(content)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{where} is missing or damaged ({error})") from None
+
+
+def load(model: nn.Module, directory: str | Path) -> SatAdapter:
+    """Read an adapter for `model`, in the model's dtype and device, not yet attached.
+
+    Raises InputError for a base other than the adapter's, for tensors of the wrong name or shape,
+    and for a damaged file.
+    """
+    config = read_config(directory)
+    _check_base(model, config, directory)
+    weights = _read_weights(Path(directory), config.weights_sha256)
+    try:
+        adapter = SatAdapter(model, config)
+    except InputError as error:
+        raise InputError(f"adapter {directory}: {error}") from None
+    expected = dict(adapter.named_parameters())
+    for name in sorted(expected.keys() ^ weights.keys()):
+        raise InputError(
+            f"adapter {directory}: tensor {name} is "
+            f"{'missing' if name in expected else 'not expected'}"
+        )
+    for name, parameter in expected.items():
+        require(
+            bool(weights[name].isfinite().all()),
+            f"adapter {directory}: {name} holds NaN or infinite numbers; expected finite ones",
+        )
+        shape = tuple(weights[name].shape)
+        require(
+            shape == tuple(parameter.shape),
+            (
+                f"adapter {directory}: {name} has shape {shape}, this base needs "
+                f"{tuple(parameter.shape)}"
+            ),
+        )
+        parameter.data.copy_(weights[name])
+    return adapter.requires_grad_(False)

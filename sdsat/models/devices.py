@@ -1,0 +1,211 @@
+"""Devices: what GPUS names, whether a model fits there before it is loaded, and which layers go
+where on several GPUs.
+
+    cpu      the CPU
+    0        GPU 0
+    0+1      one model on two GPUs: decoder layers split by free memory, all else on the first
+
+accelerate's hooks move a pass from GPU to GPU, as its device map says. A layer's part of the cache
+and its low-rank updates live where the layer does (cache.py, adapter.py); embeddings, norm, head
+and whatever decoding computes are on the first GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sdsat.config import InputError, require
+from sdsat.models.packed import can_pack
+
+GIB = 2**30
+# on each device: the driver's context, a pass's rows, what else is loaded
+_SPARE = {"cuda": GIB // 2, "cpu": GIB // 4}
+
+
+def pick_devices(device: str | None) -> tuple[torch.device, ...]:
+    """None -> CUDA device 0 where there is one, else the CPU; 'cpu', a GPU number, or several
+    joined by + otherwise.
+    """
+    if device in (None, ""):
+        return (torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),)
+    if device == "cpu":
+        return (torch.device("cpu"),)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    numbers = str(device).split("+")
+    require(
+        all(number.isdecimal() and int(number) < count for number in numbers)
+        and len(set(numbers)) == len(numbers),
+        f"GPUS={device}: this machine has {count} GPU{'' if count == 1 else 's'}; "
+        f"expected 'cpu', a number below {count}, or different ones joined by +",
+    )
+    return tuple(torch.device(f"cuda:{number}") for number in numbers)
+
+
+def training_dtype(device: str | None) -> str:
+    """Of a frozen base: bfloat16 takes half the memory, but where a CPU has no instructions for it
+    a step takes 2.4 times as long (AVX-512 alone, where oneDNN widens every number) or minutes
+    (AVX2, where it has no kernels).
+    """
+    has = torch.cpu.get_capabilities()
+    # the last on ARM
+    multiplies = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if pick_devices(device)[0].type != "cpu" or multiplies else "float32"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model takes, in bytes: each of num_layers layers' weights, all other weights, and one
+    position of one layer's cache.
+
+    linear: the weights of all linear layers, which a CPU holds twice. layers: the name of the
+    layers' list; others: the modules beside it.
+    """
+
+    name: str
+    dtype: torch.dtype
+    num_layers: int
+    layer: int
+    other: int
+    position: int
+    linear: int
+    layers: str
+    others: tuple[str, ...]
+
+
+def model_size(name: str, config: Any, dtype: torch.dtype, adapter: int = 0) -> Size:
+    """The size of a model that is not loaded, from its config.
+
+    adapter: bytes of an adapter, which count as other weights.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    base = model.base_model
+    prefix = model.base_model_prefix
+    layer, total = (
+        sum(p.numel() for p in part.parameters()) * dtype.itemsize
+        for part in (base.layers[0], model)
+    )
+    linear = (
+        sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+        * dtype.itemsize
+    )
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    count = len(base.layers)
+    others = [f"{prefix}.{child}" for child, _ in base.named_children() if child != "layers"]
+    others += [child for child, _ in model.named_children() if child != prefix]
+    weights = (layer, total - count * layer + adapter, 2 * heads * dim * dtype.itemsize, linear)
+    return Size(name, dtype, count, *weights, f"{prefix}.layers", tuple(others))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory to be had on a device, on a CPU no more than the container's limit; 2^62 where the
+    system doesn't say.
+    """
+    if device.type == "cuda":  # and what this process took for models that it holds no more
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(
+            int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")
+        )
+    except (OSError, StopIteration):
+        return 2**62
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return free if text == "max" else min(free, int(text))
+
+
+def split_layers(num_layers: int, layer: int, other: int, rooms: list[int]) -> list[int] | None:
+    """How many layers each device takes: one after the other goes where most room is left, `other`
+    being on the first device.
+
+    None where they don't fit, however they are put. All in bytes.
+    """
+    rooms, counts = [rooms[0] - other, *rooms[1:]], [0] * len(rooms)
+    for _ in range(num_layers):
+        most = max(range(len(rooms)), key=lambda i: rooms[i])
+        rooms[most] -= layer
+        counts[most] += 1
+    return counts if min(rooms) >= 0 else None
+
+
+def place(
+    size: Size, device: str | None, context: int, taken: dict[torch.device, int] | None = None
+) -> dict[str, torch.device]:
+    """The device map {module: device} of a model, with room for a cache of `context` positions.
+
+    taken: bytes of each device that other workers will take, to which this one's are added. Raises
+    InputError, one line, for a model that doesn't fit.
+    """
+    taken = {} if taken is None else taken
+    devices = pick_devices(device)
+    first = devices[0]
+    spare = _SPARE[devices[0].type]
+    layer = size.layer + context * size.position
+    other = size.other
+    if can_pack(first, size.dtype):
+        other += size.linear
+    free = [max(0, free_bytes(where) - taken.get(where, 0)) for where in devices]
+    counts = split_layers(size.num_layers, layer, other, [room - spare for room in free])
+    if counts is None:
+        beside = " beside other workers" if any(taken.get(where) for where in devices) else ""
+        raise InputError(_too_large(size, devices, other, context, free) + beside + _hint(devices))
+    for where, count in zip(devices, counts, strict=True):
+        taken[where] = (
+            taken.get(where, 0) + count * layer + spare + (other if where == first else 0)
+        )
+    if len(devices) == 1:
+        return {"": first}
+    holders = [where for where, count in zip(devices, counts, strict=True) for _ in range(count)]
+    return dict.fromkeys(size.others, first) | {
+        f"{size.layers}.{i}": where for i, where in enumerate(holders)
+    }
+
+
+def _too_large(
+    size: Size, devices: tuple[torch.device, ...], other: int, context: int, free: list[int]
+) -> str:
+    """GPUS=0: model X needs about 13.6 GiB (12.6 of weights in float16, 0.5 of cache), GPU 0 has
+    10.2 GiB free
+    """
+    kind = devices[0].type
+    numbers = [str(where.index) for where in devices]
+    weights = size.num_layers * size.layer + other
+    cache = size.num_layers * size.position * context
+    total, weights_gib, cache_gib = (
+        f"{n / GIB:.1f}" for n in (weights + cache + _SPARE[kind] * len(devices), weights, cache)
+    )
+    dtype = str(size.dtype).removeprefix("torch.") + (
+        ", linear layers twice" if other > size.other else ""
+    )
+    where = (
+        "the CPU has"
+        if kind == "cpu"
+        else f"GPU {numbers[0]} has"
+        if len(devices) == 1
+        else f"GPUs {', '.join(numbers)} have"
+    )
+    rooms = ", ".join(f"{room / GIB:.1f}" for room in free)
+    return (
+        f"GPUS={'cpu' if kind == 'cpu' else '+'.join(numbers)}: model {size.name} needs "
+        f"about {total} GiB "
+        f"({weights_gib} of weights in {dtype}, {cache_gib} of cache), {where} {rooms} GiB free"
+    )
+
+
+def _hint(devices: tuple[torch.device, ...]) -> str:
+    if devices[0].type == "cpu":
+        return "; expected fewer workers, a smaller model or dtype"
+    more = "+".join(str(number) for number in range(len(devices) + 1))
+    return f"; expected more GPUs for a worker, as in {more}, a smaller model or dtype"

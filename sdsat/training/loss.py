@@ -1,0 +1,318 @@
+"""The training loss: groups of SATs after sampled anchors, beside one pass of the frozen base.
+
+For a sequence of standard tokens and anchors t, a group of SATs at positions t+1..t+k sees the
+standard tokens up to t and the earlier SATs of its group, and SAT i learns to predict token t+i+1
+(method: SDSAT, arXiv 2403.18647; frozen base with gated updates: arXiv 2507.11851; shorter groups
+for cheaper depth: PARD, arXiv 2504.18583). The base runs once per sequence; all groups share its
+key/values, and its own next-token distribution there is what distillation learns from. In full mode
+(the paper's), standard tokens and SATs go through one pass, and all weights learn from both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor
+
+from sdsat.config import require
+from sdsat.engines.cache import SharedPrefix, SlotCache
+from sdsat.models.attention import layer_masks
+from sdsat.models.head import rerank
+from sdsat.models.loading import SatModel
+from sdsat.models.packed import in_use
+from sdsat.training.shards import Sequence
+
+IGNORED = -100  # label of a row that only pads
+
+
+@dataclass(frozen=True)
+class SatBatch:
+    """B sequences of L standard tokens with R SAT rows each.
+
+    tokens: [B, L] standard tokens, right-padded with 0. standard: [B, L] the token after each,
+    IGNORED outside the answer.
+    anchor, depth, label: [B, R]; row r is SAT `depth` (1..k) of the group after position `anchor`,
+    and learns token tokens[anchor + depth + 1]. A group's rows are adjacent, depth ascending.
+    Padding rows have depth 0 and label IGNORED.
+    """
+
+    tokens: Tensor
+    standard: Tensor
+    anchor: Tensor
+    depth: Tensor
+    label: Tensor
+
+    def to(self, device: torch.device) -> SatBatch:
+        return SatBatch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    @property
+    def before(self) -> Tensor:
+        """[M] for each labelled row, the token before the one it learns: what a draft head sees."""
+        return self.tokens.gather(1, self.anchor + self.depth)[self.label != IGNORED]
+
+    @property
+    def num_standard(self) -> int:
+        """How many standard tokens are learned in full mode."""
+        return int((self.standard != IGNORED).sum())
+
+    def weights(self, decay: float) -> Tensor:
+        """[M] loss weights of the labelled rows, each depth's `decay` times that of the depth
+        before.
+        """
+        return decay ** (self.depth[self.label != IGNORED] - 1).double()
+
+
+def sat_batch(
+    sequences: ListOf[Sequence],
+    k: int,
+    anchors: int,
+    keep: float,
+    generators: ListOf[torch.Generator],
+) -> SatBatch:
+    """Sample anchors among the answer's positions and a group length for each; every sequence has
+    its own random numbers.
+    """
+    rows_of: list[list[tuple[int, int, int]]] = []
+    for sequence, generator in zip(sequences, generators, strict=True):
+        ids = sequence.ids.tolist()
+        # SAT 1 of the last anchor still has a target
+        first = max(sequence.prompt_length - 1, 0)
+        last = len(ids) - 3
+        chosen = (
+            first
+            + torch.randperm(max(last - first + 1, 0), generator=generator)[:anchors].sort().values
+        )
+        lengths = 1 + (torch.rand(len(chosen), k - 1, generator=generator) < keep).int().cumprod(
+            1
+        ).sum(1)
+        rows = []
+        for t, length in zip(chosen.tolist(), lengths.tolist(), strict=True):
+            rows += [(t, i, ids[t + i + 1]) for i in range(1, length + 1) if t + i + 1 < len(ids)]
+        rows_of.append(rows)
+    width = max(1, *map(len, rows_of))
+    length = max(len(s.ids) for s in sequences)
+    padded = torch.tensor([rows + [(0, 0, IGNORED)] * (width - len(rows)) for rows in rows_of])
+    tokens = torch.stack(
+        [torch.nn.functional.pad(s.ids, (0, length - len(s.ids))) for s in sequences]
+    )
+    standard = torch.full_like(tokens, IGNORED)
+    for row, sequence in zip(standard, sequences, strict=True):
+        first = max(sequence.prompt_length - 1, 0)
+        row[first : len(sequence.ids) - 1] = sequence.ids[first + 1 :]
+    return SatBatch(tokens, standard, *padded.unbind(-1))
+
+
+def sat_mask(batch: SatBatch) -> Tensor:
+    """[B, 1, R, L + R] bool: a SAT sees the standard tokens up to its anchor and the SATs of its
+    group up to itself.
+
+    L = 4, groups of 2 after anchors 0 and 2:   1 0 0 0 | 1
+                                                1 0 0 0 | 1 1
+                                                1 1 1 0 |     1
+                                                1 1 1 0 |     1 1
+    """
+    columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    standard = columns <= batch.anchor[..., None]
+    rows = torch.arange(batch.depth.shape[1], device=batch.tokens.device)
+    # first row of each row's group: groups are contiguous
+    start = rows - (batch.depth - 1).clamp(min=0)
+    own = (start[..., None] <= rows) & (rows <= rows[:, None])
+    return torch.cat([standard, own], dim=-1)[:, None]
+
+
+@in_use()
+def sat_states(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
+    """The last hidden states of SATs and base. Gradients reach the model's adapter only.
+
+    Returns (states [M, D] of the M labelled SAT rows of the batch, row by row; states [B, L, D] of
+    the standard tokens, of which the one at t predicts token t + 1).
+    """
+    size, length = batch.tokens.shape
+    lm = model.model
+    filled = SlotCache(lm.config.num_hidden_layers, length)
+    positions = torch.arange(length, device=batch.tokens.device)
+    with torch.no_grad():
+        causal = (positions <= positions[:, None]).expand(size, 1, length, length)
+        base = lm.base_model(
+            input_ids=batch.tokens,
+            attention_mask=model.mask(causal, positions[None], positions[None]),
+            position_ids=positions[None],
+            past_key_values=filled,
+        ).last_hidden_state
+        filled.commit(tuple(range(length)))
+    assert model.sat is not None
+    places = batch.anchor + batch.depth
+    with model.sat_rows(0, batch.depth.shape[1]):
+        hidden = lm.base_model(
+            inputs_embeds=model.embed(torch.full_like(batch.depth, model.sat.token_id)),
+            attention_mask=model.mask(
+                sat_mask(batch), places, torch.cat([positions.expand(size, length), places], dim=1)
+            ),
+            position_ids=places,
+            past_key_values=SharedPrefix(filled),
+        ).last_hidden_state
+    return hidden[batch.label != IGNORED], base
+
+
+def predict(model: SatModel, batch: SatBatch) -> Tensor:
+    """[M, V] logits of the labelled SAT rows, as decoding would have them where all drafts before
+    are right.
+
+    A draft head shares the probability of a SAT's shortlist out anew among its tokens; the others
+    keep theirs.
+    """
+    states, _ = sat_states(model, batch)
+    logits = model.logits(states)
+    if model.head is None:
+        return logits
+    ids, scores = rerank(model, states, logits, batch.before)
+    share = logits.gather(-1, ids).logsumexp(-1, keepdim=True)
+    return logits.scatter(-1, ids, scores.log_softmax(-1) + share)
+
+
+def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float = 1.0) -> Tensor:
+    """Summed loss of all labelled rows: divide it by the sum of `batch.weights(decay)`.
+
+    Gradients reach the model's adapter only.
+
+    A SAT's loss is its cross-entropy with the token that followed (hard labels), or with the base's
+    own distribution at that place (distillation, arXiv 1503.02531); soft: the share of the latter,
+    0 to 1. A draft head adds its own cross-entropy with the token that followed, over the
+    candidates it ranks, where that token is among them.
+    """
+    states, base = sat_states(model, batch)
+    logits = model.logits(states)
+    loss = _weighted(
+        logits, batch, soft, decay, lambda rows, columns: model.logits(base[rows, columns])
+    )
+    if model.head is None:
+        return loss
+    ids, scores = rerank(model, states, logits, batch.before)
+    labelled = batch.label != IGNORED
+    found, place = (ids == batch.label[labelled][:, None]).max(-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    ranked = torch.nn.functional.cross_entropy(
+        scores[found].to(wide), place[found], reduction="none"
+    )
+    return loss + (batch.weights(decay)[found].to(wide) * ranked).sum()
+
+
+def joint_logits(
+    forward: Callable[..., Any], sat_token_id: int, batch: SatBatch
+) -> tuple[Tensor, Tensor]:
+    """Full mode: standard tokens and SATs in one pass of a causal LM whose weights all train.
+
+    forward: the LM, or accelerate's wrapper of it. Returns (logits [M, V] of the labelled SAT rows,
+    logits [B, L, V] of the standard tokens, which no SAT can influence).
+    """
+    size, length = batch.tokens.shape
+    width = batch.depth.shape[1]
+    positions = torch.arange(length, device=batch.tokens.device)
+    causal = (positions <= positions[:, None]).expand(size, 1, length, length)
+    attend = torch.cat([torch.nn.functional.pad(causal, (0, width)), sat_mask(batch)], dim=2)
+    places = torch.cat([positions.expand(size, length), batch.anchor + batch.depth], dim=1)
+    logits = forward(
+        input_ids=torch.cat([batch.tokens, torch.full_like(batch.depth, sat_token_id)], dim=1),
+        attention_mask=layer_masks(
+            extract_model_from_parallel(forward).config, attend, places, places
+        ),
+        position_ids=places,
+        use_cache=False,
+    ).logits
+    return logits[:, length:][batch.label != IGNORED], logits[:, :length]
+
+
+def joint_loss(
+    forward: Callable[..., Any],
+    sat_token_id: int,
+    batch: SatBatch,
+    soft: float = 0.0,
+    decay: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Full mode: (summed loss of the SATs, as `sat_loss`; summed cross-entropy of the answer's
+    standard tokens).
+    """
+    logits, standard = joint_logits(forward, sat_token_id, batch)
+    wide = torch.promote_types(standard.dtype, torch.float32)
+    plain = torch.nn.functional.cross_entropy(
+        standard.flatten(0, 1).to(wide),
+        batch.standard.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )
+    return _weighted(
+        logits, batch, soft, decay, lambda rows, columns: standard.detach()[rows, columns]
+    ), plain
+
+
+def _weighted(
+    logits: Tensor,
+    batch: SatBatch,
+    soft: float,
+    decay: float,
+    teacher: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The SATs' summed loss.
+
+    logits: [M, V]; teacher: (rows [U], columns [U]) of standard tokens -> their logits [U, V].
+    """
+    labelled = batch.label != IGNORED
+    label = batch.label[labelled]
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if soft:
+        log_q = logits.to(wide).log_softmax(-1)
+        hard = -log_q.gather(-1, label[:, None])[:, 0]
+        sequence = torch.arange(batch.tokens.shape[0], device=batch.tokens.device)[
+            :, None
+        ].expand_as(batch.anchor)
+        # where the base predicts the same token
+        place = torch.stack([sequence, batch.anchor + batch.depth])[:, labelled]
+        (rows, columns), index = place.unique(dim=1, return_inverse=True)
+        with torch.no_grad():
+            p = teacher(rows, columns).to(wide).softmax(-1)
+        loss = (1 - soft) * hard - soft * (p[index] * log_q).sum(-1)
+    else:
+        loss = _CrossEntropy.apply(logits, label)
+    return (batch.weights(decay).to(wide) * loss).sum()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[label] [M] in float32 or wider, logits [M, V]: a block of rows at a
+    time, with its gradient.
+
+    As torch's own, but without copies of all logits in float32, forward and back: on a CPU a
+    seventh of a training step.
+    """
+
+    BLOCK = 16
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, label: Tensor) -> Tensor:
+        gradient = torch.empty_like(logits)
+        losses = []
+        for x, y, d in zip(
+            *(part.split(_CrossEntropy.BLOCK) for part in (logits, label, gradient)), strict=True
+        ):
+            log_q = x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1)
+            losses.append(-log_q.gather(-1, y[:, None])[:, 0])
+            d.copy_(log_q.exp_().scatter_add_(-1, y[:, None], -torch.ones_like(log_q[:, :1])))
+        ctx.save_for_backward(gradient)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradients[0].to(gradient.dtype)[:, None] * gradient, None
+
+
+def _require_finite(values: Tensor) -> None:
+    message = (
+        "logits: not finite (NaN or infinite) on the given answers; expected a base whose "
+        "weights are finite, and a lower lr"
+    )
+    require(bool(values.isfinite().all()), message)

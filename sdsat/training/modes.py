@@ -1,0 +1,350 @@
+"""What training changes: an adapter on a frozen base, or (the paper's way) all weights of the
+model.
+
+A mode owns the weights that train, and says what a batch's loss is, how to store them on the way,
+and how to save the result.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+
+from sdsat.config import SatConfig, TrainConfig, require
+from sdsat.models.adapter import AdapterConfig, SatAdapter, sample_weights
+from sdsat.models.adapter import load as load_adapter
+from sdsat.models.loading import SatModel
+from sdsat.models.packed import in_use
+from sdsat.training.evaluate import evaluate, standard_loss
+from sdsat.training.loss import SatBatch, joint_logits, joint_loss, predict, sat_loss
+from sdsat.training.shards import Sequence
+
+
+class Mode(Protocol):
+    """The training loop's view of what trains."""
+
+    optimizer: Any
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def weight(self, batch: SatBatch) -> float:
+        """What the summed losses of a step are divided by, this batch's part."""
+
+    def loss(self, batch: SatBatch) -> Tensor:
+        """Summed, weighted loss of a batch."""
+
+    def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+        """The figures of a log entry: draft quality on held-out answers, and what else this mode
+        may change.
+        """
+
+    def average_gradients(self) -> None:
+        """Leave the mean over all processes in every `.grad`."""
+
+    def before_update(self, step: int) -> None:
+        """Hold back what does not train yet."""
+
+    def store(self, folder: Path) -> None:
+        """Write weights and optimiser into `folder`."""
+
+    def restore(self, folder: Path) -> None: ...
+
+    def save(self, out: Path, training: dict[str, Any]) -> None:
+        """Write the result, which `sdsat.load(out)` takes."""
+
+
+class AdapterMode:
+    """SAT embedding and gated low-rank updates in float32; the base stays as it is, to the bit."""
+
+    everywhere = False
+
+    def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
+        require(
+            model.sat is None,
+            f"model={model.name}: expected a plain base model, this one already has SATs",
+        )
+        vocabulary = model.model.get_input_embeddings().weight.shape[0]
+        sat = SatConfig(vocabulary, config.k)
+        targets = tuple(name.strip() for name in config.targets.split(","))
+        sample = sample_weights(model.model)
+        # found from any folder
+        base = str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name
+        head = 0 if self.everywhere else config.head
+        settings = AdapterConfig(
+            base,
+            sat,
+            config.rank,
+            targets=targets,
+            head=head,
+            everywhere=self.everywhere,
+            base_sample=sample,
+        )
+        torch.manual_seed(config.seed)
+        self.adapter = SatAdapter(model.model, settings).float()
+        if config.init is not None:
+            start = load_adapter(model.model, config.init)
+            rank = start.config.rank
+            same = (start.config.targets, start.config.scale) == (settings.targets, settings.scale)
+            require(
+                rank == config.rank,
+                f"init={config.init}: its rank is {rank}, expected {config.rank}",
+            )
+            require(
+                same,
+                (
+                    f"init={config.init}: has targets and scale of its own; expected "
+                    f"{settings.targets}, {settings.scale}"
+                ),
+            )
+            known = (0, head)  # without a head, a new one is added
+            fits = self.everywhere or start.config.head in known
+            require(
+                fits,
+                f"init={config.init}: its head is {start.config.head}, expected one of {known}",
+            )
+            self.adapter.load_state_dict(start.state_dict(), strict=start.config.head == head)
+        self.adapter.attach(model.model)
+        self.model = replace(model, sat=sat, adapter=self.adapter)
+        self.config = config
+        self.accelerator = accelerator
+        self.optimizer: Any = adam(self.adapter.parameters(), config)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.adapter.parameters()
+
+    def weight(self, batch: SatBatch) -> float:
+        return batch.weights(self.config.decay).sum().item()
+
+    def loss(self, batch: SatBatch) -> Tensor:
+        return sat_loss(self.model, batch, self.config.soft, self.config.decay)
+
+    def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+        return evaluate(partial(predict, self.model), held_out, self.config.k, self.model.device)
+
+    def average_gradients(self) -> None:
+        for parameter in self.adapter.parameters():
+            parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+
+    def before_update(self, step: int) -> None:
+        pass
+
+    def store(self, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            content = {
+                "adapter": self.adapter.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+            torch.save(content, folder / "state.pt")
+
+    def restore(self, folder: Path) -> None:
+        saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        self.adapter.load_state_dict(saved["adapter"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+    def save(self, out: Path, training: dict[str, Any]) -> None:
+        self.adapter.config = replace(self.adapter.config, training=training)
+        if self.accelerator.is_main_process:
+            self.adapter.save(out)
+        self.adapter.detach()
+
+
+class EverywhereMode(AdapterMode):
+    """The same updates on every row of a draft pass, standard tokens' too: what a server can merge
+    into a draft copy.
+
+    A server's draft model is one set of weights, so it can't tell SATs from standard tokens, as a
+    gated adapter does. Its keys and values are its own, and so is its guess at the last true token:
+    both learn here, as in full mode.
+    """
+
+    everywhere = True
+
+    def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
+        super().__init__(model, config, accelerator)
+        self.lm = _Updated(self.model)
+        self.token_id = self.adapter.config.sat.token_id
+
+    def weight(self, batch: SatBatch) -> float:
+        return super().weight(batch) + self.config.standard * batch.num_standard
+
+    def loss(self, batch: SatBatch) -> Tensor:
+        sats, standard = joint_loss(
+            self.lm, self.token_id, batch, self.config.soft, self.config.decay
+        )
+        return sats + self.config.standard * standard
+
+    def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+        return _evaluate_jointly(self.lm, self.token_id, held_out, self.config.k, self.model.device)
+
+
+class _Updated(nn.Module):
+    """A base with its adapter's update on every row, called as a causal LM is."""
+
+    def __init__(self, model: SatModel):
+        super().__init__()
+        self.model = model
+        self.config = model.model.config
+
+    @in_use()
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
+        with self.model.sat_rows(0, input_ids.shape[1]):
+            return self.model.model(inputs_embeds=self.model.embed(input_ids), **inputs)
+
+
+def _evaluate_jointly(
+    lm: Callable[..., Any], token_id: int, held_out: list[Sequence], k: int, device: torch.device
+) -> dict[str, Any]:
+    """Draft quality, and the loss of standard tokens, of a causal LM that computes both in one
+    pass.
+    """
+    drafts = evaluate(lambda batch: joint_logits(lm, token_id, batch)[0], held_out, k, device)
+    return {**drafts, "standard_loss": standard_loss(lm, token_id, held_out, device)}
+
+
+class FullMode:
+    """All weights, on standard tokens and SATs alike (paper, section 3.1); the result is an
+    ordinary HF checkpoint.
+
+    The SAT is a new last row of the embedding, unless the model has one. Under FSDP or DDP the
+    model is wrapped by accelerate; master weights are float32 and passes run in bfloat16 where
+    `accelerate launch --mixed_precision bf16` says so.
+    """
+
+    def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
+        require(
+            model.adapter is None,
+            f"model={model.name}: an adapter; full mode expects a base or an SDSAT checkpoint",
+        )
+        require(config.init is None, f"init={config.init}: full mode starts from --model")
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        require(
+            not (sharded and config.embedding_steps),
+            f"embedding_steps={config.embedding_steps}: not under FSDP; expected 0",
+        )
+        require(
+            model.dtype == torch.float32, f"dtype={model.dtype}: full mode trains float32 weights"
+        )
+        require(
+            accelerator.mixed_precision in ("no", "bf16"),
+            f"mixed_precision={accelerator.mixed_precision}: expected no or bf16",
+        )
+        lm = model.model.requires_grad_(True).train()
+        if model.packed is not None:
+            model.packed.detach()
+            model.packed = None  # these weights are about to change
+        token_id = model.sat.token_id if model.sat else _new_token(lm)
+        self.sat = SatConfig(token_id, config.k)
+        if config.checkpointing:
+            lm.gradient_checkpointing_enable()
+        self.config = config
+        self.accelerator = accelerator
+        self.tokenizer = model.tokenizer
+        self.optimizer: Any
+        self.lm, self.optimizer = accelerator.prepare(lm, adam(lm.parameters(), config))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.lm.parameters()
+
+    def weight(self, batch: SatBatch) -> float:
+        return (
+            batch.weights(self.config.decay).sum().item()
+            + self.config.standard * batch.num_standard
+        )
+
+    def loss(self, batch: SatBatch) -> Tensor:
+        with self.accelerator.autocast():
+            sats, standard = joint_loss(
+                self.lm, self.sat.token_id, batch, self.config.soft, self.config.decay
+            )
+        return sats + self.config.standard * standard
+
+    def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+        with self.accelerator.autocast():
+            return _evaluate_jointly(
+                self.lm, self.sat.token_id, held_out, self.config.k, self.accelerator.device
+            )
+
+    def average_gradients(self) -> None:
+        pass  # the wrapper has done it
+
+    def before_update(self, step: int) -> None:
+        """The two-stage variant: first the SAT's embedding alone, then everything."""
+        if step >= self.config.embedding_steps:
+            return
+        embedding = self.accelerator.unwrap_model(self.lm).get_input_embeddings().weight
+        for parameter in self.lm.parameters():
+            if parameter is not embedding:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                row = parameter.grad[self.sat.token_id].clone()
+                parameter.grad.zero_()[self.sat.token_id] = row
+
+    def store(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+
+    def restore(self, folder: Path) -> None:
+        self.accelerator.load_state(str(folder))
+
+    def save(self, out: Path, training: dict[str, Any]) -> None:
+        lm = self.accelerator.unwrap_model(self.lm)
+        lm.config.sdsat = {"sat_token_id": self.sat.token_id, "k": self.sat.k, "training": training}
+        weights = {
+            name: tensor.to(torch.bfloat16)
+            for name, tensor in self.accelerator.get_state_dict(self.lm).items()
+        }
+        lm.config.dtype = torch.bfloat16
+        part = out / "model.part"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
+        self.accelerator.wait_for_everyone()
+        lm.save_pretrained(
+            part, state_dict=weights, is_main_process=self.accelerator.is_main_process
+        )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(part)
+            _move_in(part, out, "config.json")
+
+
+def _move_in(part: Path, out: Path, last: str) -> None:
+    """Move all files of `part` to `out`.
+
+    Without its file `last` a folder is no model: it never holds a mixture of two.
+    """
+    (out / last).unlink(missing_ok=True)
+    for file in sorted(part.iterdir(), key=lambda file: file.name == last):
+        if (out / file.name).is_dir():
+            shutil.rmtree(out / file.name)
+        file.replace(out / file.name)
+    part.rmdir()
+
+
+MODES: dict[str, Any] = {"adapter": AdapterMode, "everywhere": EverywhereMode, "full": FullMode}
+
+
+def adam(parameters: Iterator[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+
+
+def _new_token(lm: Any) -> int:
+    """Append a row to the embedding (and to an untied head): the mean of the others.
+
+    Returns its id.
+    """
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    lm.resize_token_embeddings(vocabulary + 1, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+            layer.weight[-1] = layer.weight[:-1].mean(0)
+    return vocabulary

@@ -1,0 +1,197 @@
+"""Token shards: how training data is stored, and read."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sdsat.config import InputError, require
+from sdsat.files import replacing, write_json
+from sdsat.tasks.prompts import Decontaminator
+
+_TEXT = (".py", ".md", ".txt")
+_USUAL_SIZE = 16  # sequences of a text file
+
+
+def _write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) -> None:
+    """List the shards that are there, with their sizes."""
+    manifest["shards"] = []
+    for shard in filter(Path.exists, shards):
+        tensors = _read_shard(shard)
+        num_answer_tokens = int((tensors["lengths"] - tensors["prompt_lengths"]).sum())
+        entry = {
+            "file": shard.name,
+            "num_sequences": len(tensors["lengths"]),
+            "num_answer_tokens": num_answer_tokens,
+        }
+        manifest["shards"].append(entry)
+    write_json(file, manifest)
+
+
+def _write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]]) -> None:
+    sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    tensors = {
+        "tokens": torch.tensor(
+            [token for sequence in sequences for token in sequence], dtype=torch.int32
+        ),
+        "lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int32),
+        "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32),
+    }
+    with replacing(path) as part:
+        save_file(tensors, part)
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: a damaged shard ({error}); delete it and run `sdsat distill` again"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One training sequence: token ids, and how many of them are the prompt.
+
+    source: names the text that it was cut from, where others may be of the same; None where only
+    the prompt says what is alike.
+    """
+
+    ids: Tensor
+    prompt_length: int
+    source: str | None = None
+
+
+def sequences_sha256(sequences: list[Sequence]) -> str:
+    """The hash of training data: of all tokens, of where each sequence and its prompt end, and of
+    what belongs together.
+    """
+    digest = hashlib.sha256()
+    for s in sequences:
+        digest.update(
+            f"{len(s.ids)} {s.prompt_length} {s.source}\n".encode() + s.ids.numpy().tobytes()
+        )
+    return digest.hexdigest()
+
+
+def hold_out(sequences: list[Sequence], count: int) -> tuple[list[Sequence], list[Sequence]]:
+    """The first `count` sequences, to evaluate on, and those to train on: of other texts, and
+    answers to other prompts.
+
+    Raises InputError where none are left.
+    """
+    require(
+        len(sequences) > count,
+        f"data: {len(sequences)} sequences, expected more than held_out={count}",
+    )
+
+    def origin(s: Sequence) -> Any:
+        return s.source or tuple(s.ids[: s.prompt_length].tolist())
+
+    held = sequences[:count]
+    taken = {origin(s) for s in held} - {()}
+    rest = [s for s in sequences[count:] if origin(s) not in taken]
+    require(
+        len(rest) > 0,
+        (
+            f"held_out={count}: no sequences with other prompts, or from other files, are left "
+            "to train on"
+        ),
+    )
+    return held, rest
+
+
+def read_sequences(
+    path: Path, tokenizer: PreTrainedTokenizerBase | None, length: int = 512
+) -> list[Sequence]:
+    """Training data: a folder of shards, or plain text or code, a file or all .py, .md and .txt
+    files of a folder.
+
+    Text is cut into sequences of `length` tokens; files that overlap HumanEval are left out, with a
+    warning that counts them. A file's sequences stay together, so that the first ones, which are
+    held out, are of few files, and these cost training little.
+    """
+    if path.is_dir() and list(path.glob("shard_*.safetensors")):
+        return read_shards(path)
+    require(path.exists(), f"data={path}: no such file or folder")
+    require(
+        path.is_dir() or path.suffix in _TEXT,
+        f"data={path}: expected a .py, .md or .txt file, or a folder",
+    )
+    files = (
+        [path]
+        if path.is_file()
+        else [f for f in sorted(path.rglob("*")) if f.suffix in _TEXT and f.is_file()]
+    )
+    require(
+        len(files) > 0,
+        (
+            f"data={path}: no shard_*.safetensors and no .py, .md or .txt file there; run "
+            "`sdsat distill`"
+        ),
+    )
+    require(tokenizer is not None, f"data={path}: text needs a tokenizer, and the model has none")
+    assert tokenizer is not None
+    decontaminator = Decontaminator()
+    by_text = dict[str, list[Sequence]]()
+    dropped = 0
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8", errors="ignore")
+        except OSError as error:
+            raise InputError(f"data={file}: cannot be read ({error.strerror})") from None
+        if decontaminator.overlaps("", text):
+            dropped += 1
+            continue
+        source = hashlib.sha256(text.encode()).hexdigest()  # a copy of a file is the same text
+        parts = torch.tensor(tokenizer(text)["input_ids"]).split(length)
+        by_text[source] = [Sequence(ids, 0, source) for ids in parts if len(ids) >= 8]
+    if dropped:
+        warnings.warn(
+            f"data={path}: {dropped} of {len(files)} files overlap HumanEval and are left out",
+            stacklevel=2,
+        )
+    return _in_held_out_order([sequences for sequences in by_text.values() if sequences])
+
+
+def _in_held_out_order(texts: list[list[Sequence]]) -> list[Sequence]:
+    """Texts in an order whose beginning can be held out: any of usual size first, as they come in a
+    shuffle, then by size.
+
+    A single text has no other to be told from: its beginning is held out, and the rest of it is
+    trained on.
+    """
+    if len(texts) == 1:
+        return [replace(s, source=None) for s in texts[0]]
+    shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    return [
+        s for i in sorted(shuffled, key=lambda i: max(len(texts[i]), _USUAL_SIZE)) for s in texts[i]
+    ]
+
+
+def read_shards(folder: Path) -> list[Sequence]:
+    """All sequences of a folder written by `distill`, in order."""
+    files = sorted(folder.glob("shard_*.safetensors"))
+    require(
+        len(files) > 0,
+        f"data={folder}: no shard_*.safetensors there; run `sdsat distill --out {folder}` first",
+    )
+    sequences = []
+    for file in files:
+        shard = _read_shard(file)
+        parts = shard["tokens"].long().split(shard["lengths"].tolist())
+        sequences += [
+            Sequence(ids, int(n))
+            for ids, n in zip(parts, shard["prompt_lengths"].tolist(), strict=True)
+        ]
+    return sequences
