@@ -14,11 +14,10 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from sdsat.config import DecodeConfig, require
-from sdsat.decoding.loop import generate, resolved
+from sdsat.decoding.loop import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.decoding.stopping import end_of_text, text_after
 from sdsat.files import replacing
-from sdsat.models import loading
 from sdsat.tasks.prompts import WARM_UP, encode_prompt, encode_request
 
 ACCEPTED = "bold green"
@@ -133,23 +132,24 @@ def generate_in_terminal(
 ) -> None:
     """Stream the answer, then its figures; see `sdsat generate --help` for the arguments."""
     require(prompt != "", "prompt: empty; expected some text")
-    model = loading.load(name, dtype, device, sat_token_id, engine, trained_k=trained_k)
+    decoder = Decoder.load(name, dtype, device, sat_token_id, engine, trained_k=trained_k)
+    model = decoder.model
     assert model.tokenizer is not None
-    decode = resolved(model, replace(decode, stop_ids=model.stop_ids))
+    decode = decoder.resolved(replace(decode, stop_ids=model.stop_ids))
     prompt_ids = encode(model.tokenizer, prompt, style, template_options)
     warm_up = encode_prompt(model.tokenizer, WARM_UP)  # another prompt: planners learn as they go
-    generate(model, warm_up, replace(decode, max_new_tokens=min(8, decode.max_new_tokens)))
+    decoder.generate(warm_up, replace(decode, max_new_tokens=min(8, decode.max_new_tokens)))
     stream = TokenStream(model.tokenizer, prompt_ids[-1], decode.stop_strings)
     console = Console(record=svg is not None, highlight=False)
 
     def show(tokens: list[int], drafted: list[bool]) -> None:
         console.print(stream.add(tokens, drafted), end="", soft_wrap=True)
 
-    out = generate(model, prompt_ids, decode, show)
+    out = decoder.generate(prompt_ids, decode, show)
     console.print(stream.rest())
     console.print(Text(figures(out, decode.depth), style="dim"), soft_wrap=True)
     if compare:
-        ar = generate(model, prompt_ids, decode.plain)
+        ar = decoder.generate(prompt_ids, decode.plain)
         same = "the same text" if ar.token_ids == out.token_ids else "another text"
         ratio = out.tokens_per_second / ar.tokens_per_second
         console.print(
