@@ -5,40 +5,39 @@ import torch
 from conftest import one_line_error
 
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.reference import transformers_generate
 from sdsat.models import adapter as adapters
 from sdsat.models import embedded
-from sdsat.models.loading import load
 from sdsat.tasks.prompts import humaneval
 
 pytestmark = pytest.mark.xdist_group("default_model")  # one process loads it once
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load(dtype="float32", device="cpu")
+def decoder():
+    return Decoder.load(dtype="float32", device="cpu")
 
 
-def test_greedy_equals_transformers_generate(model):
-    for problem in humaneval(model.tokenizer, 3):
-        config = DecodeConfig(0, 32, stop_ids=model.stop_ids)
-        want = transformers_generate(model, list(problem.prompt_ids), config)
+def test_greedy_equals_transformers_generate(decoder):
+    for problem in humaneval(decoder.model.tokenizer, 3):
+        config = DecodeConfig(0, 32, stop_ids=decoder.model.stop_ids)
+        want = transformers_generate(decoder, list(problem.prompt_ids), config)
         for k in (0, 5):
-            out = generate(
-                model, list(problem.prompt_ids), DecodeConfig(k, 32, stop_ids=model.stop_ids)
+            out = decoder.generate(
+                list(problem.prompt_ids), DecodeConfig(k, 32, stop_ids=decoder.model.stop_ids)
             )
             assert out.token_ids == want.token_ids
             assert out.finish == want.finish
 
 
-def test_seeded_nucleus_equals_ar_and_seeds_differ(model):
-    prompt = list(humaneval(model.tokenizer, 1)[0].prompt_ids)
+def test_seeded_nucleus_equals_ar_and_seeds_differ(decoder):
+    prompt = list(humaneval(decoder.model.tokenizer, 1)[0].prompt_ids)
     outputs = set()
     for seed in (0, 1):
         sampling = SamplingConfig(1.0, 10, 0.95, seed)
         ar, chain, tree = (
-            generate(model, prompt, DecodeConfig(k, 24, tree, sampling)).token_ids
+            decoder.generate(prompt, DecodeConfig(k, 24, tree, sampling)).token_ids
             for k, tree in ((0, "chain"), (5, "chain"), (5, "paper"))
         )
         assert ar == chain == tree
@@ -46,24 +45,24 @@ def test_seeded_nucleus_equals_ar_and_seeds_differ(model):
     assert len(outputs) == 2
 
 
-def test_shipped_adapter_drafts_well(model):
+def test_shipped_adapter_drafts_well(decoder):
     accepted = []
-    for problem in humaneval(model.tokenizer, 4):
-        out = generate(
-            model, list(problem.prompt_ids), DecodeConfig(5, 48, stop_ids=model.stop_ids)
+    for problem in humaneval(decoder.model.tokenizer, 4):
+        out = decoder.generate(
+            list(problem.prompt_ids), DecodeConfig(5, 48, stop_ids=decoder.model.stop_ids)
         )
         accepted += out.accepted_lengths
     assert sum(accepted) / len(accepted) > 0.8  # committed results: see results/reference
 
 
-def test_standard_logits_are_the_bases_bit_for_bit(model):
-    tokens = torch.tensor([humaneval(model.tokenizer, 1)[0].prompt_ids])
+def test_standard_logits_are_the_bases_bit_for_bit(decoder):
+    tokens = torch.tensor([humaneval(decoder.model.tokenizer, 1)[0].prompt_ids])
     mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
     with torch.inference_mode():
-        attached = model.model(tokens, attention_mask=mask).logits
-        model.adapter.detach()
-        base = model.model(tokens, attention_mask=mask).logits
-        model.adapter.attach(model.model)
+        attached = decoder.model.lm(tokens, attention_mask=mask).logits
+        decoder.model.adapter.detach()
+        base = decoder.model.lm(tokens, attention_mask=mask).logits
+        decoder.model.adapter.attach(decoder.model.lm)
     assert torch.equal(attached, base)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import function, long_doc, tiny_llama, tiny_tokenizer, with_adapter, write
+from conftest import adapted, function, long_doc, tiny_llama, tiny_tokenizer, write
 from random_checkpoint import make_pieces, save_tokenizer
 from test_docs import COMMANDS, ROOT
 
@@ -133,7 +133,7 @@ def workplace(tmp_path_factory):
             save_tokenizer(pieces, root / name)
     stages = [f"runs/stage{number}" for number in range(1, 5)]
     for name in ("MODEL", "adapters/default", *stages, "runs/adapter", "runs/everywhere"):
-        model = with_adapter(tiny(128), k=5)
+        model = adapted(tiny(128), k=5)
         sample = model.adapter.config.base_sample
         everywhere = name == "runs/everywhere"
         model.adapter.config = AdapterConfig(

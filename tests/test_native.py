@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line_error, tiny_llama, tiny_tokenizer
+from conftest import decoder_of, forward, one_line_error, tiny_llama, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -32,19 +32,18 @@ from transformers import (
 import sdsat
 from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.engines import drafting
-from sdsat.engines.drafting import draft_tokens
+from sdsat.engines.base import probe_rows
 from sdsat.engines.native import bindings, weights
 from sdsat.engines.native.bindings import Unavailable
-from sdsat.engines.native.weights import NativeEngine
-from sdsat.engines.transformers import forward, new_cache, prefill, probe_rows
+from sdsat.engines.native.engine import NativeEngine
 from sdsat.method.layout import Layout
 from sdsat.method.sampling import as_seed, choose, gumbel_noise
 from sdsat.method.tree import DraftTree, make_tree
 from sdsat.models import attention
 from sdsat.models.adapter import AdapterConfig, SatAdapter
-from sdsat.models.loading import SatModel, load
+from sdsat.models.sat_model import SatModel
 
 VOCAB = 75
 SIZES = dict(hidden_size=64, intermediate_size=96, head_dim=32)
@@ -104,12 +103,11 @@ def random_lm(name, dtype=FLOAT):
 
 def natively(lm, adapter=None):
     model = SatModel(lm, None, "tiny", adapter and adapter.config.sat, adapter)
-    model.native = NativeEngine(lm, adapter, model.max_context)
-    return model
+    return Decoder(model, NativeEngine(model))
 
 
 @cache
-def model_of(
+def decoder_with(
     name,
     dtype,
     targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -129,27 +127,26 @@ def model_of(
     return natively(lm, adapter)
 
 
-def without_native(model):
+def without_native(decoder):
     """The same model on transformers' modules."""
-    plain = copy.copy(model)
-    plain.native = plain.row_policy = None
-    return plain
+    model = decoder.model
+    return decoder_of(model.lm, sat=model.sat, adapter=model.adapter)
 
 
 def chain(count):
     return make_tree("chain", count - 1)
 
 
-def in_passes(model, tokens, sizes):
+def in_passes(decoder, tokens, sizes):
     """[S, V] logits of passes of so many tokens in turn, each committed; sizes[0] is the prefill's,
     which gives none.
     """
-    cache = new_cache(model, len(tokens) + 1)
+    cache = decoder.engine.new_cache(len(tokens) + 1)
     parts = tokens.split(sizes)
-    prefill(model, cache, parts[0])
+    decoder.engine.prefill(cache, parts[0])
     logits = []
     for part in parts[1:]:
-        logits.append(forward(model, cache, part, chain(len(part)))[1])
+        logits.append(forward(decoder, cache, part, chain(len(part)))[1])
         cache.commit(tuple(range(len(part))))
     return torch.cat(logits)
 
@@ -213,11 +210,11 @@ def test_logits_in_8_bits_are_those_of_rounded_weights_and_rows(name, rows):
     """
     lm = random_lm(name)
     tokens = TOKENS[: 40 + rows]
-    model = natively(lm)
-    cache = new_cache(model, len(tokens))
-    prefill(model, cache, tokens[:40])
-    got = forward(model, cache, tokens[40:], chain(rows), rounded=True)[1]
-    before = forward(model, cache, tokens[40:], chain(rows))[1]
+    decoder = natively(lm)
+    cache = decoder.engine.new_cache(len(tokens))
+    decoder.engine.prefill(cache, tokens[:40])
+    got = forward(decoder, cache, tokens[40:], chain(rows), int8=True)[1]
+    before = forward(decoder, cache, tokens[40:], chain(rows))[1]
     other = random_lm(name)
     other.set_attn_implementation("sdpa")
     past = other(tokens[None, :40], use_cache=True).past_key_values
@@ -238,8 +235,10 @@ def test_a_linear_layer_in_8_bits(name, rows):
     unseen.
     """
     lm = random_lm(name)
-    model = natively(lm)
-    states, got = forward(model, new_cache(model, rows), TOKENS[:rows], chain(rows), rounded=True)
+    decoder = natively(lm)
+    states, got = forward(
+        decoder, decoder.engine.new_cache(rows), TOKENS[:rows], chain(rows), int8=True
+    )
     inputs = rows_in_8_bits(None, [states.double()])
     head = lm.get_output_embeddings()
     want = inputs @ in_8_bits(head.weight).double().T + (
@@ -284,9 +283,9 @@ def path_to(tree, node):
 class OneByOne:
     """The oracle of bits: a cache of its own that is fed one token a pass, from the first on."""
 
-    def __init__(self, model, context):
-        self.model = model
-        self.cache = new_cache(model, len(context) + 300)
+    def __init__(self, decoder, context):
+        self.decoder = decoder
+        self.cache = decoder.engine.new_cache(len(context) + 300)
         for token in context:
             self.feed([token])
 
@@ -296,7 +295,7 @@ class OneByOne:
             self.feed([token])
         sats = [VOCAB] * sum(size for _, size in groups)
         logits = forward(
-            self.model, self.cache, torch.tensor([tokens[-1], *sats]), chain(1), groups
+            self.decoder, self.cache, torch.tensor([tokens[-1], *sats]), chain(1), groups
         )[1]
         self.cache.commit((0,))
         return logits
@@ -308,15 +307,15 @@ class OneByOne:
         return logits
 
 
-def assert_bits(model, context, rounds, generator, slots=300):
+def assert_bits(decoder, context, rounds, generator, slots=300):
     """Passes over trees, a path kept after each: every row has the bits of `OneByOne`."""
-    cache = new_cache(model, len(context) + slots)
-    oracle = OneByOne(model, context.tolist())
-    prefill(model, cache, context)
+    cache = decoder.engine.new_cache(len(context) + slots)
+    oracle = OneByOne(decoder, context.tolist())
+    decoder.engine.prefill(cache, context)
     for tree, groups in rounds:
         tokens = torch.randint(VOCAB, (len(tree),), generator=generator)
         sats = torch.full((sum(size for _, size in groups),), VOCAB)
-        logits = forward(model, cache, torch.cat([tokens, sats]), tree, groups)[1]
+        logits = forward(decoder, cache, torch.cat([tokens, sats]), tree, groups)[1]
         for node in range(len(tree)):
             assert torch.equal(logits[node], oracle.peek(tokens[path_to(tree, node)].tolist())[0])
         first = len(tree)
@@ -347,7 +346,7 @@ def assert_bits(model, context, rounds, generator, slots=300):
 def test_a_row_has_the_bits_that_it_has_alone(name, dtype, targets, context, rounds, seed):
     generator = torch.Generator().manual_seed(seed)
     context = torch.randint(VOCAB, (context,), generator=generator)
-    assert_bits(model_of(name, dtype, targets), context, rounds, generator)
+    assert_bits(decoder_with(name, dtype, targets), context, rounds, generator)
 
 
 @each_dtype
@@ -355,7 +354,7 @@ def test_a_row_has_the_bits_that_it_has_alone(name, dtype, targets, context, rou
 def test_the_same_bits_across_passes_of_the_prefill(dtype, context):
     tree = DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
     assert_bits(
-        model_of("llama", dtype),
+        decoder_with("llama", dtype),
         TOKENS[:context],
         [(tree, ((7, 2), (0, 3)))] * 2,
         torch.Generator().manual_seed(1),
@@ -364,16 +363,16 @@ def test_the_same_bits_across_passes_of_the_prefill(dtype, context):
 
 @each_dtype
 def test_the_same_bits_for_any_number_of_rows_and_threads(dtype):
-    model = model_of("groups of 5", dtype)
+    decoder = decoder_with("groups of 5", dtype)
     threads = torch.get_num_threads()
-    want = in_passes(model, TOKENS[:97], [1] * 97)
+    want = in_passes(decoder, TOKENS[:97], [1] * 97)
     for rows in (*range(2, 33), 47, 48, 95, 96):
         sizes = [1, *[rows] * (96 // rows), *([96 % rows] if 96 % rows else [])]
-        assert torch.equal(in_passes(model, TOKENS[:97], sizes), want)
+        assert torch.equal(in_passes(decoder, TOKENS[:97], sizes), want)
     try:
         for count in (2, 3):
             torch.set_num_threads(count)
-            assert torch.equal(in_passes(model, TOKENS[:97], [1, 16, 1, 79]), want)
+            assert torch.equal(in_passes(decoder, TOKENS[:97], [1, 16, 1, 79]), want)
     finally:
         torch.set_num_threads(threads)
 
@@ -384,18 +383,18 @@ def test_a_small_context_is_probed_within_its_positions():
         natively(tiny_llama(FLOAT, vocab=VOCAB, max_position_embeddings=n, **SIZES))
         for n in (100, 512)
     )
-    plain = small.native.forward
-    other = large.native.cache(512)
+    plain = small.engine.run
+    other = large.engine.new_cache(512)
 
     def both(caches, *inputs, **named):
         other.length = caches[0].length
         found = plain(caches, *inputs, **named)
-        wanted = large.native.forward([other], *inputs, **named)
+        wanted = large.engine.run([other], *inputs, **named)
         assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
         return found
 
-    small.native.forward = both
-    assert probe_rows(small).stable
+    small.engine.run = both
+    assert probe_rows(small.engine).stable
 
 
 @settings(max_examples=30, deadline=None)
@@ -408,7 +407,7 @@ def test_a_small_context_is_probed_within_its_positions():
     context=st.integers(1, 90),
 )
 def test_sat_rows_are_those_of_transformers(name, targets, one_pass, context):
-    (tree, groups), model = one_pass, model_of(name, FLOAT, targets)
+    (tree, groups), decoder = one_pass, decoder_with(name, FLOAT, targets)
     tokens = torch.cat(
         [
             TOKENS[context : context + len(tree)],
@@ -416,9 +415,9 @@ def test_sat_rows_are_those_of_transformers(name, targets, one_pass, context):
         ]
     )
     found = []
-    for either in (model, without_native(model)):
-        cache = new_cache(either, context + 200)
-        prefill(either, cache, TOKENS[:context])
+    for either in (decoder, without_native(decoder)):
+        cache = either.engine.new_cache(context + 200)
+        either.engine.prefill(cache, TOKENS[:context])
         found.append(forward(either, cache, tokens, tree, groups))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -441,7 +440,7 @@ def test_top_is_a_sort_with_the_lower_id_first(dtype, rows, size, kinds, seed, d
         - kinds / 2
     ).to(dtype) / 7
     logits[:, data.draw(st.integers(0, size - 1))] = float("-inf")
-    values, ids = model_of("llama", dtype).native.top(logits, count)
+    values, ids = decoder_with("llama", dtype).engine.largest(logits, count)
     for row, got_values, got_ids in zip(
         logits.tolist(), values.tolist(), ids.tolist(), strict=True
     ):
@@ -488,13 +487,13 @@ def test_choices_are_those_of_sorting_everything(dtype, rows, size, spread, samp
     if size > 1:
         logits[:, seed % size] = float("-inf")  # the SAT
     index = torch.arange(rows) + seed
-    got = model_of("llama", dtype).native.choose(logits, index, sampling)
+    got = decoder_with("llama", dtype).engine.draw(logits, index, sampling)
     assert got.tolist() == [
         chosen_by_sorting(row, i, sampling)
         for row, i in zip(logits.tolist(), index.tolist(), strict=True)
     ]
     seeds = torch.tensor([as_seed(sampling.seed + row) for row in range(rows)])
-    each = model_of("llama", dtype).native.choose(logits, index, replace(sampling, seed=0), seeds)
+    each = decoder_with("llama", dtype).engine.draw(logits, index, replace(sampling, seed=0), seeds)
     alone = [replace(sampling, seed=seed) for seed in seeds.tolist()]
     assert each.tolist() == [
         chosen_by_sorting(*args)
@@ -537,7 +536,11 @@ def test_what_is_drawn_is_what_transformers_keeps(dtype, seed):
         kept = set((stably_warped(logits, sampling) > -math.inf).nonzero().flatten().tolist())
         rows = logits.expand(3000, -1)
         assert (
-            set(model_of("llama", dtype).native.choose(rows, torch.arange(3000), sampling).tolist())
+            set(
+                decoder_with("llama", dtype)
+                .engine.draw(rows, torch.arange(3000), sampling)
+                .tolist()
+            )
             == kept
         )
 
@@ -558,7 +561,7 @@ def test_choices_in_torch_are_the_same(dtype, size):
     ):
         for temperature in (0.3, 1.0):
             sampling = SamplingConfig(temperature, top_k, top_p, seed)
-            got = model_of("llama", dtype).native.choose(logits, index, sampling)
+            got = decoder_with("llama", dtype).engine.draw(logits, index, sampling)
             want = choose(logits, index, sampling)[:, 0]
             assert torch.equal(got, want)
 
@@ -606,12 +609,12 @@ def test_of_logits_that_are_no_numbers_ids_of_the_vocabulary_come(dtype, samplin
     """engine.py refuses such logits; should some come all the same, nothing is read or written
     elsewhere.
     """
-    engine = model_of("llama", dtype).native
+    engine = decoder_with("llama", dtype).engine
     rows = strange_rows(dtype)
-    for ids in (engine.choose(rows, torch.arange(6), sampling), engine.top(rows, 70)[1]):
+    for ids in (engine.draw(rows, torch.arange(6), sampling), engine.largest(rows, 70)[1]):
         assert ids.min() >= 0 and ids.max() < 150
-    assert engine.top(rows, 1)[1][0, 0] == rows[0].float().nan_to_num(-math.inf).argmax()
-    assert all(len(set(row)) == 70 for row in engine.top(rows, 70)[1].tolist())
+    assert engine.largest(rows, 1)[1][0, 0] == rows[0].float().nan_to_num(-math.inf).argmax()
+    assert all(len(set(row)) == 70 for row in engine.largest(rows, 70)[1].tolist())
 
 
 @st.composite
@@ -649,14 +652,14 @@ def candidate_trees(draw):
     seed=st.integers(0, 99),
 )
 def test_drafts_are_those_of_the_torch_code(tree, head, sampling, shortlist, seed):
-    model = model_of("llama", FLOAT, ("v_proj",), head)
+    decoder = decoder_with("llama", FLOAT, ("v_proj",), head)
     generator = torch.Generator().manual_seed(seed)
     # flat, so that top-p leaves three tokens
     states = 0.3 * torch.randn(max(tree.depths), 64, generator=generator)
     given_ = (
         torch.tensor([seed % VOCAB]),
         states,
-        model.model.get_output_embeddings()(states),
+        decoder.model.lm.get_output_embeddings()(states),
         3,
         tree,
         sampling,
@@ -664,8 +667,8 @@ def test_drafts_are_those_of_the_torch_code(tree, head, sampling, shortlist, see
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "SHORTLIST", shortlist)
         (tokens, likely), (want_tokens, want_likely) = (
-            draft_tokens(model, *given_),
-            draft_tokens(without_native(model), *given_),
+            decoder.engine.draft(*given_),
+            without_native(decoder).engine.draft(*given_),
         )
     assert tokens.tolist() == want_tokens.tolist()
     torch.testing.assert_close(likely, want_likely, rtol=1e-4, atol=1e-4)
@@ -676,21 +679,21 @@ def test_drafts_are_those_of_the_torch_code(tree, head, sampling, shortlist, see
 @pytest.mark.parametrize("width", [65, 74])
 @pytest.mark.parametrize("head", [0, 40])
 def test_trees_wider_than_the_shortlist(native, width, head):
-    model = model_of("llama", FLOAT, ("v_proj",), head)
-    model = model if native else without_native(model)
+    decoder = decoder_with("llama", FLOAT, ("v_proj",), head)
+    decoder = decoder if native else without_native(decoder)
     states = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
-    logits = model.model.get_output_embeddings()(states)
-    tokens, _ = draft_tokens(
-        model, torch.tensor([3]), states, logits, 0, make_tree((width,), 1), SamplingConfig()
+    logits = decoder.model.lm.get_output_embeddings()(states)
+    tokens, _ = decoder.engine.draft(
+        torch.tensor([3]), states, logits, 0, make_tree((width,), 1), SamplingConfig()
     )
     assert len(set(tokens[1:].tolist())) == width
     if not head:
         assert sorted(tokens[1:].tolist()) == sorted(logits[0].topk(width).indices.tolist())
     for sampling in (SamplingConfig(), SamplingConfig(1.0, 10, 0.9, 3)):
-        want = generate(model, [1, 5, 9], DecodeConfig(0, 12, sampling=sampling)).token_ids
+        want = decoder.generate([1, 5, 9], DecodeConfig(0, 12, sampling=sampling)).token_ids
         for strategy in ("two-step", *(["rounded"] if native else [])):
             config = DecodeConfig(1, 12, (width,), sampling, strategy=strategy)
-            assert generate(model, [1, 5, 9], config).token_ids == want
+            assert decoder.generate([1, 5, 9], config).token_ids == want
 
 
 # ---- what it is given ----
@@ -735,73 +738,73 @@ PASSES = {
 @pytest.mark.parametrize("message", PASSES)
 def test_passes_that_it_refuses(message):
     given_ = dict(PASSES[message])
-    engine = model_of("llama", FLOAT).native
+    engine = decoder_with("llama", FLOAT).engine
     inputs = (
         given_.pop("embeddings", torch.zeros(3, 64)),
         given_.pop("sats", 0),
         given_.pop("last", None),
     )
     with one_line_error(message):
-        engine.forward([engine.cache(64)], inputs[0], replace(LAYOUT, **given_), *inputs[1:])
+        engine.run([engine.new_cache(64)], inputs[0], replace(LAYOUT, **given_), *inputs[1:])
 
 
 def test_caches_of_another_model_are_refused():
-    engine = model_of("llama", FLOAT).native
-    other = model_of("llama", HALF).native
+    engine = decoder_with("llama", FLOAT).engine
+    other = decoder_with("llama", HALF).native
     with one_line_error("cache: torch.bfloat16"):
         engine.forward([other.cache(64)], torch.zeros(3, 64), LAYOUT)
     with one_line_error("cache: torch.float32 [2, 1, 64, 32]"):
         engine.forward(
-            [model_of("groups of 4", FLOAT).native.cache(64)], torch.zeros(3, 64), LAYOUT
+            [decoder_with("groups of 4", FLOAT).native.cache(64)], torch.zeros(3, 64), LAYOUT
         )
 
 
 def test_kept_rows_that_no_pass_had_are_refused():
-    engine = model_of("llama", FLOAT).native
+    engine = decoder_with("llama", FLOAT).engine
     for rows in ((0, 70), (5, 3), (-1,), (1, 1)):
-        cache = engine.cache(64)
+        cache = engine.new_cache(64)
         with one_line_error("rows: expected those of the last pass"):
             cache.commit(rows)
         assert cache.length == 0
 
 
 def test_logits_that_are_not_the_models_are_refused():
-    model = model_of("llama", FLOAT)
+    decoder = decoder_with("llama", FLOAT)
     index = torch.arange(3)
     sampling = SamplingConfig(1.0, 5)
-    engine = model.native
+    engine = decoder.native
     logits = torch.zeros(3, VOCAB)
     for strange in (logits.bfloat16(), logits.double(), logits.to("meta"), logits[0], logits[None]):
         with one_line_error(
             "logits: ", "the native engine was made for torch.float32 [any, any] on cpu"
         ):
-            engine.top(strange, 1)
+            engine.largest(strange, 1)
         with one_line_error("logits: "):
-            engine.choose(strange, index, sampling)
+            engine.draw(strange, index, sampling)
     for count in (0, VOCAB + 1):
         with one_line_error("count: expected 1 to"):
-            engine.top(logits, count)
+            engine.largest(logits, count)
     with one_line_error("index: torch.int64 [2] on cpu"):
-        engine.choose(logits, index[:2], sampling)
+        engine.draw(logits, index[:2], sampling)
     with one_line_error("seeds: torch.int32 [3] on cpu"):
-        engine.choose(logits, index, sampling, index.int())
+        engine.draw(logits, index, sampling, index.int())
     with one_line_error("sampling: a setting out of range"):
-        engine.choose(logits, index, SamplingConfig())
+        engine.draw(logits, index, SamplingConfig())
 
 
 def test_logits_may_lie_anyhow():
-    engine = model_of("llama", FLOAT).native
+    engine = decoder_with("llama", FLOAT).engine
     index = torch.arange(9)
     sampling = SamplingConfig(1.0, 5)
     logits = torch.randn(VOCAB, 18).T[::2]
-    assert torch.equal(engine.top(logits, 7)[1], engine.top(logits.contiguous(), 7)[1])
+    assert torch.equal(engine.largest(logits, 7)[1], engine.largest(logits.contiguous(), 7)[1])
     assert torch.equal(
-        engine.choose(logits, index, sampling), engine.choose(logits.contiguous(), index, sampling)
+        engine.draw(logits, index, sampling), engine.draw(logits.contiguous(), index, sampling)
     )
     embeddings = torch.randn(64, 3).T
     assert torch.equal(
         *(
-            engine.forward([engine.cache(64)], x, LAYOUT)[1]
+            engine.run([engine.new_cache(64)], x, LAYOUT)[1]
             for x in (embeddings, embeddings.contiguous())
         )
     )
@@ -838,7 +841,7 @@ def test_drafts_that_it_refuses(message, monkeypatch):
         tree=CHAIN,
     )
     with one_line_error(message):
-        model_of("llama", FLOAT, ("v_proj",), 40).native.draft(
+        decoder_with("llama", FLOAT, ("v_proj",), 40).engine.draft(
             **{**given_, **DRAFTS[message]}, sampling=SamplingConfig()
         )
 
@@ -857,14 +860,14 @@ def fresh_library(monkeypatch, tmp_path):
 
 def unavailable(lm, *parts):
     with pytest.raises(Unavailable) as caught:
-        NativeEngine(lm, None, 512)
+        NativeEngine(SatModel(lm, None, "tiny"))
     assert "\n" not in str(caught.value)
     assert all(part in str(caught.value) for part in parts)
 
 
 def test_without_a_compiler(fresh_library):
     fresh_library.delenv("CXX", raising=False)
-    fresh_library.setattr(weights.shutil, "which", lambda name: None)
+    fresh_library.setattr(bindings.shutil, "which", lambda name: None)
     unavailable(random_lm("llama"), "no C++ compiler was found")
 
 
@@ -947,11 +950,11 @@ def test_weights_of_other_sizes_than_the_config_says(part, change, reason):
 
 
 def test_an_adapter_of_another_type():
-    adapter = copy.deepcopy(model_of("llama", FLOAT).adapter)
+    adapter = copy.deepcopy(decoder_with("llama", FLOAT).model.adapter)
     with pytest.raises(
         Unavailable, match=r"adapter's down of model/layers/0/self_attn/q_proj is torch\.bfloat16"
     ):
-        NativeEngine(random_lm("llama"), adapter.bfloat16(), 512)
+        NativeEngine(SatModel(random_lm("llama"), None, "tiny", adapter=adapter.bfloat16()))
 
 
 def test_the_compiler_may_be_a_command(fresh_library, tmp_path):
@@ -979,23 +982,23 @@ def run_program(path, program, **environment):
 
 WITHOUT_MEMORY = """
 import resource, torch
-from test_native import HALF, LAYOUT, SamplingConfig, model_of
+from test_native import HALF, LAYOUT, SamplingConfig, decoder_with
 
 torch.set_num_threads(2)
-engine = model_of("groups of 4", HALF).native
-cache, small = engine.cache(8_000_000), engine.cache(64)
+engine = decoder_with("groups of 4", HALF).engine
+cache, small = engine.new_cache(8_000_000), engine.new_cache(64)
 logits = torch.zeros(2, 4_000_000, dtype=HALF)
 embeddings = torch.zeros(3, 64, dtype=HALF)
 logits[:, 7] = 100
 
 def a_pass():
-    return engine.forward([cache], embeddings, LAYOUT)
+    return engine.run([cache], embeddings, LAYOUT)
 
 def a_choice():
-    return engine.choose(logits, torch.zeros(2, dtype=torch.long), SamplingConfig(1.0, 0, 0.5))
+    return engine.draw(logits, torch.zeros(2, dtype=torch.long), SamplingConfig(1.0, 0, 0.5))
 
 def a_small_pass():
-    return engine.forward([small], embeddings, LAYOUT)[1]
+    return engine.run([small], embeddings, LAYOUT)[1]
 
 want = a_small_pass()
 # MiB: for no thread, for one of two, for none
@@ -1052,29 +1055,30 @@ def test_load_takes_the_engine_asked_for(folders):
     ):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            model = load(str(folders["whole"]), "float32", "cpu", engine=engine)
-        assert model.engine_name == name and (model.native is None) == (name == "transformers")
-        out = generate(model, [1, 5, 9], DecodeConfig(0, 20)).token_ids
+            decoder = Decoder.load(str(folders["whole"]), "float32", "cpu", engine=engine)
+        assert decoder.engine.name == name
+        out = decoder.generate([1, 5, 9], DecodeConfig(0, 20)).token_ids
         want = want or out
         assert out == want
     # as asked: no warning
-    assert load(str(folders["whole"]), "float16", "cpu").engine_name == "transformers"
+    assert Decoder.load(str(folders["whole"]), "float16", "cpu").engine.name == "transformers"
 
 
 def test_load_says_why_there_is_no_native_engine(folders, fresh_library, capsys):
     odd = str(folders["odd"])
     reason = "hidden=80: not a multiple of 32"
     with one_line_error(f"engine=native: not to be had for {odd}", reason, "expected auto"):
-        load(odd, "float32", "cpu", engine="native")
+        Decoder.load(odd, "float32", "cpu", engine="native")
     with pytest.warns(UserWarning, match=reason):
-        model = load(odd, "float32", "cpu", engine="auto")
-    assert len(generate(model, [1, 5, 9], DecodeConfig(0, 20)).token_ids) == 20
+        decoder = Decoder.load(odd, "float32", "cpu", engine="auto")
+    assert len(decoder.generate([1, 5, 9], DecodeConfig(0, 20)).token_ids) == 20
     fresh_library.setenv("CXX", "/bin/false")
     with pytest.warns(UserWarning, match="/bin/false failed"):
-        assert load(str(folders["whole"]), "bfloat16", "cpu").native is None
+        decoder = Decoder.load(str(folders["whole"]), "bfloat16", "cpu")
+        assert decoder.engine.name == "transformers"
     for engine in ("nonsense", "", "Native"):
         with one_line_error(f"engine={engine}: expected one of auto, native, transformers"):
-            load(odd, "float32", "cpu", engine=engine)
+            Decoder.load(odd, "float32", "cpu", engine=engine)
     fresh_library.setattr(
         sys,
         "argv",
@@ -1117,7 +1121,7 @@ def sanitizer(tmp_path):
 
 
 def test_nothing_is_read_or_written_elsewhere(tmp_path):
-    """weights.cpp under sanitizers: random models, trees, budgets, batches, dtypes and numbers of
+    """native.cpp under sanitizers: random models, trees, budgets, batches, dtypes and numbers of
     threads (fuzz_native.py).
     """
     preload = sanitizer(tmp_path)
@@ -1136,7 +1140,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
     @pytest.fixture(scope="module", params=["x86-64-v2", "x86-64-v3", "x86-64-v4"])
     def other_build(request, tmp_path_factory):
-        """weights.cpp for a processor without AVX2, without AVX-512, and without the latter's
+        """native.cpp for a processor without AVX2, without AVX-512, and without the latter's
         instructions for narrow numbers.
         """
         if request.param == "x86-64-v4" and "avx512vl" not in Path("/proc/cpuinfo").read_text():
@@ -1148,30 +1152,30 @@ if platform.machine() in ("x86_64", "AMD64"):
 
     @each_dtype
     def test_other_processors(dtype, other_build, monkeypatch):
-        def drafts(model):
-            cache = new_cache(model, 128)
-            prefill(model, cache, TOKENS[:40])
+        def drafts(decoder):
+            cache = decoder.engine.new_cache(128)
+            decoder.engine.prefill(cache, TOKENS[:40])
             return forward(
-                model,
+                decoder,
                 cache,
                 torch.cat([TOKENS[:9], torch.full((3,), VOCAB)]),
                 chain(9),
                 ((8, 3),),
-                rounded=True,
+                int8=True,
             )[1]
 
-        model = model_of("groups of 5", dtype)
+        decoder = decoder_with("groups of 5", dtype)
         tree = DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
-        want = in_passes(model, TOKENS[:120], [40, 7, 73])
-        guessed = drafts(model)
+        want = in_passes(decoder, TOKENS[:120], [40, 7, 73])
+        guessed = drafts(decoder)
         monkeypatch.setattr(bindings, "library", lambda: other_build)
-        model = natively(model.model, model.adapter)
-        got = in_passes(model, TOKENS[:120], [40, 7, 73])
+        decoder = natively(decoder.model.lm, decoder.model.adapter)
+        got = in_passes(decoder, TOKENS[:120], [40, 7, 73])
         for ours, theirs, most in [
             (got, want, 1e-5 if dtype == FLOAT else 0.05),
-            (drafts(model), guessed, 0.05),
+            (drafts(decoder), guessed, 0.05),
         ]:
             assert (ours.float() - theirs.float()).abs().max() <= most * theirs.float().abs().max()
         assert_bits(
-            model, TOKENS[:67], [(tree, ((7, 2), (0, 3)))] * 2, torch.Generator().manual_seed(1)
+            decoder, TOKENS[:67], [(tree, ((7, 2), (0, 3)))] * 2, torch.Generator().manual_seed(1)
         )

@@ -3,17 +3,15 @@ beside it.
 """
 
 import pytest
-from conftest import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
+from conftest import VOCAB, decoder_of, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import CIRCLE
 from tokenizers import decoders
 
 from sdsat.config import DecodeConfig
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.interfaces import terminal as show
-from sdsat.models import loading
-from sdsat.models.loading import SatModel
 
 # the last two are bytes, together one character
 PIECES = [
@@ -102,16 +100,17 @@ def terminal(monkeypatch, capsys):
 
     def run(sats=True, **settings):
         lm = tiny_llama(**CIRCLE)
-        model = with_adapter(lm, k=3) if sats else SatModel(lm, None, "plain")
-        model.tokenizer = tiny_tokenizer(pieces)
+        decoder = with_adapter(lm, k=3) if sats else decoder_of(lm, name="plain")
+        decoder.model.tokenizer = tiny_tokenizer(pieces)
+        generate = Decoder.generate
         made = []
 
         def kept(*arguments):
             made.append(generate(*arguments))
             return made[-1]
 
-        monkeypatch.setattr(loading, "load", lambda *_, **__: model)
-        monkeypatch.setattr(show, "generate", kept)
+        monkeypatch.setattr(Decoder, "load", lambda *_, **__: decoder)
+        monkeypatch.setattr(Decoder, "generate", kept)
         decode = DecodeConfig(**{"k": None, "max_new_tokens": 40, **settings})
         show.generate_in_terminal(
             "159", "tiny", "raw", (), decode, "float64", "cpu", None, None, "auto", True, None
