@@ -750,13 +750,12 @@ def test_passes_that_it_refuses(message):
 
 def test_caches_of_another_model_are_refused():
     engine = decoder_with("llama", FLOAT).engine
-    other = decoder_with("llama", HALF).native
+    other = decoder_with("llama", HALF).engine
     with one_line_error("cache: torch.bfloat16"):
-        engine.forward([other.cache(64)], torch.zeros(3, 64), LAYOUT)
+        engine.run([other.new_cache(64)], torch.zeros(3, 64), LAYOUT)
+    other = decoder_with("groups of 4", FLOAT).engine
     with one_line_error("cache: torch.float32 [2, 1, 64, 32]"):
-        engine.forward(
-            [decoder_with("groups of 4", FLOAT).native.cache(64)], torch.zeros(3, 64), LAYOUT
-        )
+        engine.run([other.new_cache(64)], torch.zeros(3, 64), LAYOUT)
 
 
 def test_kept_rows_that_no_pass_had_are_refused():
@@ -772,7 +771,7 @@ def test_logits_that_are_not_the_models_are_refused():
     decoder = decoder_with("llama", FLOAT)
     index = torch.arange(3)
     sampling = SamplingConfig(1.0, 5)
-    engine = decoder.native
+    engine = decoder.engine
     logits = torch.zeros(3, VOCAB)
     for strange in (logits.bfloat16(), logits.double(), logits.to("meta"), logits[0], logits[None]):
         with one_line_error(

@@ -108,7 +108,7 @@ def test_the_commit_is_named_only_where_it_holds_these_sources(tmp_path, monkeyp
     git("add", "-f", str(package))
     git("commit", "-m", "its own")
     assert environment.commit() == git("rev-parse", "HEAD")
-    (package / "records.py").write_text("x = 2\n")
+    (package / "environment.py").write_text("x = 2\n")
     assert environment.commit() is None
 
 

@@ -184,7 +184,7 @@ def _mode_arguments(
     """What transformers hands to a way of decoding beside what it has prepared; here with nothing
     left out.
     """
-    tokenizer = kwargs.get("tokenizer") or getattr(model, ATTRIBUTE).tokenizer
+    tokenizer = kwargs.get("tokenizer") or getattr(model, ATTRIBUTE).model.tokenizer
     given = type(model)._extract_generation_mode_kwargs(
         model, custom_generate, kwargs, synced_gpus, assistant_model, streamer
     )
