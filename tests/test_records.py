@@ -60,11 +60,12 @@ def test_a_run_is_known_by_every_bit_of_code_base_and_adapter(adapter, monkeypat
         changed = environment.identity(str(adapter))
         assert {key for key in first if changed[key] != first[key]} == {part}
         first = changed
-    package = Path(records.__file__).parent
+    package = Path(environment.__file__).parent
     shutil.copytree(package, tmp_path / "sdsat", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "sdsat" / "records.py"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "sdsat" / "environment.py"))
     assert environment.identity(str(adapter)) == first  # wherever it is installed
-    for name in ("native.cpp", "decode.py"):
+    native = "engines/native"
+    for name in (f"{native}/interface.cpp", f"{native}/attention.h", "decoding/loop.py"):
         (tmp_path / "sdsat" / name).write_text((tmp_path / "sdsat" / name).read_text() + "\n")
         changed = environment.identity(str(adapter))
         assert {key for key in first if changed[key] != first[key]} == {"code"}

@@ -15,7 +15,7 @@ import torch
 from sdsat.config import InputError
 from sdsat.engines.native import bindings
 from sdsat.engines.transformers import check_finite, forward, new_cache, prefill
-from sdsat.files import make_folder, read_json, sha256_of, write_json
+from sdsat.files import make_folder, read_json, write_json
 from sdsat.method.sampling import SamplingConfig
 from sdsat.method.tree import make_tree
 
@@ -134,7 +134,7 @@ def _circumstances(model: SatModel) -> dict[str, Any]:
         "k": model.sat and model.sat.k,
         **sizes,
     }
-    engine = sha256_of(bindings.SOURCE) if model.native else None  # another version, other costs
+    engine = bindings.source_hash() if model.native else None  # another version, other costs
     return machine(model) | {"dtype": str(model.dtype), "shape": shape, "native": engine, "form": 3}
 
 
