@@ -1,5 +1,5 @@
-"""Generations at random through a native.cpp built with sanitizers: `python fuzz_native.py TIMES`,
-libasan preloaded.
+"""Generations at random through the native engine built with sanitizers: `python fuzz_native.py
+TIMES`, libasan preloaded.
 
 A read or write outside of what a call was given ends the process (test_native.py). Every output is
 compared with plain decoding.

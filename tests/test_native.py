@@ -7,6 +7,8 @@ import ctypes
 import math
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -857,6 +859,44 @@ def fresh_library(monkeypatch, tmp_path):
     bindings.library.cache_clear()
 
 
+def test_a_change_in_any_source_is_another_library(tmp_path, monkeypatch):
+    folder = bindings.SOURCE.parent
+    included: set[str] = set()
+    waiting = [bindings.SOURCE.name]
+    while waiting:
+        name = waiting.pop()
+        if name not in included:
+            included.add(name)
+            shutil.copy(folder / name, tmp_path)
+            waiting += re.findall('#include "(.+)"', (folder / name).read_text())
+    assert len(included) > 1
+    first = bindings.source_hash()
+    monkeypatch.setattr(bindings, "_FOLDER", tmp_path)
+    assert bindings.source_hash() == first  # wherever it is installed; and there are no others
+    for name in included:
+        before = bindings.source_hash()
+        with (tmp_path / name).open("a") as file:
+            file.write("// another comment\n")
+        assert bindings.source_hash() != before
+
+
+def test_a_built_package_holds_the_sources(monkeypatch):
+    """As setuptools reads pyproject.toml; nothing is built."""
+    distribution = pytest.importorskip("setuptools.dist").Distribution()
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    distribution.parse_config_files(["pyproject.toml"])
+    command = distribution.get_command_obj("build_py")
+    command.ensure_finalized()
+    held = {
+        name
+        for package, _, _, names in command.get_data_files_without_manifest()
+        for name in names
+        if package == "sdsat.engines.native"
+    }
+    folder = bindings.SOURCE.parent
+    assert held == {file.name for file in folder.iterdir() if file.suffix in (".cpp", ".h")}
+
+
 def unavailable(lm, *parts):
     with pytest.raises(Unavailable) as caught:
         NativeEngine(SatModel(lm, None, "tiny"))
@@ -1120,7 +1160,7 @@ def sanitizer(tmp_path):
 
 
 def test_nothing_is_read_or_written_elsewhere(tmp_path):
-    """native.cpp under sanitizers: random models, trees, budgets, batches, dtypes and numbers of
+    """The library under sanitizers: random models, trees, budgets, batches, dtypes and numbers of
     threads (fuzz_native.py).
     """
     preload = sanitizer(tmp_path)
@@ -1139,12 +1179,12 @@ if platform.machine() in ("x86_64", "AMD64"):
 
     @pytest.fixture(scope="module", params=["x86-64-v2", "x86-64-v3", "x86-64-v4"])
     def other_build(request, tmp_path_factory):
-        """native.cpp for a processor without AVX2, without AVX-512, and without the latter's
+        """The library for a processor without AVX2, without AVX-512, and without the latter's
         instructions for narrow numbers.
         """
         if request.param == "x86-64-v4" and "avx512vl" not in Path("/proc/cpuinfo").read_text():
             pytest.skip("this processor has no AVX-512")
-        target = tmp_path_factory.mktemp("build") / "weights.so"
+        target = tmp_path_factory.mktemp("build") / "native.so"
         flags = ["-O1", f"-march={request.param}", *bindings._FLAGS[2:], "-Wno-psabi"]
         subprocess.run(["c++", *flags, str(bindings.SOURCE), "-o", str(target)], check=True)
         return ctypes.CDLL(str(target))

@@ -65,7 +65,8 @@ def test_a_run_is_known_by_every_bit_of_code_base_and_adapter(adapter, monkeypat
     shutil.copytree(package, tmp_path / "sdsat", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "sdsat" / "environment.py"))
     assert identity(str(adapter)) == first  # wherever it is installed
-    for name in ("engines/native/native.cpp", "decoding/loop.py"):
+    native = "engines/native"
+    for name in (f"{native}/interface.cpp", f"{native}/attention.h", "decoding/loop.py"):
         (tmp_path / "sdsat" / name).write_text((tmp_path / "sdsat" / name).read_text() + "\n")
         changed = identity(str(adapter))
         assert {key for key in first if changed[key] != first[key]} == {"code"}

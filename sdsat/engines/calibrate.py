@@ -15,10 +15,10 @@ import torch
 from sdsat.cache_folder import cache_dir, creating
 from sdsat.config import InputError, SamplingConfig
 from sdsat.engines.base import Cache, Engine, PassInput, probe_tokens
-from sdsat.engines.native.bindings import SOURCE
+from sdsat.engines.native.bindings import source_hash
 from sdsat.engines.native.engine import NativeEngine
 from sdsat.environment import machine
-from sdsat.files import make_folder, read_json, sha256_of, write_json
+from sdsat.files import make_folder, read_json, write_json
 from sdsat.method.costs import CONTEXTS, COUNTS, CostCurve
 from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree
@@ -132,7 +132,7 @@ def _circumstances(engine: Engine) -> dict[str, Any]:
         "k": model.sat and model.sat.k,
         **sizes,
     }
-    native = sha256_of(SOURCE) if isinstance(engine, NativeEngine) else None
+    native = source_hash() if isinstance(engine, NativeEngine) else None
     where = machine(model.devices, model.dtype, engine.name)
     return where | {"dtype": str(model.dtype), "shape": shape, "native": native, "form": _FORM}
 

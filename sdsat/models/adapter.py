@@ -196,7 +196,7 @@ class SatAdapter(nn.Module):
         layers; and fuse.
         """
         embedding = model.get_input_embeddings().weight
-        layers = dict(self._targeted(model))  # type: ignore[operator]
+        layers = dict(self._targeted(model))
         gone = [key for key in self.down if key.replace("/", ".") not in layers]
         require(
             not gone,

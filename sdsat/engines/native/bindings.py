@@ -1,4 +1,4 @@
-"""The compiled library and its structs, as C++ reads them (native.cpp)."""
+"""The compiled library and its structs, as C++ reads them (structs.h)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from sdsat.cache_folder import load_library
 from sdsat.config import InputError
+from sdsat.files import sha256_of_all
 
 if TYPE_CHECKING:
     from sdsat.config import SamplingConfig
 
-SOURCE = Path(__file__).with_name("native.cpp")
+_FOLDER = Path(__file__).parent
+SOURCE = _FOLDER / "interface.cpp"  # which includes all others: one translation unit
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 
 
@@ -124,10 +126,23 @@ def _compiler() -> list[str]:
     return command or [str(found)]
 
 
+def source_hash() -> str:
+    """Return one hash for all C++ sources, in hex.
+
+    Raises OSError where one can't be read.
+    """
+    files = [file for pattern in ("*.cpp", "*.h") for file in _FOLDER.glob(pattern)]
+    return sha256_of_all(
+        (file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files
+    )
+
+
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The compiled native.cpp; compiles it unless the cache folder has it for this source, compiler
-    and processor.
+    """Return the compiled library, from the cache folder or compiled now.
+
+    The cache folder keeps one for each version of the sources, compiler, flags and processor.
+    Raises Unavailable where there is no compiler, or it fails.
     """
     compiler = _compiler()
 
@@ -146,11 +161,11 @@ def library() -> ctypes.CDLL:
             [*compiler, "-v", "-march=native", "-E", "-x", "c++", os.devnull], capture_output=True
         ).stderr
         name = hashlib.sha256(
-            SOURCE.read_bytes() + version + " ".join(_FLAGS).encode()
+            source_hash().encode() + version + " ".join(_FLAGS).encode()
         ).hexdigest()[:16]
         return load_library(name, build)
     except OSError as error:
-        raise Unavailable(f"native.cpp could not be built ({error})") from None
+        raise Unavailable(f"the native engine could not be built ({error})") from None
 
 
 def call(name: str, *arguments: Any) -> None:
