@@ -114,7 +114,7 @@ def test_no_imports_close_a_circle():
         "from sdsat.decoding.loop import Decoder\n",
         "import sdsat.decoding.loop\n",
         "from ..decoding import loop\n",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from sdsat.decoding import loop\n",
+        "if TYPE_CHECKING:\n    from sdsat.decoding import loop\n",
         "def late():\n    from sdsat.decoding.loop import Decoder\n    return Decoder\n",
     ],
 )
