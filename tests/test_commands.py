@@ -421,6 +421,14 @@ BAD_INPUT = [
         "--svg=none/x.svg: no such folder",
     ),
     (
+        ["generate", "hello", "--model", "TINY", "--compare", "--svg", "none/race.svg"],
+        "--svg=none/race.svg: no such folder",
+    ),
+    (
+        ["generate", "hello", "--model", "TINY", "--compare", "--svg", "."],
+        "--svg=.: cannot be written (it is a folder; expected a file or a new name)",
+    ),
+    (
         ["generate", "hello", "--model", "TINY", "--svg", "/dev/full"],
         "--svg=/dev/full: cannot be written (it is no regular file",
     ),
@@ -566,7 +574,8 @@ def test_a_cache_that_is_whole_but_no_model_is_named(command, tmp_path, monkeypa
     assert f"cache {folder}: damaged" in errors and "delete this folder" in errors
 
 
-def test_generate_compares_and_draws(command, tmp_path):
+@pytest.mark.parametrize("compare", [True, False])
+def test_generate_compares_and_draws(command, tmp_path, compare):
     code, out, _ = command(
         *(
             "generate",
@@ -580,11 +589,14 @@ def test_generate_compares_and_draws(command, tmp_path):
             "--max-new-tokens",
             "40",
         ),
-        *("--compare", "--svg", str(tmp_path / "x.svg")),
+        *(["--compare"] if compare else []),
+        *("--svg", str(tmp_path / "x.svg")),
     )
     assert code == 0
-    assert "40 tokens" in out and "the same text" in out
-    assert (tmp_path / "x.svg").read_text().startswith("<svg")
+    assert "40 tokens" in out and ("the same text" in out) == compare
+    picture = (tmp_path / "x.svg").read_text()
+    assert picture.startswith("<svg")
+    assert ("@keyframes" in picture, "Plain decoding (AR)" in picture) == (compare, compare)
 
 
 def test_generate_warns_beyond_the_trained_depth(command):

@@ -209,7 +209,12 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run AR, and say whether the text is the same.")
     ] = False,
-    svg: Annotated[Path | None, typer.Option(help="Save the coloured text as a picture.")] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(
+            help="Save the coloured text as a picture; with --compare, an animated race against AR."
+        ),
+    ] = None,
 ) -> None:
     """Stream an answer; accepted drafts are green, the model's own tokens plain."""
     from sdsat.interfaces import terminal as show

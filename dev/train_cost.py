@@ -1,7 +1,7 @@
 """Training throughput and memory of three layouts of the same SAT groups: what sharing the base's
 keys and values brings.
 
-    python scripts/train_cost.py [--data FOLDER] [--out FILE.json]
+    python dev/train_cost.py [--data FOLDER] [--out FILE.json]
 
     own sequences   every group is a sequence of its own: its standard tokens again, then its SATs
     one pass        standard tokens and all groups of a sequence in one pass, kept for the

@@ -1,7 +1,7 @@
 """What a pass costs in models of CodeLlama's sizes, and the speed-up that would follow: a
 projection, not a measurement.
 
-    python scripts/projection.py --shape 7b | 13b | tiny [--summary SUMMARY.json] [--device GPU]
+    python dev/projection.py --shape 7b | 13b | tiny [--summary SUMMARY.json] [--device GPU]
     [--out FILE.json]
 
 Measured: passes of n tokens, choosing the next ones included, with random weights of the published

@@ -1,8 +1,8 @@
 """Which recipe makes the best drafts: short training runs that differ from one base recipe in one
 thing each.
 
-    python scripts/ablation.py OUT [VARIANT ...] [--data FOLDER] [--code FOLDER] [--steps N]
-    python scripts/ablation.py OUT --collect FILE.json
+    python dev/ablation.py OUT [VARIANT ...] [--data FOLDER] [--code FOLDER] [--steps N]
+    python dev/ablation.py OUT --collect FILE.json
 
 All runs see the same steps, sequences a step and held-out answers of the model's own; a run that is
 done is not repeated.
