@@ -16,13 +16,20 @@ from sdsat.cache_folder import remembered_sha256
 from sdsat.config import require
 from sdsat.files import sha256_of_all
 
-# of an environment: what another commit with the same sources would have changed
+# Facts of an environment that may differ: another commit can hold the same sources.
 _INFORMATIVE = ("commit",)
 
 
 def check_environment(held: dict[str, Any], found: dict[str, Any], where: str) -> None:
-    """Refuse to go on with a record that was begun on another machine, or with other versions, code
-    or weights.
+    """Refuse to go on with a record that was begun elsewhere or with other software.
+
+    Another machine counts, and other versions, code or weights. Raises InputError, with what
+    differs.
+
+    Args:
+        held: what the record was begun with.
+        found: what is here now.
+        where: the record's name, for the message.
     """
     for key in sorted(held.keys() | found.keys()):
         before = held.get(key)
@@ -35,18 +42,28 @@ def check_environment(held: dict[str, Any], found: dict[str, Any], where: str) -
 
 
 def code_hash() -> str:
-    """One hash for all of this package's sources."""
+    """Compute one hash for all of this package's sources."""
     return folder_hash(Path(__file__).parent, ("**/*.py", "**/*.cpp", "**/*.h"))
 
 
 def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
-    """One hash for the names and contents of the files in `folder` that match a glob pattern."""
+    """Compute one hash for the names and contents of some files in `folder`.
+
+    patterns: glob patterns, of which a file matches one at least. Raises InputError, one line, for
+    a file that can't be read.
+    """
     files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     return sha256_of_all((str(file.relative_to(folder)), remembered_sha256(file)) for file in files)
 
 
 def machine(devices: list[torch.device], dtype: torch.dtype, engine: str) -> dict[str, Any]:
-    """Versions and devices: what a pass costs depends on these, whatever the weights."""
+    """Collect versions and devices, on which the time of a pass depends, whatever the weights.
+
+    Args:
+        devices: all that hold weights, the first one first.
+        dtype: of the weights.
+        engine: the name of the engine that runs passes.
+    """
     names = ("torch", "transformers", "numpy")
     cuda = devices[0].type == "cuda"
     gpus = " + ".join(map(torch.cuda.get_device_name, devices)) if cuda else ""
@@ -62,6 +79,7 @@ def machine(devices: list[torch.device], dtype: torch.dtype, engine: str) -> dic
 
 
 def cpu_name() -> str:
+    """Return the processor's name and how many threads torch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(
@@ -73,8 +91,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit that holds these very sources; None where they were changed since, or are no part
-    of a repository.
+    """Find the commit that holds these very sources.
+
+    None where they were changed since, or are no part of a repository.
     """
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder)]
