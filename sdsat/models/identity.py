@@ -1,4 +1,4 @@
-"""Which model this is: hashes of its files, or of its tensors where it was never in files."""
+"""The identity of a model: hashes of its files, or of its tensors where it was never in files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja
 def identity(name: str, model: SatModel | None = None) -> dict[str, str | None]:
     """Hash what figures depend on beside the machine: this package's sources, base and adapter.
 
-    model: what was loaded by that name. Files are hashed whole (large ones once: see kept.py); of a
-    base from the hub it is the commit, and of one that was never in files its tensors. Raises
-    InputError, one line, for a model that isn't there.
+    Files are hashed whole (large ones once: see cache_folder.py); of a base from the hub it is the
+    commit, and of one that was never in files its tensors.
+
+    model: what was loaded by that name. Raises InputError, one line, for a model that isn't there.
     """
     adapter, base = loading.places(name)
     found: str | None
@@ -41,7 +42,7 @@ def identity(name: str, model: SatModel | None = None) -> dict[str, str | None]:
 
 
 def _tensors_hash(model: Any) -> str:
-    """Of a model in memory."""
+    """Compute one hash for all tensors of a model in memory."""
     tensors = (
         (name, tensor.detach().cpu().contiguous()) for name, tensor in model.state_dict().items()
     )
