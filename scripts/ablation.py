@@ -20,12 +20,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sdsat.cli.main import run
+from sdsat.cli.program import run
 from sdsat.config import SamplingConfig, TrainConfig, require
 from sdsat.decoding.loop import num_slots
 from sdsat.engines.drafting import draft_tokens
 from sdsat.engines.transformers import forward, new_cache, prefill
-from sdsat.environment import environment
+from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
 from sdsat.method.tree import make_tree
 from sdsat.models.adapter import SatAdapter

@@ -29,9 +29,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sdsat.cli.main import Device, Dtype, Model, run
+from sdsat.cli.options import Device, Dtype, Model
+from sdsat.cli.program import run
 from sdsat.engines.transformers import forward, new_cache, prefill
-from sdsat.environment import environment
+from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
 from sdsat.method.tree import make_tree
 from sdsat.models.loading import SatModel, load

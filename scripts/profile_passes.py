@@ -20,11 +20,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdsat.cli.main import Model, run
+from sdsat.cli.options import Model
+from sdsat.cli.program import run
 from sdsat.config import DecodeConfig
 from sdsat.decoding import auto_planner, fixed_planner, loop
 from sdsat.engines.transformers import forward, new_cache, prefill
-from sdsat.environment import environment
+from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
 from sdsat.method.tree import make_tree
 from sdsat.models.loading import SatModel, load

@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sdsat.cli.main import Device, run
+from sdsat.cli.options import Device
+from sdsat.cli.program import run
 from sdsat.config import SamplingConfig, SatConfig, require
 from sdsat.engines.drafting import draft_tokens
 from sdsat.engines.graphs import CudaCapture, Graphs, padded
 from sdsat.engines.transformers import forward, new_cache, prefill, probe_rows, top
-from sdsat.environment import environment
+from sdsat.evaluation.records import environment
 from sdsat.files import destination, read_json, write_json
 from sdsat.method.tree import make_tree
 from sdsat.models import attention

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from sdsat.cli.main import Model, run
+from sdsat.cli.options import Model
+from sdsat.cli.program import run
 from sdsat.config import STRATEGIES, DecodeConfig, SamplingConfig, require
 from sdsat.decoding.loop import generate
-from sdsat.environment import environment
+from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
 from sdsat.models.loading import load
 from sdsat.tasks.prompts import humaneval

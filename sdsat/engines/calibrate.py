@@ -135,7 +135,8 @@ def _circumstances(model: SatModel) -> dict[str, Any]:
         **sizes,
     }
     engine = sha256_of(bindings.SOURCE) if model.native else None  # another version, other costs
-    return machine(model) | {"dtype": str(model.dtype), "shape": shape, "native": engine, "form": 3}
+    found = machine(model.devices, model.dtype, model.engine_name)
+    return found | {"dtype": str(model.dtype), "shape": shape, "native": engine, "form": 3}
 
 
 def _read(name: str) -> CostCurve | None:

@@ -18,7 +18,7 @@ from sdsat.decoding.loop import generate, resolved
 from sdsat.decoding.sequence import Generation
 from sdsat.decoding.stopping import end_of_text, text_after
 from sdsat.files import replacing
-from sdsat.models import loading
+from sdsat.models.loading import SatModel
 from sdsat.tasks.prompts import WARM_UP, encode_prompt, encode_request
 
 ACCEPTED = "bold green"
@@ -118,22 +118,28 @@ def figures(out: Generation, depth: int) -> str:
 
 
 def generate_in_terminal(
+    model: SatModel,
     prompt: str,
-    name: str,
-    style: str,
-    template_options: Sequence[str],
     decode: DecodeConfig,
-    dtype: str,
-    device: str,
-    sat_token_id: int | None,
-    trained_k: int | None,
-    engine: str,
-    compare: bool,
-    svg: Path | None,
+    style: str = "chat",
+    template_options: Sequence[str] = (),
+    compare: bool = False,
+    svg: Path | None = None,
 ) -> None:
-    """Stream the answer, then its figures; see `sdsat generate --help` for the arguments."""
-    require(prompt != "", "prompt: empty; expected some text")
-    model = loading.load(name, dtype, device, sat_token_id, engine, trained_k=trained_k)
+    """Stream the answer, then its figures.
+
+    Args:
+        model: one with a tokenizer.
+        prompt: what to continue or answer.
+        decode: how; the model's own ends are added.
+        style: 'chat', 'code' or 'raw': see `encode`.
+        template_options: see prompts.encode.
+        compare: also run AR, and say whether the text is the same.
+        svg: where to save the coloured text as a picture.
+
+    Raises:
+        InputError: where the prompt, the settings and the model do not fit together.
+    """
     assert model.tokenizer is not None
     decode = resolved(model, replace(decode, stop_ids=model.stop_ids))
     prompt_ids = encode(model.tokenizer, prompt, style, template_options)
@@ -152,17 +158,11 @@ def generate_in_terminal(
         ar = generate(model, prompt_ids, decode.plain)
         same = "the same text" if ar.token_ids == out.token_ids else "another text"
         ratio = out.tokens_per_second / ar.tokens_per_second
-        console.print(
-            Text(
-                (
-                    f"AR: {ar.tokens_per_second:.1f} tokens/s, {same}; SDSAT was {ratio:.2f} "
-                    "times as fast"
-                ),
-                style="dim",
-            ),
-            soft_wrap=True,
+        line = (
+            f"AR: {ar.tokens_per_second:.1f} tokens/s, {same}; SDSAT was {ratio:.2f} times as fast"
         )
+        console.print(Text(line, style="dim"), soft_wrap=True)
     if svg is not None:
-        how = f"{name}, {decode.strategy}, k = {decode.k}"
+        how = f"{model.name}, {decode.strategy}, k = {decode.k}"
         with replacing(svg) as part:
             console.save_svg(str(part), title=f"sdsat generate: accepted drafts in green ({how})")
