@@ -199,22 +199,16 @@ def _lane(title: str, run: Run, remark: str, stream: TokenStream) -> Lane:
 
 
 def generate_in_terminal(
+    decoder: Decoder,
     prompt: str,
-    name: str,
-    style: str,
-    template_options: Sequence[str],
     decode: DecodeConfig,
-    dtype: str,
-    device: str,
-    sat_token_id: int | None,
-    trained_k: int | None,
-    engine: str,
-    compare: bool,
-    svg: Path | None,
+    style: str = "chat",
+    template_options: Sequence[str] = (),
+    compare: bool = False,
+    svg: Path | None = None,
 ) -> None:
     """Stream the answer, then its figures; see `sdsat generate --help` for the arguments."""
     require(prompt != "", "prompt: empty; expected some text")
-    decoder = Decoder.load(name, dtype, device, sat_token_id, engine, trained_k=trained_k)
     model = decoder.model
     assert model.tokenizer is not None
     decode = decoder.resolved(replace(decode, stop_ids=model.stop_ids))
@@ -245,9 +239,10 @@ def generate_in_terminal(
             _lane(f"SDSAT: {_how(decode)}", run, f": {ratio}, {same}", new_stream()),
         )
         where = machine(model.devices, model.dtype, decoder.engine.name)["device_name"]
-        picture = race_svg(sides, f"{name}, {dtype}, {where}")
+        dtype = str(model.dtype).removeprefix("torch.")
+        picture = race_svg(sides, f"{model.name}, {dtype}, {where}")
     else:
-        title = f"sdsat generate: accepted drafts in green ({name}, {_how(decode)})"
+        title = f"sdsat generate: accepted drafts in green ({model.name}, {_how(decode)})"
         picture = console.export_svg(title=title)
     with replacing(svg) as part:
         part.write_text(picture, encoding="utf-8")

@@ -34,7 +34,30 @@ class Task:
     suffix: str | None = None
 
 
+def read_limit(text: str) -> Limit:
+    """'all' -> None, '16' -> 16, '3%' -> 3/100.
+
+    Raises InputError for anything else.
+    """
+    if text == "all":
+        return None
+    try:
+        return Fraction(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(
+            f"data_limit={text}: expected a number of problems, a share such as 3%, or 'all'"
+        ) from None
+
+
+def limit_text(limit: Limit) -> str:
+    """A limit as `read_limit` takes it."""
+    if limit is None:
+        return "all"
+    return f"{100 * limit}%" if isinstance(limit, Fraction) else str(limit)
+
+
 def check_limit(limit: Limit) -> None:
+    """Raises InputError for a limit that leaves nothing, or a share above all."""
     good = limit is None or (0 < limit <= 1 if isinstance(limit, Fraction) else limit >= 1)
     require(good, f"data_limit={limit}: expected 1 or more, or a share of at most 100%")
 
