@@ -7,7 +7,6 @@ import argparse
 
 import sdsat
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decoding.loop import generate_batch
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?", default="smollm2-135m-sdsat")
@@ -42,18 +41,18 @@ for prompt, ids, generation in zip(arguments.prompts, out.sequences, out.generat
 # have settings of its own.
 prompts = [tokenizer(prompt)["input_ids"] for prompt in arguments.prompts]
 settings = dict(
-    k=model.sdsat.sat.k,
+    k=model.sdsat.model.sat.k,
     strategy="auto",
     max_new_tokens=arguments.max_new_tokens,
-    stop_ids=model.sdsat.stop_ids,
+    stop_ids=model.sdsat.model.stop_ids,
 )
 configs = [
     DecodeConfig(**settings, sampling=SamplingConfig(temperature=0.8, seed=seed))
     for seed in range(len(prompts))
 ]
-queued = generate_batch(model.sdsat, prompts, configs, batch_size=arguments.batch_size)
+queued = model.sdsat.generate_batch(prompts, configs, batch_size=arguments.batch_size)
 
 # A batch changes no output: each one is that of its prompt alone.
-(alone,) = generate_batch(model.sdsat, prompts[-1:], configs[-1:])
+(alone,) = model.sdsat.generate_batch(prompts[-1:], configs[-1:])
 same = "the same" if alone.token_ids == queued[-1].token_ids else "another"
 print(f"--- the last prompt alone: {same} output")

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from sdsat.config import DecodeConfig, TrainConfig
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.models.loading import load
 from sdsat.training.distill import distill
 from sdsat.training.loop import train
@@ -31,7 +31,7 @@ arguments = parser.parse_args()
 
 # Acceptance is measured against the model's own output, so its own answers are what SATs learn
 # from.
-base = load(arguments.model)
+base = Decoder.load(arguments.model)
 distill(
     base,
     [arguments.source],
@@ -42,7 +42,7 @@ distill(
 
 # The base stays as it is, to the bit: what trains is the SAT's embedding, updates that act on SATs
 # alone, and the draft head.
-base = load(arguments.model, engine="transformers")  # gradients need transformers' modules
+base = load(arguments.model)
 sequences = read_sequences(arguments.out / "data", base.tokenizer)
 config = TrainConfig(
     steps=arguments.steps,
@@ -60,11 +60,11 @@ log = [
 print("accepted drafts per loop, held out:", [entry["accepted_per_loop"] for entry in log])
 
 # The adapter's directory is a model like any other.
-model = load(str(arguments.out / "adapter"))
+decoder = Decoder.load(str(arguments.out / "adapter"))
 prompt = sequences[0].ids[: sequences[0].prompt_length].tolist()
-settings = dict(max_new_tokens=arguments.max_new_tokens, stop_ids=model.stop_ids)
-plain = generate(model, prompt, DecodeConfig(**settings))
-drafted = generate(model, prompt, DecodeConfig(k=5, strategy="auto", **settings))
+settings = dict(max_new_tokens=arguments.max_new_tokens, stop_ids=decoder.model.stop_ids)
+plain = decoder.generate(prompt, DecodeConfig(**settings))
+drafted = decoder.generate(prompt, DecodeConfig(k=5, strategy="auto", **settings))
 print("the same" if plain.token_ids == drafted.token_ids else "another", "output as without drafts")
 print(
     f"{drafted.tokens_per_pass:.2f} tokens a pass, {drafted.acceptance_rate:.0%} of the "

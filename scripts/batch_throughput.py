@@ -26,13 +26,10 @@ from tqdm import tqdm
 
 from sdsat.cli.main import Device, Dtype, Model, run
 from sdsat.config import DecodeConfig, beside, decode_config_of, require
-from sdsat.decoding.loop import generate_batch
-from sdsat.engines.transformers import probe_rows
-from sdsat.environment import environment
-from sdsat.evaluation.records import resumed
+from sdsat.decoding.loop import Decoder
+from sdsat.evaluation.records import environment, resumed
 from sdsat.files import sha256_of, write_json
 from sdsat.models.embedded import NAME
-from sdsat.models.loading import SatModel, load
 from sdsat.tasks.prompts import WARM_UP, encode_prompt, humaneval
 
 AR = "ar"
@@ -51,11 +48,11 @@ COLUMNS = (
 
 
 def measure(
-    model: SatModel, prompts: list[list[int]], config: DecodeConfig, size: int
+    decoder: Decoder, prompts: list[list[int]], config: DecodeConfig, size: int
 ) -> dict[str, Any]:
     """One call over all prompts, `size` at once. tokens/pass: of one sequence."""
     began = time.perf_counter()
-    outs = generate_batch(model, prompts, config, batch_size=size)
+    outs = decoder.generate_batch(prompts, config, batch_size=size)
     seconds = time.perf_counter() - began
     ids = [out.token_ids for out in outs]
     return {
@@ -201,7 +198,8 @@ def main(
         f"--strategy={','.join(strategies[1:])}: one is there twice, or is {AR}",
     )
     out = out or Path("results/reference") / Path(model).name / "batch.json"
-    loaded = load(model, dtype, device)
+    decoder = Decoder.load(model, dtype, device)
+    loaded = decoder.model
     configs = {
         name: decode_config_of(name, max_new_tokens=max_new_tokens, stop_ids=loaded.stop_ids)
         for name in strategies
@@ -218,14 +216,13 @@ def main(
         "sizes": counts,
         "strategies": strategies,
     }
-    probe_rows(loaded)  # so that the environment knows the row policy
-    head = {"schema_version": 1, "environment": environment(loaded), "settings": settings}
+    head = {"schema_version": 1, "environment": environment(decoder), "settings": settings}
     head["environment"]["script"] = sha256_of(Path(__file__))
     document = resumed(out, {**head, "summary": {}, "runs": []})
     done = {(run["turn"], run["batch_size"], run["strategy"]) for run in document["runs"]}
     for name in strategies:  # what is measured once, and compiled, and learned
         short = replace(configs[name], max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens))
-        generate_batch(loaded, warm_up, short, batch_size=max(counts))
+        decoder.generate_batch(warm_up, short, batch_size=max(counts))
     keys = [
         (turn, size, place)
         for turn in range(turns)

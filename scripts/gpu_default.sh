@@ -41,10 +41,10 @@ gpu="${GPU:-0}" shapes="${SHAPES:-7b 13b}" problems="${PROBLEMS:-16}" failed=0
 export STRATEGIES=two-step,one-pass,auto
 # One step that fails doesn't keep the others from it; an interrupt (130) does.
 step() { "$@" || { [ $? != 130 ] || exit 130; echo "failed: $*" >&2 && failed=1; }; }
-once() { [ -e "${*: -1}" ] || step python "$root/scripts/$1" "${@:2}"; } # the last argument is the output
+once() { [ -e "${*: -1}" ] || step python "$root/$1" "${@:2}"; } # the last argument is the output
 project() {
   for shape in $shapes; do
-    once projection.py --shape "$shape" --device "$gpu" --summary "$1" --out "$RESULTS_DIR/projection_$shape.json"
+    once dev/projection.py --shape "$shape" --device "$gpu" --summary "$1" --out "$RESULTS_DIR/projection_$shape.json"
   done
 }
 
@@ -58,11 +58,11 @@ check() {
   DATA_LIMIT="$problems" step bash "$root/start_greedy.sh" "$model" "$gpu"
   DATA_LIMIT="$problems" step bash "$root/start_nucleus.sh" "$model" "$gpu" 1.0
   DATA_LIMIT="$problems" step bash "$root/start_nucleus.sh" "$model" "$gpu" 0.2
-  once pass_cost.py "$model" --device "$gpu" --out "$RESULTS_DIR/passes_bfloat16.json"
+  once scripts/pass_cost.py "$model" --device "$gpu" --out "$RESULTS_DIR/passes_bfloat16.json"
   project "$RESULTS_DIR/${model##*/}/greedy/summary.json"
   export K_LIST=0,5 DATA_LIMIT=2 MAX_NEW_TOKENS=64
   for shape in $shapes; do
-    once random_checkpoint.py --shape "$shape" --device "$gpu" "$out/random-$shape"
+    once dev/random_checkpoint.py --shape "$shape" --device "$gpu" "$out/random-$shape"
     step bash "$root/start_greedy.sh" "$out/random-$shape" "$gpu"
     step bash "$root/start_nucleus.sh" "$out/random-$shape" "$gpu" 1.0
     [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -lt 2 ] ||
@@ -83,7 +83,7 @@ train() {
     step sdsat bench nucleus "$out/adapter" "$gpu" $temperature --k-list 0,3,5,7,9
     step sdsat bench nucleus "$out/adapter" "$gpu" $temperature --k-list 0,5,7,9,11,13 --tree paper --strategies two-step --results "$out/results_trees"
   done
-  once pass_cost.py "$out/adapter" --device "$gpu" --out "$RESULTS_DIR/passes_bfloat16.json"
+  once scripts/pass_cost.py "$out/adapter" --device "$gpu" --out "$RESULTS_DIR/passes_bfloat16.json"
   project "$RESULTS_DIR/adapter/greedy/summary.json"
   step sdsat verify "$out/adapter" --device "$gpu" --dtype float32,bfloat16 --tree chain --tree 2,2,1 --out "$RESULTS_DIR/exactness.json"
 }

@@ -30,11 +30,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sdsat.cli.main import Device, Dtype, Model, run
-from sdsat.engines.transformers import forward, new_cache, prefill
-from sdsat.environment import environment
+from sdsat.decoding.loop import Decoder
+from sdsat.engines.base import Engine, PassInput, probe_tokens
+from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
+from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree
-from sdsat.models.loading import SatModel, load
+from sdsat.models.sat_model import SatModel
 
 COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 36, 64)
 CONTEXTS = (256, 1024, 4096)
@@ -43,49 +45,40 @@ Times = dict[str, dict[int, float]]  # {variant: {n: milliseconds}}
 
 @torch.inference_mode()
 def measure(
-    models: dict[str, SatModel], contexts: dict[int, tuple[int, ...]], turns: int
+    engines: dict[str, Engine], contexts: dict[int, tuple[int, ...]], turns: int
 ) -> dict[int, Times]:
     """Medians for every engine. contexts: {tokens before the pass: counts of rows}."""
     times: dict[tuple[int, str, int], list[float]] = {}
     caches = {}
     rows = max(map(max, contexts.values()))
-    for (name, model), context in product(models.items(), contexts):
-        vocabulary = model.model.get_input_embeddings().weight.shape[0]
-        tokens = (torch.arange(max(contexts) + rows, device=model.device) * 7919 + 11) % vocabulary
-        caches[name, context] = new_cache(model, context + rows + 16)
-        prefill(model, caches[name, context], tokens[:context])
+    for (name, engine), context in product(engines.items(), contexts):
+        tokens = probe_tokens(engine.model, max(contexts) + rows)
+        caches[name, context] = engine.new_cache(context + rows + 16)
+        engine.prefill(caches[name, context], tokens[:context])
 
-    def once(name: str, context: int, count: int, sats: int, rounded: bool) -> float:
-        model = models[name]
+    def once(name: str, context: int, count: int, sats: int, int8: bool) -> float:
+        engine = engines[name]
+        nodes = count - sats
+        part = tokens[context : context + nodes].tolist()
+        groups = (SatGroup(0, sats),) if sats else ()
         cache = caches[name, context]
-        part = tokens[context : context + count].clone()
-        if sats and model.sat:
-            part[1:] = model.sat.token_id
         began = time.perf_counter()
-        forward(
-            model,
-            cache,
-            part,
-            make_tree("chain", count - 1 - sats),
-            ((0, sats),) if sats else (),
-            rounded=rounded,
-        )
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+        engine.forward([PassInput(cache, part, make_tree("chain", nodes - 1), groups)], int8=int8)
+        engine.synchronize()
         return 1000 * (time.perf_counter() - began)
 
     for turn in range(turns + 2):
         for count in dict.fromkeys(count for counts in contexts.values() for count in counts):
-            for context, (name, model) in product(
-                (c for c in contexts if count in contexts[c]), models.items()
+            for context, (name, engine) in product(
+                (c for c in contexts if count in contexts[c]), engines.items()
             ):
                 kinds = {"verify": (0, False)}
-                if model.sat and count > 1:
+                if engine.model.sat and count > 1:
                     kinds["draft"] = (count - 1, False)
-                    if model.rounded:
+                    if engine.has_int8:
                         kinds["draft in 8 bits"] = (count - 1, True)
-                for kind, (sats, rounded) in kinds.items():
-                    taken = once(name, context, count, sats, rounded)
+                for kind, (sats, int8) in kinds.items():
+                    taken = once(name, context, count, sats, int8)
                     if turn > 1:
                         times.setdefault((context, f"{kind}, {name}", count), []).append(taken)
     found: dict[int, Times] = {context: {} for context in contexts}
@@ -98,8 +91,8 @@ def floor_milliseconds(model: SatModel) -> tuple[int, float]:
     """(bytes of the weights that a pass reads, milliseconds to read as many: the fastest of ten
     sums over one tensor).
     """
-    head = model.model.get_output_embeddings().weight
-    inner = [p for name, p in model.model.base_model.named_parameters() if "embed" not in name]
+    head = model.lm.get_output_embeddings().weight
+    inner = [p for name, p in model.lm.base_model.named_parameters() if "embed" not in name]
     size = sum(p.numel() * p.element_size() for p in [head, *inner])
     block = torch.ones(size // 8, dtype=torch.int64, device=model.device)
     best = float("inf")
@@ -140,22 +133,19 @@ def main(
     """Measure MODEL, print a table for each context, and write all to --out."""
     if out is not None:
         destination(out, "--out")
-    models = (
-        {}
-        if busy
-        else {"transformers": load(model, dtype, device, engine="transformers", graphs=False)}
-    )
-    best = load(model, dtype, device)
-    if best.engine_name not in models:
-        models = {best.engine_name: best, **models}
-    first = next(iter(models.values()))
+    best = Decoder.load(model, dtype, device)
+    engines = {best.engine.name: best.engine}
+    if not busy and "transformers" not in engines:
+        plain = Decoder.load(model, dtype, device, engine="transformers", graphs=False)
+        engines["transformers"] = plain.engine
+    first = best.model
     weights, floor = floor_milliseconds(first)
     contexts = {
         context: COUNTS if context == CONTEXTS[0] else COUNTS[:6]
         for context in CONTEXTS[: 1 if busy else None]
     }
     with others_at_work(busy):
-        measured = measure(models, contexts, turns)
+        measured = measure(engines, contexts, turns)
     for context, found in measured.items():
         beside = f", beside {busy} busy processes" if busy else ""
         title = (
@@ -174,7 +164,7 @@ def main(
     if out:
         head = {
             "schema_version": 3,
-            "environment": environment(first),
+            "environment": environment(best),
             "busy": busy,
             "turns": turns,
             "weight_bytes": weights,

@@ -39,16 +39,16 @@ from transformers import AutoTokenizer, GenerationConfig
 from sdsat.cache_folder import cache_dir
 from sdsat.cli.main import Model, run
 from sdsat.config import DecodeConfig, beside, decode_config_of, require
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.decoding.sequence import Generation
-from sdsat.engines.transformers import probe_rows
-from sdsat.environment import environment
-from sdsat.evaluation.records import resumed
+from sdsat.engines.transformers import TransformersEngine
+from sdsat.evaluation.records import environment, resumed
 from sdsat.evaluation.reference import transformers_generate
 from sdsat.evaluation.report import interval, seconds_of, speedup, with_interval
 from sdsat.files import sha256_of, write_json
 from sdsat.models.embedded import BASE_NAME, NAME, _fetch, base_dir
-from sdsat.models.loading import SatModel, _load_base, load
+from sdsat.models.loading import load_base
+from sdsat.models.sat_model import SatModel
 from sdsat.tasks.prompts import WARM_UP, Problem, encode, encode_prompt, given_requests, humaneval
 
 try:
@@ -79,7 +79,7 @@ COLUMNS = (
     "peak MiB",
     "less imports",
 )
-Decoder = Callable[[list[int], int], Generation]  # (prompt ids, new tokens at most)
+Decode = Callable[[list[int], int], Generation]  # (prompt ids, new tokens at most)
 
 
 def decode_config(strategy: str, model: SatModel, max_new_tokens: int) -> DecodeConfig:
@@ -88,33 +88,34 @@ def decode_config(strategy: str, model: SatModel, max_new_tokens: int) -> Decode
 
 
 @cache
-def own_model(name: str) -> SatModel:
-    model = load(name, DTYPE, "cpu")
+def own_decoder(name: str) -> Decoder:
+    decoder = Decoder.load(name, DTYPE, "cpu")
+    model = decoder.model
     same = model.adapter is not None and model.adapter.config.base_model == BASE_NAME
     require(same, f"model {name}: expected an adapter for {BASE_NAME}, the base that the peers run")
-    return model
+    return decoder
 
 
 @cache
-def plain_base() -> SatModel:
+def plain_base() -> Decoder:
     """The base as transformers loads it: no adapter, no packed layers."""
-    return SatModel(
-        *_load_base(BASE_NAME, getattr(torch, DTYPE), {"": torch.device("cpu")}), BASE_NAME
-    )
+    loaded = load_base(BASE_NAME, getattr(torch, DTYPE), {"": torch.device("cpu")})
+    model = SatModel(*loaded, BASE_NAME)
+    return Decoder(model, TransformersEngine(model))
 
 
-def transformers_decoder(lookup: int | None) -> Decoder:
+def transformers_decoder(lookup: int | None) -> Decode:
     """lookup: prompt_lookup_num_tokens of transformers' `generate`; None for plain decoding."""
     plain = plain_base()
     passes = [0]
-    plain.model.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    lm = plain.model.lm
+    lm.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
 
     def decode(ids: list[int], limit: int) -> Generation:
         passes[0] = 0
-        plain.model.generation_config.prompt_lookup_num_tokens = (
-            lookup  # `generate` takes from it what a call leaves open
-        )
-        out = transformers_generate(plain, ids, decode_config(AR, plain, limit))
+        # `generate` takes from it what a call leaves open.
+        lm.generation_config.prompt_lookup_num_tokens = lookup
+        out = transformers_generate(plain, ids, decode_config(AR, plain.model, limit))
         out.num_passes = max(1, passes[0] - 1)  # without the prompt's
         return out
 
@@ -148,7 +149,7 @@ def gguf(kind: str) -> Path:
     return target
 
 
-def llama_decoder(kind: str, context: int, stop_id: int) -> Decoder:
+def llama_decoder(kind: str, context: int, stop_id: int) -> Decode:
     """llama.cpp fed with token ids; the next token is the largest logit.
 
     context: tokens of the longest prompt and answer.
@@ -185,7 +186,7 @@ def llama_decoder(kind: str, context: int, stop_id: int) -> Decoder:
     return decode
 
 
-def make_decoder(strategy: str, name: str, context: int) -> Decoder:
+def make_decoder(strategy: str, name: str, context: int) -> Decode:
     """Loads what the strategy needs, and nothing else."""
     if strategy in TRANSFORMERS:
         return transformers_decoder(TRANSFORMERS[strategy])
@@ -193,8 +194,8 @@ def make_decoder(strategy: str, name: str, context: int) -> Decoder:
         return llama_decoder(
             LLAMA[strategy], context, GenerationConfig.from_pretrained(base_dir()).eos_token_id
         )
-    model = own_model(name)
-    return lambda ids, limit: generate(model, ids, decode_config(strategy, model, limit))
+    decoder = own_decoder(name)
+    return lambda ids, limit: decoder.generate(ids, decode_config(strategy, decoder.model, limit))
 
 
 def read_prompts(data_limit: int, general: int) -> list[Problem]:
@@ -284,11 +285,11 @@ def summarize_all(document: dict[str, Any], asked: set[str]) -> list[dict[str, A
     ]
 
 
-def new_document(model: SatModel, strategies: list[str], max_new_tokens: int) -> dict[str, Any]:
-    probe_rows(model)  # so that the environment knows the row policy
-    engines = {"engine": model.engine_name, "llama_cpp_python": llama_cpp and llama_cpp.__version__}
+def new_document(decoder: Decoder, strategies: list[str], max_new_tokens: int) -> dict[str, Any]:
+    version = llama_cpp and llama_cpp.__version__
+    engines = {"engine": decoder.engine.name, "llama_cpp_python": version}
     settings = {
-        "model": model.name,
+        "model": decoder.model.name,
         "dtype": DTYPE,
         "strategies": strategies,
         "max_new_tokens": max_new_tokens,
@@ -298,7 +299,11 @@ def new_document(model: SatModel, strategies: list[str], max_new_tokens: int) ->
         "general_sha256": hashlib.sha256(GENERAL.read_bytes()).hexdigest(),
     }
     engines["script"] = sha256_of(Path(__file__))
-    head = {"schema_version": 1, "environment": environment(model) | engines, "settings": settings}
+    head = {
+        "schema_version": 1,
+        "environment": environment(decoder) | engines,
+        "settings": settings,
+    }
     return {**head, "memory": {}, "summary": [], "prompts": []}
 
 
@@ -351,9 +356,9 @@ def main(
     strategies = [*TRANSFORMERS, AR, *beside(ours or ["two-step:5"]), *LLAMA]
     for strategy in ours or ():
         # refuses bad ones before anything is measured
-        decode_config(strategy, own_model(model), max_new_tokens)
+        decode_config(strategy, own_decoder(model).model, max_new_tokens)
     decoders = {strategy: make_decoder(strategy, model, context) for strategy in strategies}
-    document = resumed(out, new_document(own_model(model), strategies, max_new_tokens))
+    document = resumed(out, new_document(own_decoder(model), strategies, max_new_tokens))
     options = [
         f"--data-limit={data_limit}",
         f"--general={general}",
@@ -364,7 +369,7 @@ def main(
             document["memory"][strategy] = memory_of(strategy, [model, *options])
             write_json(out, document)
     done = {prompt["id"] for prompt in document["prompts"]}
-    warm_up = Problem("warm-up", tuple(encode_prompt(own_model(model).tokenizer, WARM_UP)))
+    warm_up = Problem("warm-up", tuple(encode_prompt(own_decoder(model).model.tokenizer, WARM_UP)))
     measure(warm_up, decoders, min(WARM_UP_TOKENS, max_new_tokens), 0)
     for turn, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
         if prompt.task_id not in done:

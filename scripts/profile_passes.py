@@ -22,12 +22,13 @@ from rich.table import Table
 
 from sdsat.cli.main import Model, run
 from sdsat.config import DecodeConfig
-from sdsat.decoding import auto_planner, fixed_planner, loop
-from sdsat.engines.transformers import forward, new_cache, prefill
-from sdsat.environment import environment
+from sdsat.decoding import auto_planner, fixed_planner
+from sdsat.decoding.loop import Decoder
+from sdsat.engines.base import Engine, PassInput, probe_tokens
+from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
+from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree
-from sdsat.models.loading import SatModel, load
 from sdsat.tasks.prompts import humaneval
 
 CONTEXT = 256
@@ -41,22 +42,20 @@ PARTS = {
 
 
 @torch.inference_mode()
-def shares_of_pass(model: SatModel, rows: int, sats: int) -> dict[str, float]:
+def shares_of_pass(engine: Engine, rows: int, sats: int) -> dict[str, float]:
     """The share of samples in each part, over two seconds of passes."""
-    tokens = (torch.arange(CONTEXT + rows) * 7919 + 11) % model.model.config.vocab_size
-    cache = new_cache(model, CONTEXT + rows)
-    prefill(model, cache, tokens[:CONTEXT])
-    part = tokens[CONTEXT:].clone()
-    tree = make_tree("chain", rows - 1 - sats)
-    groups = ((rows - 1 - sats, sats),) if sats else ()
-    if sats and model.sat:
-        part[rows - sats :] = model.sat.token_id
+    nodes = rows - sats
+    tokens = probe_tokens(engine.model, CONTEXT + nodes)
+    cache = engine.new_cache(CONTEXT + rows)
+    engine.prefill(cache, tokens[:CONTEXT])
+    groups = (SatGroup(nodes - 1, sats),) if sats else ()
+    part = PassInput(cache, tokens[CONTEXT:].tolist(), make_tree("chain", nodes - 1), groups)
     with tempfile.NamedTemporaryFile() as file:
         record = ["perf", "record", "-q", "-o", file.name, "-p", str(os.getpid())]
         with subprocess.Popen(record, stderr=subprocess.DEVNULL) as perf:
             end = time.perf_counter() + 3
             while time.perf_counter() < end:
-                forward(model, cache, part, tree, groups)
+                engine.forward([part])
             perf.terminate()
         report = [
             "perf",
@@ -82,9 +81,9 @@ def shares_of_pass(model: SatModel, rows: int, sats: int) -> dict[str, float]:
 
 
 def shares_of_generation(
-    model: SatModel, prompt: list[int], config: DecodeConfig
+    decoder: Decoder, prompt: list[int], config: DecodeConfig
 ) -> dict[str, float]:
-    """The share of decode seconds spent in each of loop.generate's steps."""
+    """The share of decode seconds spent in each of a generation's steps."""
     spent: dict[str, float] = {}
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,25 +95,21 @@ def shares_of_generation(
 
         return call
 
-    steps = {
-        "forward_batch": "passes",
-        "draft_tokens": "draft head",
-        "next_tokens": "choosing tokens",
-    }
-    real = {name: getattr(loop, name) for name in steps}
+    steps = {"forward": "passes", "draft": "draft head", "next_tokens": "choosing tokens"}
+    engine = decoder.engine
     kinds = (fixed_planner.FixedPlanner, auto_planner.AutoPlanner)
     plans = {
         (kind, name): getattr(kind, name) for kind in kinds for name in ("draft_first", "plan")
     }
     try:
         for name, label in steps.items():
-            setattr(loop, name, timed(label, real[name]))
+            setattr(engine, name, timed(label, getattr(engine, name)))
         for (kind, name), plan in plans.items():
             setattr(kind, name, timed("planning", plan))
-        out = loop.generate(model, prompt, config)
+        out = decoder.generate(prompt, config)
     finally:
-        for name, function in real.items():
-            setattr(loop, name, function)
+        for name in steps:
+            delattr(engine, name)  # the class's own is there again
         for (kind, name), plan in plans.items():
             setattr(kind, name, plan)
     shares = {name: round(seconds / out.decode_seconds, 3) for name, seconds in spent.items()}
@@ -125,22 +120,23 @@ def main(model: Model = "smollm2-135m-sdsat", out: Path | None = None) -> None:
     """Profile MODEL in bfloat16 on the CPU, print two tables, and write them to --out."""
     if out is not None:
         destination(out, "--out")
-    loaded = load(model, "bfloat16", "cpu")
+    decoder = Decoder.load(model, "bfloat16", "cpu")
     document: dict[str, Any] = {
         "schema_version": 1,
-        "environment": environment(loaded),
+        "environment": environment(decoder),
         "context": CONTEXT,
     }
-    prompt = list(humaneval(loaded.tokenizer, 1)[0].prompt_ids)
+    prompt = list(humaneval(decoder.model.tokenizer, 1)[0].prompt_ids)
     found = {}
     for name, k in (("ar", 0), ("two-step", 5), ("rounded", 5), ("auto", 7)):
         config = DecodeConfig(k, 200, strategy=name if k else "two-step")
-        loop.generate(loaded, prompt, config)
-        found[name] = shares_of_generation(loaded, prompt, config)
+        decoder.generate(prompt, config)
+        found[name] = shares_of_generation(decoder, prompt, config)
     document["generation"] = found
-    if loaded.native and shutil.which("perf"):
+    if decoder.engine.name == "native" and shutil.which("perf"):
         document["pass"] = {
-            f"{rows} rows, {sats} SATs": shares_of_pass(loaded, rows, sats) for rows, sats in SHAPES
+            f"{rows} rows, {sats} SATs": shares_of_pass(decoder.engine, rows, sats)
+            for rows, sats in SHAPES
         }
     else:
         print("no native engine, or no Linux perf: shares within a pass are left out")

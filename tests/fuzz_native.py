@@ -1,5 +1,5 @@
-"""Generations at random through a weights.cpp built with sanitizers: `python fuzz_native.py TIMES`,
-libasan preloaded.
+"""Generations at random through the native engine built with sanitizers: `python fuzz_native.py
+TIMES`, libasan preloaded.
 
 A read or write outside of what a call was given ends the process (test_native.py). Every output is
 compared with plain decoding.
@@ -9,10 +9,9 @@ import random
 import sys
 
 import torch
-from test_native import FLOAT, HALF, VOCAB, model_of, strange_rows
+from test_native import FLOAT, HALF, VOCAB, decoder_with, strange_rows
 
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decoding.loop import generate_batch
 from sdsat.engines.base import RowPolicy
 from sdsat.engines.native import bindings
 from sdsat.method.costs import COUNTS, CostCurve
@@ -52,17 +51,17 @@ def generation(rng: random.Random) -> None:
     """A batch of any model, on any number of threads: each row is what plain decoding of it is."""
     name = rng.choice(["biases", "groups of 4", "groups of 5", "head dim 96", "qwen3"])
     dtype = rng.choice([FLOAT, HALF])
-    model = model_of(name, dtype, rng.choice(TARGETS), rng.choice([0, 7]))
+    decoder = decoder_with(name, dtype, rng.choice(TARGETS), rng.choice([0, 7]))
     # neither measured nor probed: that takes seconds here
-    model.costs = COSTS
-    model.row_policy = RowPolicy(1, 1)
-    model.planners.clear()
+    decoder.costs = COSTS
+    decoder.engine.row_policy = RowPolicy(1, 1)
+    decoder.planners.clear()
     torch.set_num_threads(rng.randint(1, 3))
     lengths = [rng.choice([1, 2, rng.randint(1, 70), 64]) for _ in range(rng.randint(1, 4))]
     prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in lengths]
     configs = [some_config(rng) for _ in prompts]
-    outs = generate_batch(model, prompts, configs, batch_size=rng.randint(1, 4))
-    plain = generate_batch(model, prompts, [config.plain for config in configs])
+    outs = decoder.generate_batch(prompts, configs, batch_size=rng.randint(1, 4))
+    plain = decoder.generate_batch(prompts, [config.plain for config in configs])
     assert [out.token_ids for out in outs] == [out.token_ids for out in plain], (
         name,
         dtype,
@@ -75,7 +74,7 @@ def choices(rng: random.Random) -> None:
     """Rows of any size, and such as hold no numbers."""
     dtype = rng.choice([FLOAT, HALF])
     size = rng.randint(1, 300)
-    engine = model_of("biases", dtype).native
+    engine = decoder_with("biases", dtype).engine
     rows = rng.randint(1, 5)
     sampling = SamplingConfig(
         rng.choice([1e-6, 0.3, 2.0]), rng.choice([0, 1, 9, size]), rng.choice([1e-9, 0.7, 1.0])
@@ -84,19 +83,12 @@ def choices(rng: random.Random) -> None:
         (torch.randn(rows, size) * rng.choice([0.1, 1, 50])).to(dtype),
         strange_rows(dtype),
     ):
-        engine.choose(logits, torch.arange(len(logits)), sampling)
-        engine.top(logits, rng.randint(1, logits.shape[-1]))
+        engine.draw(logits, torch.arange(len(logits)), sampling)
+        engine.largest(logits, rng.randint(1, logits.shape[-1]))
     sats = strange_rows(dtype)[:2, :VOCAB]
     tree = make_tree((5, 2), 2)
-    engine.draft(
-        torch.tensor([1]),
-        torch.zeros(2, engine.struct.hidden, dtype=dtype),
-        sats,
-        64,
-        0,
-        tree,
-        sampling,
-    )
+    states = torch.zeros(2, engine.exact.struct.hidden, dtype=dtype)
+    engine.draft(torch.tensor([1]), states, sats, 0, tree, sampling, shortlist=64)
 
 
 if __name__ == "__main__":

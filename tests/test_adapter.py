@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line_error, tiny_llama, with_adapter
+from conftest import adapted, one_line_error, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from sdsat.config import SatConfig
@@ -24,7 +24,7 @@ def logits_of(model, num_sats=0, ids=IDS):
     rows = ids.shape[1]
     with model.sat_rows(rows - num_sats, rows), torch.no_grad():
         mask = torch.ones(1, 1, rows, rows, dtype=torch.bool).tril()
-        return model.model(inputs_embeds=model.embed(ids), attention_mask=mask).logits[0]
+        return model.lm(inputs_embeds=model.embed(ids), attention_mask=mask).logits[0]
 
 
 def base_logits(lm, ids):
@@ -38,7 +38,7 @@ def test_base_is_untouched_while_no_rows_are_named(dtype):
     lm = tiny_llama(dtype)
     ids = IDS[:, :STANDARD]
     want = base_logits(lm, ids)
-    model = with_adapter(lm, strength=3.0)
+    model = adapted(lm, strength=3.0)
     assert torch.equal(base_logits(lm, ids), want)
     assert torch.equal(logits_of(model, ids=ids), want)
     with model.adapter.on_rows(3, 3):
@@ -48,7 +48,7 @@ def test_base_is_untouched_while_no_rows_are_named(dtype):
 @DTYPES
 @pytest.mark.parametrize("num_sats", [1, 2, 3])
 def test_standard_rows_are_untouched_beside_sat_rows(dtype, num_sats):
-    model = with_adapter(tiny_llama(dtype), strength=3.0)
+    model = adapted(tiny_llama(dtype), strength=3.0)
     ids = IDS[:, : STANDARD + num_sats]
     plain = logits_of(model, 0, ids)
     named = logits_of(model, num_sats, ids)
@@ -58,13 +58,13 @@ def test_standard_rows_are_untouched_beside_sat_rows(dtype, num_sats):
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_fused_updates_are_the_same_updates(scale):
-    model = with_adapter(tiny_llama())
+    model = adapted(tiny_llama())
     model.adapter.config = AdapterConfig("tiny", SatConfig(64, 3), 4, scale=scale)
     model.adapter.detach()
-    model.adapter.attach(model.model)
+    model.adapter.attach(model.lm)
     want = logits_of(model, 3)
     model.adapter.detach()
-    model.adapter.fuse().attach(model.model)
+    model.adapter.fuse().attach(model.lm)
     for _ in range(2):
         torch.testing.assert_close(logits_of(model, 3), want, rtol=1e-10, atol=1e-10)
     assert torch.equal(
@@ -74,13 +74,13 @@ def test_fused_updates_are_the_same_updates(scale):
 
 def test_sat_rows_are_the_merged_low_rank_update():
     """All rows named: the same as a base whose weights are W + scale * B A."""
-    model = with_adapter(tiny_llama())
+    model = adapted(tiny_llama())
     model.adapter.config = AdapterConfig("tiny", SatConfig(64, 3), 4, scale=0.5)
     model.adapter.detach()
-    model.adapter.attach(model.model)
+    model.adapter.attach(model.lm)
     got = logits_of(model, IDS.shape[1])
     model.adapter.detach()
-    for name, layer in model.model.named_modules():
+    for name, layer in model.lm.named_modules():
         key = name.replace(".", "/")
         if key in model.adapter.down:
             layer.weight += 0.5 * model.adapter.up[key] @ model.adapter.down[key]
@@ -92,7 +92,7 @@ def test_rows_are_named_within_the_block_only(error):
     lm = tiny_llama()
     ids = IDS[:, :STANDARD]
     want = base_logits(lm, ids)
-    model = with_adapter(lm)
+    model = adapted(lm)
     with pytest.raises(error) if error else nullcontext(), model.adapter.on_rows(0, 8):
         assert not torch.equal(base_logits(lm, ids), want)
         if error:
@@ -112,7 +112,7 @@ def test_new_adapter_changes_nothing_but_the_embedding():
 
 def test_detach_restores_the_base():
     lm = tiny_llama()
-    model = with_adapter(lm)
+    model = adapted(lm)
     with_update = logits_of(model, 3)
     with one_line_error("already attached"):
         model.adapter.attach(lm)
@@ -126,8 +126,8 @@ def test_detach_restores_the_base():
 
 
 def test_embed_puts_the_sat_embedding_in_its_places():
-    model = with_adapter(tiny_llama())
-    weight = model.model.get_input_embeddings().weight
+    model = adapted(tiny_llama())
+    weight = model.lm.get_input_embeddings().weight
     want = [weight[token] if token < 64 else model.adapter.sat_embedding for token in IDS[0]]
     assert torch.equal(model.embed(IDS)[0], torch.stack(want))
 
@@ -142,7 +142,7 @@ def test_every_target_must_be_in_the_model(targets):
 def saved(tmp_path):
     """(base, directory of an adapter made for it, that adapter)."""
     lm = tiny_llama(torch.float32)
-    model = with_adapter(lm)
+    model = adapted(lm)
     with torch.no_grad():
         for parameter in model.adapter.parameters():
             parameter.copy_(parameter.bfloat16())  # files hold bfloat16
@@ -245,7 +245,7 @@ def test_files_of_two_saves_are_no_pair(saved, tmp_path, kept):
     one file.
     """
     lm, directory, _ = saved
-    other = with_adapter(tiny_llama(torch.float32), seed=9).adapter
+    other = adapted(tiny_llama(torch.float32), seed=9).adapter
     other.save(tmp_path / "other")
     (directory / kept).write_bytes((tmp_path / "other" / kept).read_bytes())
     with one_line_error(
@@ -293,7 +293,7 @@ def test_a_failing_save_leaves_nothing_half_written(saved, tmp_path, monkeypatch
     lm, directory, _ = saved
     target = tmp_path / "new" if fresh else directory
     old = {file.name: file.read_bytes() for file in target.iterdir()} if not fresh else {}
-    changed = with_adapter(tiny_llama(torch.float32), seed=9).adapter
+    changed = adapted(tiny_llama(torch.float32), seed=9).adapter
     fail_at(monkeypatch, "write_bytes", number)
     with pytest.raises(OSError, match="disk full"):
         changed.save(target)
@@ -309,7 +309,7 @@ def test_a_failing_save_leaves_nothing_half_written(saved, tmp_path, monkeypatch
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_save_that_ends_between_its_files_is_never_a_mixture(saved, monkeypatch, number):
     lm, directory, adapter = saved
-    changed = with_adapter(tiny_llama(torch.float32), seed=9).adapter
+    changed = adapted(tiny_llama(torch.float32), seed=9).adapter
     fail_at(monkeypatch, "replace", number)
     with pytest.raises(OSError, match="disk full"):
         changed.save(directory)

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import CHARACTERS, drafted, one_line_error, tiny_llama, tiny_tokenizer
+from conftest import CHARACTERS, drafted, forward, one_line_error, tiny_llama, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import EXACT, NUCLEUS, WHOLE, drafting
@@ -19,12 +19,10 @@ from test_planner import curve
 from transformers import AutoModelForCausalLM
 
 from sdsat.config import LOOKUP, MAX_ROWS, STRATEGIES, DecodeConfig, InputError, SamplingConfig
-from sdsat.decoding import loop
 from sdsat.decoding.auto_planner import AutoPlanner
-from sdsat.decoding.loop import generate, generate_batch, iterate_batch
-from sdsat.engines import transformers
-from sdsat.engines.base import Part
-from sdsat.engines.transformers import Room, forward, forward_batch
+from sdsat.decoding.loop import Decoder
+from sdsat.engines.base import PassInput
+from sdsat.engines.transformers import SharedCaches
 from sdsat.method.costs import CONTEXTS
 from sdsat.method.drafts import Drafts
 from sdsat.method.layout import batch_layout
@@ -43,11 +41,11 @@ PROMPTS = [[1, 5, 9, 2, 7], [3], [8, 4, 4, 11, 60, 2, 9, 33, 17, 5, 6], [1, 5, 9
 
 
 @cache
-def model_of(engine, head=6):
+def decoder_with(engine, head=6):
     native, dtype = ENGINES[engine]
-    model = drafting(tiny_llama(dtype, **WHOLE), native=native, k=K, head=head)
-    model.tokenizer = tiny_tokenizer(CHARACTERS)
-    return model
+    decoder = drafting(tiny_llama(dtype, **WHOLE), native=native, k=K, head=head)
+    decoder.model.tokenizer = tiny_tokenizer(CHARACTERS)
+    return decoder
 
 
 def strategies(engine):
@@ -63,10 +61,10 @@ def what_counts(out, config):
     return {name: held[name] for name in ("token_ids", "text", "finish")} if learns else held
 
 
-def assert_as_alone(model, prompts, configs, **options):
-    outs = generate_batch(model, prompts, configs, **options)
+def assert_as_alone(decoder, prompts, configs, **options):
+    outs = decoder.generate_batch(prompts, configs, **options)
     for prompt, config, out in zip(prompts, configs, outs, strict=True):
-        assert what_counts(out, config) == what_counts(generate(model, prompt, config), config)
+        assert what_counts(out, config) == what_counts(decoder.generate(prompt, config), config)
         assert out.prefill_seconds > 0 and out.decode_seconds > 0
     return outs
 
@@ -82,7 +80,7 @@ def test_each_row_equals_that_row_alone(engine, strategy, sampling):
         budget = 24 if strategy == "one-pass" else None
         config = drafted(strategy, k, lookup, 12, tree, sampling, stop_ids=(9,), budget=budget)
         configs = [replace(config, max_new_tokens=12 + 3 * i) for i in range(len(PROMPTS))]
-        assert_as_alone(model_of(engine), PROMPTS, configs, batch_size=size)
+        assert_as_alone(decoder_with(engine), PROMPTS, configs, batch_size=size)
 
 
 @st.composite
@@ -113,12 +111,12 @@ def test_any_prompts_with_any_settings_at_once(engine, data):
     prompts, configs = zip(
         *data.draw(st.lists(requests(engine), min_size=1, max_size=6)), strict=True
     )
-    assert_as_alone(model_of(engine), prompts, configs, batch_size=data.draw(st.integers(1, 6)))
+    assert_as_alone(decoder_with(engine), prompts, configs, batch_size=data.draw(st.integers(1, 6)))
 
 
-def filled(model, contexts):
-    room = Room(model, len(contexts), 256)
-    return room, room.enter(contexts, [256] * len(contexts))
+def filled(decoder, contexts):
+    caches = decoder.engine.batch_caches(len(contexts), 256)
+    return caches, caches.enter(contexts, [256] * len(contexts))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -127,46 +125,38 @@ def filled(model, contexts):
 @torch.inference_mode()
 def test_rows_of_a_pass_over_many_have_the_logits_that_they_have_alone(engine, data):
     """After each pass a path is kept, and sequences leave: natively, to the last bit."""
-    model = model_of(engine)
+    decoder = decoder_with(engine)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     contexts = [
         data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=70))
         for _ in range(data.draw(st.integers(2, 4)))
     ]
     contexts.insert(data.draw(st.integers(0, 1)), contexts[0])  # two that are read once
-    (room, caches), alone = (
-        filled(model, contexts),
-        [filled(model, [context])[1][0] for context in contexts],
-    )
+    room, caches = filled(decoder, contexts)
+    alone = [filled(decoder, [context])[1][0] for context in contexts]
     while caches:
         parts = []
         for held in caches:
             tree, groups = data.draw(passes(6))
-            parts.append(
-                Part(
-                    held,
-                    torch.randint(VOCAB, (len(tree),), generator=generator).tolist(),
-                    tree,
-                    groups,
-                )
-            )
-        states, logits = forward_batch(model, parts)
+            tokens = torch.randint(VOCAB, (len(tree),), generator=generator).tolist()
+            parts.append(PassInput(held, tokens, tree, groups))
+        states, logits = decoder.engine.forward(parts)
         node = 0
         sat = sum(len(part.tokens) for part in parts)
         for part, cache_alone in zip(parts, alone, strict=True):
-            tokens = torch.tensor([*part.tokens, *[SAT] * part.sats])
-            rows = [*range(node, node + len(part.tokens)), *range(sat, sat + part.sats)]
+            tokens = torch.tensor([*part.tokens, *[SAT] * part.num_sats])
+            rows = [*range(node, node + len(part.tokens)), *range(sat, sat + part.num_sats)]
             for got, want in zip(
                 (states, logits),
-                forward(model, cache_alone, tokens, part.tree, part.groups),
+                forward(decoder, cache_alone, tokens, part.tree, part.groups),
                 strict=True,
             ):
-                if model.native:
+                if decoder.engine.exact_trees:
                     assert torch.equal(got[rows], want)
                 else:
                     torch.testing.assert_close(got[rows], want, rtol=1e-4, atol=1e-4)
             node = node + len(part.tokens)
-            sat = sat + part.sats
+            sat = sat + part.num_sats
             path = [0]
             while children := part.tree.children()[path[-1]]:
                 path.append(children[0])
@@ -212,12 +202,12 @@ def test_windows_and_caps_in_batches(family):
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(narrow(family)).eval().requires_grad_(False)
     lm.set_attn_implementation(attention.NAME)
-    model = drafting(lm, k=3)
+    decoder = drafting(lm, k=3)
     vocab = lm.config.vocab_size - 1
     prompts = [[token % vocab for token in prompt] for prompt in PROMPTS[:3]]
     for strategy in EXACT:
         assert_as_alone(
-            model,
+            decoder,
             prompts,
             [DecodeConfig(3, 20 + 9 * i, (2, 1), strategy=strategy) for i in range(3)],
         )
@@ -226,36 +216,38 @@ def test_windows_and_caps_in_batches(family):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_prompt_with_many_seeds(engine):
     configs = [DecodeConfig(K, 12, sampling=replace(NUCLEUS, seed=seed)) for seed in range(6)]
-    outs = assert_as_alone(model_of(engine), [PROMPTS[0]] * 6, configs)
+    outs = assert_as_alone(decoder_with(engine), [PROMPTS[0]] * 6, configs)
     assert len({tuple(out.token_ids) for out in outs}) == 6
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_waiting_prompts_enter_as_others_leave(engine, monkeypatch):
+    decoder = decoder_with(engine)
     counts = []
     events = {}
-    real = loop.forward_batch
+    kind = type(decoder.engine)
+    real = kind.forward
 
-    def counted(model, parts, *rest, **named):
-        counts.append(len(parts))
-        return real(model, parts, *rest, **named)
+    def counted(self, inputs, *rest, **named):
+        counts.append(len(inputs))
+        return real(self, inputs, *rest, **named)
 
     def on_tokens(number, tokens, drafted):
         assert len(tokens) == len(drafted)
         events.setdefault(number, []).append((len(counts), tokens))
 
-    monkeypatch.setattr(loop, "forward_batch", counted)
+    monkeypatch.setattr(kind, "forward", counted)
     limits = [12, 3, 11, 4, 7]
     ended = [
         number
-        for number, _ in iterate_batch(
-            model_of(engine), PROMPTS, [DecodeConfig(0, n) for n in limits], batch_size=2
+        for number, _ in decoder.iterate_batch(
+            PROMPTS, [DecodeConfig(0, n) for n in limits], batch_size=2
         )
     ]
     assert ended == [1, 0, 2, 3, 4]
     assert counts == [2] * 16 + [1] * 5  # passes 1-12, 1-3, 4-14, 13-16 and 15-21
-    outs = generate_batch(
-        model_of(engine), PROMPTS, [DecodeConfig(0, n) for n in limits], on_tokens, batch_size=2
+    outs = decoder.generate_batch(
+        PROMPTS, [DecodeConfig(0, n) for n in limits], on_tokens, batch_size=2
     )
     for number, out in enumerate(outs):
         assert len(out.token_ids) == limits[number]
@@ -263,22 +255,22 @@ def test_waiting_prompts_enter_as_others_leave(engine, monkeypatch):
     assert [events[2][0][0] - events[1][-1][0], events[3][0][0] - events[0][-1][0]] == [1, 1]
 
 
-def test_of_many_places_several_are_filled_at_once():
-    model = model_of("modules, float32")
+def test_of_many_places_several_are_filled_at_once(monkeypatch):
+    decoder = decoder_with("modules, float32")
     seen = []
     prompts = [[1 + i % 60] * (1 + i % 5) for i in range(80)]
     configs = [DecodeConfig(0, 1 + i % 4) for i in range(80)]
-    plain, Room.enter = (
-        Room.enter,
-        lambda room, prompts, slots: seen.append(len(prompts)) or plain(room, prompts, slots),
-    )
-    try:
-        outs = generate_batch(model, prompts, configs, batch_size=40)
-    finally:
-        Room.enter = plain
+    plain = SharedCaches.enter
+
+    def enter(caches, prompts, slots):
+        seen.append(len(prompts))
+        return plain(caches, prompts, slots)
+
+    monkeypatch.setattr(SharedCaches, "enter", enter)
+    outs = decoder.generate_batch(prompts, configs, batch_size=40)
     assert seen[0] == 40 and all(count >= 3 for count in seen[:-1]) and sum(seen) == 80
     assert [out.token_ids for out in outs] == [
-        generate(model, *each).token_ids for each in zip(prompts, configs, strict=True)
+        decoder.generate(*each).token_ids for each in zip(prompts, configs, strict=True)
     ]
 
 
@@ -291,44 +283,46 @@ def test_answers_to_one_prompt_share_its_pass(engine, size, monkeypatch):
     configs = [
         DecodeConfig(i % 2 * K, 5 + 40 * (i % 3), sampling=each) for i, each in enumerate(sampling)
     ]
-    transformers.probe_rows(model_of(engine))  # reads a text of its own
+    kind = type(decoder_with(engine).engine)
+    _ = decoder_with(engine).engine.row_policy  # looking for it reads a text of its own
     read = []
-    plain = transformers.prefill
-    monkeypatch.setattr(
-        transformers,
-        "prefill",
-        lambda model, cache, tokens: read.append(tokens.shape) or plain(model, cache, tokens),
-    )
-    generate_batch(model_of(engine), prompts, configs, batch_size=size)
+    plain = kind.prefill
+
+    def prefill(self, cache, tokens):
+        read.append(tokens.shape)
+        plain(self, cache, tokens)
+
+    monkeypatch.setattr(kind, "prefill", prefill)
+    decoder_with(engine).generate_batch(prompts, configs, batch_size=size)
     sequences = sum(shape[0] if len(shape) > 1 else 1 for shape in read)
     assert sequences == 3 if ENGINES[engine][0] else 3 <= sequences < 9
-    assert_as_alone(model_of(engine), prompts, configs, batch_size=size)
+    assert_as_alone(decoder_with(engine), prompts, configs, batch_size=size)
 
 
 def test_nothing_to_do_and_more_room_than_prompts():
-    model = model_of("native, float32")
-    assert generate_batch(model, [], DecodeConfig(0, 5)) == []
-    (out,) = generate_batch(model, [PROMPTS[0]], DecodeConfig(2, 5), batch_size=8)
-    assert out.token_ids == generate(model, PROMPTS[0], DecodeConfig(0, 5)).token_ids
+    decoder = decoder_with("native, float32")
+    assert decoder.generate_batch([], DecodeConfig(0, 5)) == []
+    (out,) = decoder.generate_batch([PROMPTS[0]], DecodeConfig(2, 5), batch_size=8)
+    assert out.token_ids == decoder.generate(PROMPTS[0], DecodeConfig(0, 5)).token_ids
 
 
 def test_bad_input_names_the_prompt_and_nothing_is_decoded(monkeypatch):
-    model = model_of("modules, float32")
-    monkeypatch.setattr(loop, "_decode", None)
+    decoder = decoder_with("modules, float32")
+    monkeypatch.setattr(Decoder, "_decode", None)
     with one_line_error("prompts[1]: prompt: no tokens"):
-        generate_batch(model, [[1], [], [2]], DecodeConfig(0, 5))
+        decoder.generate_batch([[1], [], [2]], DecodeConfig(0, 5))
     with one_line_error("prompts[2]: prompt: token id 99 is not in the model's vocabulary of 64"):
-        generate_batch(model, [[1], [2], [99]], DecodeConfig(0, 5))
+        decoder.generate_batch([[1], [2], [99]], DecodeConfig(0, 5))
     with one_line_error("prompts[0]: max_new_tokens=510"):
-        generate_batch(model, PROMPTS, [DecodeConfig(0, 510), *[DecodeConfig(0, 5)] * 4])
+        decoder.generate_batch(PROMPTS, [DecodeConfig(0, 510), *[DecodeConfig(0, 5)] * 4])
     with one_line_error("prompts[1]: strategy=rounded"):
-        generate_batch(
-            model, PROMPTS[:2], [DecodeConfig(2, 5), DecodeConfig(2, 5, strategy="rounded")]
+        decoder.generate_batch(
+            PROMPTS[:2], [DecodeConfig(2, 5), DecodeConfig(2, 5, strategy="rounded")]
         )
     with one_line_error("configs: 2 for 5 prompts"):
-        generate_batch(model, PROMPTS, [DecodeConfig(0, 5)] * 2)
+        decoder.generate_batch(PROMPTS, [DecodeConfig(0, 5)] * 2)
     with pytest.raises(InputError, match=r"^batch_size=0: expected 1 or more$"):
-        generate_batch(model, PROMPTS, DecodeConfig(0, 5), batch_size=0)
+        decoder.generate_batch(PROMPTS, DecodeConfig(0, 5), batch_size=0)
 
 
 # ---- what `auto` makes of batches ----
@@ -382,10 +376,11 @@ def test_of_a_batch_where_nothing_pays_one_sequence_tries_again_now_and_then():
         sizes = [planner.draft_first(Drafts.none(0), 100, 100) for _ in range(16)]
         assert sum(map(bool, sizes)) <= 1
         tried += sum(map(bool, sizes))
-        values = {size: [0.0] * (size + 1) + [0.1] * (size + 1) for size in sizes}
         every = [
-            Drafts.of_rounded(0, make_tree("chain", size), values[size]) if size else Drafts.none(0)
-            for size in sizes
+            Drafts.of_int8(0, make_tree("chain", n), [0] * (n + 1), [0.1] * (n + 1))
+            if n
+            else Drafts.none(0)
+            for n in sizes
         ]
         plans = [planner.plan(drafts, 100, 100) for drafts in every]
         for drafts, plan in zip(every, plans, strict=True):
@@ -395,10 +390,10 @@ def test_of_a_batch_where_nothing_pays_one_sequence_tries_again_now_and_then():
 
 
 def test_sequences_of_one_batch_share_what_auto_learns():
-    model = model_of("native, float32")
-    model.planners.clear()
-    generate_batch(model, PROMPTS, DecodeConfig(K, 12, strategy="auto"))
-    (planner,) = model.planners.values()
+    decoder = decoder_with("native, float32")
+    decoder.planners.clear()
+    decoder.generate_batch(PROMPTS, DecodeConfig(K, 12, strategy="auto"))
+    (planner,) = decoder.planners.values()
     assert planner.num_timed and sum(planner.num_timed.values()) > 3
 
 
@@ -412,7 +407,7 @@ def script():
 
 def test_throughput_script(script, tmp_path, monkeypatch, capsys):
     # the engine is compiled before the cache folder, for the cost curve, is another
-    model_of("native, float32")
+    decoder_with("native, float32")
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "tiny"
     out = tmp_path / "results" / "batch.json"

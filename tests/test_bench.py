@@ -10,7 +10,7 @@ from conftest import VOCAB, tiny_llama, tiny_tokenizer, with_adapter
 from test_decode import CIRCLE, drafting
 
 from sdsat.config import DecodeConfig, InputError, SamplingConfig
-from sdsat.decoding.loop import generate, resolved
+from sdsat.decoding.loop import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.evaluation import bench
 from sdsat.tasks.datasets import humaneval_problems
@@ -57,8 +57,8 @@ def test_labels_are_distinct():
 
 def test_stop_strings_end_every_output_alike():
     """AR, drafts and transformers' own generate: the token that completes one is the last."""
-    model = with_adapter(tiny_llama())
-    free = generate(model, [1, 5, 9], DecodeConfig(0, 20)).token_ids
+    decoder = with_adapter(tiny_llama())
+    free = decoder.generate([1, 5, 9], DecodeConfig(0, 20)).token_ids
     last = next(
         i
         for i in range(4, 20)
@@ -66,10 +66,10 @@ def test_stop_strings_end_every_output_alike():
     )
     pieces = [*string.ascii_letters, *string.digits, "?", "!"][:VOCAB]
     pieces[free[last - 1]], pieces[free[last]] = "\n", "#"
-    model.tokenizer = tiny_tokenizer(pieces)
+    decoder.model.tokenizer = tiny_tokenizer(pieces)
     config = bench.BenchConfig("x", k_list=(0, 3), max_new_tokens=20, with_generate=True)
     runs = bench.measure_problem(
-        model, Problem("p", (1, 5, 9), stop_strings=HUMANEVAL_STOPS), config, 0
+        decoder, Problem("p", (1, 5, 9), stop_strings=HUMANEVAL_STOPS), config, 0
     )["runs"]
     assert [(run["strategy"], run["num_new_tokens"], run["finish"]) for run in runs] == [
         (strategy, last + 1, "stop_string")
@@ -83,14 +83,14 @@ def test_of_several_turns_the_median_run_is_kept_and_the_outputs_of_all(monkeypa
     times = {"ar": [9.0, 1.0, 2.0, 3.0], "two-step": [5.0, 8.0, 7.0, 6.0]}
     measured = []
 
-    def scripted(model, prompt, config):
+    def scripted(decoder, prompt, config):
         strategy = config.strategy if config.k else "ar"
         measured.append(strategy)
         turn = measured.count(strategy) - 1
         wrong = (strategy, turn) == ("two-step", 1)  # not the median one
         return Generation([8 if wrong else 7], num_passes=1, decode_seconds=times[strategy][turn])
 
-    monkeypatch.setattr(bench, "generate", scripted)
+    monkeypatch.setattr(Decoder, "generate", scripted)
     config = bench.BenchConfig("x", k_list=(0, 3), strategies=("two-step",), turns=4)
     runs = bench.measure_problem(with_adapter(tiny_llama()), Problem("p", (1,)), config, 0)["runs"]
     assert measured == ["ar", "two-step"] * 4
@@ -134,17 +134,18 @@ def test_auto_is_measured_beside_what_it_is_made_of():
             bench.BenchConfig("x", strategies=(strategies,), lookup=lookup)
 
 
-def measured_by(monkeypatch, model, config, *task_ids):
+def measured_by(monkeypatch, decoder, config, *task_ids):
     """What `measure_problem` runs: (prompt ids, settings) of each run."""
     calls = []
+    generate = Decoder.generate
 
-    def kept(model, prompt_ids, config):
+    def kept(decoder, prompt_ids, config):
         calls.append((prompt_ids, config))
-        return generate(model, prompt_ids, config)
+        return generate(decoder, prompt_ids, config)
 
-    monkeypatch.setattr(bench, "generate", kept)
+    monkeypatch.setattr(Decoder, "generate", kept)
     records = [
-        bench.measure_problem(model, Problem(task, (1, 5, 9, 1, 5, 9)), config, 0)
+        bench.measure_problem(decoder, Problem(task, (1, 5, 9, 1, 5, 9)), config, 0)
         for task in task_ids
     ]
     return calls, records
@@ -152,15 +153,15 @@ def measured_by(monkeypatch, model, config, *task_ids):
 
 def test_parts_of_auto_do_what_they_say(monkeypatch):
     """AR is one token a pass; lookup alone has no SATs; auto without lookup looks nothing up."""
-    model = drafting(tiny_llama(**CIRCLE), k=3)
+    decoder = drafting(tiny_llama(**CIRCLE), k=3)
     calls, (record,) = measured_by(
-        monkeypatch, model, bench.BenchConfig("x", k_list=(3,), max_new_tokens=30), "p"
+        monkeypatch, decoder, bench.BenchConfig("x", k_list=(3,), max_new_tokens=30), "p"
     )
     ar, _, lookup, without, both = record["runs"]
     assert (ar["num_passes"], ar["num_plain_passes"], ar["proposed_by_depth"]) == (30, 30, [])
     assert lookup["num_passes"] < 25 and len(lookup["proposed_by_depth"]) == 12
     assert (len(without["proposed_by_depth"]), len(both["proposed_by_depth"])) == (4, 12)
-    chosen = [resolved(model, config) for _, config in calls]
+    chosen = [decoder.resolved(config) for _, config in calls]
     assert [(config.k, config.lookup) for config in chosen] == [
         (0, 0),
         (3, 0),
@@ -200,17 +201,17 @@ def test_problems_are_independent_draws_that_can_be_drawn_again(monkeypatch):
 
 
 def test_warming_up_takes_a_prompt_that_is_not_measured(monkeypatch):
-    model = with_adapter(tiny_llama(vocab=101))
-    model.tokenizer = tiny_tokenizer(["<unk>", *string.printable])
+    decoder = with_adapter(tiny_llama(vocab=101))
+    decoder.model.tokenizer = tiny_tokenizer(["<unk>", *string.printable])
     warmed = []
     monkeypatch.setattr(
         bench,
         "measure_problem",
-        lambda model, problem, config, first: warmed.append((problem, config)),
+        lambda decoder, problem, config, first: warmed.append((problem, config)),
     )
-    bench._warm_up(model, bench.BenchConfig("x", turns=3))
+    bench._warm_up(decoder, bench.BenchConfig("x", turns=3))
     ((problem, config),) = warmed
-    text = model.tokenizer.decode(problem.prompt_ids)
+    text = decoder.model.tokenizer.decode(problem.prompt_ids)
     assert "seconds_of_day" in text and config.turns == 1
     assert not any(
         p["entry_point"] == "seconds_of_day" or text.strip() in p["prompt"]

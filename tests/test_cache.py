@@ -4,12 +4,10 @@ tokens.
 
 import pytest
 import torch
-from conftest import VOCAB, tiny_llama
+from conftest import VOCAB, decoder_of, tiny_llama
 from torch.nn.utils.rnn import pad_sequence
 
-from sdsat.decoding.loop import prefill
 from sdsat.engines.cache import SlotCache, SlotPlace, pass_mask, slot_positions
-from sdsat.models.loading import SatModel
 
 SLOTS = 40
 
@@ -192,7 +190,7 @@ def test_a_batch_of_unequal_sequences_equals_each_alone():
     batch = SlotCache(lm.config.num_hidden_layers, SLOTS)
     two = SlotCache(lm.config.num_hidden_layers, 9)
     # padded; the last slot is used again
-    prefill(SatModel(lm, None, "tiny"), two, pad_sequence(sequences[:2], batch_first=True))
+    decoder_of(lm).engine.prefill(two, pad_sequence(sequences[:2], batch_first=True))
     batch.copy_sequences(two, [0, 1], [2, 0], len(sequences))
     batch.copy_sequences(fresh(lm, sequences[2][:-1])[0], [0], [1], len(sequences))
     sequences = [sequences[1], sequences[2], sequences[0]]

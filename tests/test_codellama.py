@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CodeLlamaTokenizer
 
 from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.bench import BenchConfig, paper_settings
 from sdsat.evaluation.reference import transformers_generate
 from sdsat.evaluation.report import key_of, run_of
@@ -73,14 +73,8 @@ def test_a_checkpoint_with_random_weights(tmp_path):
     assert in_papers_form(str(folder))
     model = load(str(folder), "auto", "cpu")
     assert (model.sat, model.dtype) == (SatConfig(32011, 5), torch.float16)
-    assert (
-        len(
-            generate(
-                model, encode_infilling(model.tokenizer, "a", "b", True)[0], DecodeConfig(5, 8)
-            ).token_ids
-        )
-        <= 8
-    )
+    prompt = encode_infilling(model.tokenizer, "a", "b", True)[0]
+    assert len(Decoder(model).generate(prompt, DecodeConfig(5, 8)).token_ids) <= 8
     with one_line_error(f"folder={folder}: there already"):
         random_checkpoint.main(folder, "tiny", "cpu")
 
@@ -225,12 +219,12 @@ def measure_loading(folder):
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    model = load(folder, "auto", "cpu", engine="transformers")
-    transformers_generate(model, [1, 2, 3], DecodeConfig(0, 2))
+    decoder = Decoder.load(folder, "auto", "cpu", engine="transformers")
+    transformers_generate(decoder, [1, 2, 3], DecodeConfig(0, 2))
     done = True
     thread.join()
-    size = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
-    print(model.dtype, size, peak - start)
+    size = sum(weight.numel() * weight.element_size() for weight in decoder.model.lm.parameters())
+    print(decoder.model.dtype, size, peak - start)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -378,14 +372,14 @@ def test_start_nucleus_with_the_papers_settings(start, checkpoint, pieces):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the workers
     try:
-        model = load(str(checkpoint), "float16", "cpu")
+        decoder = Decoder.load(str(checkpoint), "float16", "cpu")
         for name, stop_ids in zip(names, ((2,), (2, EOT)), strict=True):
             sampling = SamplingConfig(0.2, 10, 0.95, 0)
             decode = DecodeConfig(0, 10, stop_ids=stop_ids)
 
             def answer(ids, task_id, decode=decode, sampling=sampling):
-                return generate(
-                    model, ids, replace(decode, sampling=sampling.of_problem(task_id))
+                return decoder.generate(
+                    ids, replace(decode, sampling=sampling.of_problem(task_id))
                 ).token_ids
 
             path = folder / ("nucleus_t0.2" if name == "humaneval" else f"nucleus_t0.2_{name}")

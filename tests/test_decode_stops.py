@@ -11,14 +11,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
+from conftest import VOCAB, decoder_of, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
 from tokenizers import decoders
 
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.decoding import loop
-from sdsat.decoding.loop import generate, generate_batch
 from sdsat.engines.base import RowPolicy
-from sdsat.models.loading import SatModel
+from sdsat.engines.transformers import TransformersEngine
 
 PROMPT = [1, 5, 9, 2, 7]
 GREEDY = SamplingConfig()
@@ -65,9 +63,9 @@ class ScriptedSats:
 @pytest.fixture(scope="module")
 def truths():
     """The first tokens of AR, which test_decode.py checks. The sampled ones are distinct."""
-    plain = SatModel(tiny_llama(), None, "plain", row_policy=ROWS)
+    plain = decoder_of(tiny_llama(), rows=ROWS)
     truths = {
-        s: generate(plain, PROMPT, DecodeConfig(0, 40, sampling=s)).token_ids
+        s: plain.generate(PROMPT, DecodeConfig(0, 40, sampling=s)).token_ids
         for s in (GREEDY, SAMPLED)
     }
     assert len(set(truths[SAMPLED][:16])) == 16
@@ -87,13 +85,13 @@ def scripted(truth, accept, tokenizer=None):
 
 def with_drafts(drafts, tokenizer=None):
     lm = tiny_llama()
-    return SatModel(lm, tokenizer, "scripted", SatConfig(SAT, 9), ScriptedSats(lm, drafts), ROWS)
+    return decoder_of(lm, tokenizer, "scripted", SatConfig(SAT, 9), ScriptedSats(lm, drafts), ROWS)
 
 
-def from_the_start(model):
-    """A scripted model whose script begins anew."""
-    model.adapter.loop = 0
-    return model
+def from_the_start(decoder):
+    """A scripted decoder whose script begins anew."""
+    decoder.model.adapter.loop = 0
+    return decoder
 
 
 def always(loop):
@@ -153,9 +151,8 @@ def test_counts_are_those_of_the_script(
     accepted_by_depth,
 ):
     calls = []
-    model = scripted(truths[sampling], accept)
-    out = generate(
-        model,
+    decoder = scripted(truths[sampling], accept)
+    out = decoder.generate(
         PROMPT,
         DecodeConfig(k, num_tokens, "chain", sampling),
         lambda *call: calls.append(call),
@@ -174,9 +171,9 @@ def test_counts_are_those_of_the_script(
 @pytest.mark.parametrize("k", range(7))
 @pytest.mark.parametrize("accept", [always, never, sometimes])
 def test_every_small_length_is_exact(truths, k, accept):
-    model = scripted(truths[GREEDY], accept)
+    decoder = scripted(truths[GREEDY], accept)
     for num_tokens in range(1, 13):
-        out = generate(from_the_start(model), PROMPT, DecodeConfig(k, num_tokens))
+        out = from_the_start(decoder).generate(PROMPT, DecodeConfig(k, num_tokens))
         assert out.token_ids == truths[GREEDY][:num_tokens]
         assert out.finish == "length"
         num_plain = out.num_passes - 2 * len(out.accepted_lengths)
@@ -205,8 +202,8 @@ def test_trees_accept_any_candidate_that_they_hold(truths, tree, rank_of_truth, 
         ids[rank_of_truth[depth - 1]] = truth[t]
         return ids
 
-    model = with_drafts(drafts)
-    out = generate(model, PROMPT, DecodeConfig(3, 3 * (accepted + 2) + 3, tree))
+    decoder = with_drafts(drafts)
+    out = decoder.generate(PROMPT, DecodeConfig(3, 3 * (accepted + 2) + 3, tree))
     assert out.token_ids == truth[: 3 * (accepted + 2) + 3]
     assert out.accepted_lengths[:3] == [accepted] * 3
 
@@ -217,7 +214,7 @@ def test_stop_id_at_every_place_of_a_block(truths, offset):
     truth = truths[SAMPLED]
     calls = []
     config = DecodeConfig(5, 40, "chain", SAMPLED, stop_ids=(truth[15], truth[offset]))
-    out = generate(scripted(truth, always), PROMPT, config, lambda *call: calls.append(call))
+    out = scripted(truth, always).generate(PROMPT, config, lambda *call: calls.append(call))
     assert (out.token_ids, out.finish) == (truth[: offset + 1], "stop_id")
     # a stop in a draft pass leaves nothing to verify
     accepted = [5] * (offset // 7) + [min(5, offset % 7)] * (offset % 7 > 0)
@@ -231,14 +228,14 @@ def test_stop_id_at_every_place_of_a_block(truths, offset):
     assert [token for tokens, _ in calls for token in tokens] == out.token_ids
     assert sum(sum(flags) for _, flags in calls) == sum(accepted)
     for other in (never, sometimes):
-        assert generate(scripted(truth, other), PROMPT, config).token_ids == out.token_ids
+        assert scripted(truth, other).generate(PROMPT, config).token_ids == out.token_ids
 
 
 def test_the_first_stop_id_counts_whatever_its_place_in_the_list(truths):
     truth = truths[SAMPLED]
     for stop_ids in ((truth[2], truth[4]), (truth[4], truth[2])):
-        out = generate(
-            scripted(truth, always), PROMPT, DecodeConfig(5, 40, "chain", SAMPLED, stop_ids)
+        out = scripted(truth, always).generate(
+            PROMPT, DecodeConfig(5, 40, "chain", SAMPLED, stop_ids)
         )
         assert out.token_ids == truth[:3]
 
@@ -246,8 +243,8 @@ def test_the_first_stop_id_counts_whatever_its_place_in_the_list(truths):
 def test_a_rejected_draft_does_not_stop(truths):
     truth = truths[SAMPLED]
     stop = next(token for token in range(VOCAB) if token not in truth)
-    model = with_drafts(lambda *_: [stop])
-    out = generate(model, PROMPT, DecodeConfig(3, 20, "chain", SAMPLED, stop_ids=(stop,)))
+    decoder = with_drafts(lambda *_: [stop])
+    out = decoder.generate(PROMPT, DecodeConfig(3, 20, "chain", SAMPLED, stop_ids=(stop,)))
     assert (out.token_ids, out.finish) == (truth[:20], "length")
 
 
@@ -257,11 +254,11 @@ def test_stop_string_at_every_place(truths, accept, length):
     """Tokens are two letters: odd places begin or end inside a token."""
     truth = truths[SAMPLED][:12]
     text = "".join(PIECES[token] for token in truth)
-    model = scripted(truths[SAMPLED], accept, tiny_tokenizer(PIECES))
+    decoder = scripted(truths[SAMPLED], accept, tiny_tokenizer(PIECES))
     for start in range(len(text) - length + 1):
         stop = text[start : start + length]
         config = DecodeConfig(5, 12, "chain", SAMPLED, stop_strings=("xyz", stop))
-        out = generate(from_the_start(model), PROMPT, config)
+        out = from_the_start(decoder).generate(PROMPT, config)
         num_kept = (text.find(stop) + length + 1) // 2
         assert (out.token_ids, out.finish) == (truth[:num_kept], "stop_string")
         assert out.text == text[: text.find(stop)]
@@ -274,14 +271,14 @@ def test_the_stop_string_completed_first_counts(truths, order):
     early = text[5:7]
     late = text[4:12]  # the late one begins first
     config = DecodeConfig(5, 20, "chain", SAMPLED, stop_strings=(early, late)[::order])
-    out = generate(scripted(truth, always, tiny_tokenizer(PIECES)), PROMPT, config)
+    out = scripted(truth, always, tiny_tokenizer(PIECES)).generate(PROMPT, config)
     assert (out.token_ids, out.text) == (truth[:4], text[: text.find(early)])
 
 
 def test_absent_stop_string_changes_nothing(truths):
     truth = truths[SAMPLED][:9]
-    model = scripted(truths[SAMPLED], sometimes, tiny_tokenizer(PIECES))
-    out = generate(model, PROMPT, DecodeConfig(3, 9, "chain", SAMPLED, stop_strings=("xyz",)))
+    decoder = scripted(truths[SAMPLED], sometimes, tiny_tokenizer(PIECES))
+    out = decoder.generate(PROMPT, DecodeConfig(3, 9, "chain", SAMPLED, stop_strings=("xyz",)))
     assert (out.token_ids, out.finish) == (truth, "length")
     assert out.text == "".join(PIECES[token] for token in truth)
 
@@ -289,11 +286,11 @@ def test_absent_stop_string_changes_nothing(truths):
 @pytest.mark.parametrize("offset", [1, 3])
 def test_of_stop_id_and_stop_string_the_earlier_counts(truths, offset):
     truth = truths[SAMPLED]
-    model = scripted(truth, always, tiny_tokenizer(PIECES))
+    decoder = scripted(truth, always, tiny_tokenizer(PIECES))
     config = DecodeConfig(
         5, 20, "chain", SAMPLED, stop_ids=(truth[offset],), stop_strings=(PIECES[truth[2]],)
     )
-    out = generate(model, PROMPT, config)
+    out = decoder.generate(PROMPT, config)
     assert len(out.token_ids) == min(offset, 2) + 1
     assert out.finish == ("stop_id" if offset < 2 else "stop_string")
 
@@ -302,8 +299,8 @@ def test_stop_string_whose_character_spans_two_tokens(truths):
     truth = truths[SAMPLED]
     pieces = list(PIECES)
     pieces[truth[3]], pieces[truth[4]] = "Ã", "©"  # byte-level names of the two bytes of é
-    model = scripted(truth, always, tiny_tokenizer(pieces, decoders.ByteLevel()))
-    out = generate(model, PROMPT, DecodeConfig(5, 20, "chain", SAMPLED, stop_strings=("é",)))
+    decoder = scripted(truth, always, tiny_tokenizer(pieces, decoders.ByteLevel()))
+    out = decoder.generate(PROMPT, DecodeConfig(5, 20, "chain", SAMPLED, stop_strings=("é",)))
     assert (out.token_ids, out.finish) == (truth[:5], "stop_string")
     assert out.text == "".join(pieces[token] for token in truth[:3])
 
@@ -314,8 +311,7 @@ def test_special_token_as_stop_string_is_seen_and_not_shown(truths):
     pieces[truth[1]], pieces[truth[4]] = "<|think|>", "<|end|>"
     tokenizer = tiny_tokenizer(pieces)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|think|>", "<|end|>"]})
-    out = generate(
-        scripted(truth, always, tokenizer),
+    out = scripted(truth, always, tokenizer).generate(
         PROMPT,
         DecodeConfig(5, 20, "chain", SAMPLED, stop_strings=("<|end|>",)),
     )
@@ -337,53 +333,53 @@ def test_sat_inside_the_vocabulary_is_never_emitted(sampling, k):
         lm.lm_head.register_forward_hook(
             lambda module, inputs, logits: logits + shift * (torch.arange(VOCAB) == 11)
         )
-        return SatModel(lm, None, "full", sat)
+        return decoder_of(lm, name="full", sat=sat)
 
-    out = generate(shifted(1e3, SatConfig(11, 4)), PROMPT, DecodeConfig(k, 20, (3, 2), sampling))
-    want = generate(shifted(-1e9, None), PROMPT, DecodeConfig(0, 20, sampling=sampling))
+    out = shifted(1e3, SatConfig(11, 4)).generate(PROMPT, DecodeConfig(k, 20, (3, 2), sampling))
+    want = shifted(-1e9, None).generate(PROMPT, DecodeConfig(0, 20, sampling=sampling))
     assert out.token_ids == want.token_ids
     assert 11 not in out.token_ids
 
 
 def test_k_beyond_the_trained_depth_warns_and_changes_nothing():
-    model = with_adapter(tiny_llama(), k=3)
-    want = generate(with_adapter(tiny_llama()), PROMPT, DecodeConfig(0, 20))
+    decoder = with_adapter(tiny_llama(), k=3)
+    want = with_adapter(tiny_llama()).generate(PROMPT, DecodeConfig(0, 20))
     with pytest.warns(UserWarning, match=r"k=4.*k=3.*tiny"):
-        assert generate(model, PROMPT, DecodeConfig(4, 20)).token_ids == want.token_ids
+        assert decoder.generate(PROMPT, DecodeConfig(4, 20)).token_ids == want.token_ids
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        generate(model, PROMPT, DecodeConfig(3, 5))
+        decoder.generate(PROMPT, DecodeConfig(3, 5))
 
 
 def test_refusals():
-    plain = SatModel(tiny_llama(max_position_embeddings=20), None, "plain")
+    plain = decoder_of(tiny_llama(max_position_embeddings=20), name="plain")
     with one_line_error("prompt", "at least one"):
-        generate(plain, [], DecodeConfig(0, 5))
+        plain.generate([], DecodeConfig(0, 5))
     with one_line_error("max_new_tokens=16", "21", "plain", "20"):
-        generate(plain, PROMPT, DecodeConfig(0, 16))
-    assert len(generate(plain, PROMPT, DecodeConfig(0, 15)).token_ids) == 15
+        plain.generate(PROMPT, DecodeConfig(0, 16))
+    assert len(plain.generate(PROMPT, DecodeConfig(0, 15)).token_ids) == 15
     with one_line_error("k=2", "plain", "no SAT"):
-        generate(plain, PROMPT, DecodeConfig(2, 5))
+        plain.generate(PROMPT, DecodeConfig(2, 5))
     with one_line_error("stop_strings", "tokenizer"):
-        generate(plain, PROMPT, DecodeConfig(0, 5, stop_strings=("a",)))
+        plain.generate(PROMPT, DecodeConfig(0, 5, stop_strings=("a",)))
     with one_line_error("tree=paper", "k=4"):
-        generate(with_adapter(tiny_llama(), k=5), PROMPT, DecodeConfig(4, 5, "paper"))
+        with_adapter(tiny_llama(), k=5).generate(PROMPT, DecodeConfig(4, 5, "paper"))
 
 
 def test_one_token_prompt(truths):
     lm = tiny_llama()
-    want = generate(SatModel(lm, None, "plain"), [7], DecodeConfig(0, 12)).token_ids
-    assert generate(with_adapter(lm), [7], DecodeConfig(3, 12, (2,))).token_ids == want
+    want = decoder_of(lm).generate([7], DecodeConfig(0, 12)).token_ids
+    assert with_adapter(lm).generate([7], DecodeConfig(3, 12, (2,))).token_ids == want
 
 
 @pytest.mark.parametrize("strategy", ["two-step", "one-pass"])
 @pytest.mark.parametrize(("k", "tree"), [(0, "chain"), (3, "chain"), (3, (2, 2))], ids=str)
 def test_one_host_synchronisation_a_pass(monkeypatch, k, tree, strategy):
     """As on a GPU; on a CPU the host reads the walk first, and only one group drafts."""
-    monkeypatch.setattr(loop, "_reads_freely", lambda tensor: False)
-    model = with_adapter(tiny_llama())
+    monkeypatch.setattr(TransformersEngine, "reads_freely", False)
+    decoder = with_adapter(tiny_llama())
     config = DecodeConfig(k, 20, tree, strategy=strategy)
-    generate(model, PROMPT, config)  # probing and laying out the tree are done once
+    decoder.generate(PROMPT, config)  # probing and laying out the tree are done once
     reads = []
     for name in ("tolist", "item", "__int__", "__float__", "__bool__", "__index__", "cpu", "numpy"):
         real = getattr(torch.Tensor, name)
@@ -393,23 +389,24 @@ def test_one_host_synchronisation_a_pass(monkeypatch, k, tree, strategy):
             lambda self, *args, real=real, name=name: (reads.append(name), real(self, *args))[1],
         )
     passes = []
-    generate(model, PROMPT, config, lambda *call: passes.append(call))
+    decoder.generate(PROMPT, config, lambda *call: passes.append(call))
     assert len(reads) == len(passes), reads
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_on_a_cpu_only_sats_where_a_walk_ends_draft(monkeypatch, size):
-    model = with_adapter(tiny_llama())
+    decoder = with_adapter(tiny_llama())
     # room for a group at every node
     config = DecodeConfig(3, 30, "chain", strategy="one-pass", budget=24)
-    want = generate(model, PROMPT, config).token_ids
+    want = decoder.generate(PROMPT, config).token_ids
     calls = []
     passes = []
-    draft = loop.draft_tokens
-    run = loop.forward_batch
-    monkeypatch.setattr(loop, "draft_tokens", lambda *args: calls.append(args) or draft(*args))
-    monkeypatch.setattr(loop, "forward_batch", lambda *args: passes.append(args[1]) or run(*args))
-    outs = generate_batch(model, [PROMPT] * size, config, batch_size=size)
+    engine = decoder.engine
+    draft = engine.draft
+    run = engine.forward
+    monkeypatch.setattr(engine, "draft", lambda *args: calls.append(args) or draft(*args))
+    monkeypatch.setattr(engine, "forward", lambda inputs: passes.append(inputs) or run(inputs))
+    outs = decoder.generate_batch([PROMPT] * size, config, batch_size=size)
     assert [out.token_ids for out in outs] == [want] * size
     assert (
         len(calls)
@@ -424,13 +421,10 @@ def test_text_keeps_the_space_it_begins_with(truths):
     tokenizer = tiny_tokenizer(
         pieces, decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     )
-    out = generate(
-        SatModel(tiny_llama(), tokenizer, "plain", row_policy=ROWS), PROMPT, DecodeConfig(0, 4)
-    )
+    out = decoder_of(tiny_llama(), tokenizer, rows=ROWS).generate(PROMPT, DecodeConfig(0, 4))
     assert out.text == "".join(pieces[token] for token in truths[GREEDY][:4])
     stop = pieces[out.token_ids[0]]
-    stopped = generate(
-        SatModel(tiny_llama(), tokenizer, "plain", row_policy=ROWS),
+    stopped = decoder_of(tiny_llama(), tokenizer, rows=ROWS).generate(
         PROMPT,
         DecodeConfig(0, 4, stop_strings=(stop,)),
     )

@@ -5,46 +5,45 @@ import torch
 from conftest import one_line_error
 
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.reference import transformers_generate
 from sdsat.models import adapter as adapters
 from sdsat.models import embedded
-from sdsat.models.loading import load
 from sdsat.tasks.prompts import humaneval
 
 pytestmark = pytest.mark.xdist_group("default_model")  # one process loads it once
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load(dtype="float32", device="cpu")
+def decoder():
+    return Decoder.load(dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def drafted(model):
+def drafted(decoder):
     """[(prompt ids, its greedy output with drafts)] of four problems."""
-    prompts = [list(problem.prompt_ids) for problem in humaneval(model.tokenizer, 4)]
-    config = DecodeConfig(5, 48, stop_ids=model.stop_ids)
-    return [(prompt_ids, generate(model, prompt_ids, config)) for prompt_ids in prompts]
+    prompts = [list(problem.prompt_ids) for problem in humaneval(decoder.model.tokenizer, 4)]
+    config = DecodeConfig(5, 48, stop_ids=decoder.model.stop_ids)
+    return [(prompt_ids, decoder.generate(prompt_ids, config)) for prompt_ids in prompts]
 
 
-def test_greedy_equals_transformers_generate(model, drafted):
-    config = DecodeConfig(0, 24, stop_ids=model.stop_ids)
+def test_greedy_equals_transformers_generate(decoder, drafted):
+    config = DecodeConfig(0, 24, stop_ids=decoder.model.stop_ids)
     for prompt_ids, out in drafted[:3]:
-        want = transformers_generate(model, prompt_ids, config)
-        ar = generate(model, prompt_ids, config)
+        want = transformers_generate(decoder, prompt_ids, config)
+        ar = decoder.generate(prompt_ids, config)
         assert (ar.token_ids, ar.finish) == (want.token_ids, want.finish)
         assert out.token_ids[:24] == want.token_ids
 
 
-def test_seeded_nucleus_equals_ar_and_seeds_differ(model):
-    prompt = list(humaneval(model.tokenizer, 1)[0].prompt_ids)
+def test_seeded_nucleus_equals_ar_and_seeds_differ(decoder):
+    prompt = list(humaneval(decoder.model.tokenizer, 1)[0].prompt_ids)
     outputs = set()
     for seed, trees in ((0, ("chain", "paper")), (1, ("paper",))):
         sampling = SamplingConfig(1.0, 10, 0.95, seed)
-        ar = generate(model, prompt, DecodeConfig(0, 20, "chain", sampling)).token_ids
+        ar = decoder.generate(prompt, DecodeConfig(0, 20, "chain", sampling)).token_ids
         for tree in trees:
-            out = generate(model, prompt, DecodeConfig(5, 20, tree, sampling))
+            out = decoder.generate(prompt, DecodeConfig(5, 20, tree, sampling))
             assert out.token_ids == ar
         outputs.add(tuple(ar))
     assert len(outputs) == 2
@@ -55,14 +54,14 @@ def test_shipped_adapter_drafts_well(drafted):
     assert sum(accepted) / len(accepted) > 0.8  # committed results: see results/reference
 
 
-def test_standard_logits_are_the_bases_bit_for_bit(model):
-    tokens = torch.tensor([humaneval(model.tokenizer, 1)[0].prompt_ids])
+def test_standard_logits_are_the_bases_bit_for_bit(decoder):
+    tokens = torch.tensor([humaneval(decoder.model.tokenizer, 1)[0].prompt_ids])
     mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
     with torch.inference_mode():
-        attached = model.model(tokens, attention_mask=mask).logits
-        model.adapter.detach()
-        base = model.model(tokens, attention_mask=mask).logits
-        model.adapter.attach(model.model)
+        attached = decoder.model.lm(tokens, attention_mask=mask).logits
+        decoder.model.adapter.detach()
+        base = decoder.model.lm(tokens, attention_mask=mask).logits
+        decoder.model.adapter.attach(decoder.model.lm)
     assert torch.equal(attached, base)
 
 

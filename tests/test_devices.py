@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from sdsat.config import DecodeConfig, SatConfig
-from sdsat.decoding.loop import generate
-from sdsat.engines.transformers import new_cache, prefill
+from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.bench import aside
 from sdsat.models import devices
 from sdsat.models.devices import GIB, Size, model_size, pick_devices, place, split_layers
@@ -65,9 +64,9 @@ def test_a_size_from_the_config_is_that_of_the_loaded_model(tmp_path, tied):
         size = sized(str(tmp_path), dtype)
         assert size.num_layers * size.layer + size.other == weights * itemsize
         assert size.layer == sum(p.numel() for p in lm.model.layers[1].parameters()) * itemsize
-    model = load(str(tmp_path), "float32", "cpu", engine="transformers")
-    cache = new_cache(model, 64)
-    prefill(model, cache, torch.arange(5))
+    engine = Decoder.load(str(tmp_path), "float32", "cpu", engine="transformers").engine
+    cache = engine.new_cache(64)
+    engine.prefill(cache, torch.arange(5))
     assert (
         sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         == 64 * 3 * size.position
@@ -220,11 +219,11 @@ def test_a_model_with_accelerates_hooks_generates_the_same(tmp_path):
         lm, dict.fromkeys(names, "cpu"), force_hooks=True, skip_keys=lm._skip_keys_device_placement
     )
     hooked = with_adapter(lm)
-    assert hasattr(hooked.model.model.layers[1], "_hf_hook")
-    want = generate(plain, prompt, config)
-    out = generate(hooked, prompt, config)
+    assert hasattr(hooked.model.lm.model.layers[1], "_hf_hook")
+    want = plain.generate(prompt, config)
+    out = hooked.generate(prompt, config)
     assert (out.token_ids, out.accepted_lengths) == (want.token_ids, want.accepted_lengths)
-    assert hooked.sat == SatConfig(VOCAB, 3)
+    assert hooked.model.sat == SatConfig(VOCAB, 3)
 
 
 def test_a_pass_over_two_devices_never_mixes_them(own_process):

@@ -11,7 +11,6 @@ from conftest import tiny_llama, with_adapter
 from scipy.stats import chisquare
 
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decoding.loop import generate, generate_batch
 
 VOCAB = 6
 PROMPT = [1, 2]
@@ -22,7 +21,7 @@ NUM_SEEDS = 2000
 
 
 @pytest.fixture(scope="module")
-def model():
+def decoder():
     sizes = dict(
         hidden_size=8,
         intermediate_size=8,
@@ -57,20 +56,20 @@ def joint(lm, length):
     return outputs
 
 
-def test_nucleus_sampling_with_a_tree_is_exact(model):
+def test_nucleus_sampling_with_a_tree_is_exact(decoder):
     configs = [
         DecodeConfig(3, 5, (2, 1), SamplingConfig(TEMPERATURE, TOP_K, TOP_P, seed))
         for seed in range(NUM_SEEDS)
     ]
     # all at once: the decoder is the same (test_batch.py), and takes a tenth of the time
-    outs = generate_batch(model, [PROMPT] * NUM_SEEDS, configs, batch_size=100)
+    outs = decoder.generate_batch([PROMPT] * NUM_SEEDS, configs, batch_size=100)
     for out, config in zip(outs[:100], configs, strict=False):
-        assert generate(model, PROMPT, config).token_ids == out.token_ids
+        assert decoder.generate(PROMPT, config).token_ids == out.token_ids
     outputs = [tuple(out.token_ids) for out in outs]
     accepted = sum(out.accepted_lengths[0] > 0 for out in outs)
     assert 0.2 < accepted / NUM_SEEDS < 0.9  # both drafts and corrections are in the sample
     for length in (1, 2, 3):
-        want = joint(model.model, length)
+        want = joint(decoder.model.lm, length)
         counts = dict.fromkeys(want, 0)
         for tokens in outputs:
             counts[tokens[:length]] += 1  # a KeyError: a token that the filter forbids
@@ -89,9 +88,9 @@ def assert_distributed(counts, probabilities):
     assert chisquare(observed, wanted).pvalue > 1e-3
 
 
-def test_the_exact_probabilities_are_a_distribution(model):
+def test_the_exact_probabilities_are_a_distribution(decoder):
     for length in (1, 2, 3):
-        table = joint(model.model, length)
+        table = joint(decoder.model.lm, length)
         assert sum(table.values()) == pytest.approx(1)
         # the filter bites
         assert 1 < len(table) < len(list(itertools.product(range(VOCAB), repeat=length)))

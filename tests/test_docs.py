@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import ClassVar
 
 import pytest
 import typer
+import yaml
 from conftest import tiny_llama, tiny_tokenizer
 
 from sdsat.cli.main import app
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted(path for folder in (".", "docs", "dev") for path in (ROOT / folder).glob("*.md"))
+REFERENCE = ROOT / "results/reference/smollm2-135m-sdsat"
 STARTS = ("sdsat ", "bash ", "python ", ".venv-vllm/bin/python ")
 
 
@@ -71,10 +74,103 @@ def test_a_command_is_one_that_exists_with_these_options(command, document, monk
         )
 
 
+def anchors(document):
+    """Of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document):
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", document.read_text()):
-        assert (document.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([\w-]*))?\)", document.read_text()):
+        target = document.parent / link if link else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+
+
+@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_a_document_opens_with_what_a_reader_can_do_then(document):
+    assert document.read_text().split("\n\n")[1].startswith("After reading this you ")
+
+
+def table(document, first):
+    """The rows of the table whose head begins with `first`, without its head."""
+    lines = document.read_text().splitlines()
+    begin = next(n for n, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    for line in lines[begin + 2 :]:
+        if not line.startswith("|"):
+            return
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_readme_is_short_and_begins_with_the_race():
+    text = re.sub(r"```.*?```|<!--.*?-->", "", (ROOT / "README.md").read_text(), flags=re.S)
+    prose = [line for line in text.splitlines() if not line.startswith(("    ", "|"))]
+    assert len(" ".join(prose).split()) <= 700
+    assert text.split("\n\n")[1].startswith("![") and "(docs/race.svg)" in text.split("\n\n")[1]
+    assert "@keyframes" in (ROOT / "docs/race.svg").read_text()
+
+
+def test_the_readmes_figures_are_those_of_its_results():
+    """Every row's speeds stand together in one run of the summary that the caption links."""
+    summaries = [
+        json.loads((REFERENCE / name / "summary.json").read_text())["runs"]
+        for name in ("greedy", "nucleus_t1.0")
+    ]
+
+    def cell(run):
+        low, high = run["speedup_ci95"]
+        return f"{run['speedup']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low < high else "")
+
+    for name, speed, greedy, sampled, accepted, _ in table(ROOT / "README.md", "strategy"):
+        strategy = "ar" if name.startswith("AR") else "transformers"
+        strategy = next(iter(re.findall(r"^`([\w-]+)`", name)), strategy)
+        runs, nucleus = ([run for run in of if run["strategy"] == strategy] for of in summaries)
+        assert any(
+            f"{run['tokens_per_second']:.1f}" == speed
+            and cell(run) == greedy
+            and (not accepted or f"{run['accepted_per_loop']:.2f}" == accepted)
+            for run in runs
+        ), name
+        assert not sampled or any(cell(run) == sampled for run in nucleus), name
+
+
+def test_the_audits_in_the_table_are_those_of_their_files():
+    for audit, tokens, *_, same, plain in table(ROOT / "docs/exactness.md", "audit"):
+        link = re.findall(r"\((.*?)\)", audit)[0]
+        document = json.loads((ROOT / "docs" / link).read_text())
+        for cell, of in ((same, "strategies"), (plain, "transformers")):
+            rows = [
+                row
+                for row in document["summary"]
+                if (row["against"] == "transformers") == (of == "transformers")
+            ]
+            counts = [sum(row[key] for row in rows) for key in ("identical", "num_problems")]
+            assert cell.split(",")[0] == ("{}/{}".format(*counts) if rows else ""), audit
+        assert document["settings"]["max_new_tokens"] == int(tokens)
+
+
+def test_what_runs_before_a_commit_is_what_ci_runs():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = {hook["id"]: hook for hook in config["repos"][0]["hooks"]}
+    checks = (ROOT / "scripts/test.sh").read_text().splitlines()
+    assert {hooks[name]["entry"] for name in ("format", "lint", "types")} <= set(checks)
+    assert hooks["tests"]["entry"] in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize(("size", "code"), [(71, 0), (72, 1)])
+def test_a_long_commit_subject_is_refused(tmp_path, size, code):
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    (entry,) = (h["entry"] for h in config["repos"][0]["hooks"] if h["id"] == "subject")
+    (tmp_path / "message").write_text("x" * size + "\n\n" + "y" * 200)
+    assert subprocess.run([*shlex.split(entry), tmp_path / "message"]).returncode == code
+
+
+def test_the_issue_template_asks_for_the_audit():
+    (path,) = (ROOT / ".github/ISSUE_TEMPLATE").iterdir()
+    fields = {field["id"]: field for field in yaml.safe_load(path.read_text())["body"]}
+    assert "sdsat verify" in fields["audit"]["attributes"]["description"]
+    assert fields["audit"]["validations"]["required"]
 
 
 def test_the_readmes_python_runs(tiny, capsys):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import function, long_doc, tiny_llama, tiny_tokenizer, with_adapter, write
+from conftest import adapted, function, long_doc, tiny_llama, tiny_tokenizer, write
 from random_checkpoint import make_pieces, save_tokenizer
 from test_docs import COMMANDS, ROOT
 
@@ -36,13 +36,15 @@ SMALL = {
     "verify": "--data-limit 1 --max-new-tokens 6",
     "batch_throughput": "--sizes 1,2 --prompts 2 --max-new-tokens 4 --dtype float32 --device cpu",
     "pass_cost": "--dtype float32 --device cpu --turns 2",
-    "peers": "--data-limit 1 --general 1 --max-new-tokens 4 --ours auto",
+    "peers": "--data-limit 1 --general 1 --max-new-tokens 4",
     "soak": "--generations 20",
 }
 CONSTANTS = {
     "pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)},
     "profile_passes": {"SHAPES": ((2, 1),)},
 }
+# Functions that start a process each time: the first is real, and the others have its result.
+ONCE = {"peers": ("memory_of",)}
 # These name something else, need what a test has not, or are what runs these tests.
 ELSEWHERE = {
     "bash scripts/setup.sh": "runs before these tests",
@@ -58,6 +60,7 @@ ELSEWHERE = {
     "python scripts/make_prompts.py": (
         "fetches a gigabyte of packages; test_prompts.py runs it on a small corpus"
     ),
+    "python dev/measure_code.py": "reads the repository's history; test_measure_code.py runs it",
     "accelerate launch": "takes GPUs",
     "torchrun": "test_train.py starts two processes",
 }
@@ -133,7 +136,7 @@ def workplace(tmp_path_factory):
             save_tokenizer(pieces, root / name)
     stages = [f"runs/stage{number}" for number in range(1, 5)]
     for name in ("MODEL", "adapters/default", *stages, "runs/adapter", "runs/everywhere"):
-        model = with_adapter(tiny(128), k=5)
+        model = adapted(tiny(128), k=5)
         sample = model.adapter.config.base_sample
         everywhere = name == "runs/everywhere"
         model.adapter.config = AdapterConfig(
@@ -151,6 +154,18 @@ def workplace(tmp_path_factory):
     return root
 
 
+def once(function):
+    """`function` that runs at its first call only."""
+    results = []
+
+    def held(*arguments):
+        if not results:
+            results.append(function(*arguments))
+        return results[0]
+
+    return held
+
+
 def run(patch, program, arguments):
     """As `sdsat program arguments` or `python scripts/program.py ..`, with what SMALL adds."""
     arguments = [*arguments, *SMALL.get(program, "").split()]
@@ -159,6 +174,8 @@ def run(patch, program, arguments):
     main = cli.main
     if program in {path.stem for path in (ROOT / "scripts").glob("*.py")}:
         script = importlib.import_module(program)
+        for name in ONCE.get(program, ()):
+            patch.setattr(script, name, once(getattr(script, name)))
         for name, value in CONSTANTS.get(program, {}).items():
             patch.setattr(script, name, value)
         patch.setattr(sys, "argv", [f"{program}.py", *arguments])

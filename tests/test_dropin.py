@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import one_line_error, tiny_tokenizer, with_adapter
+from conftest import adapted, one_line_error, tiny_tokenizer
 from test_families import COSTS, FAMILIES, PROMPT, SAT, VOCAB, alone, checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -33,7 +33,6 @@ from transformers import (
 
 import sdsat
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decoding import loop
 from sdsat.interfaces.transformers_hook import _ONLY
 from sdsat.method.sampling import gumbel_noise
 
@@ -298,7 +297,7 @@ def test_plain_sampling_equals_decode_generate(llama):
     _, model, _ = llama
     ours = drafting(model, do_sample=True, temperature=0.7, top_k=6, top_p=0.9, seed=11)
     config = DecodeConfig(0, NUM, sampling=SamplingConfig(0.7, 6, 0.9, 11))
-    assert ours[0, len(PROMPT) :].tolist() == loop.generate(model.sdsat, PROMPT, config).token_ids
+    assert ours[0, len(PROMPT) :].tolist() == model.sdsat.generate(PROMPT, config).token_ids
 
 
 PROMPTS = ([1, 5, 9, 2, 7, 3, 12], [4, 8], [6, 6, 11, 2, 13, 1, 5, 9, 9, 2])
@@ -441,7 +440,7 @@ def test_seeds_and_return_sequences(llama):
     assert len(set(map(tuple, rows))) == 3
     for row, ids in enumerate(rows):
         config = DecodeConfig(0, NUM, sampling=SamplingConfig(1.0, seed=7 + row * 2**32))
-        assert ids == loop.generate(model.sdsat, PROMPT, config).token_ids
+        assert ids == model.sdsat.generate(PROMPT, config).token_ids
     assert sampled(seed=7) == rows[:1] != sampled(seed=8)
     torch.manual_seed(5)
     first = sampled()
@@ -524,7 +523,7 @@ def test_the_loaded_model_is_a_plain_one_too(family, name):
 def test_attached_to_a_model_that_transformers_loaded(tmp_path, engine):
     folder = checkpoint(tmp_path / "base", FAMILIES["llama 3"], sat=False)
     lm = alone(folder)
-    equipped = with_adapter(alone(folder), k=3, strength=0.2)
+    equipped = adapted(alone(folder), k=3, strength=0.2)
     equipped.adapter.save(tmp_path / "adapter")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert sdsat.attach(model, None, str(tmp_path / "adapter"), engine=engine) is model
@@ -829,7 +828,7 @@ def test_every_setting_of_transformers_is_known():
 
 def test_the_example_runs(llama, monkeypatch, capsys):
     monkeypatch.setattr(
-        sys, "argv", ["dropin.py", llama[1].sdsat.name, "--prompt", "bfj", "--stop", "d"]
+        sys, "argv", ["dropin.py", llama[1].sdsat.model.name, "--prompt", "bfj", "--stop", "d"]
     )
     runpy.run_path(
         str(Path(__file__).parent.parent / "examples" / "dropin.py"), run_name="__main__"

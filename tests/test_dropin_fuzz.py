@@ -27,6 +27,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 import sdsat
 from sdsat.config import InputError
+from sdsat.decoding.loop import Decoder
 from sdsat.interfaces import transformers_hook as dropin
 from sdsat.method.sampling import as_seed, gumbel_noise
 from sdsat.models.loading import equip
@@ -51,9 +52,10 @@ def models(tmp_path_factory):
     )
     lm, *copies = (tiny_llama(torch.float32, **sizes) for _ in range(3))
     lm.set_attn_implementation("sdpa")
-    with_adapter(tiny_llama(torch.float32, **sizes), k=3, strength=0.2).adapter.save(folder)
+    decoder = with_adapter(tiny_llama(torch.float32, **sizes), k=3, strength=0.2)
+    decoder.model.adapter.save(folder)
     ours = {
-        engine: dropin._ready(equip(copy, TOKENIZER, str(folder), engine=engine))
+        engine: dropin._ready(Decoder(equip(copy, TOKENIZER, str(folder)), engine))
         for engine, copy in zip(ENGINES, copies, strict=True)
     }
     for model in ours.values():

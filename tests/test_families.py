@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from conftest import one_line_error, tiny_tokenizer, with_adapter
+from conftest import forward, one_line_error, tiny_tokenizer, with_adapter
 from test_graphs import traced
 from transformers import (
     AutoModelForCausalLM,
@@ -29,9 +29,8 @@ from transformers import (
 )
 
 from sdsat.config import DecodeConfig, SamplingConfig, TrainConfig
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.engines.graphs import Graphs
-from sdsat.engines.transformers import forward, new_cache, prefill, probe_rows
 from sdsat.evaluation.reference import transformers_generate
 from sdsat.method.costs import COUNTS, CostCurve
 from sdsat.method.tree import DraftTree, make_tree
@@ -189,19 +188,19 @@ def test_equals_transformers_generate(tmp_path, family):
     want = generated(alone(folder), num_tokens)
     assert len(set(want)) > 4
     for engine in ("native", "transformers") if family in NATIVE else ("transformers",):
-        model = load(folder, "float32", "cpu", engine=engine)
+        decoder = Decoder.load(folder, "float32", "cpu", engine=engine)
         accepted = 0
-        model.costs = COSTS
+        decoder.costs = COSTS
         for k, tree, strategy in RUNS:
-            out = generate(model, PROMPT, DecodeConfig(k, num_tokens, tree, strategy=strategy))
+            out = decoder.generate(PROMPT, DecodeConfig(k, num_tokens, tree, strategy=strategy))
             assert out.token_ids == want, (engine, k, tree, strategy)
             accepted += sum(out.accepted_lengths)
         assert accepted > 0
         nucleus = DecodeConfig(0, num_tokens, sampling=SamplingConfig(1.0, 10, 0.95, seed=4))
-        sampled = generate(model, PROMPT, nucleus).token_ids
+        sampled = decoder.generate(PROMPT, nucleus).token_ids
         assert (
-            generate(
-                model, PROMPT, DecodeConfig(3, num_tokens, (2, 2, 1), nucleus.sampling)
+            decoder.generate(
+                PROMPT, DecodeConfig(3, num_tokens, (2, 2, 1), nucleus.sampling)
             ).token_ids
             == sampled
             != want
@@ -210,10 +209,10 @@ def test_equals_transformers_generate(tmp_path, family):
 
 @pytest.mark.parametrize("family", ["mistral, window", "gemma 2, tied"])
 def test_the_package_s_own_reference_is_that_generate(tmp_path, family):
-    model = load(
+    decoder = Decoder.load(
         checkpoint(tmp_path, FAMILIES[family], sat=False), "float32", "cpu", engine="transformers"
     )
-    assert transformers_generate(model, PROMPT, DecodeConfig(0, 40)).token_ids == generated(
+    assert transformers_generate(decoder, PROMPT, DecodeConfig(0, 40)).token_ids == generated(
         alone(tmp_path), 40, sat=False
     )
 
@@ -232,17 +231,17 @@ PATHS = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4], [0, 2, 5]]
 def test_every_row_of_a_pass_is_the_end_of_a_plain_sequence(tmp_path, family, recorded):
     """Nodes and SATs lie in the cache apart from their positions: windows go by position."""
     folder = checkpoint(tmp_path, narrow(family))
-    model = load(folder, "float32", "cpu", engine="transformers")
+    decoder = Decoder.load(folder, "float32", "cpu", engine="transformers")
     plain = alone(folder)
-    model.graphs = Graphs(traced) if recorded else None
+    decoder.engine.graphs = Graphs(traced) if recorded else None
     paths = [[TREE_TOKENS[node] for node in path] for path in PATHS]
     paths += [paths[node] + [SAT] * i for node, size in GROUPS for i in range(1, size + 1)]
     tokens = torch.tensor(TREE_TOKENS + [SAT] * sum(size for _, size in GROUPS))
-    cache = new_cache(model, 128)
+    cache = decoder.engine.new_cache(128)
     for length in (40, 33):
         context = torch.randint(SAT, (length,), generator=torch.Generator().manual_seed(length))
-        prefill(model, cache, context)
-        _, logits = forward(model, cache, tokens, TREE, GROUPS)
+        decoder.engine.prefill(cache, context)
+        _, logits = forward(decoder, cache, tokens, TREE, GROUPS)
         for row, path in zip(logits, paths, strict=True):
             want = plain(torch.cat([context, torch.tensor(path)])[None]).logits[0, -1]
             torch.testing.assert_close(row[:SAT], want[:SAT], rtol=1e-4, atol=1e-4)
@@ -252,15 +251,16 @@ def test_every_row_of_a_pass_is_the_end_of_a_plain_sequence(tmp_path, family, re
 @pytest.mark.parametrize("family", WINDOWED)
 @torch.inference_mode()
 def test_a_row_has_the_same_bits_beside_any_others(tmp_path, family):
-    model = load(checkpoint(tmp_path, FAMILIES[family]), "float32", "cpu", engine="transformers")
-    assert probe_rows(model).stable
+    folder = checkpoint(tmp_path, FAMILIES[family])
+    decoder = Decoder.load(folder, "float32", "cpu", engine="transformers")
+    assert decoder.engine.row_policy.stable
     tokens = torch.randint(SAT, (72,), generator=torch.Generator().manual_seed(1))
-    cache = new_cache(model, 128)
+    cache = decoder.engine.new_cache(128)
     one_by_one = []
     for size in (1, 5):
-        prefill(model, cache, tokens[:12])
+        decoder.engine.prefill(cache, tokens[:12])
         for part in tokens[12:].split(size):
-            _, logits = forward(model, cache, part, make_tree("chain", size - 1))
+            _, logits = forward(decoder, cache, part, make_tree("chain", size - 1))
             one_by_one += list(logits) if size == 1 else []
             place = cache.length - 12
             assert torch.equal(logits, torch.stack(one_by_one[place : place + size]))
@@ -269,10 +269,11 @@ def test_a_row_has_the_same_bits_beside_any_others(tmp_path, family):
 
 @pytest.mark.parametrize("family", WINDOWED)
 def test_distilled_answers_of_a_batch_equal_generate(tmp_path, family):
-    model = load(checkpoint(tmp_path, FAMILIES[family]), "float32", "cpu", engine="transformers")
+    folder = checkpoint(tmp_path, FAMILIES[family])
+    decoder = Decoder.load(folder, "float32", "cpu", engine="transformers")
     prompts = [PROMPT, PROMPT[:2], PROMPT * 4]
     lm = alone(tmp_path)
-    for place, answer in answer_batch(model, prompts, [0, 1, 2], [0.0] * 3, 24, 2, 0):
+    for place, answer in answer_batch(decoder, prompts, [0, 1, 2], [0.0] * 3, 24, 2, 0):
         assert answer == generated(lm, 24, prompt=prompts[place])
 
 
@@ -300,18 +301,16 @@ def test_training_sees_what_decoding_sees(tmp_path, family):
     """SATs of an adapter, and in full mode: each is the end of a plain sequence, with its windows,
     caps and scales.
     """
-    plain = load(
-        checkpoint(tmp_path, narrow(family), sat=False), "float32", "cpu", engine="transformers"
-    )
+    plain = load(checkpoint(tmp_path, narrow(family), sat=False), "float32", "cpu")
     batch = sat_batch(sequences(), 3, 6, 0.8, [torch.Generator().manual_seed(i) for i in range(4)])
     lm = alone(tmp_path)
     of_full_mode = expected_of(
         batch, lambda ids, sats: lm(torch.cat([ids, torch.full((sats,), SAT)])[None]).logits[0, -1]
     )
     torch.testing.assert_close(
-        joint_logits(plain.model, SAT, batch)[0], of_full_mode, rtol=1e-4, atol=1e-4
+        joint_logits(plain.lm, SAT, batch)[0], of_full_mode, rtol=1e-4, atol=1e-4
     )
-    adapted = with_adapter(lm, k=3, strength=0.3)
+    adapted = with_adapter(lm, k=3, strength=0.3).model
     scale = getattr(lm.get_input_embeddings(), "embed_scale", 1)
     sat = adapted.adapter.sat_embedding * scale
 
@@ -330,9 +329,7 @@ def test_training_sees_what_decoding_sees(tmp_path, family):
 def test_trained_here_and_decoded_exactly(tmp_path, family, mode):
     base = tmp_path / "base"
     out = tmp_path / "out"
-    model = load(
-        checkpoint(base, FAMILIES[family], sat=False), "float32", "cpu", engine="transformers"
-    )
+    model = load(checkpoint(base, FAMILIES[family], sat=False), "float32", "cpu")
     of_adapter = dict(rank=2, head=8) if mode == "adapter" else {}
     settings = dict(
         steps=2,
@@ -346,11 +343,11 @@ def test_trained_here_and_decoded_exactly(tmp_path, family, mode):
         **of_adapter,
     )
     train(model, sequences(), out, TrainConfig(**settings))
-    trained = load(str(out), "float32", "cpu", engine="transformers")
+    trained = Decoder.load(str(out), "float32", "cpu", engine="transformers")
     trained.costs = COSTS
     lm = alone(base if mode == "adapter" else out)
     ids = torch.tensor([PROMPT])
-    never = [trained.sat.token_id] if mode == "full" else None
+    never = [trained.model.sat.token_id] if mode == "full" else None
     want = lm.generate(
         ids,
         max_new_tokens=40,
@@ -360,7 +357,7 @@ def test_trained_here_and_decoded_exactly(tmp_path, family, mode):
     )
     for strategy in ("two-step", "one-pass", "auto"):
         config = DecodeConfig(3, 40, (2, 2, 1), strategy=strategy)
-        assert generate(trained, PROMPT, config).token_ids == want[0, len(PROMPT) :].tolist()
+        assert trained.generate(PROMPT, config).token_ids == want[0, len(PROMPT) :].tolist()
 
 
 def test_masks_of_layers_brute_force():
@@ -482,13 +479,13 @@ def test_the_native_engine_leaves_what_it_does_not_compute_to_transformers(
     with one_line_error("engine=native", reason):
         load(folder, "float32", "cpu", engine="native")
     with pytest.warns(UserWarning, match="transformers' modules"):
-        model = load(folder, "float32", "cpu")
-    assert generate(model, PROMPT, DecodeConfig(3, 30)).token_ids == generated(alone(folder), 30)
+        decoder = load(folder, "float32", "cpu")
+    assert decoder.generate(PROMPT, DecodeConfig(3, 30)).token_ids == generated(alone(folder), 30)
 
 
 def test_a_window_does_not_end_the_context_and_the_positions_do(tmp_path):
     config = MistralConfig(**{**COMMON, "max_position_embeddings": 64}, sliding_window=WINDOW)
-    model = load(checkpoint(tmp_path, config), "float32", "cpu", engine="transformers")
-    assert generate(model, PROMPT, DecodeConfig(3, 57)).token_ids == generated(alone(tmp_path), 57)
+    decoder = load(checkpoint(tmp_path, config), "float32", "cpu", engine="transformers")
+    assert decoder.generate(PROMPT, DecodeConfig(3, 57)).token_ids == generated(alone(tmp_path), 57)
     with one_line_error("max_new_tokens=58", "64"):
-        generate(model, PROMPT, DecodeConfig(0, 58))
+        decoder.generate(PROMPT, DecodeConfig(0, 58))

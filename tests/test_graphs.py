@@ -7,18 +7,16 @@ import warnings
 
 import pytest
 import torch
-from conftest import CHARACTERS, tiny_llama, tiny_tokenizer, with_adapter
+from conftest import CHARACTERS, forward, tiny_llama, tiny_tokenizer, with_adapter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.decoding.loop import generate, next_logits
+from sdsat.decoding.loop import Decoder
 from sdsat.engines import graphs as recording
 from sdsat.engines.cache import SlotCache
 from sdsat.engines.graphs import MAX_CACHES, SLOTS, Graphs, eager, padded
-from sdsat.engines.transformers import forward, new_cache, prefill
 from sdsat.method.costs import CONTEXTS, COUNTS, CostCurve
 from sdsat.method.tree import make_tree
-from sdsat.models.loading import load
 
 PROMPTS = ([1, 5, 9, 2, 7], [3], [8, 4, 4, 11, 60, 2, 9, 33, 17, 5, 6])
 NUCLEUS = SamplingConfig(temperature=1.0, top_k=10, top_p=0.95, seed=3)
@@ -55,13 +53,13 @@ class Counting:
 
 
 def recorded_model(capture=eager, **settings):
-    model = with_adapter(tiny_llama(), k=5, **settings)
-    model.graphs = Graphs(Counting(capture))
-    return model
+    decoder = with_adapter(tiny_llama(), k=5, **settings)
+    decoder.engine.graphs = Graphs(Counting(capture))
+    return decoder
 
 
 @pytest.fixture
-def model():
+def decoder():
     return recorded_model(head=6)
 
 
@@ -69,107 +67,110 @@ def config(num_tokens=24, **settings):
     return DecodeConfig(**settings, max_new_tokens=num_tokens)
 
 
-def storage(model):
-    (kept,) = model.graphs.free
+def storage(decoder):
+    (kept,) = decoder.engine.graphs.free
     return kept
 
 
 @pytest.mark.parametrize(("capture", "head"), [(eager, 0), (eager, 6), (traced, 6)])
 def test_many_generations_on_one_cache_equal_those_without_graphs(capture, head):
     plain = with_adapter(tiny_llama(), k=5, head=head)
-    model = recorded_model(capture, head=head)
-    model.costs = CostCurve(
+    decoder = recorded_model(capture, head=head)
+    decoder.costs = CostCurve(
         *([[1 + n / 8 for n in COUNTS] for _ in CONTEXTS] for _ in range(2)), 0.01
     )
     for sampling in (SamplingConfig(), NUCLEUS):
         for prompt in PROMPTS:
-            want = generate(plain, prompt, config(sampling=sampling)).token_ids
+            want = plain.generate(prompt, config(sampling=sampling)).token_ids
             for settings in CONFIGS:
                 assert (
-                    generate(model, prompt, config(sampling=sampling, **settings)).token_ids == want
+                    decoder.generate(prompt, config(sampling=sampling, **settings)).token_ids
+                    == want
                 ), (prompt, settings)
-    kept = storage(model)
+    kept = storage(decoder)
     assert kept.num_slots == kept.layers[0].keys.shape[2] == SLOTS
-    assert len(kept.graphs) == model.graphs.capture.count < 60
+    assert len(kept.graphs) == decoder.engine.graphs.capture.count < 60
 
 
 def test_a_full_model_without_adapter():
     settings = dict(k=3, strategy="one-pass", budget=16)
     plain = with_adapter(tiny_llama(), k=5)
-    model = recorded_model()
-    for each in (plain, model):
-        each.adapter.detach()
-        each.adapter = None
-        each.sat = SatConfig(40, 5)
+    decoder = recorded_model()
+    for each in (plain, decoder):
+        each.model.adapter.detach()
+        each.model.adapter = None
+        each.model.sat = SatConfig(40, 5)
     for prompt in PROMPTS:
         assert (
-            generate(model, prompt, config(**settings)).token_ids
-            == generate(plain, prompt, config()).token_ids
+            decoder.generate(prompt, config(**settings)).token_ids
+            == plain.generate(prompt, config()).token_ids
         )
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e9])
-def test_what_a_cache_held_before_does_not_leak(model, poison):
+def test_what_a_cache_held_before_does_not_leak(decoder, poison):
     settings = config(k=3, strategy="one-pass", budget=16)
-    want = [generate(model, prompt, settings).token_ids for prompt in PROMPTS]
+    want = [decoder.generate(prompt, settings).token_ids for prompt in PROMPTS]
     for prompt, tokens in zip(PROMPTS, want, strict=True):
-        for layer in storage(model).layers:
+        for layer in storage(decoder).layers:
             layer.keys.fill_(poison)
             layer.values.fill_(poison)
-        assert generate(model, prompt, settings).token_ids == tokens
+        assert decoder.generate(prompt, settings).token_ids == tokens
 
 
-def test_logits_have_the_same_bits_on_a_new_cache_and_on_a_used_one(model):
+def test_logits_have_the_same_bits_on_a_new_cache_and_on_a_used_one(decoder):
     ids = [1, 5, 9, 2, 7, 3]
     settings = config()
-    first = next_logits(model, ids, 3, settings)
+    first = decoder.next_logits(ids, 3, settings)
     kept = first.clone()
-    generate(model, PROMPTS[2], config(k=5, tree="paper"))
-    again = next_logits(model, ids, 3, settings)
+    decoder.generate(PROMPTS[2], config(k=5, tree="paper"))
+    again = decoder.next_logits(ids, 3, settings)
     assert torch.equal(first, kept)  # a result is not overwritten by later passes
     assert torch.equal(first, again)
 
 
-def test_a_generation_inside_another_has_a_cache_of_its_own(model):
-    want = generate(model, PROMPTS[0], config()).token_ids
+def test_a_generation_inside_another_has_a_cache_of_its_own(decoder):
+    want = decoder.generate(PROMPTS[0], config()).token_ids
     inner = []
 
     def on_tokens(tokens, accepted):
-        inner.append(generate(model, PROMPTS[2], config(8, k=3)).token_ids)
+        inner.append(decoder.generate(PROMPTS[2], config(8, k=3)).token_ids)
 
-    assert generate(model, PROMPTS[0], config(k=3), on_tokens).token_ids == want
+    assert decoder.generate(PROMPTS[0], config(k=3), on_tokens).token_ids == want
     assert all(tokens == inner[0] for tokens in inner)
-    assert len(model.graphs.free) == 2
+    assert len(decoder.engine.graphs.free) == 2
 
 
-def test_caches_are_bounded_and_reused(model):
+def test_caches_are_bounded_and_reused(decoder):
     gc.disable()  # giving back must not wait for it
     try:
         for length in range(1, 7):
-            new_cache(model, length * SLOTS - 32)
-        assert [kept.num_slots for kept in model.graphs.free] == [n * SLOTS for n in range(3, 7)]
-        assert len(model.graphs.free) == MAX_CACHES
-        cache = new_cache(model, 4 * SLOTS - 100)
-        assert [kept.num_slots // SLOTS for kept in model.graphs.free] == [3, 5, 6]
+            decoder.engine.new_cache(length * SLOTS - 32)
+        assert [kept.num_slots for kept in decoder.engine.graphs.free] == [
+            n * SLOTS for n in range(3, 7)
+        ]
+        assert len(decoder.engine.graphs.free) == MAX_CACHES
+        cache = decoder.engine.new_cache(4 * SLOTS - 100)
+        assert [kept.num_slots // SLOTS for kept in decoder.engine.graphs.free] == [3, 5, 6]
         assert cache.num_slots == 4 * SLOTS
     finally:
         gc.enable()
 
 
-def test_graphs_are_bounded_and_the_one_not_used_for_longest_goes(model, monkeypatch):
-    want = generate(model, PROMPTS[0], config()).token_ids
-    storage(model).graphs.clear()
+def test_graphs_are_bounded_and_the_one_not_used_for_longest_goes(decoder, monkeypatch):
+    want = decoder.generate(PROMPTS[0], config()).token_ids
+    storage(decoder).graphs.clear()
     monkeypatch.setattr(recording, "MAX_GRAPHS", 2)
     for settings in CONFIGS[:4]:
-        assert generate(model, PROMPTS[0], config(**settings)).token_ids == want
-        assert len(storage(model).graphs) <= 2
-    count = model.graphs.capture.count
-    held = storage(model).graphs
-    generate(model, PROMPTS[0], config())  # one shape
+        assert decoder.generate(PROMPTS[0], config(**settings)).token_ids == want
+        assert len(storage(decoder).graphs) <= 2
+    count = decoder.engine.graphs.capture.count
+    held = storage(decoder).graphs
+    decoder.generate(PROMPTS[0], config())  # one shape
     last = list(held)[-1]
-    assert model.graphs.capture.count <= count + 1
-    generate(model, PROMPTS[0], config(2, k=1))  # others
-    generate(model, PROMPTS[0], config())
+    assert decoder.engine.graphs.capture.count <= count + 1
+    decoder.generate(PROMPTS[0], config(2, k=1))  # others
+    decoder.generate(PROMPTS[0], config())
     assert list(held)[-1] == last
 
 
@@ -194,16 +195,16 @@ def test_shapes_are_few():
 
 
 @pytest.mark.parametrize("sats", [0, 3])
-def test_a_pass_equals_the_one_without_graphs(model, sats):
+def test_a_pass_equals_the_one_without_graphs(decoder, sats):
     plain = with_adapter(tiny_llama(), k=5, head=6)
     tree = make_tree((2, 1), 2)
-    tokens = torch.tensor([7, 8, 9, 10, 11, *[model.sat.token_id] * sats])
+    tokens = torch.tensor([7, 8, 9, 10, 11, *[decoder.model.sat.token_id] * sats])
     groups = ((2, sats),) if sats else ()
     results = []
     with torch.inference_mode():
-        for each in (plain, model, model):
-            cache = new_cache(each, 100)
-            prefill(each, cache, torch.tensor(PROMPTS[2]))
+        for each in (plain, decoder, decoder):
+            cache = each.engine.new_cache(100)
+            each.engine.prefill(cache, torch.tensor(PROMPTS[2]))
             forward(each, cache, tokens, tree, groups)
             cache.commit((0, 3))
             results.append(forward(each, cache, tokens, tree, groups))
@@ -213,24 +214,24 @@ def test_a_pass_equals_the_one_without_graphs(model, sats):
     assert torch.equal(results[1][1], results[2][1])
 
 
-def test_a_pass_outside_inference_mode(model):
+def test_a_pass_outside_inference_mode(decoder):
     with torch.no_grad():
-        want = next_logits.__wrapped__(model, PROMPTS[0], 2, config())
-    assert torch.equal(next_logits(model, PROMPTS[0], 2, config()), want)
+        want = Decoder.next_logits.__wrapped__(decoder, PROMPTS[0], 2, config())
+    assert torch.equal(decoder.next_logits(PROMPTS[0], 2, config()), want)
     with torch.no_grad():
-        assert torch.equal(next_logits.__wrapped__(model, PROMPTS[0], 2, config()), want)
+        assert torch.equal(Decoder.next_logits.__wrapped__(decoder, PROMPTS[0], 2, config()), want)
 
 
-def test_where_recording_fails_passes_run_without(model):
+def test_where_recording_fails_passes_run_without(decoder):
     def failing(step):
         step()
         raise RuntimeError(
             "operation not permitted when stream is capturing\nCUDA kernel errors ..."
         )
 
-    want = generate(model, PROMPTS[0], config()).token_ids
-    assert model.engine_name == "cuda graphs"
-    model.graphs = Graphs(failing)
+    want = decoder.generate(PROMPTS[0], config()).token_ids
+    assert decoder.engine.name == "cuda graphs"
+    decoder.engine.graphs = Graphs(failing)
     with pytest.warns(
         UserWarning,
         match=(
@@ -238,19 +239,19 @@ def test_where_recording_fails_passes_run_without(model):
             "capturing$"
         ),
     ):
-        assert generate(model, PROMPTS[0], config(k=3)).token_ids == want
-    assert model.engine_name == "transformers"
+        assert decoder.generate(PROMPTS[0], config(k=3)).token_ids == want
+    assert decoder.engine.name == "transformers"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert generate(model, PROMPTS[0], config(k=3)).token_ids == want
+        assert decoder.generate(PROMPTS[0], config(k=3)).token_ids == want
 
 
 def test_off_on_a_cpu(tmp_path):
     tiny_llama(torch.float32).save_pretrained(tmp_path)
     tiny_tokenizer(CHARACTERS).save_pretrained(tmp_path)
-    model = load(str(tmp_path), device="cpu", engine="transformers", graphs=True)
-    assert model.graphs is None
-    cache = new_cache(model, 100)
+    decoder = Decoder.load(str(tmp_path), device="cpu", engine="transformers", graphs=True)
+    assert decoder.engine.graphs is None
+    cache = decoder.engine.new_cache(100)
     assert isinstance(cache, SlotCache)
     assert cache.num_slots == 100
     assert cache.graphs is None

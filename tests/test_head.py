@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from sdsat.config import MAX_ROWS, SamplingConfig, TrainConfig
 from sdsat.engines import drafting
-from sdsat.engines.drafting import draft_tokens
 from sdsat.method.sampling import choose, support
 from sdsat.method.tree import from_branching, from_widths
 from sdsat.models import head as heads
 from sdsat.models.adapter import load
-from sdsat.models.loading import SatModel
+from sdsat.models.sat_model import SatModel
+from sdsat.training import loss
 from sdsat.training.loop import train
 from sdsat.training.loss import predict, sat_batch, sat_states
 from sdsat.training.shards import Sequence
@@ -30,8 +30,8 @@ def children_of(model, state, logits, token, index, sampling, count, size):
 
     Where the filters leave fewer, those: what fills a tree up then can never be drawn.
     """
-    move = model.head(state[None], model.model.get_input_embeddings().weight[token][None])[0]
-    moved = model.model.get_output_embeddings()(state + move)
+    move = model.head(state[None], model.lm.get_input_embeddings().weight[token][None])[0]
+    moved = model.lm.get_output_embeddings()(state + move)
     dropped = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, logits.topk(size).indices, False)
     ranked = moved.masked_fill(dropped, float("-inf"))[None]
     left = (
@@ -52,18 +52,18 @@ def children_of(model, state, logits, token, index, sampling, count, size):
 def test_every_node_gets_the_best_given_its_parent(seed, widths, branching, sampling):
     assume(math.prod(widths) < MAX_ROWS / 2)
     tree = from_branching(widths) if branching else from_widths(widths)
-    model = with_adapter(tiny_llama(seed=seed % 3), k=4, seed=seed, head=7)
+    decoder = with_adapter(tiny_llama(seed=seed % 3), k=4, seed=seed, head=7)
+    model = decoder.model
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(
-        len(widths), model.model.config.hidden_size, generator=generator, dtype=torch.float64
+        len(widths), model.config.hidden_size, generator=generator, dtype=torch.float64
     )
-    logits = model.model.get_output_embeddings()(states)
+    logits = model.lm.get_output_embeddings()(states)
     index = torch.arange(3, 3 + len(widths))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "SHORTLIST", 12)
-        tokens, likely = draft_tokens(
-            model, torch.tensor([9]), states, logits, 3, tree, sampling
-        ).tolist()
+        found = decoder.engine.draft(torch.tensor([9]), states, logits, 3, tree, sampling)
+        tokens, likely = found.tolist()
     assert (tokens[0], likely[0]) == (9, 1)
     for node in range(1, len(tree)):
         i = tree.depths[node] - 1
@@ -114,15 +114,16 @@ def test_predictions_are_the_drafts_and_their_chances():
     """`predict`, which training logs and `inspect` rest on, takes the same best tokens as drafting
     and loses no probability.
     """
-    model = with_adapter(tiny_llama(torch.float64), k=3, strength=0.3, head=8)
+    decoder = with_adapter(tiny_llama(torch.float64), k=3, strength=0.3, head=8)
+    model = decoder.model
     (sequence,) = random_sequences([12])
     batch = sat_batch([sequence], 3, 4, 1.0, [torch.Generator().manual_seed(0)])
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        for module in (heads, drafting):
+        for module in (loss, drafting):
             patch.setattr(module, "SHORTLIST", 12)
         got = predict(model, batch)
         states, _ = sat_states(model, batch)
-        own = model.model.get_output_embeddings()(states)
+        own = model.lm.get_output_embeddings()(states)
         for i, before in enumerate(batch.before.tolist()):
             tree = from_widths((1,))
             given = (
@@ -133,7 +134,7 @@ def test_predictions_are_the_drafts_and_their_chances():
                 tree,
                 SamplingConfig(),
             )
-            tokens, likely = draft_tokens(model, *given)
+            tokens, likely = decoder.engine.draft(*given)
             assert got[i].argmax() == tokens[1]
             short = own[i].topk(12).indices
             torch.testing.assert_close(likely[1], got[i][short].softmax(-1).max())

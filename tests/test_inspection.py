@@ -6,13 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import one_line_error, tiny_llama, with_adapter
+from conftest import decoder_of, one_line_error, tiny_llama, with_adapter
 from rich.console import Console
 
 from sdsat.config import DecodeConfig
-from sdsat.decoding.loop import generate
 from sdsat.evaluation.inspection import findings, inspect, inspection_table
-from sdsat.models.loading import SatModel
 from sdsat.training.evaluate import evaluate
 from sdsat.training.loss import predict
 from sdsat.training.shards import Sequence
@@ -22,20 +20,20 @@ GIVEN = ([4, 8] * 10, [6] * 20)
 
 
 def test_own_output_is_what_ar_writes():
-    model = with_adapter(tiny_llama(torch.float32), k=3, strength=0.1)
-    found = inspect(model, list(zip(PROMPTS, GIVEN, strict=True)), max_new_tokens=16, anchors=8)
-    answers = [generate(model, prompt, DecodeConfig(0, 16)).token_ids for prompt in PROMPTS]
+    decoder = with_adapter(tiny_llama(torch.float32), k=3, strength=0.1)
+    found = inspect(decoder, list(zip(PROMPTS, GIVEN, strict=True)), max_new_tokens=16, anchors=8)
+    answers = [decoder.generate(prompt, DecodeConfig(0, 16)).token_ids for prompt in PROMPTS]
     for name, texts in (("own", answers), ("given", [answer[:16] for answer in GIVEN])):
         sequences = [
             Sequence(torch.tensor(p + t), len(p)) for p, t in zip(PROMPTS, texts, strict=True)
         ]
         assert found[name] == evaluate(
-            partial(predict, model), sequences, 3, torch.device("cpu"), 8
+            partial(predict, decoder.model), sequences, 3, torch.device("cpu"), 8
         )
     loops = [
         n
         for prompt in PROMPTS
-        for n in generate(model, prompt, DecodeConfig(3, 16)).accepted_lengths
+        for n in decoder.generate(prompt, DecodeConfig(3, 16)).accepted_lengths
     ]
     assert found["decoding"]["accepted_per_loop"] == pytest.approx(
         sum(loops) / len(loops), abs=1e-4
@@ -70,4 +68,4 @@ def test_findings_name_the_fault(own, given, training, starts):
 
 def test_a_model_without_sats_is_refused():
     with one_line_error("model=plain", "no SAT"):
-        inspect(SatModel(tiny_llama(), None, "plain"), [])
+        inspect(decoder_of(tiny_llama(), name="plain"), [])

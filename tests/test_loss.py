@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import one_line_error, random_sequences, tiny_llama, with_adapter
+from conftest import adapted, one_line_error, random_sequences, tiny_llama
 
 from sdsat.training.evaluate import evaluate
 from sdsat.training.loss import (
@@ -21,7 +21,7 @@ def ranked_anew(model, state, logits, before):
     """[V] logits of a SAT once its draft head knows the token before: its best tokens by the moved
     state, no others.
     """
-    embedding = model.model.get_input_embeddings().weight
+    embedding = model.lm.get_input_embeddings().weight
     head = model.head
 
     def normed(x):
@@ -31,7 +31,7 @@ def ranked_anew(model, state, logits, before):
     moved = state + head.outer.to(state) @ (inner * inner.sigmoid())
     best = logits.topk(20).indices
     return torch.full_like(logits, float("-inf")).index_put(
-        (best,), model.model.get_output_embeddings().weight[best] @ moved
+        (best,), model.lm.get_output_embeddings().weight[best] @ moved
     )
 
 
@@ -45,17 +45,17 @@ def brute_force_loss(model, adapter, sequences, batch, soft, decay):
             if label == IGNORED:
                 continue
             assert label == sequence.ids[anchor + depth + 1]
-            standard = model.model.get_input_embeddings()(sequence.ids[: anchor + 1])
+            standard = model.lm.get_input_embeddings()(sequence.ids[: anchor + 1])
             sats = adapter.sat_embedding.expand(depth, -1)
             length = anchor + 1 + depth
             mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
             with adapter.on_rows(anchor + 1, length):
                 inputs = torch.cat([standard, sats])[None]
-                state = model.model.base_model(
+                state = model.lm.base_model(
                     inputs_embeds=inputs, attention_mask=mask
                 ).last_hidden_state[0, -1]
-            logits = model.model.get_output_embeddings()(state)
-            teacher = model.model(sequence.ids[None, :length], attention_mask=mask).logits[0, -1]
+            logits = model.lm.get_output_embeddings()(state)
+            teacher = model.lm(sequence.ids[None, :length], attention_mask=mask).logits[0, -1]
             hard = torch.nn.functional.cross_entropy(logits, torch.tensor(label))
             distilled = torch.nn.functional.cross_entropy(logits, teacher.softmax(-1))
             total = total + decay ** (depth - 1) * ((1 - soft) * hard + soft * distilled)
@@ -73,8 +73,8 @@ def brute_force_loss(model, adapter, sequences, batch, soft, decay):
     ("soft", "decay", "head"), [(0.0, 1.0, 0), (1.0, 1.0, 0), (0.3, 0.7, 0), (0.0, 0.7, 6)]
 )
 def test_loss_and_gradients_equal_brute_force(soft, decay, head, monkeypatch):
-    monkeypatch.setattr("sdsat.models.head.SHORTLIST", 20)
-    model = with_adapter(tiny_llama(), k=3, head=head, strength=0.3)
+    monkeypatch.setattr("sdsat.training.loss.SHORTLIST", 20)
+    model = adapted(tiny_llama(), k=3, head=head, strength=0.3)
     adapter = model.adapter.requires_grad_(True)
     sequences = random_sequences([9, 13, 6])
     batch = sat_batch(
@@ -166,7 +166,7 @@ def test_evaluate_needs_a_target():
 
 def test_evaluate_reads_the_drafts_of_a_chain():
     """Its drafts are the ones that decoding proposes after the same tokens."""
-    model = with_adapter(tiny_llama(torch.float32), k=3, strength=0.3)
+    model = adapted(tiny_llama(torch.float32), k=3, strength=0.3)
     prompt = torch.tensor([5, 9, 2, 7])
     batch = SatBatch(
         prompt[None],
@@ -176,7 +176,7 @@ def test_evaluate_reads_the_drafts_of_a_chain():
     sats = torch.full((3,), model.sat.token_id)
     mask = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
     with model.sat_rows(4, 7):
-        want = model.model(
+        want = model.lm(
             inputs_embeds=model.embed(torch.cat([prompt, sats])[None]), attention_mask=mask
         ).logits[0, 4:]
     torch.testing.assert_close(predict(model, batch), want, rtol=1e-4, atol=1e-4)

@@ -12,14 +12,14 @@ from conftest import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_ada
 from transformers import GPT2Config
 
 from sdsat.config import DecodeConfig, SatConfig
-from sdsat.decoding.loop import generate
-from sdsat.engines.base import RowPolicy
+from sdsat.decoding.loop import Decoder
+from sdsat.engines.base import RowPolicy, probe_rows
 from sdsat.engines.cache import SlotCache, pass_mask
-from sdsat.engines.transformers import probe_rows
 from sdsat.files import read_json
 from sdsat.models import adapter as adapters
 from sdsat.models.adapter import AdapterConfig, SatAdapter, sample_weights
-from sdsat.models.loading import SatModel, load
+from sdsat.models.loading import load
+from sdsat.models.sat_model import SatModel
 
 PIECES = ["<unk>", *(f"t{n} " for n in range(1, VOCAB))]
 
@@ -53,11 +53,11 @@ def test_a_local_directory(local, dtype, loaded):
     assert model.device == torch.device("cpu")
     assert (model.stop_ids, model.max_context) == ((3,), 512)
     want = tiny_llama(torch.float32).to(loaded).state_dict()
-    assert all(torch.equal(tensor, want[name]) for name, tensor in model.model.state_dict().items())
-    assert not model.model.training
-    assert not any(parameter.requires_grad for parameter in model.model.parameters())
+    assert all(torch.equal(tensor, want[name]) for name, tensor in model.lm.state_dict().items())
+    assert not model.lm.training
+    assert not any(parameter.requires_grad for parameter in model.lm.parameters())
     assert model.tokenizer.decode([5, 7]) == "t5 t7 "
-    out = generate(model, [1, 5, 9], DecodeConfig(0, 8))
+    out = Decoder(model).generate([1, 5, 9], DecodeConfig(0, 8))
     # special tokens aren't shown
     assert out.text == "".join(PIECES[token] for token in out.token_ids if token)
 
@@ -79,8 +79,8 @@ def test_an_adapter_directory(local, adapter_dir, dtype):
     base = load(str(local), dtype, "cpu")
     assert (model.name, model.sat) == (str(adapter_dir), SatConfig(VOCAB, 3))
     assert model.adapter.sat_embedding.dtype == model.dtype == base.dtype
-    want = generate(base, [1, 5, 9], DecodeConfig(0, 24))
-    out = generate(model, [1, 5, 9], DecodeConfig(3, 24))
+    want = Decoder(base).generate([1, 5, 9], DecodeConfig(0, 24))
+    out = Decoder(model).generate([1, 5, 9], DecodeConfig(3, 24))
     assert out.token_ids == want.token_ids
     assert out.text == want.text
     sats = dict(
@@ -88,8 +88,8 @@ def test_an_adapter_directory(local, adapter_dir, dtype):
         attention_mask=torch.ones(1, 1, 1, 1).bool(),
     )
     with model.sat_rows(0, 1):
-        updated = model.model(**sats).logits
-    assert not torch.equal(updated, model.model(**sats).logits)  # it is attached
+        updated = model.lm(**sats).logits
+    assert not torch.equal(updated, model.lm(**sats).logits)  # it is attached
 
 
 def test_an_adapter_of_another_base_or_of_another_format(local, adapter_dir):
@@ -216,7 +216,7 @@ def logits_in_passes_of(model, tokens, rows, policy):
     """[S, V] logits of the tokens fed `rows` at a time, each pass padded as the policy says by rows
     that see themselves.
     """
-    cache = SlotCache(model.model.config.num_hidden_layers, 192)
+    cache = SlotCache(model.num_layers, 192)
     parts = []
     for part in tokens.split(rows):
         count = policy.rows(len(part))
@@ -226,7 +226,7 @@ def logits_in_passes_of(model, tokens, rows, policy):
         ids[: len(part)] = part
         positions = (cache.length + torch.arange(count))[None]
         mask = pass_mask(cache, within)
-        logits = model.model(
+        logits = model.lm(
             ids[None], attention_mask=mask, position_ids=positions, past_key_values=cache
         ).logits
         parts.append(logits[0, : len(part)])
@@ -237,9 +237,10 @@ def logits_in_passes_of(model, tokens, rows, policy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_probed_policy_keeps_its_promise(dtype):
     """On other tokens, and further into the context, than it was probed with."""
-    model = with_adapter(tiny_llama(dtype))
-    policy = probe_rows(model)
-    assert model.row_policy is policy is probe_rows(model)
+    decoder = with_adapter(tiny_llama(dtype))
+    model = decoder.model
+    policy = decoder.engine.row_policy
+    assert decoder.engine.row_policy is policy
     tokens = torch.randint(VOCAB, (30,), generator=torch.Generator().manual_seed(1))
     want = logits_in_passes_of(model, tokens, 1, policy)
     for rows in (*range(2, 17), 20, 24, 29):
@@ -253,21 +254,23 @@ def test_probed_policy_keeps_its_promise(dtype):
 )
 def test_probe_finds_the_cheapest_padding(smallest_stable, minimum):
     """A model whose logits change when a pass has fewer rows than some number."""
-    model = with_adapter(tiny_llama())
-    model.model.lm_head.register_forward_hook(
+    decoder = with_adapter(tiny_llama())
+    decoder.model.lm.lm_head.register_forward_hook(
         lambda module, inputs, logits: torch.full_like(
             logits, max(0, smallest_stable - logits.shape[-2])
         )
     )
-    policy = probe_rows(model)
+    policy = probe_rows(decoder.engine)
     assert (policy.minimum, policy.stable) == (minimum, True)
 
 
 def test_probe_says_when_nothing_is_stable():
-    model = with_adapter(tiny_llama())
+    decoder = with_adapter(tiny_llama())
     calls = iter(range(10**6))
-    model.model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + next(calls))
-    assert not probe_rows(model).stable
+    decoder.model.lm.lm_head.register_forward_hook(
+        lambda module, inputs, logits: logits + next(calls)
+    )
+    assert not probe_rows(decoder.engine).stable
 
 
 def test_read_json(tmp_path):

@@ -7,7 +7,9 @@ import ctypes
 import math
 import os
 import platform
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line_error, tiny_llama, tiny_tokenizer
+from conftest import decoder_of, forward, one_line_error, tiny_llama, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -33,20 +35,18 @@ from transformers import (
 import sdsat
 from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.engines import drafting
-from sdsat.engines.base import RowPolicy
-from sdsat.engines.drafting import draft_tokens
+from sdsat.engines.base import RowPolicy, probe_rows
 from sdsat.engines.native import bindings, weights
 from sdsat.engines.native.bindings import Unavailable
-from sdsat.engines.native.weights import NativeEngine
-from sdsat.engines.transformers import forward, new_cache, prefill, probe_rows
+from sdsat.engines.native.engine import NativeEngine
 from sdsat.method.layout import Layout
 from sdsat.method.sampling import as_seed, choose, gumbel_noise
 from sdsat.method.tree import DraftTree, make_tree
 from sdsat.models import attention
 from sdsat.models.adapter import AdapterConfig, SatAdapter
-from sdsat.models.loading import SatModel, load
+from sdsat.models.sat_model import SatModel
 
 VOCAB = 75
 SIZES = dict(hidden_size=64, intermediate_size=96, head_dim=32)
@@ -106,12 +106,11 @@ def random_lm(name, dtype=FLOAT):
 
 def natively(lm, adapter=None):
     model = SatModel(lm, None, "tiny", adapter and adapter.config.sat, adapter)
-    model.native = NativeEngine(lm, adapter, model.max_context)
-    return model
+    return Decoder(model, NativeEngine(model))
 
 
 @cache
-def model_of(
+def decoder_with(
     name,
     dtype,
     targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -131,27 +130,26 @@ def model_of(
     return natively(lm, adapter)
 
 
-def without_native(model):
+def without_native(decoder):
     """The same model on transformers' modules."""
-    plain = copy.copy(model)
-    plain.native = plain.row_policy = None
-    return plain
+    model = decoder.model
+    return decoder_of(model.lm, sat=model.sat, adapter=model.adapter)
 
 
 def chain(count):
     return make_tree("chain", count - 1)
 
 
-def in_passes(model, tokens, sizes):
+def in_passes(decoder, tokens, sizes):
     """[S, V] logits of passes of so many tokens in turn, each committed; sizes[0] is the prefill's,
     which gives none.
     """
-    cache = new_cache(model, len(tokens) + 1)
+    cache = decoder.engine.new_cache(len(tokens) + 1)
     parts = tokens.split(sizes)
-    prefill(model, cache, parts[0])
+    decoder.engine.prefill(cache, parts[0])
     logits = []
     for part in parts[1:]:
-        logits.append(forward(model, cache, part, chain(len(part)))[1])
+        logits.append(forward(decoder, cache, part, chain(len(part)))[1])
         cache.commit(tuple(range(len(part))))
     return torch.cat(logits)
 
@@ -215,11 +213,11 @@ def test_logits_in_8_bits_are_those_of_rounded_weights_and_rows(name, rows):
     """
     lm = random_lm(name)
     tokens = TOKENS[: 40 + rows]
-    model = natively(lm)
-    cache = new_cache(model, len(tokens))
-    prefill(model, cache, tokens[:40])
-    got = forward(model, cache, tokens[40:], chain(rows), rounded=True)[1]
-    before = forward(model, cache, tokens[40:], chain(rows))[1]
+    decoder = natively(lm)
+    cache = decoder.engine.new_cache(len(tokens))
+    decoder.engine.prefill(cache, tokens[:40])
+    got = forward(decoder, cache, tokens[40:], chain(rows), int8=True)[1]
+    before = forward(decoder, cache, tokens[40:], chain(rows))[1]
     other = random_lm(name)
     other.set_attn_implementation("sdpa")
     past = other(tokens[None, :40], use_cache=True).past_key_values
@@ -240,8 +238,10 @@ def test_a_linear_layer_in_8_bits(name, rows):
     unseen.
     """
     lm = random_lm(name)
-    model = natively(lm)
-    states, got = forward(model, new_cache(model, rows), TOKENS[:rows], chain(rows), rounded=True)
+    decoder = natively(lm)
+    states, got = forward(
+        decoder, decoder.engine.new_cache(rows), TOKENS[:rows], chain(rows), int8=True
+    )
     inputs = rows_in_8_bits(None, [states.double()])
     head = lm.get_output_embeddings()
     want = inputs @ in_8_bits(head.weight).double().T + (
@@ -286,9 +286,9 @@ def path_to(tree, node):
 class OneByOne:
     """The oracle of bits: a cache of its own that is fed one token a pass, from the first on."""
 
-    def __init__(self, model, context):
-        self.model = model
-        self.cache = new_cache(model, len(context) + 300)
+    def __init__(self, decoder, context):
+        self.decoder = decoder
+        self.cache = decoder.engine.new_cache(len(context) + 300)
         for token in context:
             self.feed([token])
 
@@ -298,7 +298,7 @@ class OneByOne:
             self.feed([token])
         sats = [VOCAB] * sum(size for _, size in groups)
         logits = forward(
-            self.model, self.cache, torch.tensor([tokens[-1], *sats]), chain(1), groups
+            self.decoder, self.cache, torch.tensor([tokens[-1], *sats]), chain(1), groups
         )[1]
         self.cache.commit((0,))
         return logits
@@ -310,15 +310,15 @@ class OneByOne:
         return logits
 
 
-def assert_bits(model, context, rounds, generator, slots=300):
+def assert_bits(decoder, context, rounds, generator, slots=300):
     """Passes over trees, a path kept after each: every row has the bits of `OneByOne`."""
-    cache = new_cache(model, len(context) + slots)
-    oracle = OneByOne(model, context.tolist())
-    prefill(model, cache, context)
+    cache = decoder.engine.new_cache(len(context) + slots)
+    oracle = OneByOne(decoder, context.tolist())
+    decoder.engine.prefill(cache, context)
     for tree, groups in rounds:
         tokens = torch.randint(VOCAB, (len(tree),), generator=generator)
         sats = torch.full((sum(size for _, size in groups),), VOCAB)
-        logits = forward(model, cache, torch.cat([tokens, sats]), tree, groups)[1]
+        logits = forward(decoder, cache, torch.cat([tokens, sats]), tree, groups)[1]
         for node in range(len(tree)):
             assert torch.equal(logits[node], oracle.peek(tokens[path_to(tree, node)].tolist())[0])
         first = len(tree)
@@ -349,7 +349,7 @@ def assert_bits(model, context, rounds, generator, slots=300):
 def test_a_row_has_the_bits_that_it_has_alone(name, dtype, targets, context, rounds, seed):
     generator = torch.Generator().manual_seed(seed)
     context = torch.randint(VOCAB, (context,), generator=generator)
-    assert_bits(model_of(name, dtype, targets), context, rounds, generator)
+    assert_bits(decoder_with(name, dtype, targets), context, rounds, generator)
 
 
 @each_dtype
@@ -357,7 +357,7 @@ def test_a_row_has_the_bits_that_it_has_alone(name, dtype, targets, context, rou
 def test_the_same_bits_across_passes_of_the_prefill(dtype, context):
     tree = DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
     assert_bits(
-        model_of("llama", dtype),
+        decoder_with("llama", dtype),
         TOKENS[:context],
         [(tree, ((7, 2), (0, 3)))] * 2,
         torch.Generator().manual_seed(1),
@@ -366,16 +366,16 @@ def test_the_same_bits_across_passes_of_the_prefill(dtype, context):
 
 @each_dtype
 def test_the_same_bits_for_any_number_of_rows_and_threads(dtype):
-    model = model_of("groups of 5", dtype)
+    decoder = decoder_with("groups of 5", dtype)
     threads = torch.get_num_threads()
-    want = in_passes(model, TOKENS[:97], [1] * 97)
+    want = in_passes(decoder, TOKENS[:97], [1] * 97)
     for rows in (*range(2, 33), 47, 48, 95, 96):
         sizes = [1, *[rows] * (96 // rows), *([96 % rows] if 96 % rows else [])]
-        assert torch.equal(in_passes(model, TOKENS[:97], sizes), want)
+        assert torch.equal(in_passes(decoder, TOKENS[:97], sizes), want)
     try:
         for count in (2, 3):
             torch.set_num_threads(count)
-            assert torch.equal(in_passes(model, TOKENS[:97], [1, 16, 1, 79]), want)
+            assert torch.equal(in_passes(decoder, TOKENS[:97], [1, 16, 1, 79]), want)
     finally:
         torch.set_num_threads(threads)
 
@@ -386,18 +386,18 @@ def test_a_small_context_is_probed_within_its_positions():
         natively(tiny_llama(FLOAT, vocab=VOCAB, max_position_embeddings=n, **SIZES))
         for n in (100, 512)
     )
-    plain = small.native.forward
-    other = large.native.cache(512)
+    plain = small.engine.run
+    other = large.engine.new_cache(512)
 
     def both(caches, *inputs, **named):
         other.length = caches[0].length
         found = plain(caches, *inputs, **named)
-        wanted = large.native.forward([other], *inputs, **named)
+        wanted = large.engine.run([other], *inputs, **named)
         assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
         return found
 
-    small.native.forward = both
-    assert probe_rows(small).stable
+    small.engine.run = both
+    assert probe_rows(small.engine).stable
 
 
 @settings(max_examples=30, deadline=None)
@@ -410,7 +410,7 @@ def test_a_small_context_is_probed_within_its_positions():
     context=st.integers(1, 90),
 )
 def test_sat_rows_are_those_of_transformers(name, targets, one_pass, context):
-    (tree, groups), model = one_pass, model_of(name, FLOAT, targets)
+    (tree, groups), decoder = one_pass, decoder_with(name, FLOAT, targets)
     tokens = torch.cat(
         [
             TOKENS[context : context + len(tree)],
@@ -418,11 +418,11 @@ def test_sat_rows_are_those_of_transformers(name, targets, one_pass, context):
         ]
     )
     found = []
-    plain = without_native(model)
-    plain.row_policy = RowPolicy(1, 1)  # not probed: equal but for rounding whatever the padding
-    for either in (model, plain):
-        cache = new_cache(either, context + 200)
-        prefill(either, cache, TOKENS[:context])
+    plain = without_native(decoder)
+    plain.engine.row_policy = RowPolicy(1, 1)  # not probed: equal but for rounding with any padding
+    for either in (decoder, plain):
+        cache = either.engine.new_cache(context + 200)
+        either.engine.prefill(cache, TOKENS[:context])
         found.append(forward(either, cache, tokens, tree, groups))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -445,7 +445,7 @@ def test_top_is_a_sort_with_the_lower_id_first(dtype, rows, size, kinds, seed, d
         - kinds / 2
     ).to(dtype) / 7
     logits[:, data.draw(st.integers(0, size - 1))] = float("-inf")
-    values, ids = model_of("llama", dtype).native.top(logits, count)
+    values, ids = decoder_with("llama", dtype).engine.largest(logits, count)
     for row, got_values, got_ids in zip(
         logits.tolist(), values.tolist(), ids.tolist(), strict=True
     ):
@@ -492,13 +492,13 @@ def test_choices_are_those_of_sorting_everything(dtype, rows, size, spread, samp
     if size > 1:
         logits[:, seed % size] = float("-inf")  # the SAT
     index = torch.arange(rows) + seed
-    got = model_of("llama", dtype).native.choose(logits, index, sampling)
+    got = decoder_with("llama", dtype).engine.draw(logits, index, sampling)
     assert got.tolist() == [
         chosen_by_sorting(row, i, sampling)
         for row, i in zip(logits.tolist(), index.tolist(), strict=True)
     ]
     seeds = torch.tensor([as_seed(sampling.seed + row) for row in range(rows)])
-    each = model_of("llama", dtype).native.choose(logits, index, replace(sampling, seed=0), seeds)
+    each = decoder_with("llama", dtype).engine.draw(logits, index, replace(sampling, seed=0), seeds)
     alone = [replace(sampling, seed=seed) for seed in seeds.tolist()]
     assert each.tolist() == [
         chosen_by_sorting(*args)
@@ -541,7 +541,11 @@ def test_what_is_drawn_is_what_transformers_keeps(dtype, seed):
         kept = set((stably_warped(logits, sampling) > -math.inf).nonzero().flatten().tolist())
         rows = logits.expand(3000, -1)
         assert (
-            set(model_of("llama", dtype).native.choose(rows, torch.arange(3000), sampling).tolist())
+            set(
+                decoder_with("llama", dtype)
+                .engine.draw(rows, torch.arange(3000), sampling)
+                .tolist()
+            )
             == kept
         )
 
@@ -562,7 +566,7 @@ def test_choices_in_torch_are_the_same(dtype, size):
     ):
         for temperature in (0.3, 1.0):
             sampling = SamplingConfig(temperature, top_k, top_p, seed)
-            got = model_of("llama", dtype).native.choose(logits, index, sampling)
+            got = decoder_with("llama", dtype).engine.draw(logits, index, sampling)
             want = choose(logits, index, sampling)[:, 0]
             assert torch.equal(got, want)
 
@@ -610,12 +614,12 @@ def test_of_logits_that_are_no_numbers_ids_of_the_vocabulary_come(dtype, samplin
     """engine.py refuses such logits; should some come all the same, nothing is read or written
     elsewhere.
     """
-    engine = model_of("llama", dtype).native
+    engine = decoder_with("llama", dtype).engine
     rows = strange_rows(dtype)
-    for ids in (engine.choose(rows, torch.arange(6), sampling), engine.top(rows, 70)[1]):
+    for ids in (engine.draw(rows, torch.arange(6), sampling), engine.largest(rows, 70)[1]):
         assert ids.min() >= 0 and ids.max() < 150
-    assert engine.top(rows, 1)[1][0, 0] == rows[0].float().nan_to_num(-math.inf).argmax()
-    assert all(len(set(row)) == 70 for row in engine.top(rows, 70)[1].tolist())
+    assert engine.largest(rows, 1)[1][0, 0] == rows[0].float().nan_to_num(-math.inf).argmax()
+    assert all(len(set(row)) == 70 for row in engine.largest(rows, 70)[1].tolist())
 
 
 @st.composite
@@ -653,14 +657,14 @@ def candidate_trees(draw):
     seed=st.integers(0, 99),
 )
 def test_drafts_are_those_of_the_torch_code(tree, head, sampling, shortlist, seed):
-    model = model_of("llama", FLOAT, ("v_proj",), head)
+    decoder = decoder_with("llama", FLOAT, ("v_proj",), head)
     generator = torch.Generator().manual_seed(seed)
     # flat, so that top-p leaves three tokens
     states = 0.3 * torch.randn(max(tree.depths), 64, generator=generator)
     given_ = (
         torch.tensor([seed % VOCAB]),
         states,
-        model.model.get_output_embeddings()(states),
+        decoder.model.lm.get_output_embeddings()(states),
         3,
         tree,
         sampling,
@@ -668,8 +672,8 @@ def test_drafts_are_those_of_the_torch_code(tree, head, sampling, shortlist, see
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "SHORTLIST", shortlist)
         (tokens, likely), (want_tokens, want_likely) = (
-            draft_tokens(model, *given_),
-            draft_tokens(without_native(model), *given_),
+            decoder.engine.draft(*given_),
+            without_native(decoder).engine.draft(*given_),
         )
     assert tokens.tolist() == want_tokens.tolist()
     torch.testing.assert_close(likely, want_likely, rtol=1e-4, atol=1e-4)
@@ -680,21 +684,21 @@ def test_drafts_are_those_of_the_torch_code(tree, head, sampling, shortlist, see
 @pytest.mark.parametrize("width", [65, 74])
 @pytest.mark.parametrize("head", [0, 40])
 def test_trees_wider_than_the_shortlist(native, width, head):
-    model = model_of("llama", FLOAT, ("v_proj",), head)
-    model = model if native else without_native(model)
+    decoder = decoder_with("llama", FLOAT, ("v_proj",), head)
+    decoder = decoder if native else without_native(decoder)
     states = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
-    logits = model.model.get_output_embeddings()(states)
-    tokens, _ = draft_tokens(
-        model, torch.tensor([3]), states, logits, 0, make_tree((width,), 1), SamplingConfig()
+    logits = decoder.model.lm.get_output_embeddings()(states)
+    tokens, _ = decoder.engine.draft(
+        torch.tensor([3]), states, logits, 0, make_tree((width,), 1), SamplingConfig()
     )
     assert len(set(tokens[1:].tolist())) == width
     if not head:
         assert sorted(tokens[1:].tolist()) == sorted(logits[0].topk(width).indices.tolist())
     for sampling in (SamplingConfig(), SamplingConfig(1.0, 10, 0.9, 3)):
-        want = generate(model, [1, 5, 9], DecodeConfig(0, 12, sampling=sampling)).token_ids
+        want = decoder.generate([1, 5, 9], DecodeConfig(0, 12, sampling=sampling)).token_ids
         for strategy in ("two-step", *(["rounded"] if native else [])):
             config = DecodeConfig(1, 12, (width,), sampling, strategy=strategy)
-            assert generate(model, [1, 5, 9], config).token_ids == want
+            assert decoder.generate([1, 5, 9], config).token_ids == want
 
 
 # ---- what it is given ----
@@ -739,73 +743,72 @@ PASSES = {
 @pytest.mark.parametrize("message", PASSES)
 def test_passes_that_it_refuses(message):
     given_ = dict(PASSES[message])
-    engine = model_of("llama", FLOAT).native
+    engine = decoder_with("llama", FLOAT).engine
     inputs = (
         given_.pop("embeddings", torch.zeros(3, 64)),
         given_.pop("sats", 0),
         given_.pop("last", None),
     )
     with one_line_error(message):
-        engine.forward([engine.cache(64)], inputs[0], replace(LAYOUT, **given_), *inputs[1:])
+        engine.run([engine.new_cache(64)], inputs[0], replace(LAYOUT, **given_), *inputs[1:])
 
 
 def test_caches_of_another_model_are_refused():
-    engine = model_of("llama", FLOAT).native
-    other = model_of("llama", HALF).native
+    engine = decoder_with("llama", FLOAT).engine
+    other = decoder_with("llama", HALF).engine
     with one_line_error("cache: torch.bfloat16"):
-        engine.forward([other.cache(64)], torch.zeros(3, 64), LAYOUT)
+        engine.run([other.new_cache(64)], torch.zeros(3, 64), LAYOUT)
+    other = decoder_with("groups of 4", FLOAT).engine
     with one_line_error("cache: torch.float32 [2, 1, 64, 32]"):
-        engine.forward(
-            [model_of("groups of 4", FLOAT).native.cache(64)], torch.zeros(3, 64), LAYOUT
-        )
+        engine.run([other.new_cache(64)], torch.zeros(3, 64), LAYOUT)
 
 
 def test_kept_rows_that_no_pass_had_are_refused():
-    engine = model_of("llama", FLOAT).native
+    engine = decoder_with("llama", FLOAT).engine
     for rows in ((0, 70), (5, 3), (-1,), (1, 1)):
-        cache = engine.cache(64)
+        cache = engine.new_cache(64)
         with one_line_error("rows: expected those of the last pass"):
             cache.commit(rows)
         assert cache.length == 0
 
 
 def test_logits_that_are_not_the_models_are_refused():
-    model = model_of("llama", FLOAT)
+    decoder = decoder_with("llama", FLOAT)
     index = torch.arange(3)
     sampling = SamplingConfig(1.0, 5)
-    engine = model.native
+    engine = decoder.engine
     logits = torch.zeros(3, VOCAB)
     for strange in (logits.bfloat16(), logits.double(), logits.to("meta"), logits[0], logits[None]):
         with one_line_error(
             "logits: ", "the native engine was made for torch.float32 [any, any] on cpu"
         ):
-            engine.top(strange, 1)
+            engine.largest(strange, 1)
         with one_line_error("logits: "):
-            engine.choose(strange, index, sampling)
+            engine.draw(strange, index, sampling)
     for count in (0, VOCAB + 1):
         with one_line_error("count: expected 1 to"):
-            engine.top(logits, count)
+            engine.largest(logits, count)
     with one_line_error("index: torch.int64 [2] on cpu"):
-        engine.choose(logits, index[:2], sampling)
+        engine.draw(logits, index[:2], sampling)
     with one_line_error("seeds: torch.int32 [3] on cpu"):
-        engine.choose(logits, index, sampling, index.int())
+        engine.draw(logits, index, sampling, index.int())
     with one_line_error("sampling: a setting out of range"):
-        engine.choose(logits, index, SamplingConfig())
+        engine.draw(logits, index, SamplingConfig())
 
 
 def test_logits_may_lie_anyhow():
-    engine = model_of("llama", FLOAT).native
+    engine = decoder_with("llama", FLOAT).engine
     index = torch.arange(9)
     sampling = SamplingConfig(1.0, 5)
     logits = torch.randn(VOCAB, 18).T[::2]
-    assert torch.equal(engine.top(logits, 7)[1], engine.top(logits.contiguous(), 7)[1])
+    assert torch.equal(engine.largest(logits, 7)[1], engine.largest(logits.contiguous(), 7)[1])
     assert torch.equal(
-        engine.choose(logits, index, sampling), engine.choose(logits.contiguous(), index, sampling)
+        engine.draw(logits, index, sampling), engine.draw(logits.contiguous(), index, sampling)
     )
     embeddings = torch.randn(64, 3).T
     assert torch.equal(
         *(
-            engine.forward([engine.cache(64)], x, LAYOUT)[1]
+            engine.run([engine.new_cache(64)], x, LAYOUT)[1]
             for x in (embeddings, embeddings.contiguous())
         )
     )
@@ -842,7 +845,7 @@ def test_drafts_that_it_refuses(message, monkeypatch):
         tree=CHAIN,
     )
     with one_line_error(message):
-        model_of("llama", FLOAT, ("v_proj",), 40).native.draft(
+        decoder_with("llama", FLOAT, ("v_proj",), 40).engine.draft(
             **{**given_, **DRAFTS[message]}, sampling=SamplingConfig()
         )
 
@@ -859,16 +862,54 @@ def fresh_library(monkeypatch, tmp_path):
     bindings.library.cache_clear()
 
 
+def test_a_change_in_any_source_is_another_library(tmp_path, monkeypatch):
+    folder = bindings.SOURCE.parent
+    included: set[str] = set()
+    waiting = [bindings.SOURCE.name]
+    while waiting:
+        name = waiting.pop()
+        if name not in included:
+            included.add(name)
+            shutil.copy(folder / name, tmp_path)
+            waiting += re.findall('#include "(.+)"', (folder / name).read_text())
+    assert len(included) > 1
+    first = bindings.source_hash()
+    monkeypatch.setattr(bindings, "_FOLDER", tmp_path)
+    assert bindings.source_hash() == first  # wherever it is installed; and there are no others
+    for name in included:
+        before = bindings.source_hash()
+        with (tmp_path / name).open("a") as file:
+            file.write("// another comment\n")
+        assert bindings.source_hash() != before
+
+
+def test_a_built_package_holds_the_sources(monkeypatch):
+    """As setuptools reads pyproject.toml; nothing is built."""
+    distribution = pytest.importorskip("setuptools.dist").Distribution()
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    distribution.parse_config_files(["pyproject.toml"])
+    command = distribution.get_command_obj("build_py")
+    command.ensure_finalized()
+    held = {
+        name
+        for package, _, _, names in command.get_data_files_without_manifest()
+        for name in names
+        if package == "sdsat.engines.native"
+    }
+    folder = bindings.SOURCE.parent
+    assert held == {file.name for file in folder.iterdir() if file.suffix in (".cpp", ".h")}
+
+
 def unavailable(lm, *parts):
     with pytest.raises(Unavailable) as caught:
-        NativeEngine(lm, None, 512)
+        NativeEngine(SatModel(lm, None, "tiny"))
     assert "\n" not in str(caught.value)
     assert all(part in str(caught.value) for part in parts)
 
 
 def test_without_a_compiler(fresh_library):
     fresh_library.delenv("CXX", raising=False)
-    fresh_library.setattr(weights.shutil, "which", lambda name: None)
+    fresh_library.setattr(bindings.shutil, "which", lambda name: None)
     unavailable(random_lm("llama"), "no C++ compiler was found")
 
 
@@ -951,11 +992,11 @@ def test_weights_of_other_sizes_than_the_config_says(part, change, reason):
 
 
 def test_an_adapter_of_another_type():
-    adapter = copy.deepcopy(model_of("llama", FLOAT).adapter)
+    adapter = copy.deepcopy(decoder_with("llama", FLOAT).model.adapter)
     with pytest.raises(
         Unavailable, match=r"adapter's down of model/layers/0/self_attn/q_proj is torch\.bfloat16"
     ):
-        NativeEngine(random_lm("llama"), adapter.bfloat16(), 512)
+        NativeEngine(SatModel(random_lm("llama"), None, "tiny", adapter=adapter.bfloat16()))
 
 
 def test_the_compiler_may_be_a_command(fresh_library, tmp_path):
@@ -972,21 +1013,21 @@ def without_memory():
     for option, value in ((-3, 10**6), (-8, 1)):  # M_MMAP_THRESHOLD, M_ARENA_MAX:
         assert libc.mallopt(option, value)  # what was freed is given back, not kept for the next
     torch.set_num_threads(2)
-    engine = model_of("groups of 4", HALF).native
-    cache = engine.cache(8_000_000)
-    small = engine.cache(64)
+    engine = decoder_with("groups of 4", HALF).engine
+    cache = engine.new_cache(8_000_000)
+    small = engine.new_cache(64)
     logits = torch.zeros(2, 4_000_000, dtype=HALF)
     embeddings = torch.zeros(3, 64, dtype=HALF)
     logits[:, 7] = 100
 
     def a_pass():
-        return engine.forward([cache], embeddings, LAYOUT)
+        return engine.run([cache], embeddings, LAYOUT)
 
     def a_choice():
-        return engine.choose(logits, torch.zeros(2, dtype=torch.long), SamplingConfig(1.0, 0, 0.5))
+        return engine.draw(logits, torch.zeros(2, dtype=torch.long), SamplingConfig(1.0, 0, 0.5))
 
     def a_small_pass():
-        return engine.forward([small], embeddings, LAYOUT)[1]
+        return engine.run([small], embeddings, LAYOUT)[1]
 
     want = a_small_pass()
     # MiB: for no thread, for one of two, for none
@@ -1038,29 +1079,30 @@ def test_load_takes_the_engine_asked_for(folders):
     ):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            model = load(str(folders["whole"]), "float32", "cpu", engine=engine)
-        assert model.engine_name == name and (model.native is None) == (name == "transformers")
-        out = generate(model, [1, 5, 9], DecodeConfig(0, 20)).token_ids
+            decoder = Decoder.load(str(folders["whole"]), "float32", "cpu", engine=engine)
+        assert decoder.engine.name == name
+        out = decoder.generate([1, 5, 9], DecodeConfig(0, 20)).token_ids
         want = want or out
         assert out == want
     # as asked: no warning
-    assert load(str(folders["whole"]), "float16", "cpu").engine_name == "transformers"
+    assert Decoder.load(str(folders["whole"]), "float16", "cpu").engine.name == "transformers"
 
 
 def test_load_says_why_there_is_no_native_engine(folders, fresh_library, capsys):
     odd = str(folders["odd"])
     reason = "hidden=80: not a multiple of 32"
     with one_line_error(f"engine=native: not to be had for {odd}", reason, "expected auto"):
-        load(odd, "float32", "cpu", engine="native")
+        Decoder.load(odd, "float32", "cpu", engine="native")
     with pytest.warns(UserWarning, match=reason):
-        model = load(odd, "float32", "cpu", engine="auto")
-    assert len(generate(model, [1, 5, 9], DecodeConfig(0, 20)).token_ids) == 20
+        decoder = Decoder.load(odd, "float32", "cpu", engine="auto")
+    assert len(decoder.generate([1, 5, 9], DecodeConfig(0, 20)).token_ids) == 20
     fresh_library.setenv("CXX", "/bin/false")
     with pytest.warns(UserWarning, match="/bin/false failed"):
-        assert load(str(folders["whole"]), "bfloat16", "cpu").native is None
+        decoder = Decoder.load(str(folders["whole"]), "bfloat16", "cpu")
+        assert decoder.engine.name == "transformers"
     for engine in ("nonsense", "", "Native"):
         with one_line_error(f"engine={engine}: expected one of auto, native, transformers"):
-            load(odd, "float32", "cpu", engine=engine)
+            Decoder.load(odd, "float32", "cpu", engine=engine)
     fresh_library.setattr(
         sys,
         "argv",
@@ -1103,7 +1145,7 @@ def sanitizer(tmp_path):
 
 
 def test_nothing_is_read_or_written_elsewhere(tmp_path):
-    """weights.cpp under sanitizers: random models, trees, budgets, batches, dtypes and numbers of
+    """The library under sanitizers: random models, trees, budgets, batches, dtypes and numbers of
     threads (fuzz_native.py).
     """
     preload = sanitizer(tmp_path)
@@ -1130,34 +1172,34 @@ if platform.machine() in ("x86_64", "AMD64"):
         """
         if processor == "x86-64-v4" and "avx512vl" not in Path("/proc/cpuinfo").read_text():
             pytest.skip("this processor has no AVX-512")
-        target = tmp_path / "weights.so"
+        target = tmp_path / "native.so"
         flags = ["-O1", f"-march={processor}", *bindings._FLAGS[2:], "-Wno-psabi"]
         subprocess.run(["c++", *flags, str(bindings.SOURCE), "-o", str(target)], check=True)
         built = ctypes.CDLL(str(target))
 
-        def drafts(model):
-            cache = new_cache(model, 128)
-            prefill(model, cache, TOKENS[:40])
+        def drafts(decoder):
+            cache = decoder.engine.new_cache(128)
+            decoder.engine.prefill(cache, TOKENS[:40])
             return forward(
-                model,
+                decoder,
                 cache,
                 torch.cat([TOKENS[:9], torch.full((3,), VOCAB)]),
                 chain(9),
                 ((8, 3),),
-                rounded=True,
+                int8=True,
             )[1]
 
         tree = DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
         for dtype, close in ((FLOAT, 1e-5), (HALF, 0.05)):
-            model = model_of("groups of 5", dtype)
-            want = in_passes(model, TOKENS[:120], [40, 7, 73])
-            guessed = drafts(model)
+            decoder = decoder_with("groups of 5", dtype)
+            want = in_passes(decoder, TOKENS[:120], [40, 7, 73])
+            guessed = drafts(decoder)
             with monkeypatch.context() as patch:
                 patch.setattr(bindings, "library", lambda: built)
-                model = natively(model.model, model.adapter)
-                got = in_passes(model, TOKENS[:120], [40, 7, 73])
-                for ours, theirs, most in [(got, want, close), (drafts(model), guessed, 0.05)]:
+                decoder = natively(decoder.model.lm, decoder.model.adapter)
+                got = in_passes(decoder, TOKENS[:120], [40, 7, 73])
+                for ours, theirs, most in [(got, want, close), (drafts(decoder), guessed, 0.05)]:
                     error = (ours.float() - theirs.float()).abs().max()
                     assert error <= most * theirs.float().abs().max()
                 rounds = [(tree, ((7, 2), (0, 3)))] * 2
-                assert_bits(model, TOKENS[:67], rounds, torch.Generator().manual_seed(1))
+                assert_bits(decoder, TOKENS[:67], rounds, torch.Generator().manual_seed(1))

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from sdsat.config import MAX_ROWS, STRATEGIES, DecodeConfig, SamplingConfig
 from sdsat.decoding.auto_planner import AutoPlanner, make_planner
 from sdsat.decoding.fixed_planner import FixedPlanner
-from sdsat.decoding.loop import generate
 from sdsat.decoding.plan import Plan, ends, reach
 from sdsat.engines import calibrate
 from sdsat.engines.calibrate import measured_costs
@@ -405,8 +404,8 @@ def test_auto_drafts_in_a_generation_where_it_pays(costs, pays, monkeypatch):
     monkeypatch.setattr(AutoPlanner, "observe_pass", observe_pass)
     model = with_adapter(tiny_llama(), k=4)
     model.costs = costs
-    want = generate(model, [1, 5, 9], DecodeConfig(0, 150)).token_ids
-    out = generate(model, [1, 5, 9], DecodeConfig(4, 150, "chain", strategy="auto", lookup=0))
+    want = model.generate([1, 5, 9], DecodeConfig(0, 150)).token_ids
+    out = model.generate([1, 5, 9], DecodeConfig(4, 150, "chain", strategy="auto", lookup=0))
     assert out.token_ids == want
     assert (sum(out.proposed_by_depth) > 0) == pays
     assert (out.num_plain_passes > 60) == (not pays) and out.num_plain_passes < out.num_passes
@@ -773,7 +772,7 @@ def test_generate_measures_only_where_a_plan_depends_on_it(monkeypatch, tmp_path
         ("one-pass", 0, None),
         ("auto", 0, None),
     ):
-        generate(model, [1, 5], DecodeConfig(k, 4, strategy=strategy, budget=budget))
+        model.generate([1, 5], DecodeConfig(k, 4, strategy=strategy, budget=budget))
     for strategy in ("one-pass", "auto"):
         with pytest.raises(AssertionError, match="measured again"):
-            generate(model, [1, 5], DecodeConfig(3, 4, strategy=strategy))
+            model.generate([1, 5], DecodeConfig(3, 4, strategy=strategy))

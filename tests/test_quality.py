@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import one_line_error, tiny_llama, tiny_tokenizer
+from conftest import decoder_of, one_line_error, tiny_llama, tiny_tokenizer
 
+from sdsat.decoding.loop import Decoder
 from sdsat.decoding.sequence import Generation
-from sdsat.evaluation import quality, sandbox
+from sdsat.evaluation import sandbox
 from sdsat.evaluation.quality import QualityConfig, completion, evaluate
-from sdsat.models.loading import SatModel
 from sdsat.tasks.datasets import humaneval_problems
 
 PROBLEMS = humaneval_problems(3)
@@ -71,12 +71,11 @@ def test_the_code_of_an_answer_that_thinks_first(answer):
 
 def scripted(monkeypatch, answers):
     """generate() gives the texts of answers[(prompt number, k, seed)]: solved or not."""
-    model = SatModel(
-        tiny_llama(torch.float32), tiny_tokenizer(["?", *map(chr, range(32, 95))]), "tiny"
-    )
+    tokenizer = tiny_tokenizer(["?", *map(chr, range(32, 95))])
+    decoder = decoder_of(tiny_llama(torch.float32), tokenizer)
     calls = []
 
-    def generate(model, prompt_ids, config):
+    def generate(decoder, prompt_ids, config):
         number = len(calls) // answers["runs"]
         calls.append(config)
         drawn = [
@@ -90,8 +89,8 @@ def scripted(monkeypatch, answers):
             text=PROBLEMS[number]["canonical_solution"] if good else "    pass\n",
         )
 
-    monkeypatch.setattr(quality, "generate", generate)
-    return model, calls
+    monkeypatch.setattr(Decoder, "generate", generate)
+    return decoder, calls
 
 
 def test_figures_and_resumption(monkeypatch, tmp_path):
@@ -104,7 +103,7 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
     }
     config = QualityConfig((3,), ("two-step",), temperature=1.0, samples=2, data_limit=3)
     out = tmp_path / "eval.json"
-    model, calls = scripted(monkeypatch, answers)
+    decoder, calls = scripted(monkeypatch, answers)
     real = sandbox.check
     checks = []
 
@@ -116,14 +115,14 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sandbox, "check", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, config, out)
+        evaluate(decoder, config, out)
     assert [p["task_id"] for p in json.loads(out.read_text())["problems"]] == [
         PROBLEMS[0]["task_id"]
     ]
     assert len(checks) == 2  # the first problem's equal completions were run once
     monkeypatch.setattr(sandbox, "check", real)
     del calls[4:]
-    document = evaluate(model, config, out)
+    document = evaluate(decoder, config, out)
     assert json.loads(out.read_text()) == document
     ar, drafted = document["summary"]
     assert (ar["num_passed"], ar["pass@1"], ar["pass@2"], ar["identical"]) == (
@@ -139,7 +138,7 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
         5,
     )
     with one_line_error(out, "other settings"):
-        evaluate(model, QualityConfig((5,), data_limit=3), out)
+        evaluate(decoder, QualityConfig((5,), data_limit=3), out)
 
 
 def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_again(
@@ -151,11 +150,11 @@ def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_
     answers = {"runs": 2, 0: {(0, 0): True, (3, 0): True}, 1: {(0, 0): False, (3, 0): True}}
     config = QualityConfig((3,), ("two-step",), data_limit=2)
     out = tmp_path / "eval.json"
-    model, calls = scripted(monkeypatch, answers)
+    decoder, calls = scripted(monkeypatch, answers)
     real = sandbox.check
     monkeypatch.setattr(sandbox, "check", lambda problem, code: "sandbox error: no memory")
     with pytest.warns(UserWarning, match=r"2 problems are left out .*no memory.*eval.json"):
-        rows = evaluate(model, config, out)["summary"]
+        rows = evaluate(decoder, config, out)["summary"]
     assert [
         (row["num_problems"], row["num_untested"], row["num_passed"], row["pass@1"]) for row in rows
     ] == [(2, 2, 0, None)] * 2
@@ -176,12 +175,12 @@ def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_
         ),
     )
     with pytest.warns(UserWarning, match="1 problems are left out"):
-        rows = evaluate(model, config, out)["summary"]
+        rows = evaluate(decoder, config, out)["summary"]
     figures = [(row["num_untested"], row["num_passed"], row["pass@1"]) for row in rows]
     assert figures == [(1, 1, 1.0), (1, 1, 1.0)]  # without AR's failure too
 
     fails.clear()
-    document = evaluate(model, config, out)
+    document = evaluate(decoder, config, out)
     assert [
         (row["num_untested"], row["num_passed"], row["pass@1"]) for row in document["summary"]
     ] == [(0, 1, 0.5), (0, 2, 1.0)]

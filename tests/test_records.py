@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line_error, tiny_llama, with_adapter
+from conftest import adapted, one_line_error, tiny_llama, with_adapter
 from safetensors.torch import load_file, save_file
 
 from sdsat import environment
@@ -16,6 +16,7 @@ from sdsat.config import InputError, SamplingConfig
 from sdsat.evaluation import bench, records
 from sdsat.evaluation.report import SCHEMA_VERSION
 from sdsat.files import write_json
+from sdsat.models.identity import identity
 from sdsat.tasks.datasets import Task
 
 
@@ -41,16 +42,16 @@ def one_bit_more(file):
 
 def test_a_run_is_known_by_every_bit_of_code_base_and_adapter(adapter, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # unknown at once
-    first = environment.identity(str(adapter))
+    first = identity(str(adapter))
     assert all(isinstance(value, str) for value in first.values())
     (adapter.parent / "base" / "training.png").write_text("no part of the model")
-    assert environment.identity(str(adapter)) == first
+    assert identity(str(adapter)) == first
     for part, file in (
         ("adapter", adapter / "adapter_model.safetensors"),
         ("base", adapter.parent / "base/model.safetensors"),
     ):
         one_bit_more(file)
-        changed = environment.identity(str(adapter))
+        changed = identity(str(adapter))
         assert {key for key in first if changed[key] != first[key]} == {part}
         first = changed
     for part, file in (
@@ -58,33 +59,34 @@ def test_a_run_is_known_by_every_bit_of_code_base_and_adapter(adapter, monkeypat
         ("base", adapter.parent / "base/generation_config.json"),
     ):
         file.write_text(file.read_text() + "\n")
-        changed = environment.identity(str(adapter))
+        changed = identity(str(adapter))
         assert {key for key in first if changed[key] != first[key]} == {part}
         first = changed
-    package = Path(records.__file__).parent
+    package = Path(environment.__file__).parent
     shutil.copytree(package, tmp_path / "sdsat", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "sdsat" / "records.py"))
-    assert environment.identity(str(adapter)) == first  # wherever it is installed
-    for name in ("native.cpp", "decode.py"):
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "sdsat" / "environment.py"))
+    assert identity(str(adapter)) == first  # wherever it is installed
+    native = "engines/native"
+    for name in (f"{native}/interface.cpp", f"{native}/attention.h", "decoding/loop.py"):
         (tmp_path / "sdsat" / name).write_text((tmp_path / "sdsat" / name).read_text() + "\n")
-        changed = environment.identity(str(adapter))
+        changed = identity(str(adapter))
         assert {key for key in first if changed[key] != first[key]} == {"code"}
         first = changed
     with one_line_error("model no/such-model: not found"):
-        environment.identity("no/such-model")
+        identity("no/such-model")
 
 
 def test_a_model_that_was_never_in_files_is_known_by_its_tensors():
-    one, same, other = (with_adapter(tiny_llama(torch.bfloat16, seed=seed)) for seed in (0, 0, 1))
-    hashes = [environment.identity("somewhere", model)["base"] for model in (one, same, other)]
+    one, same, other = (adapted(tiny_llama(torch.bfloat16, seed=seed)) for seed in (0, 0, 1))
+    hashes = [identity("somewhere", model)["base"] for model in (one, same, other)]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_the_commit_is_named_only_where_it_holds_these_sources(tmp_path, monkeypatch):
     package = tmp_path / "site-packages" / "sdsat"
     package.mkdir(parents=True)
-    (package / "records.py").write_text("x = 1\n")
-    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    (package / "environment.py").write_text("x = 1\n")
+    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
 
     def git(*arguments):
         command = [
@@ -108,7 +110,7 @@ def test_the_commit_is_named_only_where_it_holds_these_sources(tmp_path, monkeyp
     git("add", "-f", str(package))
     git("commit", "-m", "its own")
     assert environment.commit() == git("rev-parse", "HEAD")
-    (package / "records.py").write_text("x = 2\n")
+    (package / "environment.py").write_text("x = 2\n")
     assert environment.commit() is None
 
 
@@ -178,7 +180,7 @@ def test_a_finished_benchmark_of_other_weights_or_code_is_not_taken_for_this_one
     config = bench.BenchConfig(str(adapter), k_list=(2,), strategies=("two-step",), data_limit=1)
     folder = tmp_path / config.folder
     folder.mkdir(parents=True)
-    held = environment.identity(str(adapter))
+    held = identity(str(adapter))
 
     def write(**changes):
         head = {

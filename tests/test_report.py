@@ -13,7 +13,6 @@ from conftest import one_line_error, tiny_llama
 from test_decode import WHOLE, drafting
 
 from sdsat.config import DecodeConfig, InputError
-from sdsat.decoding.loop import generate
 from sdsat.evaluation.bench import _run_record
 from sdsat.evaluation.report import (
     interval,
@@ -139,16 +138,15 @@ def test_mean_accepted_tokens_are_those_that_a_verify_pass_emits(strategy):
 
     Drafts that are never right make one token a verify pass, however many tokens other passes make.
     """
-    model = drafting(tiny_llama(torch.float32, **WHOLE), native=True, k=3, strength=1.0)
+    decoder = drafting(tiny_llama(torch.float32, **WHOLE), native=True, k=3, strength=1.0)
     emitted = []
-    out = generate(
-        model,
+    out = decoder.generate(
         [1, 5, 9],
         DecodeConfig(3, 40, strategy=strategy),
         lambda tokens, _: emitted.append(len(tokens)),
     )
     record = _run_record((strategy, 3, 0), out)
-    ar = _run_record(("ar", 0, 0), generate(model, [1, 5, 9], DecodeConfig(0, 40)))
+    ar = _run_record(("ar", 0, 0), decoder.generate([1, 5, 9], DecodeConfig(0, 40)))
     (_, found) = summarize([document([[ar, record]])])["runs"]
     verify = len(out.accepted_lengths)
     # two-step drafts and verifies in turn

@@ -2,18 +2,19 @@
 beside it.
 """
 
+import re
+
 import pytest
-from conftest import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
+from conftest import VOCAB, decoder_of, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import CIRCLE
+from test_race import Picture
 from tokenizers import decoders
 
 from sdsat.config import DecodeConfig
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.interfaces import terminal as show
-from sdsat.models import loading
-from sdsat.models.loading import SatModel
 
 # the last two are bytes, together one character
 PIECES = [
@@ -100,21 +101,22 @@ def terminal(monkeypatch, capsys):
     """
     pieces = [chr(ord("0") + i) for i in range(VOCAB)]
 
-    def run(sats=True, **settings):
+    def run(sats=True, svg=None, **settings):
         lm = tiny_llama(**CIRCLE)
-        model = with_adapter(lm, k=3) if sats else SatModel(lm, None, "plain")
-        model.tokenizer = tiny_tokenizer(pieces)
+        decoder = with_adapter(lm, k=3) if sats else decoder_of(lm, name="plain")
+        decoder.model.tokenizer = tiny_tokenizer(pieces)
+        generate = Decoder.generate
         made = []
 
         def kept(*arguments):
             made.append(generate(*arguments))
             return made[-1]
 
-        monkeypatch.setattr(loading, "load", lambda *_, **__: model)
-        monkeypatch.setattr(show, "generate", kept)
+        monkeypatch.setattr(Decoder, "load", lambda *_, **__: decoder)
+        monkeypatch.setattr(Decoder, "generate", kept)
         decode = DecodeConfig(**{"k": None, "max_new_tokens": 40, **settings})
         show.generate_in_terminal(
-            "159", "tiny", "raw", (), decode, "float64", "cpu", None, None, "auto", True, None
+            "159", "tiny", "raw", (), decode, "float64", "cpu", None, None, "auto", True, svg
         )
         return capsys.readouterr().out, made[1:]  # the first warms up
 
@@ -147,3 +149,21 @@ def test_a_stop_string_is_not_shown(terminal):
         out.splitlines()[0].startswith(drafted.text)
         and stop not in out.splitlines()[0].split(" tokens")[0]
     )
+
+
+def test_the_race_of_two_generations(terminal, tmp_path):
+    """Both texts as they were printed, the accepted drafts green, and the times of the two runs."""
+    path = tmp_path / "race.svg"
+    out, (drafted, ar) = terminal(svg=path, strategy="two-step", lookup=8)
+    picture = Picture(path.read_text())
+    assert picture.lines(0) == picture.lines(1) == [drafted.text] == [ar.text]
+    assert out.startswith(drafted.text)
+    green = [text for text, accepted, _ in picture.spans(1) if accepted]
+    assert len("".join(green)) == sum(drafted.accepted_lengths) > 10
+    assert not any(accepted for _, accepted, _ in picture.spans(0))
+    for lane, made in enumerate((ar, drafted)):
+        assert len(picture.seconds(lane)) == made.num_passes
+        (total,) = re.findall(r"40 tokens in ([\d.]+) s", picture.figures(lane))
+        assert picture.seconds(lane)[-1] == pytest.approx(float(total), abs=0.01)
+    assert "SDSAT: two-step, k = 3, lookup 8" in picture.texts
+    assert picture.figures(1).endswith("times as fast, the same text")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import with_adapter
+from conftest import adapted
 from test_dropin import PAD, PROMPTS, batch, drafting
 from test_families import COSTS, FAMILIES, PROMPT, alone, checkpoint
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -29,7 +29,7 @@ def attached(tmp_path_factory):
     """(a model of transformers alone, {engine: the same with an adapter})."""
     folder = tmp_path_factory.mktemp("threads")
     checkpoint(folder / "base", FAMILIES["llama 3"], sat=False)
-    with_adapter(alone(folder / "base"), k=3, strength=0.2).adapter.save(folder / "adapter")
+    adapted(alone(folder / "base"), k=3, strength=0.2).adapter.save(folder / "adapter")
     ours = {engine: alone(folder / "base") for engine in ("native", "transformers")}
     for engine, model in ours.items():
         sdsat.attach(model, None, str(folder / "adapter"), engine=engine).sdsat.costs = COSTS

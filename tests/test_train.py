@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SatConfig, TrainConfig
-from sdsat.decoding.loop import generate
 from sdsat.models.adapter import read_config
-from sdsat.models.loading import SatModel, load
+from sdsat.models.loading import load
+from sdsat.models.sat_model import SatModel
 from sdsat.training import loop as training
 from sdsat.training import loss, modes
 from sdsat.training.loop import train
@@ -217,9 +217,9 @@ def test_full_mode_makes_an_ordinary_checkpoint(tmp_path, tied):
     assert lines_of(tmp_path)[-1]["accepted_per_loop"] > 2.5
     model = load(str(tmp_path), "float32", "cpu")
     assert model.sat == SatConfig(VOCAB, 3)
-    assert model.model.get_input_embeddings().weight.shape[0] == VOCAB + 1
+    assert model.vocabulary == VOCAB + 1
     prompt = (torch.arange(10) % 6 + 2).tolist()
-    ar, drafted = (generate(model, prompt, DecodeConfig(k, 24)) for k in (0, 3))
+    ar, drafted = (model.generate(prompt, DecodeConfig(k, 24)) for k in (0, 3))
     assert drafted.token_ids == ar.token_ids
     assert drafted.accepted_per_loop > 1.5
     assert (

@@ -6,14 +6,12 @@ import string
 
 import pytest
 import torch
-from conftest import tiny_llama, tiny_tokenizer, with_adapter
+from conftest import decoder_of, tiny_llama, tiny_tokenizer, with_adapter
 
-import sdsat.evaluation.verify as verify_module
 from sdsat.config import SamplingConfig
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.verify import VerifyConfig, _sampled_margin, verify
 from sdsat.method.sampling import choose, gumbel_noise
-from sdsat.models.loading import SatModel
 
 SEED = 3
 INDEX = 7
@@ -61,20 +59,22 @@ def test_lookup_is_audited_once_and_problems_have_seeds_of_their_own(monkeypatch
     neither.
     """
     lm = tiny_llama(torch.float32, vocab=101)
-    model = with_adapter(lm, k=3) if sats else SatModel(lm, None, "plain")
-    model.tokenizer = tiny_tokenizer(["<unk>", *string.printable])
+    decoder = with_adapter(lm, k=3) if sats else decoder_of(lm, name="plain")
+    decoder.model.tokenizer = tiny_tokenizer(["<unk>", *string.printable])
     decoded = []
 
-    def kept(model, prompt_ids, config):
-        decoded.append(config)
-        return generate(model, prompt_ids[:9], config)
+    generate = Decoder.generate
 
-    monkeypatch.setattr(verify_module, "generate", kept)
+    def kept(decoder, prompt_ids, config):
+        decoded.append(config)
+        return generate(decoder, prompt_ids[:9], config)
+
+    monkeypatch.setattr(Decoder, "generate", kept)
     strategies = ("lookup", "two-step") if sats else ()
     config = VerifyConfig(
         (1, 2), strategies, ("chain", "2,1"), (1.0,), (5,), data_limit=2, max_new_tokens=6
     )
-    summary = verify(model, config)["summary"]
+    summary = verify(decoder, config)["summary"]
     drafted = [("two-step", k, tree) for k in (1, 2) for tree in ("chain", "2,1")] if sats else []
     assert [(row["against"], row["k"], row["tree"]) for row in summary] == [
         ("lookup", 0, None),

@@ -13,7 +13,7 @@ import warnings
 import peft
 import pytest
 import torch
-from conftest import one_line_error, tiny_tokenizer, with_adapter
+from conftest import adapted, forward, one_line_error, tiny_tokenizer
 from test_families import COSTS, FAMILIES, PROMPT, VOCAB, alone, checkpoint
 from torch import nn
 from torch.nn.utils import parametrize
@@ -21,14 +21,14 @@ from transformers import AutoModelForCausalLM
 
 import sdsat
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decoding import loop
-from sdsat.engines import transformers
 from sdsat.engines.base import RowPolicy
 from sdsat.engines.native.bindings import Unavailable
-from sdsat.engines.native.weights import NativeEngine
-from sdsat.engines.transformers import forward, new_cache, prefill
+from sdsat.engines.native.engine import NativeEngine
+from sdsat.engines.native.weights import NativeWeights
+from sdsat.engines.transformers import TransformersEngine
 from sdsat.method.tree import make_tree
 from sdsat.models.adapter import AdapterConfig
+from sdsat.models.sat_model import SatModel
 
 NUM = 10
 HOW = [
@@ -46,7 +46,7 @@ def _no_probe(monkeypatch):
     """Rows are padded without trying which padding is the cheapest: most of the time that a new
     engine takes here.
     """
-    monkeypatch.setattr(transformers, "_POLICIES", ())
+    monkeypatch.setattr(TransformersEngine, "policies", ())
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def folders(tmp_path_factory):
         base = checkpoint(
             folder / "base", FAMILIES["llama 3, tied" if tied else "llama 3"], sat=False
         )
-        model = with_adapter(
+        model = adapted(
             AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), strength=0.3, head=32
         )
         model.adapter.config = AdapterConfig(
@@ -109,7 +109,7 @@ def assert_decodes_as(lm, want, engine):
     for how in [*HOW, ROUNDED] if engine == "native" else HOW[::2]:
         assert drafting(lm, **how) == expected, how
     assert plainly(lm) == expected
-    assert (lm.sdsat.native is not None) == (engine == "native"), lm.sdsat.engine_name
+    assert lm.sdsat.engine.name == engine
 
 
 def loads(lm):
@@ -206,11 +206,11 @@ def test_the_adapters_own_weights_are_seen(folders, engine):
 
     first = count(lm)
     with torch.no_grad():
-        for parameter in lm.sdsat.models.adapter.parameters():
+        for parameter in lm.sdsat.model.adapter.parameters():
             parameter.zero_()
     fresh = prepared(folders, engine)
     with torch.no_grad():
-        for parameter in fresh.sdsat.models.adapter.parameters():
+        for parameter in fresh.sdsat.model.adapter.parameters():
             parameter.zero_()
     assert count(lm) == count(fresh) != first
 
@@ -220,12 +220,12 @@ def test_nothing_is_made_anew_where_nothing_changed(folders):
     # transformers puts hooks in for it, and leaves them there
     lm(torch.tensor([PROMPT]), output_hidden_states=True)
     drafting(lm)
-    engine = lm.sdsat.native
+    engine = lm.sdsat.engine
     assert engine is not None
     plainly(lm)
     lm(torch.tensor([PROMPT]), output_hidden_states=True)
     drafting(lm)
-    assert lm.sdsat.native is engine
+    assert lm.sdsat.engine is engine
 
 
 @each_engine
@@ -239,8 +239,8 @@ def test_another_dtype(folders, engine, dtype):
     lm.to(dtype)
     fresh = prepared(folders, engine, dtype=dtype)
     assert [drafting(lm, **how) for how in HOW] == [drafting(fresh, k=0)] * len(HOW)
-    assert lm.sdsat.dtype == lm.sdsat.models.adapter.sat_embedding.dtype == dtype
-    assert lm.sdsat.engine_name == fresh.sdsat.engine_name
+    assert lm.sdsat.model.dtype == lm.sdsat.model.adapter.sat_embedding.dtype == dtype
+    assert lm.sdsat.engine.name == fresh.sdsat.engine.name
     lm.float()
     assert_decodes_as(
         lm,
@@ -262,7 +262,7 @@ def test_weights_of_two_dtypes_are_no_job_for_the_native_engine(folders):
     lm = prepared(folders)
     lm.model.layers[0].mlp.up_proj.bfloat16()
     with pytest.raises(Unavailable, match=r"layers/0/mlp/up_proj is torch\.bfloat16"):
-        NativeEngine(lm, None, 256)
+        NativeEngine(SatModel(lm, None, "tiny"))
 
 
 # What a model computes beside its weights.
@@ -392,9 +392,9 @@ def test_a_forward_that_is_not_the_weights_is_honoured(folders, strange, when):
     assert_decodes_as(lm, want, "transformers")
     with one_line_error("engine=native", STRANGE[strange]):
         prepared(folders, "native", before=strange)
-    for rounded in (False, True):
+    for int8 in (False, True):
         with pytest.raises(Unavailable, match=STRANGE[strange].replace("(", r"\(")):
-            NativeEngine(lm, None, 256, rounded)
+            NativeWeights(SatModel(lm, None, "tiny"), int8)
 
 
 def test_a_model_with_fewer_layers_than_its_config_says(folders):
@@ -408,7 +408,7 @@ def test_a_model_with_fewer_layers_than_its_config_says(folders):
     drop(lm)
     assert drafting(lm, k=0) == want != plainly(oracle(folders))
     with pytest.raises(Unavailable, match=r"no module model\.layers\.2"):
-        NativeEngine(lm, None, 256)
+        NativeEngine(SatModel(lm, None, "tiny"))
     adapted = prepared(folders)
     drop(adapted)
     with one_line_error("no linear layer model.layers.2", "any more"):
@@ -521,7 +521,9 @@ def test_weights_that_are_no_numbers_are_one_error(folders, engine, name):
             dict(repetition_penalty=1.2),
             dict(output_scores=True),
         ]:
-            with one_line_error(f"the weight {name} holds NaN or infinite numbers", lm.sdsat.name):
+            with one_line_error(
+                f"the weight {name} holds NaN or infinite numbers", lm.sdsat.model.name
+            ):
                 drafting(lm, **how)
         lm.sdsat.costs = None  # measured anew
         for k, strategy in ((0, "two-step"), (3, "two-step"), (3, "auto")):
@@ -529,7 +531,7 @@ def test_weights_that_are_no_numbers_are_one_error(folders, engine, name):
                 k, 8, sampling=SamplingConfig(1.0, top_k=5, top_p=0.9, seed=1), strategy=strategy
             )
             with one_line_error(f"the weight {name} holds NaN or infinite numbers"):
-                loop.generate(lm.sdsat, PROMPT, config)
+                lm.sdsat.generate(PROMPT, config)
 
 
 def test_numbers_that_overflow_are_one_error(folders):
@@ -547,7 +549,7 @@ def test_numbers_that_overflow_are_one_error(folders):
 def test_an_adapter_of_no_numbers_is_refused(folders):
     lm = prepared(folders)
     with torch.no_grad():
-        lm.sdsat.models.adapter.sat_embedding[3] = float("nan")
+        lm.sdsat.model.adapter.sat_embedding[3] = float("nan")
     with one_line_error("adapter: sat_embedding holds NaN or infinite numbers"):
         drafting(lm)
 
@@ -564,12 +566,12 @@ def test_copies_are_ready_and_on_their_own(folders, engine, copied):
     want = drafting(lm)
     sats = sat_logits(lm)
     other = copied(lm)
-    assert other.sdsat.model is other and other.sdsat.adapter is not lm.sdsat.adapter
+    assert other.sdsat.model.lm is other and other.sdsat.model.adapter is not lm.sdsat.model.adapter
     native = "native" if engine == "auto" else engine
     assert_decodes_as(other, oracle(folders), native)
     assert torch.equal(sat_logits(other), sats)
     with torch.no_grad():
-        lm.sdsat.models.adapter.sat_embedding.zero_()
+        lm.sdsat.model.adapter.sat_embedding.zero_()
     assert not torch.equal(sat_logits(lm), sats)
     assert torch.equal(sat_logits(other), sats)
     loads(other)  # changes the copy alone
@@ -581,12 +583,12 @@ def test_copies_are_ready_and_on_their_own(folders, engine, copied):
 def sat_logits(lm):
     """[3, V] logits of SATs after a prompt."""
     lm.sdsat.renew()
-    cache = new_cache(lm.sdsat, 64)
-    prefill(lm.sdsat, cache, torch.tensor(PROMPT))
-    tokens = torch.tensor([3] + [lm.sdsat.sat.token_id] * 3)
-    return forward(lm.sdsat, cache, tokens, make_tree("chain", 0), ((0, 3),), RowPolicy(1, 1))[1][
-        1:
-    ]
+    cache = lm.sdsat.engine.new_cache(64)
+    lm.sdsat.engine.prefill(cache, torch.tensor(PROMPT))
+    tokens = torch.tensor([3] + [lm.sdsat.model.sat.token_id] * 3)
+    return forward(
+        lm.sdsat, cache, tokens, make_tree("chain", 0), ((0, 3),), policy=RowPolicy(1, 1)
+    )[1][1:]
 
 
 def generate_in_forks(folder):
@@ -653,7 +655,7 @@ def test_tokens_that_were_added_are_no_sats(folders, engine, tied, when):
         for how in HOW if prompt is prompts[0] else HOW[:1]:
             assert plainly(lm, prompt, custom_generate=sdsat.generate, **how) == output
     with one_line_error(f"token id {VOCAB + 3}", f"vocabulary of {VOCAB + 3}"):
-        loop.generate(lm.sdsat, [VOCAB + 3], DecodeConfig(2, 4))
+        lm.sdsat.generate([VOCAB + 3], DecodeConfig(2, 4))
 
 
 def test_a_sat_of_the_checkpoint_that_was_cut_off(folders):

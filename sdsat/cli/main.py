@@ -209,7 +209,12 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run AR, and say whether the text is the same.")
     ] = False,
-    svg: Annotated[Path | None, typer.Option(help="Save the coloured text as a picture.")] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(
+            help="Save the coloured text as a picture; with --compare, an animated race against AR."
+        ),
+    ] = None,
 ) -> None:
     """Stream an answer; accepted drafts are green, the model's own tokens plain."""
     from sdsat.interfaces import terminal as show
@@ -428,9 +433,10 @@ def verify(
     import torch
     from rich.table import Table
 
+    from sdsat.decoding.loop import Decoder
     from sdsat.evaluation.verify import VerifyConfig, divergences
     from sdsat.evaluation.verify import verify as run
-    from sdsat.models import dtypes, loading
+    from sdsat.models import dtypes
 
     temperatures = _numbers("temperature", temperature, float)
     trees = tuple(tree or ["auto"])
@@ -473,9 +479,9 @@ def verify(
     lines: list[str] = []
     rows: list[dict[str, Any]] = []
     for name in names:
-        loaded = loading.load(model, name, device, sat_token_id, engine, trained_k=trained_k)
+        loaded = Decoder.load(model, name, device, sat_token_id, engine, trained_k=trained_k)
         document = run(loaded, config, files[name])
-        lines += divergences(document, loaded.tokenizer)
+        lines += divergences(document, loaded.model.tokenizer)
         rows += [{"dtype": document["settings"]["dtype"], **row} for row in document["summary"]]
         del loaded  # before the next one is loaded
         gc.collect()
@@ -533,9 +539,9 @@ def evaluate(
     """
     from rich.table import Table
 
+    from sdsat.decoding.loop import Decoder
     from sdsat.evaluation.quality import QualityConfig
     from sdsat.evaluation.quality import evaluate as run
-    from sdsat.models import loading
 
     if out is not None:
         destination(out, "--out")
@@ -547,7 +553,7 @@ def evaluate(
         ks, names, tree, temperature, samples, top_k, top_p, limit, max_new_tokens, options
     )
     document = run(
-        loading.load(model, dtype, device, sat_token_id, engine, trained_k=trained_k), config, out
+        Decoder.load(model, dtype, device, sat_token_id, engine, trained_k=trained_k), config, out
     )
     table = Table(*document["summary"][0], title=f"{model}, {dtype}: HumanEval")
     for row in document["summary"]:
@@ -575,8 +581,8 @@ def inspect(
     trained_k: TrainedK = None,
 ) -> None:
     """Show draft quality by depth, and why acceptance is what it is."""
+    from sdsat.decoding.loop import Decoder
     from sdsat.evaluation import inspection
-    from sdsat.models import loading
     from sdsat.tasks import prompts
     from sdsat.tasks.datasets import check_limit
 
@@ -585,9 +591,9 @@ def inspect(
     require(text is None or text.is_file(), f"text={text}: no such file")
     if out is not None:
         destination(out, "--out")
-    loaded = loading.load(model, dtype, device, sat_token_id, trained_k=trained_k)
+    loaded = Decoder.load(model, dtype, device, sat_token_id, trained_k=trained_k)
     answered = prompts.answered_problems(
-        loaded.tokenizer, text, limit, tuple(template_option or ())
+        loaded.model.tokenizer, text, limit, tuple(template_option or ())
     )
     require(len(answered) > 0, f"text={text}: no prompts there")
     document = inspection.inspect(loaded, answered, max_new_tokens)
@@ -639,13 +645,13 @@ def distill(
     device: Device = "",
 ) -> None:
     """Write the model's own answers to prompts, as training shards; resumes."""
-    from sdsat.models import loading
+    from sdsat.decoding.loop import Decoder
     from sdsat.tasks import prompts
     from sdsat.training import distill
 
     levels = _numbers("temperatures", temperatures, float)
     manifest = distill.distill(
-        loading.load(model, dtype, device or _own_gpu()),
+        Decoder.load(model, dtype, device or _own_gpu()),
         source or prompts.default_sources(),
         out,
         limit,
@@ -777,7 +783,7 @@ def train(
     )
     device = device or _own_gpu()
     dtype = "float32" if mode == "full" else dtype or devices.training_dtype(device)
-    loaded = loading.load(model, dtype, device, engine="transformers")
+    loaded = loading.load(model, dtype, device)
     run(loaded, shards.read_sequences(data, loaded.tokenizer), out, config)
     if _is_first():
         hint = (

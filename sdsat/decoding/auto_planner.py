@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sdsat.config import MAX_ROWS, DecodeConfig
-from sdsat.engines.calibrate import measured_costs
 from sdsat.method.costs import CONTEXTS, COUNTS, CostCurve
 from sdsat.method.drafts import OWN, Drafts
 
 if TYPE_CHECKING:
-    from sdsat.models.loading import SatModel
+    pass
 from sdsat.decoding.fixed_planner import FixedPlanner
 from sdsat.decoding.plan import PLAIN, Plan, reach
 
@@ -387,37 +386,3 @@ class AutoPlanner:
 
 
 Planner = FixedPlanner | AutoPlanner
-
-
-def make_planner(model: SatModel, config: DecodeConfig) -> Planner:
-    """The planner of a generation.
-
-    One that learns is kept with the model for each way of sampling, and goes on learning.
-
-    Where its passes tell that the cost curve is of a busy machine, that is measured again before.
-    """
-    learns = config.strategy == "auto" or (config.strategy == "one-pass" and config.budget is None)
-    if not learns or not config.k or model.sat is None:
-        return FixedPlanner(config, config.strategy)
-    key = (
-        config.strategy,
-        config.sampling.temperature,
-        config.k,
-        config.tree,
-        config.budget,
-        config.lookup,
-    )
-    known = model.planners.get(key)
-    if known is not None and not known.outpaces:
-        return known
-    stale = (
-        known is not None and model.costs is not None and known.costs.verify is model.costs.verify
-    )
-    costs = measured_costs(model, anew=stale)  # else another planner has had it measured again
-    costs = costs if config.may_round else replace(costs, rounded=[])
-    if known is not None:
-        known.take(costs)
-        return known
-    accuracy = model.adapter.config.training.get("accuracy_by_depth", []) if model.adapter else []
-    model.planners[key] = AutoPlanner(config, costs, config.num_sats, accuracy)
-    return model.planners[key]

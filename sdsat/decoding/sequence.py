@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from sdsat.config import DecodeConfig
+from sdsat.config import MAX_ROWS, DecodeConfig
 from sdsat.decoding.auto_planner import Planner
 from sdsat.decoding.plan import PLAIN, Plan
-from sdsat.engines.base import AnyCache
+from sdsat.decoding.stopping import cut, text_of
+from sdsat.engines.base import Cache, PassInput
 from sdsat.method.drafts import Drafts
 from sdsat.method.lookup import Lookup
+from sdsat.method.tree import DraftTree
 
 OnTokens = Callable[[list[int], list[bool]], None]
 OnBatchTokens = Callable[[int, list[int], list[bool]], None]
@@ -47,10 +51,12 @@ class Generation:
 
     @property
     def num_new_tokens(self) -> int:
+        """Tokens of the output."""
         return len(self.token_ids)
 
     @property
     def seconds(self) -> float:
+        """Of prefill and decoding together."""
         return self.prefill_seconds + self.decode_seconds
 
     @property
@@ -60,6 +66,7 @@ class Generation:
 
     @property
     def tokens_per_pass(self) -> float:
+        """New tokens per forward pass after the prefill."""
         return self.num_new_tokens / self.num_passes
 
     @property
@@ -72,6 +79,7 @@ class Generation:
 
     @property
     def accepted_per_loop(self) -> float:
+        """Accepted drafts per pass that verified any."""
         return sum(self.accepted_lengths) / max(1, len(self.accepted_lengths))
 
     def count(self, depth: int, accepted: int, kept: int | None) -> None:
@@ -86,37 +94,112 @@ class Generation:
             self.accepted_by_depth[i] += i < accepted
 
 
+@dataclass
+class Drafted:
+    """What the SATs of one group guess: a tree below the token that follows at their node.
+
+    tokens, likely: [N], one a node; of the root, that token itself and 1.
+    """
+
+    tree: DraftTree
+    tokens: list[int]
+    likely: list[float]
+
+
+def num_slots(prompt_length: int, max_new_tokens: int) -> int:
+    """The cache length of a generation.
+
+    The same for AR and every k and tree, because attention rounds by length.
+    """
+    return -(-(prompt_length + max_new_tokens + MAX_ROWS + 16) // 64) * 64
+
+
 @dataclass(eq=False)
-class _Sequence:
-    """A sequence between two passes: what is emitted, x, and the drafts below x; and what the
-    coming pass has of it.
+class Sequence:
+    """A sequence between two passes.
+
+    number: of its prompt in the call. tokenizer: None where the model has none. x: the last true
+    token, the only one that the cache doesn't hold yet. drafts: below x. plan: of the coming pass.
+    began: when it was prefilled. ended: whether its chooser has ended the output.
     """
 
     number: int
     prompt_ids: list[int]
     config: DecodeConfig
     planner: Planner
-    cache: AnyCache
+    tokenizer: Any
+    cache: Cache
     out: Generation
-    prefilled: float  # when
+    began: float
     lookup: Lookup | None
     x: int
     drafts: Drafts
     chooser: Chooser | None
-    ended: bool = False  # by the chooser
+    ended: bool = False
     plan: Plan = PLAIN
 
     @property
     def emitted(self) -> int:
+        """Tokens of the output so far."""
         return len(self.out.token_ids)
 
     @property
     def left(self) -> int:
+        """Tokens that the output may still have."""
         return self.config.max_new_tokens - self.emitted
 
     @property
     def context(self) -> int:
+        """Tokens of prompt and output so far."""
         return len(self.prompt_ids) + self.emitted
 
     def with_lookup(self, drafts: Drafts) -> Drafts:
+        """The drafts, and those that the text so far suggests."""
         return drafts.with_chain(self.lookup.drafts(), LOOKED_UP) if self.lookup else drafts
+
+    def pass_input(self) -> PassInput:
+        """What the coming pass has of this sequence: the drafts that its plan keeps, and SATs."""
+        self.plan = self.planner.plan(self.drafts, self.left, self.context)
+        self.drafts = self.drafts.kept(self.plan.nodes)
+        return PassInput(self.cache, self.drafts.tokens, self.drafts.tree, self.plan.groups)
+
+    def accept(
+        self, path: list[int], own: list[int], drafted: Drafted | None
+    ) -> tuple[list[int], list[bool]]:
+        """Enter a pass into the output: the accepted drafts, and the token after them as the new x.
+
+        Args:
+            path: nodes of the walk, the root first.
+            own: [N] the model's own next token at every node.
+            drafted: by the SATs at the walk's last node.
+
+        Returns:
+            The new tokens as far as the output goes, and for each whether it was a draft.
+        """
+        out = self.out
+        node = path[-1]
+        tokens = self.drafts.tokens
+        self.x = own[node]
+        out.num_passes += 1
+        out.num_plain_passes += len(tokens) == 1 and not self.plan.groups
+        accepted = [tokens[draft] for draft in path[1:]]
+        block = accepted + [self.x] * (self.x >= 0)
+        kept, finish = cut(self.tokenizer, self.prompt_ids[-1], out.token_ids, block, self.config)
+        out.finish = "chooser" if self.ended and finish != "stop_id" else finish
+        if len(tokens) > 1:
+            depth = max(self.drafts.tree.depths)
+            out.count(depth, len(accepted), kept if out.finish else None)
+        block = block[:kept]
+        out.token_ids += block
+        self.drafts = Drafts.none(self.x)
+        if drafted is not None:
+            kind = self.plan.kind(node)
+            self.drafts = Drafts.of_sats(drafted.tree, drafted.tokens, drafted.likely, kind)
+        if self.lookup:
+            self.lookup.add(block)
+        if out.finish:
+            out.decode_seconds = time.perf_counter() - self.began
+            out.text = text_of(
+                self.tokenizer, self.prompt_ids[-1], out.token_ids, self.config.stop_strings
+            )
+        return block, [i < len(accepted) for i in range(len(block))]

@@ -7,8 +7,6 @@ from functools import partial
 from typing import Any
 
 from sdsat.config import DecodeConfig
-from sdsat.decoding.sequence import Generation
-from sdsat.models.loading import SatModel
 
 
 def text_after(tokenizer: Any, before: int, tokens: list[int], skip_special: bool = True) -> str:
@@ -21,35 +19,42 @@ def text_after(tokenizer: Any, before: int, tokens: list[int], skip_special: boo
     return decode([before, *tokens])[len(decode([before])) :]
 
 
-def _cut(
-    model: SatModel, before: int, emitted: list[int], block: list[int], config: DecodeConfig
+def cut(
+    tokenizer: Any, before: int, emitted: list[int], block: list[int], config: DecodeConfig
 ) -> tuple[int, str]:
-    """Where the output ends inside `block`: (number of its tokens to keep, why), or (all, '') to go
-    on.
+    """Find where the output ends inside `block`.
 
-    before: the prompt's last token.
+    Args:
+        tokenizer: for stop strings.
+        before: the prompt's last token.
+        emitted: the output's tokens before `block`.
+        block: new tokens.
+        config: stop ids, stop strings and length.
+
+    Returns:
+        How many tokens of the block belong to the output, and why it ends, '' if it goes on.
     """
     stop_id = next((i for i, token in enumerate(block) if token in config.stop_ids), None)
     kept = len(block) if stop_id is None else stop_id + 1
-    if config.stop_strings and _has_stop(model, before, emitted + block[:kept], config):
-        first = next(
-            n for n in range(1, kept + 1) if _has_stop(model, before, emitted + block[:n], config)
-        )
-        if stop_id is None or first < kept:
-            return first, "stop_string"
+    if config.stop_strings:
+
+        def has_stop(count: int) -> bool:
+            text = text_after(tokenizer, before, emitted + block[:count], skip_special=False)
+            return any(stop in text for stop in config.stop_strings)
+
+        if has_stop(kept):
+            first = next(count for count in range(1, kept + 1) if has_stop(count))
+            if stop_id is None or first < kept:
+                return first, "stop_string"
     if stop_id is not None:
         return kept, "stop_id"
     return kept, "length" if len(emitted) + kept == config.max_new_tokens else ""
 
 
-def _has_stop(model: SatModel, before: int, tokens: list[int], config: DecodeConfig) -> bool:
-    text = text_after(model.tokenizer, before, tokens, skip_special=False)
-    return any(stop in text for stop in config.stop_strings)
-
-
-def _text(model: SatModel, before: int, out: Generation, config: DecodeConfig) -> str:
-    text = text_after(model.tokenizer, before, out.token_ids) if model.tokenizer else ""
-    return text[: end_of_text(text, config.stop_strings)]
+def text_of(tokenizer: Any, before: int, token_ids: list[int], stop_strings: Sequence[str]) -> str:
+    """The text of an output after the token `before`, cut before a stop string."""
+    text = text_after(tokenizer, before, token_ids) if tokenizer else ""
+    return text[: end_of_text(text, stop_strings)]
 
 
 def end_of_text(text: str, stop_strings: Sequence[str]) -> int:

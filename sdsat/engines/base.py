@@ -1,43 +1,70 @@
-"""What an engine is: passes over draft trees and SAT groups, whatever runs them."""
+"""What an engine is: it runs passes of a model over draft trees and SAT groups.
+
+Every engine keeps one promise, on which exactness rests: a row's logits have the same bits whatever
+rows stand beside it. One that can't keep it by itself is padded as a `RowPolicy` says, which
+`Engine.row_policy` finds by trying.
+
+To add an engine, write one class: `new_cache`, `prefill` and `forward`, and whatever of the rest it
+does faster than here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import ClassVar, Protocol
 
-from sdsat.engines.cache import SlotCache, SlotPlace
-from sdsat.engines.native.weights import NativeCache
-from sdsat.method.tree import DraftTree
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
+from sdsat.config import SamplingConfig
+from sdsat.engines.drafting import draft_tokens
+from sdsat.method.layout import SatGroup
+from sdsat.method.sampling import choose
+from sdsat.method.tree import DraftTree, make_tree
+from sdsat.models.sat_model import SatModel
 
 
-AnyCache = SlotCache | SlotPlace | NativeCache  # of one sequence
+class Cache(Protocol):
+    """Keys and values of one sequence."""
+
+    length: int  # committed tokens
+
+    def commit(self, rows: tuple[int, ...]) -> None:
+        """Keep these rows of the last pass, in this order, as the next committed tokens."""
 
 
 @dataclass
-class Part:
-    """What one sequence brings into a pass: the tokens of a draft tree's nodes, x first, and SAT
-    groups (node, size) at some.
+class PassInput:
+    """What one sequence brings into a pass: a draft tree, x at its root, and SATs at some nodes.
+
+    tokens: [N], one a node of `tree`. groups: where SATs stand, and how many.
     """
 
-    cache: AnyCache
+    cache: Cache
     tokens: list[int]
     tree: DraftTree
-    groups: tuple[tuple[int, int], ...] = ()
-    sats: int = field(init=False)
+    groups: tuple[SatGroup, ...] = ()
 
-    def __post_init__(self) -> None:
-        self.sats = sum(size for _, size in self.groups)
+    @cached_property
+    def num_sats(self) -> int:
+        """SATs of all groups together."""
+        return sum(size for _, size in self.groups)
+
+
+def rows_of(inputs: Sequence[PassInput]) -> int:
+    """Rows of a pass over these sequences."""
+    return sum(len(part.tokens) + part.num_sats for part in inputs)
 
 
 @dataclass(frozen=True)
 class RowPolicy:
-    """How a pass is padded so that each of its rows is computed by the same kernels whatever their
-    number.
+    """How a pass is padded so that the number of its rows doesn't decide which kernels compute it.
 
-    stable: whether logits were found bit-equal under this policy (`probe_rows`).
+    stable: whether logits were found bit-equal under this policy.
     """
 
     minimum: int
@@ -49,11 +76,200 @@ class RowPolicy:
         return max(self.minimum, -(-count // self.multiple) * self.multiple)
 
 
-_POLICIES = (
-    RowPolicy(1, 1),
-    RowPolicy(2, 1),
-    RowPolicy(4, 1),
-    RowPolicy(4, 4),
-    RowPolicy(8, 8),
-    RowPolicy(16, 16),
-)
+UNPADDED = RowPolicy(1, 1)
+
+
+class BatchCaches(Protocol):
+    """Where the sequences of a batch keep their keys and values."""
+
+    def enter(self, prompts: list[list[int]], num_slots: list[int]) -> Sequence[Cache]:
+        """A cache for each prompt, which holds all of it but the last token."""
+
+    def leave(self, cache: Cache) -> None:
+        """Free a sequence's cache."""
+
+
+class Engine(ABC):
+    """Runs passes of one model.
+
+    name: as results files have it. has_int8: whether it has the weights in 8 bits too, for passes
+    that only draft. exact_trees: whether a tree's rows have AR's bits in half precision too.
+    policies: the ways of padding that are tried, cheapest first; fallback: where none is stable.
+    """
+
+    has_int8: ClassVar[bool] = False
+    exact_trees: ClassVar[bool] = False
+    policies: ClassVar[tuple[RowPolicy, ...]] = (UNPADDED,)
+    fallback: ClassVar[RowPolicy] = RowPolicy(1, 1, stable=False)
+
+    def __init__(self, model: SatModel):
+        self.model = model
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What runs the passes, as results files have it."""
+
+    @abstractmethod
+    def new_cache(self, num_slots: int) -> Cache:
+        """An empty cache for one sequence of up to `num_slots` tokens, a pass's rows included."""
+
+    @abstractmethod
+    def prefill(self, cache: Cache, tokens: Tensor) -> None:
+        """Fill `cache` anew with the keys and values of `tokens` [N]."""
+
+    @abstractmethod
+    def forward(
+        self, inputs: Sequence[PassInput], int8: bool = False, policy: RowPolicy | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over several sequences; commits nothing.
+
+        Args:
+            inputs: one a sequence.
+            int8: linear layers in 8 bits, for a pass that only drafts (`has_int8`).
+            policy: padding; the engine's own by default.
+
+        Returns:
+            Last hidden states [R, D] and logits [R, V]. Rows: the nodes of all sequences in order,
+            then their SATs.
+        """
+
+    def batch_caches(self, size: int, num_slots: int) -> BatchCaches:
+        """Caches for up to `size` sequences at once, none of more than `num_slots` tokens."""
+        return SeparateCaches(self)
+
+    def prepare(self, int8: bool) -> None:  # noqa: B027
+        """Make now what passes will need, before seconds count. int8: passes in 8 bits, too."""
+
+    def synchronize(self) -> None:  # noqa: B027
+        """Wait until all passes are done."""
+
+    @property
+    def reads_freely(self) -> bool:
+        """Whether the host may read tensors without waiting for anything."""
+        return self.model.device.type == "cpu"
+
+    def close(self) -> None:  # noqa: B027
+        """Leave the model's modules as they were before the engine was made."""
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Within this block the model's modules are transformers' own, without an engine."""
+        yield
+
+    def largest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Find the largest logits [N, V] of each row, largest first.
+
+        Returns (values [N, count] in float32, ids [N, count]).
+        """
+        if count == 1:
+            ids = logits.float().argmax(-1, keepdim=True)
+            return logits.gather(-1, ids).float(), ids
+        values, ids = logits.topk(count)
+        return values.float(), ids
+
+    def draw(
+        self, logits: Tensor, index: Tensor, sampling: SamplingConfig, seeds: Tensor | None = None
+    ) -> Tensor:
+        """Draw one token [N] a row of logits [N, V], as `method.sampling.choose` does."""
+        return choose(logits, index, sampling, seeds=seeds)[:, 0]
+
+    def next_tokens(
+        self, logits: Tensor, index: Tensor, sampling: SamplingConfig, seeds: Tensor | None = None
+    ) -> Tensor:
+        """Choose the model's own next token of each row.
+
+        Args:
+            logits: [N, V].
+            index: [N] emitted index of the token to choose.
+            sampling: how; greedy takes the largest logit.
+            seeds: [N] in place of the sampling's one.
+
+        Returns:
+            [N] token ids.
+        """
+        if sampling.greedy:
+            return self.largest(logits, 1)[1][:, 0]
+        return self.draw(logits, index, sampling, seeds)
+
+    def draft(
+        self,
+        x: Tensor,
+        states: Tensor,
+        logits: Tensor,
+        index: int,
+        tree: DraftTree,
+        sampling: SamplingConfig,
+    ) -> Tensor:
+        """Draft with the SATs of one group: see `drafting.draft_tokens`."""
+        return draft_tokens(self.model, self.largest, x, states, logits, index, tree, sampling)
+
+    @cached_property
+    def row_policy(self) -> RowPolicy:
+        """The cheapest padding under which a row has the same bits whatever its pass's size."""
+        return probe_rows(self)
+
+
+class SeparateCaches:
+    """A cache of its own for each sequence. Equal prompts one after another are read once."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._last: tuple[list[int], Cache] | None = None  # what was read last, and its cache
+
+    def enter(self, prompts: list[list[int]], num_slots: list[int]) -> list[Cache]:
+        """See BatchCaches.enter."""
+        return [self._enter(*each) for each in zip(prompts, num_slots, strict=True)]
+
+    def _enter(self, prompt: list[int], num_slots: int) -> Cache:
+        cache = self.engine.new_cache(num_slots)
+        copy = getattr(cache, "copy", None)
+        if copy is not None and self._last is not None and self._last[0] == prompt:
+            copy(self._last[1], len(prompt) - 1)
+        else:
+            device = self.engine.model.device
+            tokens = torch.tensor(prompt[:-1], device=device, dtype=torch.long)
+            self.engine.prefill(cache, tokens)
+        self._last = (prompt, cache) if copy is not None else None
+        return cache
+
+    def leave(self, cache: Cache) -> None:
+        """See BatchCaches.leave: whoever drops the cache frees it."""
+
+
+_PROBE_CONTEXT = 64  # tokens before the probe's passes
+_PROBE_ROWS = 96  # of its largest pass
+
+
+def probe_tokens(model: SatModel, count: int) -> Tensor:
+    """[count] standard tokens all over the vocabulary, the same ones every time."""
+    return (torch.arange(count, device=model.device) * 7919 + 11) % model.vocabulary
+
+
+@torch.inference_mode()
+def probe_rows(engine: Engine) -> RowPolicy:
+    """Find the first of the engine's policies under which rows have the same bits in any pass.
+
+    Compares one pass of 96 tokens with the same tokens one at a time and in passes of other sizes,
+    padded by each policy in turn. An engine that needs no padding is compared all the same.
+    """
+    tokens = probe_tokens(engine.model, _PROBE_CONTEXT + _PROBE_ROWS)
+    cache = engine.new_cache(512)
+    engine.prefill(cache, tokens[:_PROBE_CONTEXT])
+
+    @lru_cache
+    def logits_of(first: int, rows: int, padded: int) -> Tensor:
+        cache.length = _PROBE_CONTEXT + first
+        part = tokens[cache.length : cache.length + rows].tolist()
+        chain = PassInput(cache, part, make_tree("chain", rows - 1))
+        return engine.forward([chain], policy=RowPolicy(padded, 1))[1]
+
+    def stable(policy: RowPolicy) -> bool:
+        whole = logits_of(0, _PROBE_ROWS, _PROBE_ROWS)
+        for i in range(16):
+            if not torch.equal(logits_of(i, 1, policy.rows(1))[0], whole[i]):
+                return False
+        sizes = sorted({policy.rows(count) for count in (*range(1, 33), 48, 64)})
+        return all(torch.equal(logits_of(0, n, n), whole[:n]) for n in sizes)
+
+    return next((policy for policy in engine.policies if stable(policy)), engine.fallback)

@@ -7,141 +7,138 @@ import json
 import statistics
 import time
 import warnings
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
-from sdsat.config import InputError
-from sdsat.engines.native import bindings
-from sdsat.engines.transformers import check_finite, forward, new_cache, prefill
-from sdsat.files import make_folder, read_json, sha256_of, write_json
-from sdsat.method.sampling import SamplingConfig
+from sdsat.cache_folder import cache_dir, creating
+from sdsat.config import InputError, SamplingConfig
+from sdsat.engines.base import Cache, Engine, PassInput, probe_tokens
+from sdsat.engines.native.bindings import source_hash
+from sdsat.engines.native.engine import NativeEngine
+from sdsat.environment import machine
+from sdsat.files import make_folder, read_json, write_json
+from sdsat.method.costs import CONTEXTS, COUNTS, CostCurve
+from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree
 
-if TYPE_CHECKING:
-    from sdsat.models.loading import SatModel
-from sdsat.method.costs import CONTEXTS, COUNTS, CostCurve
+_TURNS = 7  # of each shape, of which the median counts
+_FORM = 3  # of the files in the cache folder
 
-_TURNS = 7
+
+@dataclass(frozen=True)
+class _Shape:
+    """A pass of a chain of standard tokens and, at its end, one group of SATs."""
+
+    rows: int
+    sats: int
+    int8: bool = False
+
+    def seconds(self, engine: Engine, cache: Cache, tokens: list[int]) -> float:
+        """Of one such pass. tokens: at least as many as it has rows."""
+        began = time.perf_counter()
+        nodes = self.rows - self.sats
+        groups = (SatGroup(nodes - 1, self.sats),) if self.sats else ()
+        chain = PassInput(cache, tokens[:nodes], make_tree("chain", nodes - 1), groups)
+        engine.forward([chain], int8=self.int8)
+        engine.synchronize()
+        return time.perf_counter() - began
 
 
 @torch.inference_mode()
-def measure_costs(model: SatModel) -> CostCurve:
-    """Medians of a few passes of every size, a few seconds in all."""
-    from sdsat.engines.drafting import draft_tokens
-
-    assert model.sat is not None
-    vocabulary = model.model.get_input_embeddings().weight.shape[0]
-    tokens = (
-        torch.arange(max(CONTEXTS) + max(COUNTS), device=model.device) * 7919 + 11
-    ) % vocabulary
+def measure_costs(engine: Engine) -> CostCurve:
+    """Measure a few passes of every size, a few seconds in all, and take medians."""
+    model = engine.model
+    tokens = probe_tokens(model, max(CONTEXTS) + max(COUNTS))
+    engine.prepare(int8=engine.has_int8)
     verify = []
     draft = []
-    rounded = []
+    int8 = []
     for context in CONTEXTS:
         context = max(1, min(context, model.max_context - max(COUNTS)))
-        cache = new_cache(model, context + max(COUNTS) + 1)
-        prefill(model, cache, tokens[:context])
+        cache = engine.new_cache(context + max(COUNTS) + 1)
+        engine.prefill(cache, tokens[:context])
+        after = tokens[context : context + max(COUNTS)].tolist()
+        shapes = [_Shape(rows, sats) for rows in COUNTS for sats in {0, rows - 1}]
+        shapes += [_Shape(rows, rows - 1, True) for rows in COUNTS if engine.has_int8]
+        turns = [
+            {shape: shape.seconds(engine, cache, after) for shape in shapes} for _ in range(_TURNS)
+        ]
+        times = {shape: statistics.median(turn[shape] for turn in turns) for shape in shapes}
+        verify.append([times[_Shape(rows, 0)] for rows in COUNTS])
+        draft.append([times[_Shape(rows, rows - 1)] for rows in COUNTS])
+        if engine.has_int8:
+            int8.append([times[_Shape(rows, rows - 1, True)] for rows in COUNTS])
+    return CostCurve(verify, draft, _seconds_to_draft(engine, cache, tokens), int8)
 
-        def timed(
-            count: int, sats: int, in_8_bits: bool, cache: Any = cache, context: int = context
-        ) -> float:
-            part = tokens[context : context + count].clone()
-            part[count - sats :] = model.sat.token_id if model.sat else 0
-            began = time.perf_counter()
-            groups = ((count - sats - 1, sats),) if sats else ()
-            forward(
-                model, cache, part, make_tree("chain", count - sats - 1), groups, rounded=in_8_bits
-            )
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-            return time.perf_counter() - began
 
-        shapes = [(count, sats, False) for count in COUNTS for sats in {0, count - 1}]
-        shapes += [(count, count - 1, True) for count in COUNTS if model.rounded]
-        times: dict[tuple[int, int, bool], list[float]] = {shape: [] for shape in shapes}
-        for _ in range(_TURNS):
-            for shape in shapes:
-                times[shape].append(timed(*shape))
-        verify.append([statistics.median(times[count, 0, False]) for count in COUNTS])
-        draft.append([statistics.median(times[count, count - 1, False]) for count in COUNTS])
-        if model.rounded:
-            rounded.append([statistics.median(times[count, count - 1, True]) for count in COUNTS])
+def _seconds_to_draft(engine: Engine, cache: Cache, tokens: torch.Tensor) -> float:
+    """Seconds to turn one SAT's logits into a draft, in a chain of the trained depth."""
+    model = engine.model
+    assert model.sat is not None
     k = model.sat.k
-    part = torch.full((1 + k,), model.sat.token_id, device=model.device)
-    part[0] = tokens[0]
-    states, logits = forward(model, cache, part, make_tree("chain", 0), ((0, k),))
-    check_finite(model, float(logits.max()))
+    root = make_tree("chain", 0)
+    group = PassInput(cache, tokens[:1].tolist(), root, (SatGroup(0, k),))
+    states, logits = engine.forward([group])
+    model.check_finite(float(logits.max()))
+    chain = make_tree("chain", k)
     spent = []
     for _ in range(_TURNS):
         began = time.perf_counter()
-        draft_tokens(
-            model, tokens[1:2], states[1:], logits[1:], 0, make_tree("chain", k), SamplingConfig()
-        ).tolist()
+        found = engine.draft(tokens[1:2], states[1:], logits[1:], 0, chain, SamplingConfig())
+        found.tolist()
         spent.append(time.perf_counter() - began)
-    return CostCurve(verify, draft, statistics.median(spent) / k, rounded)
+    return statistics.median(spent) / k
 
 
-def measured_costs(model: SatModel, anew: bool = False) -> CostCurve:
-    """The curve from the cache folder, or measured now and put there.
+def measured_costs(engine: Engine, anew: bool = False) -> CostCurve:
+    """Take the curve from the cache folder, or measure it now and put it there.
 
     One file for each machine, number of threads, model and native engine. One process measures at a
-    time, and those that wait take what it found.
+    time, and those that wait take what it found. anew: measure even if the folder has a curve.
     """
-    from sdsat.cache_folder import creating
-
-    model.renew()
-    if model.costs is not None and not anew:
-        return model.costs
-    found = _circumstances(model)
+    found = _circumstances(engine)
     name = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16] + ".json"
     curve = None if anew else _read(name)
     try:
         if curve is None:
             with creating("costs") as folder:
-                curve = (None if anew else _read(name)) or measure_costs(model)
-                content = {key: value for key, value in asdict(curve).items() if key != "measured"}
-                make_folder(folder / "costs")
-                document = {
-                    "counts": COUNTS,
-                    "contexts": CONTEXTS,
-                    "curve": content,
-                    "environment": found,
-                }
-                write_json(folder / "costs" / name, document)
+                curve = (None if anew else _read(name)) or measure_costs(engine)
+                _write(folder, name, curve, found)
     except (InputError, OSError) as error:
         warnings.warn(
             f"what a pass costs is measured in every process: it cannot be kept ({error})",
             stacklevel=2,
         )
-    model.costs = replace(curve or measure_costs(model), measured=True)
-    return model.costs
+    return replace(curve or measure_costs(engine), measured=True)
 
 
-def _circumstances(model: SatModel) -> dict[str, Any]:
+def _write(folder: Any, name: str, curve: CostCurve, found: dict[str, Any]) -> None:
+    content = {key: value for key, value in asdict(curve).items() if key != "measured"}
+    document = {"counts": COUNTS, "contexts": CONTEXTS, "curve": content, "environment": found}
+    make_folder(folder / "costs")
+    write_json(folder / "costs" / name, document)
+
+
+def _circumstances(engine: Engine) -> dict[str, Any]:
     """All that the curve depends on, and that another machine, version or model may change."""
-    from sdsat.environment import machine
-
+    model = engine.model
     adapter = model.adapter.config if model.adapter else None
-    sizes = {
-        key: value
-        for key, value in sorted(model.model.config.to_dict().items())
-        if isinstance(value, (int, float))
-    }
+    settings = sorted(model.config.to_dict().items())
+    sizes = {key: value for key, value in settings if isinstance(value, (int, float))}
     shape = {
         "adapter": [adapter.rank, adapter.targets, adapter.head] if adapter else None,
         "k": model.sat and model.sat.k,
         **sizes,
     }
-    engine = sha256_of(bindings.SOURCE) if model.native else None  # another version, other costs
-    return machine(model) | {"dtype": str(model.dtype), "shape": shape, "native": engine, "form": 3}
+    native = source_hash() if isinstance(engine, NativeEngine) else None
+    where = machine(model.devices, model.dtype, engine.name)
+    return where | {"dtype": str(model.dtype), "shape": shape, "native": native, "form": _FORM}
 
 
 def _read(name: str) -> CostCurve | None:
     """A curve of the cache folder, if there is one and it is whole."""
-    from sdsat.cache_folder import cache_dir
-
     try:
         return CostCurve(**read_json(cache_dir() / "costs" / name)["curve"])
     except (InputError, OSError, ValueError, TypeError, KeyError):

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sdsat.config import SamplingConfig
-from sdsat.engines.transformers import top
 from sdsat.method.sampling import choose_columns
 from sdsat.method.tree import DraftTree
 from sdsat.models.head import SHORTLIST
+from sdsat.models.sat_model import SatModel
 
-if TYPE_CHECKING:
-    from sdsat.models.loading import SatModel
+Largest = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # see engines.base.Engine.largest
+
+
+def shortlist_of(tree: DraftTree, vocabulary: int) -> int:
+    """How many of a SAT's best tokens are looked at: as many as the tree is wide, at least."""
+    return min(max(SHORTLIST, tree.width), vocabulary)
 
 
 @lru_cache(maxsize=256)
 def _levels(
     tree: DraftTree, device: torch.device
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
-    """For each depth: (its parents' nodes [P], its nodes [N], each one's place among the parents
-    [N], and rank [N], width).
+    """For each depth: its parents' nodes [P], its nodes [N], each one's place among the parents
+    [N], and rank [N]; and how many children a parent has at most.
     """
     levels = []
     for depth in range(1, max(tree.depths) + 1):
@@ -38,6 +42,7 @@ def _levels(
 
 def draft_tokens(
     model: SatModel,
+    largest: Largest,
     x: Tensor,
     states: Tensor,
     logits: Tensor,
@@ -45,27 +50,35 @@ def draft_tokens(
     tree: DraftTree,
     sampling: SamplingConfig,
 ) -> Tensor:
-    """[2, N] float64: tokens of the tree's nodes, x [1] at the root and the SATs' candidates below,
-    and how likely each seems.
+    """Draft a tree below x with the SATs of one group, one SAT a depth. The host reads nothing.
 
-    states [k, D], logits [k, V]: last hidden states and logits of the SATs; index: emitted index of
-    the first draft. Without a head, all nodes of a depth draw from the same candidates; with one,
-    the children of a node are the best given that node's token. Likely: the token's share among the
-    SHORTLIST best of its SAT, or as many as the tree is wide. Nothing is read by the host.
+    Without a head, all nodes of a depth draw from the same candidates; with one, the children of a
+    node are the best given that node's token.
+
+    Args:
+        model: whose head and embeddings.
+        largest: finds the largest logits.
+        x: [1] the token at the root.
+        states: [k, D] last hidden states of the SATs.
+        logits: [k, V] of the SATs.
+        index: emitted index of the first draft.
+        tree: its shape, at most k deep.
+        sampling: how candidates are drawn, with the noise of their emitted positions.
+
+    Returns:
+        [2, N] float64: the tokens of the tree's nodes, and how likely each seems given its parent:
+        its share among the best tokens of its SAT that are looked at.
     """
-    shortlist = min(max(SHORTLIST, tree.width), logits.shape[-1])
-    if model.native:
-        return model.native.draft(x, states, logits, shortlist, index, tree, sampling)
-    scores, ids = top(model, logits, shortlist)
-    # [k, C, D]
-    rows = model.model.get_output_embeddings().weight[ids].to(states.dtype) if model.head else None
+    scores, ids = largest(logits, shortlist_of(tree, logits.shape[-1]))
+    head = model.head
+    rows = model.output_rows(ids).to(states.dtype) if head else None  # [k, C, D]
     tokens = x.repeat(len(tree))
     likely = torch.ones(len(tree), dtype=torch.float64, device=x.device)
     for i, (parents, nodes, places, ranks, width) in enumerate(_levels(tree, x.device)):
         given = scores[i].expand(len(parents), -1)
-        if model.head is not None and rows is not None:
-            before = model.model.get_input_embeddings()(tokens[parents])
-            given = given + model.head(states[i].expand_as(before), before) @ rows[i].T
+        if head is not None and rows is not None:
+            before = model.embed_standard(tokens[parents])
+            given = head.rerank(given, states[i].expand_as(before), before, rows[i : i + 1])
         at = torch.full((len(parents),), index + i, device=x.device)
         columns = choose_columns(given, at, sampling, width, ids[i])
         tokens[nodes] = ids[i][columns][places, ranks]

@@ -39,17 +39,17 @@ from sdsat.config import (
     keys_of,
     require,
 )
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.decoding.sequence import Generation
-from sdsat.environment import check_environment, environment, identity
-from sdsat.evaluation.records import plain
+from sdsat.environment import check_environment
+from sdsat.evaluation.records import environment, plain
 from sdsat.evaluation.reference import transformers_generate
 from sdsat.evaluation.report import SCHEMA_VERSION, Key, key_of, name_of, read_workers, seconds_of
 from sdsat.files import locked, write_json
 from sdsat.method.tree import PAPER_WIDTHS, make_tree, parse_tree
 from sdsat.models import devices as placing
 from sdsat.models import dtypes, loading
-from sdsat.models.loading import SatModel
+from sdsat.models.identity import identity
 from sdsat.tasks.datasets import (
     HUMANEVAL,
     INFILLING,
@@ -231,20 +231,24 @@ def _run_record(key: Key, out: Generation) -> dict[str, Any]:
 
 
 def measure_problem(
-    model: SatModel, problem: Problem, config: BenchConfig, first: int
+    decoder: Decoder, problem: Problem, config: BenchConfig, first: int
 ) -> dict[str, Any]:
     """Every strategy and k, config.turns times in turn, on one problem; `first` of them begins."""
     keys = config.keys
     runs: dict[Key, list[dict[str, Any]]] = {key: [] for key in keys}
-    asked = replace(problem, stop_ids=model.stop_ids + problem.stop_ids)
+    asked = replace(problem, stop_ids=decoder.model.stop_ids + problem.stop_ids)
     for place in range(config.turns * len(keys)):
         key = keys[(place + first) % len(keys)]
         decode = config.decode_config(*key, asked)
         with warnings.catch_warnings():
             # k beyond the trained depth: said once, when the run starts
             warnings.simplefilter("ignore")
-            run = transformers_generate if key[0] == "transformers" else generate
-            runs[key].append(_run_record(key, run(model, list(problem.prompt_ids), decode)))
+            prompt = list(problem.prompt_ids)
+            if key[0] == "transformers":
+                out = transformers_generate(decoder, prompt, decode)
+            else:
+                out = decoder.generate(prompt, decode)
+            runs[key].append(_run_record(key, out))
     return {
         "task_id": problem.task_id,
         "seed": None if config.sampling.greedy else decode.sampling.seed,
@@ -259,12 +263,13 @@ def _of_turns(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {**median, "outputs_sha256": [sha for run in runs for sha in run["outputs_sha256"]]}
 
 
-def _warm_up(model: SatModel, config: BenchConfig) -> None:
+def _warm_up(decoder: Decoder, config: BenchConfig) -> None:
     """Have everything made and learnt that is made once, on a prompt that is not measured."""
-    assert model.tokenizer is not None
-    problem = Problem("warm-up", tuple(encode_prompt(model.tokenizer, WARM_UP)))
+    tokenizer = decoder.model.tokenizer
+    assert tokenizer is not None
+    problem = Problem("warm-up", tuple(encode_prompt(tokenizer, WARM_UP)))
     short = replace(config, turns=1, max_new_tokens=min(_WARM_UP_TOKENS, config.max_new_tokens))
-    measure_problem(model, problem, short, 0)
+    measure_problem(decoder, problem, short, 0)
 
 
 def heed_interrupts() -> None:
@@ -299,7 +304,10 @@ def _worker(
         warnings.showwarning = warn
         where = (config.model, config.dtype, device)
         options = (config.sat_token_id, config.engine)
-        model = loading.load(*where, *options, trained_k=config.trained_k, context=_context(config))
+        decoder = Decoder.load(
+            *where, *options, trained_k=config.trained_k, context=_context(config)
+        )
+        model = decoder.model
         if model.sat and max(config.k_list) > model.sat.k:
             warn(
                 f"k={max(config.k_list)} is beyond the depth k={model.sat.k} that "
@@ -310,10 +318,10 @@ def _worker(
             encode_task(model.tokenizer, task, config.dataset, config.template_options)
             for task in todo
         ]
-        _warm_up(model, config)
-        document = _open_document(folder, label, config, environment(model))
+        _warm_up(decoder, config)
+        document = _open_document(folder, label, config, environment(decoder))
         for number, problem in enumerate(problems):
-            record = measure_problem(model, problem, config, number)
+            record = measure_problem(decoder, problem, config, number)
             document["problems"].append(record)
             write_json(folder / f"worker_{label}.json", document)
             pipe.send(("problem", record))

@@ -19,15 +19,14 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sdsat.config import DecodeConfig, require
-from sdsat.decoding.loop import generate
-from sdsat.models.loading import SatModel
+from sdsat.decoding.loop import Decoder
 from sdsat.training.evaluate import evaluate
 from sdsat.training.loss import predict
 from sdsat.training.shards import Sequence
 
 
 def inspect(
-    model: SatModel,
+    decoder: Decoder,
     answered: list[tuple[list[int], list[int]]],
     max_new_tokens: int = 128,
     anchors: int = 32,
@@ -41,6 +40,7 @@ def inspect(
     drafting has just failed. training: accepted drafts per loop on the adapter's held-out answers,
     where it says. Raises InputError for a model without SATs.
     """
+    model = decoder.model
     require(
         model.sat is not None,
         f"model={model.name}: has no SAT to inspect; expected an adapter or an SDSAT checkpoint",
@@ -53,14 +53,14 @@ def inspect(
     proposed = torch.zeros(k)
     loops = []
     for prompt, answer in tqdm(answered, desc="inspect", unit="prompt", disable=None):
-        out = generate(model, prompt, DecodeConfig(k, max_new_tokens, stop_ids=model.stop_ids))
+        out = decoder.generate(prompt, DecodeConfig(k, max_new_tokens, stop_ids=model.stop_ids))
         accepted += torch.tensor(out.accepted_by_depth)
         proposed += torch.tensor(out.proposed_by_depth)
         loops += out.accepted_lengths
         own.append(Sequence(torch.tensor(prompt + out.token_ids), len(prompt)))
         given.append(Sequence(torch.tensor(prompt + answer[:max_new_tokens]), len(prompt)))
 
-    of_checkpoint = (getattr(model.model.config, "sdsat", None) or {}).get("training", {})
+    of_checkpoint = (getattr(model.config, "sdsat", None) or {}).get("training", {})
     facts = model.adapter.config.training if model.adapter else of_checkpoint
     document: dict[str, Any] = {
         "k": k,

@@ -19,12 +19,11 @@ from typing import Any
 from tqdm import tqdm
 
 from sdsat.config import DecodeConfig, SamplingConfig, keys_of, require
-from sdsat.decoding.loop import generate
+from sdsat.decoding.loop import Decoder
 from sdsat.evaluation import sandbox
 from sdsat.evaluation.records import open_record
 from sdsat.files import write_json
 from sdsat.method.tree import make_tree, parse_tree
-from sdsat.models.loading import SatModel
 from sdsat.tasks.datasets import Limit, check_limit, humaneval_problems
 from sdsat.tasks.prompts import encode_prompt, thinks_first
 
@@ -129,14 +128,14 @@ def _after_thought(answer: str) -> str:
     return blocks[0 if answers else -1] if blocks else ""
 
 
-def evaluate(model: SatModel, config: QualityConfig, out: Path | None = None) -> dict[str, Any]:
+def evaluate(decoder: Decoder, config: QualityConfig, out: Path | None = None) -> dict[str, Any]:
     """Answer, test and return the document; with `out` it is rewritten after every problem and an
     interrupted run resumes.
 
     An answer that the sandbox failed to test is tested again by the next run, and its problem is in
     no figure until then.
     """
-    with open_record(model, config, out, "runs") as document:
+    with open_record(decoder, config, out, "runs") as document:
         document["sandbox"] = sandbox.walls().name
         answered = {problem["task_id"]: problem for problem in document["problems"]}
         for problem in tqdm(
@@ -144,7 +143,7 @@ def evaluate(model: SatModel, config: QualityConfig, out: Path | None = None) ->
         ):
             if problem["task_id"] not in answered:
                 document["problems"].append(
-                    {"task_id": problem["task_id"], "runs": _answer(model, problem, config)}
+                    {"task_id": problem["task_id"], "runs": _answer(decoder, problem, config)}
                 )
             elif not _test_again(problem, answered[problem["task_id"]]["runs"]):
                 continue
@@ -190,8 +189,9 @@ def _test_again(problem: dict[str, str], runs: list[dict[str, Any]]) -> bool:
 
 
 def _answer(
-    model: SatModel, problem: dict[str, str], config: QualityConfig
+    decoder: Decoder, problem: dict[str, str], config: QualityConfig
 ) -> list[dict[str, Any]]:
+    model = decoder.model
     tokenizer = model.tokenizer
     require(tokenizer is not None, f"model={model.name}: came without a tokenizer")
     assert tokenizer is not None
@@ -204,8 +204,8 @@ def _answer(
     for seed in range(config.samples):
         ar: list[int] = []
         for strategy, k in config.keys:
-            out = generate(
-                model, prompt, config.decode(strategy, k, seed, problem["task_id"], model.stop_ids)
+            out = decoder.generate(
+                prompt, config.decode(strategy, k, seed, problem["task_id"], model.stop_ids)
             )
             ar = out.token_ids if strategy == "ar" else ar
             code = completion(out.text, chat, thinks)

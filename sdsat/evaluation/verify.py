@@ -21,13 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdsat.config import DecodeConfig, SamplingConfig, keys_of
-from sdsat.decoding.loop import generate, next_logits, resolved
+from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.records import open_record
 from sdsat.evaluation.reference import transformers_generate
 from sdsat.files import write_json
 from sdsat.method.sampling import choose
 from sdsat.method.tree import make_tree, parse_tree
-from sdsat.models.loading import SatModel
 from sdsat.tasks.datasets import Limit, check_limit
 from sdsat.tasks.prompts import Problem, humaneval
 
@@ -80,7 +79,7 @@ class VerifyConfig:
 
 
 def first_divergence(
-    model: SatModel, prompt_ids: list[int], ar: list[int], other: list[int], config: DecodeConfig
+    decoder: Decoder, prompt_ids: list[int], ar: list[int], other: list[int], config: DecodeConfig
 ) -> dict[str, Any] | None:
     """Where two outputs first differ, and by how much AR preferred its own token there; None when
     they are equal.
@@ -99,7 +98,7 @@ def first_divergence(
             "token": None,
             "ar_margin": None,
         }
-    logits = next_logits(model, prompt_ids + ar[:place], len(prompt_ids), config).double()
+    logits = decoder.next_logits(prompt_ids + ar[:place], len(prompt_ids), config).double()
     ours = ar[place]
     theirs = other[place]
     if config.sampling.greedy:
@@ -131,19 +130,20 @@ def _sampled_margin(
     return high
 
 
-def verify(model: SatModel, config: VerifyConfig, out: Path | None = None) -> dict[str, Any]:
+def verify(decoder: Decoder, config: VerifyConfig, out: Path | None = None) -> dict[str, Any]:
     """Compare and return the document; with `out` it is rewritten after every problem and an
     interrupted run resumes.
     """
+    model = decoder.model
     dtype = str(model.dtype).removeprefix("torch.")
     if not config.strategies:
-        config = replace(config, strategies=model.strategies)
+        config = replace(config, strategies=decoder.strategies)
     problems = humaneval(model.tokenizer, config.data_limit, config.template_options)
-    with open_record(model, config, out, "comparisons") as document:
+    with open_record(decoder, config, out, "comparisons") as document:
         done = {problem["task_id"] for problem in document["problems"]}
         todo = [problem for problem in problems if problem.task_id not in done]
         for problem in tqdm(todo, desc=f"verify {dtype}", unit="problem", disable=None):
-            comparisons = _compare(model, problem, config)
+            comparisons = _compare(decoder, problem, config)
             document["problems"].append({"task_id": problem.task_id, "comparisons": comparisons})
             document["summary"] = _summarize(document["problems"], dtype)
             if out is not None:
@@ -185,7 +185,7 @@ def divergences(document: dict[str, Any], tokenizer: Any) -> Iterator[str]:
                 )
 
 
-def _compare(model: SatModel, problem: Problem, config: VerifyConfig) -> list[dict[str, Any]]:
+def _compare(decoder: Decoder, problem: Problem, config: VerifyConfig) -> list[dict[str, Any]]:
     prompt_ids = list(problem.prompt_ids)
     comparisons = list[dict[str, Any]]()
     keys = keys_of(config.strategies, config.k_list)
@@ -198,24 +198,28 @@ def _compare(model: SatModel, problem: Problem, config: VerifyConfig) -> list[di
             "seed": None if sampling.greedy else sampling.seed,
         }
         base = DecodeConfig(
-            0, config.max_new_tokens, "auto", sampling.of_problem(problem.task_id), model.stop_ids
+            0,
+            config.max_new_tokens,
+            "auto",
+            sampling.of_problem(problem.task_id),
+            decoder.model.stop_ids,
         )
-        ar = generate(model, prompt_ids, base).token_ids
+        ar = decoder.generate(prompt_ids, base).token_ids
         if sampling.greedy:
-            theirs = transformers_generate(model, prompt_ids, base).token_ids
-            divergence = first_divergence(model, prompt_ids, ar, theirs, base)
+            theirs = transformers_generate(decoder, prompt_ids, base).token_ids
+            divergence = first_divergence(decoder, prompt_ids, ar, theirs, base)
             comparisons.append(
                 {"against": "transformers", **facts, "k": 0, "tree": None, "divergence": divergence}
             )
         for strategy, k, tree in asked:
-            decode = resolved(model, replace(base, k=k, tree=parse_tree(tree), strategy=strategy))
+            decode = decoder.resolved(replace(base, k=k, tree=parse_tree(tree), strategy=strategy))
             with warnings.catch_warnings():
                 # depth beyond the trained one changes speed, not the output
                 warnings.simplefilter("ignore")
-                tokens = generate(model, prompt_ids, decode).token_ids
+                tokens = decoder.generate(prompt_ids, decode).token_ids
             found = {"against": strategy, **facts, "k": k, "tree": decode.tree_name if k else None}
             comparisons.append(
-                {**found, "divergence": first_divergence(model, prompt_ids, ar, tokens, decode)}
+                {**found, "divergence": first_divergence(decoder, prompt_ids, ar, tokens, decode)}
             )
     return comparisons
 

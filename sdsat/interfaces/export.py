@@ -32,7 +32,7 @@ from torch import nn
 from sdsat.config import InputError, require
 from sdsat.models import adapter as adapters
 from sdsat.models import embedded, loading
-from sdsat.models.loading import SatModel
+from sdsat.models.sat_model import SatModel
 
 # vLLM takes a draft with one of these in its path for another method
 _TAKEN_NAMES = ("eagle-", "eagle3", "dflash", "dspark")
@@ -123,11 +123,7 @@ def export(name: str, out: Path, k: int | None = None, mask_token_id: int | None
     require(name != embedded.NAME, _gated(name))
     config = adapters.read_config(name) if loading.is_adapter(name) else None
     require(config is None or config.everywhere, _gated(name))
-    source = loading.load(
-        config.base_model if config else name, "auto", "cpu", engine="transformers"
-    )
-    if source.packed is not None:
-        source.packed.detach()
+    source = loading.load(config.base_model if config else name, "auto", "cpu")
     sat = config.sat if config else source.sat
     if sat is None:
         raise InputError(
@@ -183,7 +179,7 @@ def _spare_token(model: SatModel) -> int:
     Text that holds such a special token all the same is drafted badly; the target, and so the
     output, does not change.
     """
-    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.vocabulary
     tokenizer = model.tokenizer
     assert tokenizer is not None
     if max(tokenizer.get_vocab().values()) < vocabulary - 1:
@@ -215,7 +211,7 @@ def _tokens_with_a_part(model: SatModel) -> set[int]:
 
 
 def _check_mask(model: SatModel, mask: int) -> None:
-    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.vocabulary
     require(
         0 <= mask < vocabulary,
         f"mask_token_id={mask}: expected an id of the vocabulary, 0 to {vocabulary - 1}",
@@ -231,8 +227,8 @@ def _merged(source: SatModel, directory: str, mask: int) -> Any:
     """The base with the adapter's update added to its weights, and the SAT's embedding in the
     mask's input row.
     """
-    adapter = adapters.load(source.model, directory)
-    lm = source.model
+    adapter = adapters.load(source.lm, directory)
+    lm = source.lm
     # before the input row changes: the two may be one tensor
     output = lm.get_output_embeddings().weight.clone()
     layers = dict(lm.named_modules())
@@ -249,10 +245,10 @@ def _full(source: SatModel, sat: int) -> Any:
     """The checkpoint with an output for the SAT that is never the likeliest: the mean of the
     others, as its logit is.
     """
-    output = source.model.get_output_embeddings().weight.clone()
+    output = source.lm.get_output_embeddings().weight.clone()
     others = torch.arange(output.shape[0]) != sat
     output[sat] = output[others].float().mean(0)
-    return _untied(source.model, output)
+    return _untied(source.lm, output)
 
 
 def _untied(lm: Any, output: torch.Tensor) -> Any:

@@ -1,11 +1,13 @@
 """`sdsat generate` in a terminal: text as it is accepted, accepted drafts in colour, and a closing
-line of figures.
+line of figures; as a picture too, and beside AR as a race.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -14,11 +16,12 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from sdsat.config import DecodeConfig, require
-from sdsat.decoding.loop import generate, resolved
-from sdsat.decoding.sequence import Generation
+from sdsat.decoding.loop import Decoder
+from sdsat.decoding.sequence import Generation, OnTokens
 from sdsat.decoding.stopping import end_of_text, text_after
+from sdsat.environment import machine
 from sdsat.files import replacing
-from sdsat.models import loading
+from sdsat.interfaces.race import Lane, LanePass, race_svg
 from sdsat.tasks.prompts import WARM_UP, encode_prompt, encode_request
 
 ACCEPTED = "bold green"
@@ -101,10 +104,63 @@ def encode(
     return (encode_prompt if style == "code" else encode_request)(tokenizer, prompt, options)
 
 
-def figures(out: Generation, depth: int) -> str:
+@dataclass(frozen=True)
+class Step:
+    """What one pass emitted.
+
+    seconds: since the beginning, when it was there; what showing took is left out. tokens, drafted:
+    the tokens, and for each whether it was an accepted draft.
+    """
+
+    seconds: float
+    tokens: list[int]
+    drafted: list[bool]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A generation, and when its passes brought what: one step or more."""
+
+    out: Generation
+    steps: list[Step]
+
+    @property
+    def seconds(self) -> float:
+        """Prefill and decoding."""
+        return self.steps[-1].seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.out.num_new_tokens / self.seconds
+
+
+def timed(
+    decoder: Decoder, prompt_ids: list[int], decode: DecodeConfig, show: OnTokens | None = None
+) -> Run:
+    """Generate, and write down when each pass was there.
+
+    show: called with what every pass emits; the clock stands still meanwhile.
+    """
+    steps = list[Step]()
+    showing = 0.0
+    began = time.perf_counter()
+
+    def record(tokens: list[int], drafted: list[bool]) -> None:
+        nonlocal showing
+        now = time.perf_counter()
+        steps.append(Step(now - began - showing, tokens, drafted))
+        if show is not None:
+            show(tokens, drafted)
+        showing += time.perf_counter() - now
+
+    return Run(decoder.generate(prompt_ids, decode, record), steps)
+
+
+def figures(run: Run, depth: int) -> str:
     """The closing line. depth: how many drafts a pass may accept at most."""
+    out = run.out
     line = (
-        f"{out.num_new_tokens} tokens, {out.tokens_per_second:.1f} tokens/s, "
+        f"{out.num_new_tokens} tokens, {run.tokens_per_second:.1f} tokens/s, "
         f"{out.tokens_per_pass:.2f} tokens per pass"
     )
     if depth:
@@ -115,6 +171,31 @@ def figures(out: Generation, depth: int) -> str:
         if 2 * out.num_plain_passes > out.num_passes:
             line += "; drafts do not pay here: mostly plain decoding"
     return line
+
+
+def _how(decode: DecodeConfig) -> str:
+    """How a generation drafts, in a few words."""
+    parts = [decode.strategy] if decode.depth else ["no drafts"]
+    parts += [f"k = {decode.k}"] if decode.k else []
+    parts += [f"lookup {decode.num_lookup}"] if decode.num_lookup else []
+    return ", ".join(parts)
+
+
+def _lane(title: str, run: Run, remark: str, stream: TokenStream) -> Lane:
+    """A side of the race. remark: what stands after its figures. stream: a fresh one."""
+    texts = [stream.add(step.tokens, step.drafted) for step in run.steps]
+    texts[-1].append_text(stream.rest())
+    console = Console()
+    passes = [
+        LanePass(
+            step.seconds,
+            len(step.tokens),
+            [(part.text, bool(part.style)) for part in text.render(console) if part.text],
+        )
+        for step, text in zip(run.steps, texts, strict=True)
+    ]
+    done = f"{run.out.num_new_tokens} tokens in {run.seconds:.2f} s"
+    return Lane(title, f"{done}, {run.tokens_per_second:.0f} tokens/s{remark}", passes)
 
 
 def generate_in_terminal(
@@ -133,36 +214,40 @@ def generate_in_terminal(
 ) -> None:
     """Stream the answer, then its figures; see `sdsat generate --help` for the arguments."""
     require(prompt != "", "prompt: empty; expected some text")
-    model = loading.load(name, dtype, device, sat_token_id, engine, trained_k=trained_k)
+    decoder = Decoder.load(name, dtype, device, sat_token_id, engine, trained_k=trained_k)
+    model = decoder.model
     assert model.tokenizer is not None
-    decode = resolved(model, replace(decode, stop_ids=model.stop_ids))
+    decode = decoder.resolved(replace(decode, stop_ids=model.stop_ids))
     prompt_ids = encode(model.tokenizer, prompt, style, template_options)
     warm_up = encode_prompt(model.tokenizer, WARM_UP)  # another prompt: planners learn as they go
-    generate(model, warm_up, replace(decode, max_new_tokens=min(8, decode.max_new_tokens)))
-    stream = TokenStream(model.tokenizer, prompt_ids[-1], decode.stop_strings)
+    decoder.generate(warm_up, replace(decode, max_new_tokens=min(8, decode.max_new_tokens)))
+    new_stream = partial(TokenStream, model.tokenizer, prompt_ids[-1], decode.stop_strings)
+    stream = new_stream()
     console = Console(record=svg is not None, highlight=False)
 
     def show(tokens: list[int], drafted: list[bool]) -> None:
         console.print(stream.add(tokens, drafted), end="", soft_wrap=True)
 
-    out = generate(model, prompt_ids, decode, show)
+    run = timed(decoder, prompt_ids, decode, show)
     console.print(stream.rest())
-    console.print(Text(figures(out, decode.depth), style="dim"), soft_wrap=True)
+    console.print(Text(figures(run, decode.depth), style="dim"), soft_wrap=True)
     if compare:
-        ar = generate(model, prompt_ids, decode.plain)
-        same = "the same text" if ar.token_ids == out.token_ids else "another text"
-        ratio = out.tokens_per_second / ar.tokens_per_second
-        console.print(
-            Text(
-                (
-                    f"AR: {ar.tokens_per_second:.1f} tokens/s, {same}; SDSAT was {ratio:.2f} "
-                    "times as fast"
-                ),
-                style="dim",
-            ),
-            soft_wrap=True,
+        ar = timed(decoder, prompt_ids, decode.plain)
+        same = "the same text" if ar.out.token_ids == run.out.token_ids else "another text"
+        ratio = f"{run.tokens_per_second / ar.tokens_per_second:.2f} times as fast"
+        line = f"AR: {ar.tokens_per_second:.1f} tokens/s, {same}; SDSAT was {ratio}"
+        console.print(Text(line, style="dim"), soft_wrap=True)
+    if svg is None:
+        return
+    if compare:
+        sides = (
+            _lane("Plain decoding (AR)", ar, "", new_stream()),
+            _lane(f"SDSAT: {_how(decode)}", run, f": {ratio}, {same}", new_stream()),
         )
-    if svg is not None:
-        how = f"{name}, {decode.strategy}, k = {decode.k}"
-        with replacing(svg) as part:
-            console.save_svg(str(part), title=f"sdsat generate: accepted drafts in green ({how})")
+        where = machine(model.devices, model.dtype, decoder.engine.name)["device_name"]
+        picture = race_svg(sides, f"{name}, {dtype}, {where}")
+    else:
+        title = f"sdsat generate: accepted drafts in green ({name}, {_how(decode)})"
+        picture = console.export_svg(title=title)
+    with replacing(svg) as part:
+        part.write_text(picture, encoding="utf-8")

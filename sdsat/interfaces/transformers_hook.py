@@ -36,16 +36,18 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from sdsat.config import DecodeConfig, SamplingConfig, require, whole
-from sdsat.decoding.loop import check_context, generate_batch, next_tokens, num_slots, resolved
-from sdsat.decoding.sequence import Generation
+from sdsat.decoding.loop import Decoder
+from sdsat.decoding.resolve import check_context
+from sdsat.decoding.sequence import Generation, num_slots
+from sdsat.engines.choose import check_engine
 from sdsat.method.sampling import choose, filtered
 from sdsat.method.tree import parse_tree
 from sdsat.models import embedded, loading
 from sdsat.models.attention import sliding_window
 from sdsat.models.devices import GIB, free_bytes
-from sdsat.models.loading import SatModel
+from sdsat.models.sat_model import SatModel
 
-ATTRIBUTE = "sdsat"  # of a model: its SatModel
+ATTRIBUTE = "sdsat"  # of a model: its Decoder
 # Settings that plain decoding leaves at these values; others ask for another kind of decoding, or
 # for what isn't kept.
 _ONLY = {
@@ -117,10 +119,10 @@ def load(
     """A transformers model that is ready for `custom_generate=sdsat.generate`, and its tokenizer.
 
     Everything else works on it as before: `model(**inputs)`, plain `model.generate(**inputs)`.
-    Arguments and errors as those of `sdsat.models.loading.load`.
+    Arguments and errors as those of `sdsat.decoding.loop.Decoder.load`.
     """
-    sat = loading.load(name, dtype, device, **options)
-    return _ready(sat), sat.tokenizer
+    decoder = Decoder.load(name, dtype, device, **options)
+    return _ready(decoder), decoder.model.tokenizer
 
 
 def attach(
@@ -140,7 +142,7 @@ def attach(
     generation what is made of them is made anew if they have (of changes through `.data`, which
     torch does not count, only those of most of a weight are seen). A model with modules, hooks or
     parametrizations of other origin goes through these, or is refused by the name of the first one.
-    Other options, and errors, as those of `sdsat.models.loading.load`.
+    Other options, and errors, as those of `sdsat.decoding.loop.Decoder.load`.
     """
     require(
         isinstance(model, PreTrainedModel),
@@ -154,19 +156,16 @@ def attach(
         adapter is None or loading.is_adapter(str(adapter)),
         f"adapter={adapter}: not an adapter directory",
     )
-    loading.check_options(str(adapter or name), sat_token_id, engine, trained_k)
+    check_engine(engine)
+    loading.check_options(str(adapter or name), sat_token_id, trained_k)
     loading.check_model(model, name)
-    _ready(
-        loading.equip(
-            model, tokenizer, str(adapter or name), sat_token_id, engine, graphs, trained_k
-        )
-    )
-    return model
+    equipped = loading.equip(model, tokenizer, str(adapter or name), sat_token_id, trained_k)
+    return _ready(Decoder(equipped, engine, graphs))
 
 
-def _ready(sat: SatModel) -> PreTrainedModel:
-    model: Any = sat.model
-    setattr(model, ATTRIBUTE, sat)
+def _ready(decoder: Decoder) -> PreTrainedModel:
+    model: Any = decoder.model.lm
+    setattr(model, ATTRIBUTE, decoder)
     # transformers gives a callable no streamer and no assistant, and its criteria no tokenizer
     # then: all lost in silence.
     model._extract_generation_mode_kwargs = partial(_mode_arguments, model)
@@ -185,7 +184,7 @@ def _mode_arguments(
     """What transformers hands to a way of decoding beside what it has prepared; here with nothing
     left out.
     """
-    tokenizer = kwargs.get("tokenizer") or getattr(model, ATTRIBUTE).tokenizer
+    tokenizer = kwargs.get("tokenizer") or getattr(model, ATTRIBUTE).model.tokenizer
     given = type(model)._extract_generation_mode_kwargs(
         model, custom_generate, kwargs, synced_gpus, assistant_model, streamer
     )
@@ -221,7 +220,7 @@ def _check_mode(model: Any, mode: Any, generation_config: Any, arguments: dict[s
     inputs are copied for so many sequences, and caches of so many positions made.
     """
     if isinstance(arguments, _Arguments):
-        sat = getattr(model, ATTRIBUTE)
+        sat = getattr(model, ATTRIBUTE).model
         _refuse_settings(generation_config)
         num = whole(
             "num_return_sequences",
@@ -266,20 +265,20 @@ def generate(
     reproducible. Returns token ids [B, S] as transformers would, or an `SdsatOutput` [B, S] where
     return_dict_in_generate is true. Raises InputError, one line, for what can't be honoured.
     """
-    sat = getattr(model, ATTRIBUTE, None)
+    decoder = getattr(model, ATTRIBUTE, None)
     require(
-        isinstance(sat, SatModel),
+        isinstance(decoder, Decoder),
         f"model {getattr(model, 'name_or_path', '')}: not prepared for sdsat.generate; "
         "expected one from sdsat.load(NAME), or "
         "sdsat.attach(model, tokenizer, ADAPTER) before it",
     )
-    assert isinstance(sat, SatModel)
+    assert isinstance(decoder, Decoder)
     _refuse_inputs(model_kwargs)
-    prompts = _prompts(sat, input_ids, model_kwargs)
+    prompts = _prompts(decoder.model, input_ids, model_kwargs)
     if len(prompts) > 1:
         _refuse_in_batch([*logits_processor, *stopping_criteria], streamer)
     sequences = _Sequences(
-        sat,
+        decoder,
         input_ids,
         list(logits_processor),
         stopping_criteria,
@@ -326,7 +325,7 @@ def _refuse_without_room(
     """InputError where the caches of `rows` sequences, of prompts of up to `longest` tokens, are
     larger than the free memory.
     """
-    config = sat.model.config
+    config = sat.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     position = 2 * config.num_hidden_layers * heads * dim * sat.dtype.itemsize
@@ -405,7 +404,7 @@ def _prompts(sat: SatModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> 
     )
     left = bool((mask.diff(dim=-1) >= 0).all())
     require(
-        left or sliding_window(sat.model.config) is None,
+        left or sliding_window(sat.config) is None,
         "attention_mask: it leaves out tokens inside a prompt, which the sliding window "
         f"of {sat.name} counts; expected padding "
         "on the left alone, and a mask where a prompt holds pad_token_id",
@@ -480,14 +479,14 @@ class _Sequences:
 
     def __init__(
         self,
-        sat: SatModel,
+        decoder: Decoder,
         input_ids: Tensor,
         steps: list[Any],
         criteria: StoppingCriteriaList,
         settings: Any,
         seed: int,
     ):
-        self.sat = sat
+        self.decoder = decoder
         self.input_ids = input_ids
         self.settings = settings
         self.seed = seed
@@ -549,17 +548,17 @@ class _Sequences:
             budget,
             lookup,
         )
-        config = resolved(self.sat, asked)
+        config = self.decoder.resolved(asked)
         longest = max(map(len, prompts))
         num = self.settings.num_return_sequences
-        check_context(self.sat, longest, config)
-        _refuse_without_room(self.sat, num, len(prompts), self.max_new_tokens, longest)
+        check_context(self.decoder.model, longest, config)
+        rows = len(prompts)
+        _refuse_without_room(self.decoder.model, num, rows, self.max_new_tokens, longest)
         self.choosers = [_Chooser(self, row) for row in range(len(prompts))]
         configs = [replace(config, sampling=chooser.drafting) for chooser in self.choosers]
         on_tokens = None if streamer is None else partial(_stream, streamer)
-        return generate_batch(
-            self.sat, prompts, configs, on_tokens, len(prompts), None if plain else self.choosers
-        )
+        choosers = None if plain else self.choosers
+        return self.decoder.generate_batch(prompts, configs, on_tokens, rows, choosers)
 
     def output(self, generations: list[Generation]) -> Tensor | SdsatOutput:
         longest = max(generation.num_new_tokens for generation in generations)
@@ -590,8 +589,9 @@ class _Sequences:
 
 
 class _Chooser:
-    """A sequence's `decode.Chooser`: processors, the choice, and criteria, in this order, as in
-    transformers' own loop.
+    """A sequence's `decoding.sequence.Chooser`.
+
+    It does what transformers' own loop does, in this order: processors, the choice, criteria.
     """
 
     def __init__(self, all_: _Sequences, row: int):
@@ -601,7 +601,9 @@ class _Chooser:
         self.sampling = _sampling(all_.native, seed) if sample else SamplingConfig()
         self.drafting = _sampling([*all_.own, *all_.native], seed) if sample else SamplingConfig()
         prompt = all_.input_ids[row : row + 1]
-        self.ids = torch.nn.functional.pad(prompt, (0, all_.max_new_tokens)).to(all_.sat.device)
+        self.ids = torch.nn.functional.pad(prompt, (0, all_.max_new_tokens)).to(
+            all_.decoder.model.device
+        )
         self.length = prompt.shape[1]
         self.num_new = 0
         # of the caller, in which processors have made what they keep
@@ -621,14 +623,15 @@ class _Chooser:
                 self.logits.append(scores.clone())
             if own:
                 # some processors make more of a SAT's -inf
-                scores = self.all.sat.legal(own(so_far, scores))
+                scores = self.all.decoder.model.legal(own(so_far, scores))
                 chosen = (
                     scores.argmax(-1)
                     if self.sampling.greedy
                     else choose(self._drawable(scores), index, self.sampling)[:, 0]
                 )
             else:
-                chosen = next_tokens(self.all.sat, logits[None], index, self.sampling)
+                engine = self.all.decoder.engine
+                chosen = engine.next_tokens(logits[None], index, self.sampling)
             if self.all.keep_scores:
                 self.scores.append(filtered(scores, self.sampling) if native else scores)
             self.ids[:, self.length] = chosen

@@ -8,13 +8,9 @@ wrong now and then, and the SATs' come below that one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from sdsat.config import MAX_ROWS
 from sdsat.method.tree import DraftTree
-
-if TYPE_CHECKING:
-    pass
 
 _ROOT = DraftTree((-1,), (0,))
 OWN = 0.97  # how likely the first draft of a pass in 8 bits is taken to be before anything is known
@@ -48,30 +44,20 @@ class Drafts:
         return cls(_ROOT, [x], [1.0], [False])
 
     @classmethod
-    def of_sats(cls, tree: DraftTree, values: list[float], kind: str) -> Drafts:
-        """values: what `draft_tokens` gave, flat."""
-        nodes = len(tree)
-        return cls(
-            tree, [int(value) for value in values[:nodes]], values[nodes:], [False] * nodes, kind
-        )
+    def of_sats(cls, tree: DraftTree, tokens: list[int], likely: list[float], kind: str) -> Drafts:
+        """What the SATs of an exact pass drafted. kind: see plan.KINDS."""
+        return cls(tree, tokens, likely, [False] * len(tree), kind)
 
     @classmethod
-    def of_rounded(cls, x: int, tree: DraftTree, values: list[float]) -> Drafts:
-        """The tree one node lower: below x the token at its root, which a pass in 8 bits gave for x
-        itself.
+    def of_int8(cls, x: int, tree: DraftTree, tokens: list[int], likely: list[float]) -> Drafts:
+        """What a pass in 8 bits drafted: the tree one node lower.
+
+        Below x comes the token at the tree's root, which that pass gave for x itself.
         """
-        below = cls.of_sats(tree, values, "rounded")
         parents = (-1, *(parent + 1 for parent in tree.parents))
-        likely = [1.0, OWN, *below.likely[1:]]
-        looked_up = [False] * len(parents)
-        return cls(
-            DraftTree(parents, (0, *tree.ranks)),
-            [x, *below.tokens],
-            likely,
-            looked_up,
-            "rounded",
-            True,
-        )
+        lower = DraftTree(parents, (0, *tree.ranks))
+        chances = [1.0, OWN, *likely[1:]]
+        return cls(lower, [x, *tokens], chances, [False] * len(parents), "rounded", True)
 
     def with_chain(self, tokens: list[int], likely: float) -> Drafts:
         """The tree with a looked-up chain added below x; where it says what a draft says already,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,19 +12,25 @@ from torch import Tensor
 from sdsat.method.tree import DraftTree
 
 
+class SatGroup(NamedTuple):
+    """`size` SATs that draft what follows the token after a node of a draft tree."""
+
+    node: int
+    size: int
+
+
 @lru_cache(maxsize=1024)
 def pass_layout(
-    tree: DraftTree, groups: tuple[tuple[int, int], ...], rows: int, device: torch.device
+    tree: DraftTree, groups: tuple[SatGroup, ...], rows: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(within [rows, rows] bool, position offsets [rows]) of a pass: the tree's nodes, then SAT
-    groups, then padding.
+    """Lay out the rows of one sequence's pass: the tree's nodes, then its SAT groups, then padding.
 
-    groups: (node, k) each. A node sees its ancestors and itself; a SAT its node, that node's
-    ancestors and the SATs of its group up to itself; a padding row itself. Offsets count from the
-    root, which stands at 0; SAT i of a node at depth d at d + i.
+    Returns (within [rows, rows] bool, position offsets [rows]). A node sees its ancestors and
+    itself; a SAT its node, that node's ancestors and the SATs of its group up to itself; a padding
+    row itself. Offsets count from the root, which stands at 0; SAT i of a node at depth d at d + i.
 
         chain of 2, groups       within  1              offsets  0
-        ((0, 2), (1, 1)):                1 1                     1
+        (0, 2) and (1, 1):               1 1                     1
                                          1   1                   1
                                          1   1 1                 2
                                          1 1     1               2
@@ -62,8 +69,8 @@ class Layout:
     width: int
 
 
-# what one sequence brings into a pass: nodes, and SAT groups
-Shape = tuple[DraftTree, tuple[tuple[int, int], ...]]
+# What one sequence brings into a pass: nodes, and SAT groups.
+Shape = tuple[DraftTree, tuple[SatGroup, ...]]
 
 
 def batch_layout(shapes: list[Shape], rows: int, device: torch.device) -> Layout:
@@ -105,7 +112,7 @@ def batch_layout(shapes: list[Shape], rows: int, device: torch.device) -> Layout
 
 @lru_cache(maxsize=1024)
 def _layout_of_one(
-    tree: DraftTree, groups: tuple[tuple[int, int], ...], rows: int, device: torch.device
+    tree: DraftTree, groups: tuple[SatGroup, ...], rows: int, device: torch.device
 ) -> Layout:
     numbers = torch.arange(rows, device=device)
     return Layout(

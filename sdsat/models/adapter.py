@@ -195,8 +195,8 @@ class SatAdapter(nn.Module):
         """Go where `model`, the one that it was made for, is now: to its dtype, its devices and its
         layers; and fuse.
         """
-        embedding = model.get_input_embeddings().weight
-        layers = dict(self._targeted(model))  # type: ignore[operator]
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        layers = dict(self._targeted(model))
         gone = [key for key in self.down if key.replace("/", ".") not in layers]
         require(
             not gone,

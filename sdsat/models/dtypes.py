@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sdsat.config import require
 
-if TYPE_CHECKING:
-    pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_dtype(dtype: str) -> None:
+    """Raise InputError unless `dtype` is 'auto' or a name in DTYPES."""
     require(
         isinstance(dtype, str) and dtype in ("auto", *DTYPES),
         f"dtype={dtype}: expected auto, {', '.join(DTYPES)}",
     )
 
 
-def _check_dtype_of(model: Any, name: str) -> None:
+def check_dtype_of(model: Any, name: str) -> None:
+    """Raise InputError unless the weights of transformers' `model` have a type in DTYPES."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     require(
         isinstance(weight, torch.Tensor),

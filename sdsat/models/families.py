@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdsat.config import SatConfig, require
 from sdsat.models import attention
-
-if TYPE_CHECKING:
-    pass
 from sdsat.models.dtypes import DTYPES
 
 # The two published checkpoints (arXiv 2403.18647) say nothing of their SAT in config.json, and

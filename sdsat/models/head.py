@@ -9,16 +9,13 @@ tokens of the SAT are ranked anew by the moved state (a light form of the sample
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
 from sdsat.models import packed
-
-if TYPE_CHECKING:
-    from sdsat.models.loading import SatModel
 
 SHORTLIST = 64  # tokens of a SAT that are ranked anew
 
@@ -61,18 +58,16 @@ class DraftHead(nn.Module):
             return outer(silu(inner(both)))
         return linear(silu(linear(both, self.inner.to(both))), self.outer.to(both))
 
+    def rerank(self, scores: Tensor, states: Tensor, before: Tensor, rows: Tensor) -> Tensor:
+        """Rank a SAT's best tokens anew, given the token before.
 
-def rerank(
-    model: SatModel, states: Tensor, logits: Tensor, before: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The best tokens of SATs, ranked anew.
+        Args:
+            scores: [N, C] logits of the best tokens of N SATs.
+            states: [N, D] last hidden states of the SATs.
+            before: [N, D] embeddings of the tokens before.
+            rows: [N, C, D] the output layer's rows of the best tokens.
 
-    states [N, D], logits [N, V] of SATs, before [N] the tokens before.
-
-    Returns (ids [N, C], scores [N, C]), C = SHORTLIST.
-    """
-    assert model.head is not None
-    scores, ids = logits.topk(min(SHORTLIST, logits.shape[-1]))
-    moves = model.head(states, model.model.get_input_embeddings()(before))
-    rows = model.model.get_output_embeddings().weight[ids]
-    return ids, scores + (rows @ moves[:, :, None])[:, :, 0]
+        Returns:
+            [N, C] new scores.
+        """
+        return scores + (rows @ self(states, before)[:, :, None])[:, :, 0]

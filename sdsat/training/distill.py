@@ -21,10 +21,10 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from sdsat.config import DecodeConfig, SamplingConfig, require
-from sdsat.decoding.loop import iterate_batch
-from sdsat.environment import check_environment, identity
+from sdsat.decoding.loop import Decoder
+from sdsat.environment import check_environment
 from sdsat.files import locked, read_json
-from sdsat.models.loading import SatModel
+from sdsat.models.identity import identity
 from sdsat.tasks.prompts import COMPLETE, collect_prompts, licences
 from sdsat.training.shards import _write_manifest, _write_shard
 
@@ -35,7 +35,7 @@ _BEFORE: dict[str, Any] = {"answers": 1, "kinds": COMPLETE, "avoid": [], "templa
 
 
 def answer_batch(
-    model: SatModel,
+    decoder: Decoder,
     prompts: list[list[int]],
     todo: list[int],
     temperatures: list[float],
@@ -50,21 +50,21 @@ def answer_batch(
     that is not 0, and a seed of its own: the answer doesn't depend on what is answered beside it.
     """
     configs = []
+    stop_ids = decoder.model.stop_ids
     for i in todo:
         sampling = (
             SamplingConfig(temperatures[i], top_k=10, top_p=0.95, seed=(seed << 32) + i)
             if temperatures[i]
             else GREEDY
         )
-        configs.append(DecodeConfig(0, max_new_tokens, sampling=sampling, stop_ids=model.stop_ids))
-    for place, out in iterate_batch(
-        model, [prompts[i] for i in todo], configs, batch_size=batch_size
-    ):
+        configs.append(DecodeConfig(0, max_new_tokens, sampling=sampling, stop_ids=stop_ids))
+    asked = [prompts[i] for i in todo]
+    for place, out in decoder.iterate_batch(asked, configs, batch_size=batch_size):
         yield todo[place], out.token_ids
 
 
 def distill(
-    model: SatModel,
+    decoder: Decoder,
     sources: list[str],
     out: Path,
     limit: int | None = None,
@@ -87,6 +87,7 @@ def distill(
     follow each other and share its pass. Under `accelerate launch` every process writes its own
     part of the shards. Returns the manifest, also written to `out`.
     """
+    model = decoder.model
     positive = dict(
         max_new_tokens=max_new_tokens, batch_size=batch_size, shard_size=shard_size, answers=answers
     )
@@ -156,7 +157,7 @@ def distill(
         made: dict[int, list[int]] = {}
         _write_manifest(manifest_file, manifest, files)
         for i, answer in answer_batch(
-            model, prompts, todo, turns, max_new_tokens, batch_size, seed
+            decoder, prompts, todo, turns, max_new_tokens, batch_size, seed
         ):
             made[i] = answer
             bar.update()

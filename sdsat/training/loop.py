@@ -25,11 +25,12 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from sdsat.config import TrainConfig, require
-from sdsat.environment import check_environment, folder_hash, identity
+from sdsat.environment import check_environment, folder_hash
 from sdsat.evaluation.report import plot_training
 from sdsat.files import locked, read_json, replacing, write_json, writing
 from sdsat.models.adapter import CONFIG_FILE, WEIGHTS_FILE
-from sdsat.models.loading import SatModel
+from sdsat.models.identity import identity
+from sdsat.models.sat_model import SatModel
 from sdsat.training.loss import SatBatch, sat_batch
 from sdsat.training.modes import MODES, Mode
 from sdsat.training.shards import Sequence, hold_out, sequences_sha256
@@ -91,7 +92,7 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
     averaged. Raises InputError for data of another vocabulary, for a folder that holds another run
     or has one now, and for a loss that is not finite.
     """
-    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.vocabulary
     largest = max((int(s.ids.max()) for s in data), default=0)
     require(
         largest < vocabulary,

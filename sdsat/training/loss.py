@@ -22,9 +22,9 @@ from torch import Tensor
 from sdsat.config import require
 from sdsat.engines.cache import SharedPrefix, SlotCache
 from sdsat.models.attention import layer_masks
-from sdsat.models.head import rerank
-from sdsat.models.loading import SatModel
+from sdsat.models.head import SHORTLIST
 from sdsat.models.packed import in_use
+from sdsat.models.sat_model import SatModel
 from sdsat.training.shards import Sequence
 
 IGNORED = -100  # label of a row that only pads
@@ -133,30 +133,31 @@ def sat_states(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
     the standard tokens, of which the one at t predicts token t + 1).
     """
     size, length = batch.tokens.shape
-    lm = model.model
-    filled = SlotCache(lm.config.num_hidden_layers, length)
+    filled = SlotCache(model.num_layers, length)
     positions = torch.arange(length, device=batch.tokens.device)
     with torch.no_grad():
         causal = (positions <= positions[:, None]).expand(size, 1, length, length)
-        base = lm.base_model(
-            input_ids=batch.tokens,
-            attention_mask=model.mask(causal, positions[None], positions[None]),
-            position_ids=positions[None],
-            past_key_values=filled,
-        ).last_hidden_state
+        mask = model.mask(causal, positions[None], positions[None])
+        base = model.states(model.embed_standard(batch.tokens), mask, positions[None], filled)
         filled.commit(tuple(range(length)))
     assert model.sat is not None
     places = batch.anchor + batch.depth
     with model.sat_rows(0, batch.depth.shape[1]):
-        hidden = lm.base_model(
-            inputs_embeds=model.embed(torch.full_like(batch.depth, model.sat.token_id)),
-            attention_mask=model.mask(
-                sat_mask(batch), places, torch.cat([positions.expand(size, length), places], dim=1)
-            ),
-            position_ids=places,
-            past_key_values=SharedPrefix(filled),
-        ).last_hidden_state
+        sats = model.embed(torch.full_like(batch.depth, model.sat.token_id))
+        columns = torch.cat([positions.expand(size, length), places], dim=1)
+        mask = model.mask(sat_mask(batch), places, columns)
+        hidden = model.states(sats, mask, places, SharedPrefix(filled))
     return hidden[batch.label != IGNORED], base
+
+
+def _ranked(
+    model: SatModel, states: Tensor, logits: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(ids [M, C], scores [M, C]) of the best tokens of M SATs, as the draft head ranks them."""
+    assert model.head is not None
+    scores, ids = logits.topk(min(SHORTLIST, logits.shape[-1]))
+    rows = model.output_rows(ids)
+    return ids, model.head.rerank(scores, states, model.embed_standard(before), rows)
 
 
 def predict(model: SatModel, batch: SatBatch) -> Tensor:
@@ -170,7 +171,7 @@ def predict(model: SatModel, batch: SatBatch) -> Tensor:
     logits = model.logits(states)
     if model.head is None:
         return logits
-    ids, scores = rerank(model, states, logits, batch.before)
+    ids, scores = _ranked(model, states, logits, batch.before)
     share = logits.gather(-1, ids).logsumexp(-1, keepdim=True)
     return logits.scatter(-1, ids, scores.log_softmax(-1) + share)
 
@@ -192,7 +193,7 @@ def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float =
     )
     if model.head is None:
         return loss
-    ids, scores = rerank(model, states, logits, batch.before)
+    ids, scores = _ranked(model, states, logits, batch.before)
     labelled = batch.label != IGNORED
     found, place = (ids == batch.label[labelled][:, None]).max(-1)
     wide = torch.promote_types(scores.dtype, torch.float32)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from sdsat.config import SatConfig, TrainConfig, require
 from sdsat.models.adapter import AdapterConfig, SatAdapter, sample_weights
 from sdsat.models.adapter import load as load_adapter
-from sdsat.models.loading import SatModel
-from sdsat.models.packed import in_use
+from sdsat.models.packed import PackedLinears, can_pack, in_use
+from sdsat.models.sat_model import SatModel
 from sdsat.training.evaluate import evaluate, standard_loss
 from sdsat.training.loss import SatBatch, joint_logits, joint_loss, predict, sat_loss
 from sdsat.training.shards import Sequence
@@ -71,10 +71,10 @@ class AdapterMode:
             model.sat is None,
             f"model={model.name}: expected a plain base model, this one already has SATs",
         )
-        vocabulary = model.model.get_input_embeddings().weight.shape[0]
+        vocabulary = model.vocabulary
         sat = SatConfig(vocabulary, config.k)
         targets = tuple(name.strip() for name in config.targets.split(","))
-        sample = sample_weights(model.model)
+        sample = sample_weights(model.lm)
         # found from any folder
         base = str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name
         head = 0 if self.everywhere else config.head
@@ -88,9 +88,9 @@ class AdapterMode:
             base_sample=sample,
         )
         torch.manual_seed(config.seed)
-        self.adapter = SatAdapter(model.model, settings).float()
+        self.adapter = SatAdapter(model.lm, settings).float()
         if config.init is not None:
-            start = load_adapter(model.model, config.init)
+            start = load_adapter(model.lm, config.init)
             rank = start.config.rank
             same = (start.config.targets, start.config.scale) == (settings.targets, settings.scale)
             require(
@@ -111,7 +111,9 @@ class AdapterMode:
                 f"init={config.init}: its head is {start.config.head}, expected one of {known}",
             )
             self.adapter.load_state_dict(start.state_dict(), strict=start.config.head == head)
-        self.adapter.attach(model.model)
+        if can_pack(model.device, model.dtype):  # the frozen base alone is read so
+            PackedLinears(model.lm).attach()
+        self.adapter.attach(model.lm)
         self.model = replace(model, sat=sat, adapter=self.adapter)
         self.config = config
         self.accelerator = accelerator
@@ -191,12 +193,12 @@ class _Updated(nn.Module):
     def __init__(self, model: SatModel):
         super().__init__()
         self.model = model
-        self.config = model.model.config
+        self.config = model.config
 
     @in_use()
     def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
         with self.model.sat_rows(0, input_ids.shape[1]):
-            return self.model.model(inputs_embeds=self.model.embed(input_ids), **inputs)
+            return self.model.lm(inputs_embeds=self.model.embed(input_ids), **inputs)
 
 
 def _evaluate_jointly(
@@ -236,10 +238,7 @@ class FullMode:
             accelerator.mixed_precision in ("no", "bf16"),
             f"mixed_precision={accelerator.mixed_precision}: expected no or bf16",
         )
-        lm = model.model.requires_grad_(True).train()
-        if model.packed is not None:
-            model.packed.detach()
-            model.packed = None  # these weights are about to change
+        lm = model.lm.requires_grad_(True).train()
         token_id = model.sat.token_id if model.sat else _new_token(lm)
         self.sat = SatConfig(token_id, config.k)
         if config.checkpointing:

@@ -1,4 +1,4 @@
-"""The compiled library and its structs, as C++ reads them (native.cpp)."""
+"""The compiled library and its structs, as C++ reads them (structs.h)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from sdsat.cache_folder import load_library
 from sdsat.config import InputError
+from sdsat.files import sha256_of_all
 
 if TYPE_CHECKING:
     from sdsat.config import SamplingConfig
 
-SOURCE = Path(__file__).with_name("native.cpp")
+_FOLDER = Path(__file__).parent
+SOURCE = _FOLDER / "interface.cpp"  # which includes all others: one translation unit
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 
 
@@ -31,25 +33,25 @@ class Unavailable(Exception):
     """Why the native engine can't be used here, in one line."""
 
 
-class _Matrix(Structure):
+class Matrix(Structure):
     _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("stride", c_int64)]
 
 
-class _Linear(Structure):
+class Linear(Structure):
     _fields_ = [
-        *((name, _Matrix) for name in ("weight", "down", "up")),
+        *((name, Matrix) for name in ("weight", "down", "up")),
         ("bias", c_void_p),
         *((name, c_int64) for name in ("out", "in_", "rank")),
     ]
 
 
-class _Layer(Structure):
+class Layer(Structure):
     _fields_ = [(name, c_void_p) for name in ("norm_attention", "norm_mlp", "norm_q", "norm_k")] + [
-        (name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")
+        (name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")
     ]
 
 
-class _Model(Structure):
+class Model(Structure):
     _fields_ = [
         *(
             (name, c_int64)
@@ -58,38 +60,38 @@ class _Model(Structure):
         *((name, c_int64) for name in ("positions", "threads")),
         *((name, c_float) for name in ("eps", "scale")),
         *((name, c_void_p) for name in ("cos", "sin", "norm")),
-        ("head", _Linear),
-        ("layer", POINTER(_Layer)),
+        ("head", Linear),
+        ("layer", POINTER(Layer)),
         *((name, c_void_p) for name in ("embedding", "unembedding")),
-        *((name, _Linear) for name in ("draft_inner", "draft_outer")),
+        *((name, Linear) for name in ("draft_inner", "draft_outer")),
         ("draft_eps", c_float),
     ]
 
 
-class _Sampling(Structure):
+class Sampling(Structure):
     _fields_ = [("temperature", c_double), ("top_p", c_double), ("top_k", c_int64)]
 
     @classmethod
-    def of(cls, sampling: SamplingConfig) -> _Sampling:
+    def of(cls, sampling: SamplingConfig) -> Sampling:
         return cls(sampling.temperature, sampling.top_p, sampling.top_k)
 
 
-class _Drafting(Structure):
+class Drafting(Structure):
     _fields_ = [
         *(
             (name, c_void_p)
             for name in ("states", "logits", "parents", "ranks", "depths", "tokens", "likely")
         ),
         *((name, c_int64) for name in ("nodes", "sats", "shortlist", "index", "seed")),
-        ("sampling", _Sampling),
+        ("sampling", Sampling),
     ]
 
 
-class _Cache(Structure):
+class CacheStruct(Structure):
     _fields_ = [("keys", c_void_p), ("values", c_void_p), ("slots", c_int64)]
 
 
-class _Pass(Structure):
+class Pass(Structure):
     _fields_ = [
         *(
             (name, c_void_p)
@@ -124,10 +126,23 @@ def _compiler() -> list[str]:
     return command or [str(found)]
 
 
+def source_hash() -> str:
+    """Return one hash for all C++ sources, in hex.
+
+    Raises OSError where one can't be read.
+    """
+    files = [file for pattern in ("*.cpp", "*.h") for file in _FOLDER.glob(pattern)]
+    return sha256_of_all(
+        (file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files
+    )
+
+
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The compiled native.cpp; compiles it unless the cache folder has it for this source, compiler
-    and processor.
+    """Return the compiled library, from the cache folder or compiled now.
+
+    The cache folder keeps one for each version of the sources, compiler, flags and processor.
+    Raises Unavailable where there is no compiler, or it fails.
     """
     compiler = _compiler()
 
@@ -146,14 +161,14 @@ def library() -> ctypes.CDLL:
             [*compiler, "-v", "-march=native", "-E", "-x", "c++", os.devnull], capture_output=True
         ).stderr
         name = hashlib.sha256(
-            SOURCE.read_bytes() + version + " ".join(_FLAGS).encode()
+            source_hash().encode() + version + " ".join(_FLAGS).encode()
         ).hexdigest()[:16]
         return load_library(name, build)
     except OSError as error:
-        raise Unavailable(f"native.cpp could not be built ({error})") from None
+        raise Unavailable(f"the native engine could not be built ({error})") from None
 
 
-def _call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> None:
     """Call a function of the library.
 
     Raises MemoryError, or InputError for what it refuses, in one line.
@@ -170,7 +185,7 @@ def _call(name: str, *arguments: Any) -> None:
         raise InputError(f"native engine: {refused.decode()}")
 
 
-def _fits(tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> bool:
+def fits(tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> bool:
     """Whether C++ may read this tensor as `dtype` [shape], once contiguous. None: any number."""
     sizes = len(tensor.shape) == len(shape) and all(
         want in (None, size) for size, want in zip(tensor.shape, shape, strict=True)
@@ -183,26 +198,26 @@ def _fits(tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> 
     )
 
 
-def _described(dtype: torch.dtype, shape: Sequence[int | None], device: str) -> str:
+def described(dtype: torch.dtype, shape: Sequence[int | None], device: str) -> str:
     return (
         f"{dtype} [{', '.join('any' if size is None else str(size) for size in shape)}] on {device}"
     )
 
 
-def _readable(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> Tensor:
+def readable(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> Tensor:
     """The tensor as C++ reads it, contiguous.
 
     Raises InputError unless it is `dtype` [shape] on the CPU.
     """
-    if not _fits(tensor, dtype, shape):
+    if not fits(tensor, dtype, shape):
         raise InputError(
-            f"{name}: {_described(tensor.dtype, tensor.shape, tensor.device.type)}; the "
+            f"{name}: {described(tensor.dtype, tensor.shape, tensor.device.type)}; the "
             "native engine was made for "
-            f"{_described(dtype, shape, 'cpu')}: change a model's type or device before it "
+            f"{described(dtype, shape, 'cpu')}: change a model's type or device before it "
             "is loaded, not after"
         )
     return tensor.contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

@@ -1,7 +1,7 @@
 """Training throughput and memory of three layouts of the same SAT groups: what sharing the base's
 keys and values brings.
 
-    python scripts/train_cost.py [--data FOLDER] [--out FILE.json]
+    python dev/train_cost.py [--data FOLDER] [--out FILE.json]
 
     own sequences   every group is a sequence of its own: its standard tokens again, then its SATs
     one pass        standard tokens and all groups of a sequence in one pass, kept for the
@@ -26,11 +26,11 @@ from rich.table import Table
 
 from sdsat.cli.main import run
 from sdsat.config import SatConfig, TrainConfig
-from sdsat.environment import environment
+from sdsat.decoding.loop import Decoder
+from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
 from sdsat.models.adapter import AdapterConfig, SatAdapter
 from sdsat.models.embedded import BASE_NAME
-from sdsat.models.loading import load
 from sdsat.training.loss import IGNORED, SatBatch, sat_batch, sat_loss, sat_mask
 from sdsat.training.shards import read_sequences
 
@@ -67,12 +67,13 @@ def own_sequences(batch: SatBatch, size: int = 8) -> list[SatBatch]:
 
 def measure(layout: str, data: Path, results: Any) -> None:
     """Put {seconds, predictions, loss, peak_mib, environment} into `results`."""
-    model = load(BASE_NAME)
+    decoder = Decoder.load(BASE_NAME)
+    model = decoder.model
     sequences = read_sequences(data, None)
     adapter = SatAdapter(
-        model.model, AdapterConfig(BASE_NAME, SatConfig(49152, CONFIG.k), CONFIG.rank)
+        model.lm, AdapterConfig(BASE_NAME, SatConfig(49152, CONFIG.k), CONFIG.rank)
     ).float()
-    adapter.attach(model.model)
+    adapter.attach(model.lm)
     model.adapter = adapter
     model.sat = adapter.config.sat
 
@@ -88,14 +89,10 @@ def measure(layout: str, data: Path, results: Any) -> None:
         )
         places = torch.cat([positions.expand(len(ids), length), batch.anchor + batch.depth], dim=1)
         with model.sat_rows(length, ids.shape[1]):
-            states = model.model.base_model(
-                inputs_embeds=model.embed(ids),
-                attention_mask=model.mask(mask, places, places),
-                position_ids=places,
-                use_cache=False,
-            ).last_hidden_state
+            masks = model.mask(mask, places, places)
+            states = model.states(model.embed(ids), masks, places, None, use_cache=False)
         labelled = batch.label != IGNORED
-        logits = model.model.get_output_embeddings()(states[:, length:][labelled])
+        logits = model.lm.get_output_embeddings()(states[:, length:][labelled])
         return torch.nn.functional.cross_entropy(
             logits.float(), batch.label[labelled], reduction="sum"
         )
@@ -126,7 +123,7 @@ def measure(layout: str, data: Path, results: Any) -> None:
         "mean_loss": round(total / predictions, 4),
         "added_peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024,
     }
-    results["environment"] = environment(model)
+    results["environment"] = environment(decoder)
 
 
 def main(data: Path = Path("data/smollm2-135m-instruct"), out: Path | None = None) -> None:

@@ -1,7 +1,7 @@
 """What a pass costs in models of CodeLlama's sizes, and the speed-up that would follow: a
 projection, not a measurement.
 
-    python scripts/projection.py --shape 7b | 13b | tiny [--summary SUMMARY.json] [--device GPU]
+    python dev/projection.py --shape 7b | 13b | tiny [--summary SUMMARY.json] [--device GPU]
     [--out FILE.json]
 
 Measured: passes of n tokens, choosing the next ones included, with random weights of the published
@@ -27,15 +27,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sdsat.cli.main import Device, run
 from sdsat.config import SamplingConfig, SatConfig, require
-from sdsat.engines.drafting import draft_tokens
+from sdsat.decoding.loop import Decoder
+from sdsat.engines.base import Engine, PassInput, probe_tokens
 from sdsat.engines.graphs import CudaCapture, Graphs, padded
-from sdsat.engines.transformers import forward, new_cache, prefill, probe_rows, top
-from sdsat.environment import environment
+from sdsat.engines.transformers import TransformersEngine
+from sdsat.evaluation.records import environment
 from sdsat.files import destination, read_json, write_json
+from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree
 from sdsat.models import attention
 from sdsat.models.devices import pick_devices
-from sdsat.models.loading import SatModel
+from sdsat.models.sat_model import SatModel
 
 # Hidden and inner size, layers, heads.
 SHAPES = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40), "tiny": (64, 128, 2, 4)}
@@ -49,7 +51,7 @@ VOCABULARY = 32016
 SAT_ID = 32011
 
 
-def make_model(shape: str, device: torch.device) -> SatModel:
+def make_decoder(shape: str, device: torch.device) -> Decoder:
     """Random weights on the device; the SAT in the vocabulary, as in the paper's models."""
     hidden, inner, layers, heads = SHAPES[shape]
     config = LlamaConfig(
@@ -70,9 +72,8 @@ def make_model(shape: str, device: torch.device) -> SatModel:
     model = SatModel(
         lm.eval().requires_grad_(False), None, f"random-{shape}", SatConfig(SAT_ID, max(DEPTHS))
     )
-    if device.type == "cuda":
-        model.graphs = Graphs(CudaCapture(device))
-    return model
+    graphs = Graphs(CudaCapture(device)) if device.type == "cuda" else None
+    return Decoder(model, TransformersEngine(model, graphs=graphs))
 
 
 def milliseconds(device: torch.device, work: Any) -> float:
@@ -86,43 +87,45 @@ def milliseconds(device: torch.device, work: Any) -> float:
 
 
 @torch.inference_mode()
-def measure_passes(model: SatModel, context: int) -> dict[int, float]:
+def measure_passes(engine: Engine, context: int) -> dict[int, float]:
     """{n: milliseconds of a pass of n tokens after `context` others, its choice read by the host};
     counts take turns.
     """
-    tokens = (torch.arange(context + max(COUNTS), device=model.device) * 7919 + 11) % SAT_ID
-    cache = new_cache(model, context + max(COUNTS) + 16)
-    prefill(model, cache, tokens[:context])
+    device = engine.model.device
+    tokens = probe_tokens(engine.model, context + max(COUNTS))
+    cache = engine.new_cache(context + max(COUNTS) + 16)
+    engine.prefill(cache, tokens[:context])
 
     def once(count: int) -> None:
         # a tree has 96 at most; the others are SATs, which cost the same here
         nodes = min(count, 64)
-        groups = ((0, count - nodes),) if count > nodes else ()
-        _, logits = forward(
-            model, cache, tokens[context : context + count], make_tree("chain", nodes - 1), groups
-        )
-        top(model, logits, 1)[1].tolist()
+        groups = (SatGroup(0, count - nodes),) if count > nodes else ()
+        part = tokens[context : context + nodes].tolist()
+        chain = PassInput(cache, part, make_tree("chain", nodes - 1), groups)
+        _, logits = engine.forward([chain])
+        engine.largest(logits, 1)[1].tolist()
 
     times: dict[int, list[float]] = {count: [] for count in COUNTS}
     for turn in range(TURNS + 2):
         for count in COUNTS:
-            taken = milliseconds(model.device, lambda count=count: once(count))
+            taken = milliseconds(device, lambda count=count: once(count))
             if turn > 1:
                 times[count].append(taken)
     return {count: round(statistics.median(taken), 4) for count, taken in times.items()}
 
 
 @torch.inference_mode()
-def measure_drafting(model: SatModel, k: int) -> float:
+def measure_drafting(engine: Engine, k: int) -> float:
     """Milliseconds to turn the logits of a group of k SATs into drafts."""
-    hidden = model.model.config.hidden_size
+    model = engine.model
+    hidden = model.config.hidden_size
     states = torch.randn(k, hidden, device=model.device).to(model.dtype)
     logits = torch.randn(k, VOCABULARY, device=model.device).to(model.dtype)
     x = torch.zeros(1, dtype=torch.long, device=model.device)
     chain = make_tree("chain", k)
     taken = [
         milliseconds(
-            model.device, lambda: draft_tokens(model, x, states, logits, 0, chain, SamplingConfig())
+            model.device, lambda: engine.draft(x, states, logits, 0, chain, SamplingConfig())
         )
         for _ in range(TURNS + 2)
     ]
@@ -135,7 +138,7 @@ def floor_of(model: SatModel) -> tuple[int, float]:
     """
     size = sum(
         p.numel() * p.element_size()
-        for name, p in model.model.named_parameters()
+        for name, p in model.lm.named_parameters()
         if "embed_tokens" not in name
     )
     # 1 GiB, 64 MiB
@@ -262,15 +265,16 @@ def main(
     if out is not None:
         destination(out, "--out")
     measured = measured_acceptance(summary)
-    model = make_model(shape, pick_devices(device)[0])
-    size, rate = floor_of(model)
+    decoder = make_decoder(shape, pick_devices(device)[0])
+    engine = decoder.engine
+    size, rate = floor_of(decoder.model)
     floor = 1000 * size / rate
-    probe_rows(model)  # passes are padded as this finds, in every strategy
-    drafting = {k: measure_drafting(model, k) for k in DEPTHS}
+    _ = engine.row_policy  # passes are padded as this finds, in every strategy
+    drafting = {k: measure_drafting(engine, k) for k in DEPTHS}
     curves = []
     projections = []
     for context in CONTEXTS:
-        passes = measure_passes(model, context)
+        passes = measure_passes(engine, context)
         times = [round(taken / floor, 4) for taken in passes.values()]
         curves.append(
             {"context": context, "milliseconds": list(passes.values()), "times_floor": times}
@@ -280,7 +284,7 @@ def main(
             projections += [{**head, **found} for found in project(passes, drafting, acceptance)]
     document = {
         "schema_version": 1,
-        "environment": environment(model),
+        "environment": environment(decoder),
         "note": (
             "curves are measured with random weights; projections are computed from them "
             "and "

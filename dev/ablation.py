@@ -1,8 +1,8 @@
 """Which recipe makes the best drafts: short training runs that differ from one base recipe in one
 thing each.
 
-    python scripts/ablation.py OUT [VARIANT ...] [--data FOLDER] [--code FOLDER] [--steps N]
-    python scripts/ablation.py OUT --collect FILE.json
+    python dev/ablation.py OUT [VARIANT ...] [--data FOLDER] [--code FOLDER] [--steps N]
+    python dev/ablation.py OUT --collect FILE.json
 
 All runs see the same steps, sequences a step and held-out answers of the model's own; a run that is
 done is not repeated.
@@ -22,11 +22,11 @@ import typer
 
 from sdsat.cli.main import run
 from sdsat.config import SamplingConfig, TrainConfig, require
-from sdsat.decoding.loop import num_slots
-from sdsat.engines.drafting import draft_tokens
-from sdsat.engines.transformers import forward, new_cache, prefill
-from sdsat.environment import environment
+from sdsat.decoding.loop import Decoder, num_slots
+from sdsat.engines.base import PassInput, probe_tokens
+from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
+from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree
 from sdsat.models.adapter import SatAdapter
 from sdsat.models.adapter import load as load_adapter
@@ -82,31 +82,28 @@ def draft_milliseconds(adapters: dict[str, Path]) -> dict[str, float]:
     """What a draft step costs with each adapter, its SATs and head included: medians of turns that
     all take one after another.
     """
-    model = load(BASE_NAME, engine="transformers")
+    decoder = Decoder.load(BASE_NAME, engine="transformers")
+    engine = decoder.engine
+    model = decoder.model
     times = {name: [] for name in adapters}
-    loaded = {name: load_adapter(model.model, path).fuse() for name, path in adapters.items()}
-    tokens = torch.arange(CONTEXT) * 7919 % 49152
-    cache = new_cache(model, num_slots(CONTEXT, 256))
-    prefill(model, cache, tokens)
+    loaded = {name: load_adapter(model.lm, path).fuse() for name, path in adapters.items()}
+    tokens = probe_tokens(model, CONTEXT)
+    cache = engine.new_cache(num_slots(CONTEXT, 256))
+    engine.prefill(cache, tokens)
     with torch.inference_mode():
         for turn in range(TURNS + 2):
             for name, adapter in loaded.items():
-                adapter.attach(model.model)
+                adapter.attach(model.lm)
                 model.adapter = adapter
                 model.sat = adapter.config.sat
                 k = adapter.config.sat.k
                 began = time.perf_counter()
-                row = torch.cat([tokens[:1], torch.full((k,), model.sat.token_id)])
-                states, logits = forward(model, cache, row, make_tree("chain", 0), ((0, k),))
-                draft_tokens(
-                    model,
-                    row[:1],
-                    states[1:],
-                    logits[1:],
-                    0,
-                    make_tree("chain", k),
-                    SamplingConfig(),
-                )
+                x = tokens[:1]
+                root = make_tree("chain", 0)
+                row = PassInput(cache, x.tolist(), root, (SatGroup(0, k),))
+                states, logits = engine.forward([row])
+                chain = make_tree("chain", k)
+                engine.draft(x, states[1:], logits[1:], 0, chain, SamplingConfig())
                 if turn > 1:
                     times[name].append(1000 * (time.perf_counter() - began))
                 adapter.detach()
@@ -142,7 +139,7 @@ def collect(out: Path, file: Path, steps: int) -> None:
         }
     head = {
         "schema_version": 1,
-        "environment": environment(load(BASE_NAME)),
+        "environment": environment(Decoder.load(BASE_NAME)),
         "held_out": HELD_OUT,
         "steps": steps,
     }
@@ -170,7 +167,7 @@ def main(
         choice = settings.pop("data", None)
         if not (out / name / "adapter_config.json").exists():
             train(
-                load(BASE_NAME, engine="transformers"),
+                load(BASE_NAME),
                 sequences(choice, own, code),
                 out / name,
                 replace(BASE, steps=steps, **settings),

@@ -1,7 +1,7 @@
 """A checkpoint of the paper's form with random weights: CodeLlama's shape, tokens and half
 precision, for trying commands out.
 
-    python scripts/random_checkpoint.py FOLDER --shape 7b | 13b | tiny [--device GPU]
+    python dev/random_checkpoint.py FOLDER --shape 7b | 13b | tiny [--device GPU]
 
 Speed per pass, memory and exactness are those of the shape; texts and acceptance mean nothing. The
 tokenizer is trained here on HumanEval, with CodeLlama's special tokens in their places. 7b takes 13

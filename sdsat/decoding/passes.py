@@ -1,0 +1,208 @@
+"""What a pass says: the model's own next token at every node, and what SATs draft.
+
+A GPU makes the host wait for every read. So there all groups of SATs draft before the walk is
+known, and the host reads once a pass; on a CPU only the group at which a walk has ended drafts.
+`PassResult` hides which of the two it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as ListOf
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from sdsat.config import SamplingConfig
+from sdsat.decoding.sequence import Chooser, Drafted, Sequence
+from sdsat.engines.base import Engine, PassInput
+from sdsat.method.sampling import as_seed
+from sdsat.method.tree import DraftTree, make_tree
+
+
+@lru_cache(maxsize=256)
+def _truncated(spec: str | tuple[int, ...], k: int, depth: int) -> DraftTree:
+    return make_tree(spec, k).truncated(depth)
+
+
+class PassResult:
+    """What a pass says of each of its sequences.
+
+    own: for each sequence, the model's own next token at every node of its tree (list of [N]); -1
+    where its chooser was not asked.
+    """
+
+    own: list[list[int]]
+
+    def __init__(
+        self,
+        engine: Engine,
+        sequences: ListOf[Sequence],
+        inputs: ListOf[PassInput],
+        outputs: tuple[Tensor, Tensor],
+        drafts_only: bool = False,
+    ):
+        """Choose the next tokens of a pass.
+
+        Args:
+            engine: it ran the pass.
+            sequences: their settings and choosers.
+            inputs: of the pass, one a sequence.
+            outputs: of the pass: last hidden states [R, D] and logits [R, V].
+            drafts_only: the pass is in 8 bits, and its tokens are drafts: choosers are not asked.
+
+        Raises:
+            InputError: for logits that are NaN or infinite.
+        """
+        self._engine = engine
+        self._sequences = sequences
+        self._inputs = inputs
+        self._states, self._logits = outputs
+        nodes = sum(len(part.tokens) for part in inputs)
+        largest = self._logits.max()
+        asks = not drafts_only and sequences[0].chooser is not None
+        if asks or engine.reads_freely:  # a chooser reads logits anyway
+            engine.model.check_finite(float(largest))
+        chosen = self._ask if asks else self._choose
+        self._targets = chosen(self._logits[:nodes])
+        self._places = list(_places_of(inputs))
+        self._read: dict[tuple[int, int], Drafted] | None = None
+        if engine.reads_freely:
+            self.own = self._split(iter(self._targets.tolist()))
+        else:
+            self._read_once(largest)
+
+    def drafted(self, number: int, node: int) -> Drafted | None:
+        """What the SATs at a node of a sequence draft below the token that follows there.
+
+        None where there are no SATs.
+        """
+        if self._read is not None:
+            return self._read.get((number, node))
+        if node not in self._places[number]:
+            return None
+        tree, found = self._draft(number, node)
+        tokens, likely = found.tolist()
+        return Drafted(tree, [int(token) for token in tokens], likely)
+
+    def _read_once(self, largest: Tensor) -> None:
+        """Draft at every group, and read everything in one go."""
+        keys = [(number, node) for number, held in enumerate(self._places) for node in held]
+        found = {key: self._draft(*key) for key in keys}
+        flat = [largest.double()[None], self._targets.double()]
+        read = iter(torch.cat([*flat, *(part.flatten() for _, part in found.values())]).tolist())
+        self._engine.model.check_finite(next(read))
+        self.own = self._split(read)
+        self._read = {}
+        for key, (tree, _) in found.items():
+            tokens = [int(token) for token in islice(read, len(tree))]
+            self._read[key] = Drafted(tree, tokens, list(islice(read, len(tree))))
+
+    def _split(self, tokens: Iterator[float]) -> list[list[int]]:
+        """The next tokens of an iterator, node by node, sequence by sequence."""
+        return [[int(token) for token in islice(tokens, len(part.tokens))] for part in self._inputs]
+
+    def _draft(self, number: int, node: int) -> tuple[DraftTree, Tensor]:
+        """(tree, [2, N] tokens and how likely they are) of the SATs at a node of a sequence."""
+        sequence = self._sequences[number]
+        row, sats = self._places[number][node]
+        config = sequence.config
+        tree = _truncated(config.tree, config.num_sats, sats.stop - sats.start)
+        index = sequence.emitted + self._inputs[number].tree.depths[node] + 1
+        x = self._targets[row : row + 1].clamp_min(0)  # off the walk SATs draft for nobody
+        states = self._states[sats]
+        logits = self._logits[sats]
+        return tree, self._engine.draft(x, states, logits, index, tree, config.sampling)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """[N] the engine's choice at all nodes: one call for sequences that differ in the seed."""
+        both = list(zip(self._sequences, self._inputs, strict=True))
+        at = [sequence.emitted + d for sequence, part in both for d in part.tree.depths]
+        index = torch.tensor(at, device=logits.device)
+        first = self._sequences[0].config.sampling
+        if all(sequence.config.sampling == first for sequence in self._sequences):
+            return self._engine.next_tokens(logits, index, first)
+        rows: dict[SamplingConfig, list[int]] = {}
+        seeds: dict[SamplingConfig, list[int]] = {}
+        row = 0
+        for sequence, part in both:
+            sampling = replace(sequence.config.sampling, seed=0)
+            count = len(part.tokens)
+            rows.setdefault(sampling, []).extend(range(row, row + count))
+            seeds.setdefault(sampling, []).extend([as_seed(sequence.config.sampling.seed)] * count)
+            row += count
+        chosen = torch.empty_like(index)
+        for sampling, some in rows.items():
+            part_of = torch.tensor(some, device=index.device)
+            own_seeds = torch.tensor(seeds[sampling], device=index.device)
+            chosen[part_of] = self._engine.next_tokens(
+                logits[part_of], index[part_of], sampling, own_seeds
+            )
+        return chosen
+
+    def _ask(self, logits: Tensor) -> Tensor:
+        """[N] the choosers' choice at the nodes of their walks: all sequences have one, or none."""
+        targets = []
+        row = 0
+        for sequence, part in zip(self._sequences, self._inputs, strict=True):
+            own = logits[row : row + len(part.tokens)]
+            assert sequence.chooser is not None
+            stop_ids = sequence.config.stop_ids
+            chosen, ended = choose_along(sequence.chooser, part.tree, part.tokens, own, stop_ids)
+            sequence.ended = ended
+            targets.append(chosen)
+            row += len(part.tokens)
+        return torch.cat(targets)
+
+
+def _places_of(inputs: ListOf[PassInput]) -> list[dict[int, tuple[int, slice]]]:
+    """For each sequence, {node with SATs: (the node's row in the pass, its SATs' rows)}."""
+    places = []
+    row = 0
+    first = sum(len(part.tokens) for part in inputs)
+    for part in inputs:
+        held = {}
+        for node, size in part.groups:
+            held[node] = (row + node, slice(first, first + size))
+            first += size
+        places.append(held)
+        row += len(part.tokens)
+    return places
+
+
+def choose_along(
+    chooser: Chooser,
+    tree: DraftTree,
+    tokens: list[int],
+    logits: Tensor,
+    stop_ids: tuple[int, ...],
+) -> tuple[Tensor, bool]:
+    """Ask a chooser at the nodes that the walk visits.
+
+    It is asked once for each emitted position, in order, as in AR: so it may keep state, and
+    nothing is asked behind the end. Where a draft is the last token, the walk ends at that draft,
+    and nothing follows it: -1.
+
+    Args:
+        chooser: see `Decoder.generate`.
+        tree: no deeper than what is still to come.
+        tokens: [N] at its nodes.
+        logits: [N, V] of its nodes.
+        stop_ids: tokens that end the output.
+
+    Returns:
+        [N] its tokens, -1 at the other nodes; and whether it ended the output.
+    """
+    children = tree.children()
+    node = 0
+    targets = torch.full((len(tree),), -1, dtype=torch.long)
+    while True:
+        token, ended = chooser(logits[node])
+        targets[node] = token
+        follows = [child for child in children[node] if tokens[child] == token]
+        if ended or token in stop_ids or not follows:
+            return targets.to(logits.device), ended
+        node = follows[0]

@@ -1,0 +1,88 @@
+"""The one place where 'auto', None and defaults become settings, and where they are checked."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+from sdsat.config import LOOKUP, MAX_TRAINED_K, NUM_LOOKUP, STRATEGIES, DecodeConfig, require
+from sdsat.engines.base import Engine
+from sdsat.method.tree import make_tree
+from sdsat.models.sat_model import SatModel
+
+
+def strategies_of(engine: Engine) -> tuple[str, ...]:
+    """The strategies that a model has SATs and an engine for; looking tokens up takes nothing."""
+    with_sats = STRATEGIES if engine.model.sat else ()
+    possible = (name for name in with_sats if name != "rounded" or engine.has_int8)
+    return (LOOKUP, *possible)
+
+
+def resolved(engine: Engine, config: DecodeConfig) -> DecodeConfig:
+    """Choose all that the settings leave open, for this model and engine.
+
+    k None: what the SATs were trained for. lookup None: NUM_LOOKUP for 'lookup' and, with SATs,
+    'auto'; else none, so that AR has nothing but the model's own tokens. tree 'auto': 2,2,1 for
+    strategy 'auto' on an engine whose trees have AR's bits, and it verifies of them what pays; else
+    a chain. Settings that are resolved stay as they are.
+
+    Raises InputError where SATs are wanted of a model that has none.
+    """
+    model = engine.model
+    k = config.k
+    lookup = config.lookup
+    tree = config.tree
+    if k is None and config.strategy == LOOKUP:
+        k = 0
+    if k is None or k > 0:
+        wanted = f"strategy={config.strategy}" if k is None else f"k={k}"
+        instead = f"an adapter (`sdsat train` makes one), strategy={LOOKUP}, or k=0, plain decoding"
+        missing = f"{wanted}: model {model.name} has no SATs to draft with; expected {instead}"
+        require(model.sat is not None, missing)
+        assert model.sat is not None
+        k = model.sat.k if k is None else k
+    if lookup is None:
+        looks_up = config.strategy == LOOKUP or (config.strategy == "auto" and k > 0)
+        lookup = NUM_LOOKUP if looks_up else 0
+    if tree == "auto":
+        wide = config.strategy == "auto" and engine.exact_trees and 0 < k <= MAX_TRAINED_K
+        tree = (2, 2, 1) if wide else "chain"
+    return replace(config, k=k, lookup=lookup, tree=tree)
+
+
+def check_context(model: SatModel, prompt_length: int, config: DecodeConfig) -> None:
+    """Raise InputError where the model lacks positions for the prompt and what may follow."""
+    needed = prompt_length + config.max_new_tokens
+    require(
+        needed <= model.max_context,
+        f"max_new_tokens={config.max_new_tokens}: with a prompt of {prompt_length} tokens the "
+        f"context would reach {needed}, but model {model.name} takes {model.max_context}",
+    )
+
+
+def checked(engine: Engine, prompt_ids: list[int], config: DecodeConfig) -> DecodeConfig:
+    """The settings, resolved. Raises InputError unless they fit the prompt and the model."""
+    model = engine.model
+    require(len(prompt_ids) > 0, "prompt: no tokens; expected at least one")
+    check_context(model, len(prompt_ids), config)
+    size = model.vocabulary
+    strange = next((token for token in prompt_ids if not 0 <= token < size), None)
+    outside = f"prompt: token id {strange} is not in the model's vocabulary of {size}"
+    require(strange is None, outside)
+    readable = model.tokenizer is not None or not config.stop_strings
+    require(readable, "stop_strings: the model came without a tokenizer")
+    config = resolved(engine, config)
+    if not config.num_sats:
+        return config
+    if model.sat and config.num_sats > model.sat.k:
+        beyond = f"k={config.k} is beyond the depth k={model.sat.k} that {model.name}"
+        warnings.warn(f"{beyond} was trained for", stacklevel=3)
+    require(
+        config.strategy in strategies_of(engine),
+        f"strategy=rounded: {model.name} runs through transformers' modules here, which have no "
+        "8 bits; expected another",
+    )
+    width = make_tree(config.tree, config.num_sats).width
+    too_wide = f"tree={config.tree}: {width} candidates, but the vocabulary has {size} tokens"
+    require(width < size, too_wide)
+    return config

@@ -1,0 +1,246 @@
+"""The native engine: a whole pass of a Llama-form decoder on a CPU in one call (native.cpp), for
+bfloat16 and float32.
+
+It does what transformers' modules do, with the same weights and the same rounding between
+operations, but reads every weight once at the memory's pace and leaves no work between two layers
+to Python: a pass of one token of the default model takes a fifth of the time. And a row's result
+has the same bits whatever its pass looks like: see native.cpp. The library is compiled at first use
+(a C++ compiler; some seconds) and kept in the cache folder; without a compiler, on a GPU, and for
+sizes that it was not written for, passes go through transformers' modules (transformers.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import byref, c_int64, c_void_p
+from functools import cached_property, lru_cache
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from sdsat.config import SamplingConfig
+from sdsat.engines.base import Cache, Engine, PassInput, RowPolicy
+from sdsat.engines.drafting import shortlist_of
+from sdsat.engines.native.bindings import (
+    CacheStruct,
+    Drafting,
+    Pass,
+    Sampling,
+    call,
+    pointer,
+    readable,
+)
+from sdsat.engines.native.weights import NativeWeights
+from sdsat.method.layout import Layout, batch_layout
+from sdsat.method.sampling import as_seed
+from sdsat.method.tree import DraftTree
+from sdsat.models.sat_model import SatModel
+
+PREFILL_ROWS = 256  # of one pass over a prompt
+_KEYS = 64  # native.cpp keeps keys of so many tokens together
+
+
+class NativeCache:
+    """Keys and values in native.cpp's order; `length` committed tokens of one sequence.
+
+    Sized once, written in place.
+    """
+
+    def __init__(self, weights: NativeWeights, num_slots: int):
+        config = weights.struct
+        slots = -(-num_slots // _KEYS) * _KEYS
+        shape = (config.layers, config.kv_heads, slots, config.dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=weights.dtype) for _ in range(2))
+        self.struct = CacheStruct(self.keys.data_ptr(), self.values.data_ptr(), slots)
+        self.weights = weights
+        self.length = 0
+
+    def commit(self, rows: tuple[int, ...]) -> None:
+        """See engines.base.Cache.commit; the pass's other rows are forgotten."""
+        if rows != tuple(range(len(rows))):
+            slots = torch.tensor([self.length + row for row in rows])
+            struct = self.weights.struct
+            counts = (c_int64(self.length), c_void_p(slots.data_ptr()), c_int64(len(rows)))
+            call("sdsat_move", byref(struct), byref(self.struct), *counts, self.weights.is_bf16)
+        self.length += len(rows)
+
+    def copy(self, source: NativeCache, length: int) -> None:
+        """Hold the first `length` tokens of another cache of this engine, and nothing else."""
+        held = -(-length // _KEYS) * _KEYS
+        for own, other in ((self.keys, source.keys), (self.values, source.values)):
+            own[:, :, :held] = other[:, :, :held]
+        self.length = length
+
+
+class NativeEngine(Engine):
+    """Passes in one call of native.cpp.
+
+    Passes in 8 bits read the cache of the exact ones; what they write there is never kept. Raises
+    Unavailable for a model, a device or a machine that it wasn't written for.
+    """
+
+    has_int8: ClassVar[bool] = True
+    exact_trees: ClassVar[bool] = True
+
+    def __init__(self, model: SatModel):
+        super().__init__(model)
+        self.exact = NativeWeights(model)
+
+    @property
+    def name(self) -> str:
+        """'native'."""
+        return "native"
+
+    @cached_property
+    def int8(self) -> NativeWeights:
+        """The weights in 8 bits, made when first asked for."""
+        return NativeWeights(self.model, int8=True)
+
+    def prepare(self, int8: bool) -> None:
+        """See Engine.prepare."""
+        if int8:
+            _ = self.int8
+
+    def new_cache(self, num_slots: int) -> NativeCache:
+        """See Engine.new_cache."""
+        return NativeCache(self.exact, num_slots)
+
+    def prefill(self, cache: Cache, tokens: Tensor) -> None:
+        """See Engine.prefill."""
+        own = cast(NativeCache, cache)
+        own.length = 0
+        for part in tokens.split(PREFILL_ROWS) if len(tokens) else ():
+            rows = torch.arange(len(part))
+            causal = Layout(rows <= rows[:, None], rows, torch.zeros_like(rows), rows, len(part))
+            self.run([own], self.model.embed(part[None])[0], causal, last=0)
+            own.commit(tuple(range(len(part))))
+
+    def forward(
+        self, inputs: Sequence[PassInput], int8: bool = False, policy: RowPolicy | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See Engine.forward; rows need no padding."""
+        sats = sum(part.num_sats for part in inputs)
+        sat = self.model.sat.token_id if self.model.sat else 0
+        nodes = [token for part in inputs for token in part.tokens]
+        tokens = torch.tensor(nodes + [sat] * sats)
+        layout = batch_layout(
+            [(part.tree, part.groups) for part in inputs], len(tokens), self.model.device
+        )
+        caches = [cast(NativeCache, part.cache) for part in inputs]
+        embeddings = self.model.embed(tokens[None])[0]
+        states, logits = self.run(caches, embeddings, layout, sats, int8=int8)
+        return states, self.model.legal(logits)
+
+    def run(
+        self,
+        caches: Sequence[NativeCache],
+        embeddings: Tensor,
+        layout: Layout,
+        sats: int = 0,
+        last: int | None = None,
+        int8: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one pass over the sequences of `caches`; commits nothing.
+
+        Args:
+            caches: one a sequence; every row sees all that its sequence has committed.
+            embeddings: [N, D].
+            layout: of the N rows.
+            sats: how many of the last rows are SATs.
+            last: of how many of the last rows logits are made; None: of all.
+            int8: with the weights in 8 bits.
+
+        Returns:
+            Last hidden states [N, D] and logits [last, V].
+
+        Raises:
+            InputError: for tensors that C++ can't read.
+        """
+        weights = self.int8 if int8 else self.exact
+        dtype = weights.dtype
+        rows = len(embeddings)
+        last = rows if last is None else last
+        x = readable("embeddings", embeddings, dtype, rows, weights.struct.hidden).clone()
+        states = torch.empty_like(x)
+        logits = torch.empty(max(0, last), weights.struct.vocabulary, dtype=dtype)
+        held = torch.tensor([self._checked(cache).length for cache in caches])
+        lengths = held.expand(rows) if len(caches) == 1 else held[layout.sequences]
+        slots = lengths + layout.places
+        numbers = (lengths + layout.offsets, slots, layout.sequences, lengths)
+        read = [readable("layout", part, torch.long, rows) for part in numbers]
+        within = readable("within", layout.within, torch.bool, rows, rows)
+        weights.struct.threads = torch.get_num_threads()
+        tensors = (x, states, logits, *read, within)
+        struct = Pass(*(tensor.data_ptr() for tensor in tensors), len(caches), rows, sats, last)
+        structs = (CacheStruct * len(caches))(*(cache.struct for cache in caches))
+        call("sdsat_pass", byref(weights.struct), structs, byref(struct), weights.is_bf16)
+        return states, logits
+
+    def _checked(self, cache: NativeCache) -> NativeCache:
+        """The cache, if it is of this model's form. Raises InputError if it isn't."""
+        config = self.exact.struct
+        shape = (config.layers, config.kv_heads, cache.struct.slots, config.dim)
+        for part in (cache.keys, cache.values):
+            readable("cache", part, self.exact.dtype, *shape)
+        return cache
+
+    def largest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """See Engine.largest; of equals the lower id comes first."""
+        logits = readable("logits", logits, self.exact.dtype, None, None)
+        values = torch.empty(len(logits), count)
+        ids = torch.empty(len(logits), count, dtype=torch.long)
+        sizes = (c_int64(len(logits)), c_int64(logits.shape[-1]), c_int64(count))
+        x, i, v = (c_void_p(tensor.data_ptr()) for tensor in (logits, ids, values))
+        call("sdsat_largest", x, *sizes, i, v, torch.get_num_threads(), self.exact.is_bf16)
+        return values, ids
+
+    def draw(
+        self, logits: Tensor, index: Tensor, sampling: SamplingConfig, seeds: Tensor | None = None
+    ) -> Tensor:
+        """See Engine.draw; without sorting, and without noise for the whole vocabulary."""
+        logits = readable("logits", logits, self.exact.dtype, None, None)
+        index = readable("index", index, torch.long, len(logits))
+        seeds = torch.full_like(index, as_seed(sampling.seed)) if seeds is None else seeds
+        seeds = readable("seeds", seeds, torch.long, len(logits))
+        chosen = torch.empty_like(index)
+        x, i, s, out = (c_void_p(tensor.data_ptr()) for tensor in (logits, index, seeds, chosen))
+        sizes = (c_int64(len(logits)), c_int64(logits.shape[-1]))
+        how = (byref(Sampling.of(sampling)), out, torch.get_num_threads(), self.exact.is_bf16)
+        call("sdsat_choose", x, *sizes, i, s, *how)
+        return chosen
+
+    def draft(
+        self,
+        x: Tensor,
+        states: Tensor,
+        logits: Tensor,
+        index: int,
+        tree: DraftTree,
+        sampling: SamplingConfig,
+        shortlist: int | None = None,
+    ) -> Tensor:
+        """See Engine.draft; in one call.
+
+        shortlist: how many of a SAT's candidates are looked at; None: `drafting.shortlist_of`.
+        """
+        struct = self.exact.struct
+        states = readable("states", states, self.exact.dtype, None, struct.hidden)
+        logits = readable("logits", logits, self.exact.dtype, len(states), struct.vocabulary)
+        if shortlist is None:
+            shortlist = shortlist_of(tree, struct.vocabulary)
+        out = torch.empty(2, len(tree), dtype=torch.float64)
+        out[0, 0] = readable("x", x, torch.long, 1)[0]
+        out[1, 0] = 1.0
+        pointers = map(pointer, (states, logits, *_shape(tree), *out))
+        numbers = (len(tree), len(logits), shortlist, index, as_seed(sampling.seed))
+        drafting = Drafting(*pointers, *numbers, Sampling.of(sampling))
+        struct.threads = torch.get_num_threads()
+        call("sdsat_draft", byref(struct), byref(drafting), self.exact.is_bf16)
+        return out
+
+
+@lru_cache(maxsize=256)
+def _shape(tree: DraftTree) -> tuple[Tensor, ...]:
+    """Parents, ranks and depths, [N] each."""
+    return tuple(torch.tensor([tree.parents, tree.ranks, tree.depths]))

@@ -1,0 +1,153 @@
+// Linear layers in 8 bits: half the bytes to read, for passes that only draft.
+//
+// An element of a weight is (byte - 128) * its output's scale; weights lie [out / LANES][in / 4]
+// [LANES][4]. Rows are put into 8 bits too, with a scale for each INT8_GROUP inputs. Fast: the
+// products of a group are added up as integers, four in one instruction where there is one. Exact:
+// integer sums have no order, and a group's sums are added to an output's in order of its inputs.
+#pragma once
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+
+constexpr int INT8_GROUP = 32;       // inputs with one scale
+constexpr int INT8_LARGEST = 127;    // in size, of an input
+constexpr int INT8_STEP = 4;         // inputs that one step takes
+constexpr float INT8_TINY = 1e-20f;  // the largest of a group counts as no less
+
+// Rows whose sums fit the registers beside the weights.
+#ifdef __AVX512F__
+constexpr int INT8_TILE = 10;
+#else
+constexpr int INT8_TILE = 4;
+#endif
+
+// What the weights' bytes are above their values, where add_step8() leaves it in them.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int INT8_OFFSET = 0;
+#else
+constexpr int INT8_OFFSET = 128;
+#endif
+
+// Rows in 8 bits.
+struct Int8Rows {
+  const int8_t* bytes;   // [rows, size]; null: there are none
+  const float* scales;   // [rows, size / INT8_GROUP]
+  const float* offsets;  // [rows]: what INT8_OFFSET adds to each output before its scale
+
+  Int8Rows from(int64_t row, int64_t size) const {
+    if (!bytes) return *this;
+    return {bytes + row * size, scales + row * (size / INT8_GROUP), offsets + row};
+  }
+};
+
+// ---- one step: sums[r] += w * x[r] over INT8_STEP inputs of LANES outputs, for R rows ----
+
+static inline int32_t four_bytes(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, sizeof four);
+  return four;
+}
+
+#ifdef __AVX512VNNI__
+template <int R>
+static inline void add_step8(i32x* sums, const uint8_t* w, const int8_t* x, int64_t ld) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    __m512i four = _mm512_set1_epi32(four_bytes(x + r * ld));
+    sums[r] = (i32x)_mm512_dpbusd_epi32((__m512i)sums[r], _mm512_loadu_si512(w), four);
+  }
+}
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+template <int R>
+static inline void add_step8(i32x* sums, const uint8_t* w, const int8_t* x, int64_t ld) {
+  const __m256i bytes = _mm256_loadu_si256((const __m256i*)w);
+  const __m256i own = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));  // w - 128
+  const __m256i size = _mm256_abs_epi8(own);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    // |w| * (x with the sign of w): the sum of two products of 127 * 127 still fits 16 bits
+    __m256i four = _mm256_sign_epi8(_mm256_set1_epi32(four_bytes(x + r * ld)), own);
+    __m256i pairs = _mm256_maddubs_epi16(size, four);
+    sums[r] += (i32x)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+}
+#else
+template <int R>
+static inline void add_step8(i32x* sums, const uint8_t* w, const int8_t* x, int64_t ld) {
+  for (int r = 0; r < R; r++)
+    for (int o = 0; o < LANES; o++)
+      for (int i = 0; i < INT8_STEP; i++)
+        sums[r][o] += int32_t(w[INT8_STEP * o + i]) * x[r * ld + i];
+}
+#endif
+
+// ---- a tile of rows ----
+
+// y [R, BLOCK] = x [R, size] . w, one block of outputs with their scales.
+template <int R>
+static inline void multiply_tile8(const Int8Rows& x, int64_t size, const uint8_t* w,
+                                  const float* scale, Prefetch ahead, float* y) {
+  const int groups = size / INT8_GROUP;
+  for (int h = 0; h < 2; h++) {  // LANES outputs, whose sums over all inputs stay in registers
+    f32x sums[R] = {};
+    for (int g = 0; g < groups; g++, w += LANES * INT8_GROUP) {
+      i32x whole[R] = {};
+#pragma GCC unroll 8
+      for (int i = 0; i < INT8_GROUP; i += INT8_STEP) {
+        if (i * LANES % CACHE_LINE == 0) ahead.fetch(CACHE_LINE);
+        add_step8<R>(whole, w + i * LANES, x.bytes + g * INT8_GROUP + i, size);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++)
+        sums[r] += __builtin_convertvector(whole[r], f32x) * x.scales[r * groups + g];
+    }
+    for (int r = 0; r < R; r++) {
+      f32x scaled = (sums[r] - x.offsets[r]) * load(scale + h * LANES);
+      store(y + r * BLOCK + h * LANES, scaled);
+    }
+  }
+}
+
+// ---- rows into 8 bits ----
+
+// Room for rows in 8 bits.
+class Quantizer {
+ public:
+  Quantizer(int64_t rows, int64_t size)
+      : bytes(rows * size), scales(rows * size / INT8_GROUP), offsets(rows) {}
+
+  // x [rows, size] in 8 bits; valid until the next call.
+  template <class X> Int8Rows operator()(const X* x, int64_t size, int rows) {
+    if (bytes.empty()) return {};
+    for (int r = 0; r < rows; r++) {
+      f32x total = {};
+      for (int64_t at = r * size; at < (r + 1) * size; at += INT8_GROUP)
+        quantize_group(x + at, at, total);
+      offsets[r] = INT8_OFFSET * sum(total);
+    }
+    return {bytes.data(), scales.data(), offsets.data()};
+  }
+
+ private:
+  // total: to which the values that the bytes stand for are added.
+  template <class X> void quantize_group(const X* x, int64_t at, f32x& total) {
+    f32x largest = {};
+    for (int h = 0; h < INT8_GROUP; h += LANES) {
+      f32x a = load(x + h);
+      a = a > -a ? a : -a;
+      largest = a > largest ? a : largest;
+    }
+    const float top = std::max(INT8_TINY, largest_lane(largest));
+    scales[at / INT8_GROUP] = top / INT8_LARGEST;
+    for (int h = 0; h < INT8_GROUP; h += LANES) {
+      f32x whole = nearest_whole(load(x + h) * (INT8_LARGEST / top));
+      total += whole * (top / INT8_LARGEST);
+      i8x small = __builtin_convertvector(__builtin_convertvector(whole, i32x), i8x);
+      memcpy(bytes.data() + at + h, &small, LANES);
+    }
+  }
+
+  std::vector<int8_t> bytes;
+  std::vector<float> scales, offsets;
+};

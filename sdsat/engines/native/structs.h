@@ -1,0 +1,79 @@
+// What Python hands over: bindings.py declares the same structs, field by field in this order.
+//
+// Pointers are to contiguous memory of the model's type (bfloat16 or float) where nothing else is
+// said. Sizes are padded with zeros to whole blocks of outputs; a rank or size is the padded one.
+#pragma once
+#include <cstdint>
+
+// The weights of a linear layer, block by block of outputs (kernels.h, int8.h: how they lie there).
+struct Matrix {
+  const char* weight;
+  const char* scale;  // floats, one an output, where the weights are in 8 bits; else null
+  int64_t stride;     // bytes from one block to the next: what is read together lies together
+  const char* block(int64_t b) const { return weight + b * stride; }
+};
+
+// weight [out, in]; and the adapter's down [rank, in] and up [out, rank], for SAT rows only.
+struct Linear {
+  Matrix weight, down, up;
+  const void* bias;  // [out], or null
+  int64_t out, in;
+  int64_t rank;  // 0: no adapter
+};
+
+struct Layer {
+  const void *norm_attention, *norm_mlp;  // [hidden]
+  const void *norm_q, *norm_k;            // [dim], or null
+  Linear q, k, v, o, gate, up, down;
+};
+
+struct Model {
+  int64_t layers, hidden, heads, kv_heads, dim, inner, vocabulary;
+  int64_t positions;  // for so many there are cosines and sines
+  int64_t threads;
+  float eps, scale;        // of the norms; of the scores of attention
+  const float *cos, *sin;  // [positions, dim]
+  const void* norm;        // [hidden]
+  Linear head;             // the output layer
+  const Layer* layer;      // [layers]
+  const void *embedding, *unembedding;  // [vocabulary, hidden] row by row, for drafting
+  Linear draft_inner, draft_outer;      // the draft head; no weight where there is none
+  float draft_eps;
+};
+
+// Keys and values of one sequence (cache.h: how they lie there).
+struct Cache {
+  void *keys, *values;
+  int64_t slots;  // per layer and head; a multiple of KEY_BLOCK
+};
+
+// A pass over `rows` rows of `caches` sequences.
+struct Pass {
+  void* x;       // [rows, hidden]: the embeddings; changed
+  void* states;  // [rows, hidden]: where the last hidden states go
+  void* logits;  // [last, vocabulary]: where the logits of the last rows go
+  const int64_t *positions, *slots, *sequences;  // [rows]: of each row
+  const int64_t* lengths;                        // [rows]: tokens that its sequence has committed
+  const uint8_t* within;  // [rows, rows]: whether a row sees a row of this pass
+  int64_t caches, rows;
+  int64_t sats;  // so many rows, the last ones, are SATs
+  int64_t last;  // so many rows, the last ones, get logits
+};
+
+struct Sampling {
+  double temperature;  // 0: greedy
+  double top_p;        // 1: all
+  int64_t top_k;       // 0: all
+};
+
+// A draft tree to fill with tokens, from the states and logits of `sats` SATs.
+struct Drafting {
+  const void *states, *logits;              // [sats, hidden], [sats, vocabulary]
+  const int64_t *parents, *ranks, *depths;  // [nodes]; a rank is among its parent's candidates
+  double *tokens, *likely;                  // [nodes]: what is found, and the draft's probability
+  int64_t nodes, sats;
+  int64_t shortlist;  // so many candidates of a SAT are looked at
+  int64_t index;      // of the first draft among the emitted tokens, for its noise
+  uint64_t seed;
+  Sampling sampling;
+};

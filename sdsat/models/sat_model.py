@@ -1,0 +1,226 @@
+"""What is decoded: a causal LM, its tokenizer, its SAT and, in adapter mode, its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sdsat.config import InputError, SatConfig, require
+from sdsat.models import attention
+from sdsat.models.adapter import SatAdapter
+from sdsat.models.dtypes import check_dtype_of
+from sdsat.models.head import DraftHead
+from sdsat.models.packed import in_use
+
+
+@dataclass
+class SatModel:
+    """A causal LM with what it takes to draft: its SAT settings and, in adapter mode, the adapter.
+
+    lm: transformers' model; its attention is `attention.NAME`. sat: None for a plain model, which
+    decodes without SATs only. Everything that runs passes takes a `SatModel` and keeps its own
+    state elsewhere (engines/, decoding/).
+    """
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    sat: SatConfig | None = None
+    adapter: SatAdapter | None = None
+
+    def follow(self) -> None:
+        """Take the LM as it is now: its dtype, its devices and its layers may have changed.
+
+        Raises InputError, one line, where SATs can't be drafted with it any more.
+        """
+        check_dtype_of(self.lm, self.name)
+        self.lm.set_attn_implementation(attention.NAME)
+        if self.adapter is not None:
+            self.adapter.follow(self.lm)
+        self.sat = self.place_of_sat()
+
+    def place_of_sat(self) -> SatConfig | None:
+        """Find the model's SAT, at an id that no token of a tokenizer has.
+
+        That of an adapter has no row in the embedding, so its id is the first one behind all rows,
+        however many tokens have been added. Raises InputError for one behind a checkpoint's rows.
+        """
+        if self.adapter is not None:
+            first_free = max(self.vocabulary, self.lm.config.vocab_size)
+            return replace(self.adapter.config.sat, token_id=first_free)
+        if self.sat is not None:
+            require(
+                self.sat.token_id < self.vocabulary,
+                f"sat_token_id={self.sat.token_id}: the model's vocabulary ends at "
+                f"{self.vocabulary - 1}",
+            )
+        return self.sat
+
+    @property
+    def config(self) -> Any:
+        """transformers' configuration of the LM."""
+        return self.lm.config
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding."""
+        return self.lm.get_input_embeddings().weight.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, each of which has keys and values of its own."""
+        return self.lm.config.num_hidden_layers
+
+    @property
+    def max_context(self) -> int:
+        """Positions the model can take."""
+        return getattr(self.lm.config, "max_position_embeddings", None) or 2**31
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs and logits are."""
+        return self.lm.get_input_embeddings().weight.device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Every device that holds weights, `device` first."""
+        places = [self.device, *(parameter.device for parameter in self.lm.parameters())]
+        return list(dict.fromkeys(places))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.lm.get_input_embeddings().weight.dtype
+
+    @property
+    def head(self) -> DraftHead | None:
+        """The adapter's draft head."""
+        return self.adapter.head if self.adapter else None
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids of the model's generation config."""
+        eos = self.lm.generation_config.eos_token_id
+        if eos is None:
+            return ()
+        return tuple(eos) if isinstance(eos, list) else (eos,)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[1, S] token ids -> [1, S, D] input embeddings.
+
+        The SAT's id takes the adapter's embedding, scaled as all (Gemma).
+        """
+        embeddings = self.lm.get_input_embeddings()
+        if self.adapter is None or self.sat is None:
+            return embeddings(tokens)
+        is_sat = tokens == self.sat.token_id
+        plain = embeddings(tokens.masked_fill(is_sat, 0))
+        own = self.adapter.sat_embedding.to(plain.dtype) * getattr(embeddings, "embed_scale", 1)
+        return torch.where(is_sat[..., None], own, plain)
+
+    def embed_standard(self, tokens: Tensor) -> Tensor:
+        """[...] ids of standard tokens -> [..., D] input embeddings."""
+        return self.lm.get_input_embeddings()(tokens)
+
+    def output_rows(self, ids: Tensor) -> Tensor:
+        """[...] token ids -> [..., D] rows of the output layer."""
+        return self.lm.get_output_embeddings().weight[ids]
+
+    def mask(self, attend: Tensor, rows: Tensor, columns: Tensor) -> Tensor | dict[str, Tensor]:
+        """A pass's bool mask in the form that every layer's attention uses as it is.
+
+        Arguments as of `attention.layer_masks`.
+        """
+        config = self.lm.config
+        heads = config.num_attention_heads
+        groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        masks = attention.layer_masks(config, attend, rows, columns)
+        if isinstance(masks, dict):
+            folded = attention.folded_mask
+            return {kind: folded(mask, groups, self.dtype) for kind, mask in masks.items()}
+        return attention.folded_mask(masks, groups, self.dtype)
+
+    def states(
+        self,
+        embeddings: Tensor,
+        mask: Tensor | dict[str, Tensor],
+        positions: Tensor,
+        cache: Any,
+        **inputs: Any,
+    ) -> Tensor:
+        """A pass through the decoder layers as transformers has them.
+
+        Args:
+            embeddings: [B, S, D].
+            mask: of `mask`.
+            positions: [B|1, S].
+            cache: transformers' cache, which keeps the rows' keys and values.
+            inputs: further ones for the attention function.
+
+        Returns:
+            [B, S, D] last hidden states.
+        """
+        return self.lm.base_model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            **inputs,
+        ).last_hidden_state
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Last hidden states [..., D] -> logits [..., V], as the model's own forward makes them."""
+        with in_use():
+            logits = self.lm.get_output_embeddings()(states)
+        cap = getattr(self.lm.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def legal(self, logits: Tensor) -> Tensor:
+        """Logits [..., V], changed in place so that a SAT in the vocabulary is never chosen."""
+        if self.sat is not None and self.sat.token_id < logits.shape[-1]:
+            logits[..., self.sat.token_id] = float("-inf")
+        return logits
+
+    def sat_rows(self, start: int, end: int) -> AbstractContextManager[None]:
+        """Within this context, rows start..end-1 of a pass are SATs."""
+        return self.adapter.on_rows(start, end) if self.adapter else nullcontext()
+
+    @contextmanager
+    def set_aside(self, attention_name: str) -> Iterator[None]:
+        """Within this block the LM has no adapter, and transformers' attention of this name."""
+        if self.adapter is not None:
+            self.adapter.detach()
+        self.lm.set_attn_implementation(attention_name)
+        try:
+            yield
+        finally:
+            self.lm.set_attn_implementation(attention.NAME)
+            if self.adapter is not None:
+                self.adapter.attach(self.lm)
+
+    def check_finite(self, largest: float) -> None:
+        """Refuse a pass whose logits are NaN or infinite.
+
+        largest: `max()` of its logits, NaN where one is. Raises InputError, with the reason.
+        """
+        if largest < torch.inf:
+            return
+        weights = self.lm.named_parameters()
+        broken = next((name for name, part in weights if not part.isfinite().all()), None)
+        if broken is None:
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise InputError(
+                f"model {self.name}: a pass gave NaN or infinite logits, though all weights are "
+                f"finite: its numbers don't fit in {dtype}; expected another dtype, as a rule "
+                "bfloat16 or float32"
+            )
+        raise InputError(
+            f"model {self.name}: the weight {broken} holds NaN or infinite numbers; expected "
+            "finite ones"
+        )

@@ -1,0 +1,146 @@
+"""The folders' order: data flows one way, and no import runs back up or closes a circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each floor may import those before it. What stands on one floor may not import from each other.
+FLOORS = [
+    ("config",),
+    ("files",),
+    ("cache_folder",),
+    ("environment",),
+    ("method",),
+    ("models",),
+    ("tasks",),
+    ("engines",),
+    ("decoding",),
+    ("training", "interfaces"),
+    ("evaluation",),
+    ("cli",),
+]
+FLOOR = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
+ENTRANCES = ("sdsat", "sdsat.__main__")  # they hand over to the floor above all, on first use
+
+
+def sources(root):
+    """{module: its source} of the package below `root`."""
+    found = {}
+    for file in (root / "sdsat").rglob("*.py"):
+        module = ".".join(file.relative_to(root).with_suffix("").parts)
+        found[module.removesuffix(".__init__")] = file.read_text()
+    return found
+
+
+def imports(module, source, modules):
+    """The package's own modules that a source imports, wherever in it: under TYPE_CHECKING and
+    inside functions too.
+    """
+    package = module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            names = [(origin, alias.name) for alias in node.names]
+        else:
+            continue
+        for origin, name in names:
+            if origin.split(".")[0] != "sdsat":
+                continue
+            inner = f"{origin}.{name}"
+            found.add(inner if inner in modules else origin)
+    return found
+
+
+def folder(module):
+    return module.split(".")[1] if "." in module else ""
+
+
+def upward(files):
+    """Lines that say which import runs up, or between folders of one floor."""
+    lines = []
+    for module, source in sorted(files.items()):
+        if module in ENTRANCES:
+            continue
+        for other in sorted(imports(module, source, files)):
+            here = folder(module)
+            there = folder(other)
+            if there and here != there and FLOOR[there] >= FLOOR[here]:
+                lines.append(f"{module} imports {other}")
+    return lines
+
+
+def circles(files):
+    """Modules that import each other, directly or through others."""
+    graph = {
+        module: imports(module, source, files) & files.keys()
+        for module, source in files.items()
+        if module not in ENTRANCES
+    }
+
+    def reached(module):
+        todo = list(graph[module])
+        seen = set()
+        while todo:
+            other = todo.pop()
+            if other not in seen and other in graph:
+                seen.add(other)
+                todo += graph[other]
+        return seen
+
+    return sorted(module for module in graph if module in reached(module))
+
+
+def test_every_module_stands_on_a_floor():
+    assert {folder(module) for module in sources(ROOT) if module not in ENTRANCES} <= FLOOR.keys()
+
+
+def test_imports_run_down():
+    assert upward(sources(ROOT)) == []
+
+
+def test_no_imports_close_a_circle():
+    assert circles(sources(ROOT)) == []
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        "from sdsat.decoding.loop import Decoder\n",
+        "import sdsat.decoding.loop\n",
+        "from ..decoding import loop\n",
+        "if TYPE_CHECKING:\n    from sdsat.decoding import loop\n",
+        "def late():\n    from sdsat.decoding.loop import Decoder\n    return Decoder\n",
+    ],
+)
+def test_an_import_that_runs_up_is_found(added):
+    """The test of the test: wherever it stands, and in whatever form."""
+    files = sources(ROOT)
+    files["sdsat.engines.base"] += added
+    assert upward(files) == ["sdsat.engines.base imports sdsat.decoding.loop"]
+    assert "sdsat.engines.base" in circles(files)
+
+
+def test_a_circle_within_a_folder_is_found():
+    files = sources(ROOT)
+    files["sdsat.method.tree"] += "def late():\n    import sdsat.method.layout\n"
+    assert circles(files) == ["sdsat.method.layout", "sdsat.method.tree"]
+
+
+def names_of_strategies(files):
+    """Modules that compare something with a strategy's name."""
+    from sdsat.config import ALL_STRATEGIES
+
+    found = set()
+    for module, source in files.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Compare):
+                parts = [part for side in (node.left, *node.comparators) for part in ast.walk(side)]
+                if any(isinstance(p, ast.Constant) and p.value in ALL_STRATEGIES for p in parts):
+                    found.add(module)
+    return found
