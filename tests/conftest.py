@@ -1,5 +1,6 @@
 """Small random models: exact oracles that need no download."""
 
+import multiprocessing
 import os
 import shutil
 import string
@@ -7,6 +8,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -164,6 +166,29 @@ def unprivileged():
         if root:
             os.seteuid(0)
         shutil.rmtree(folder)
+
+
+@pytest.fixture
+def own_process(tmp_path_factory):
+    """Begin a process that calls a function with arguments, and with an environment."""
+    begun = []
+
+    def begin(function, *arguments, **environment):
+        folder = tmp_path_factory.mktemp("process")
+        begun.append(processes.OwnProcess(folder, function, arguments, environment))
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        process.kill()
+
+
+@pytest.fixture
+def quick_workers(monkeypatch):
+    """Processes that this program starts begin at once; yields them, as they come."""
+    monkeypatch.setattr(processes, "started", [])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: processes.context())
+    return processes.started
 
 
 @pytest.fixture

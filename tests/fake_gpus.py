@@ -97,7 +97,3 @@ def main():
         places[1].move(0)
         assert list(map(str, model.devices)) == ["gpu:0", "gpu:1"]
         print(states.device, logits.device, *(layer.keys.device.index for layer in cache.layers))
-
-
-if __name__ == "__main__":
-    main()

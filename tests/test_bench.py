@@ -4,8 +4,6 @@ the closing line quotes it.
 
 import signal
 import string
-import subprocess
-import sys
 
 import pytest
 from conftest import VOCAB, tiny_llama, tiny_tokenizer, with_adapter
@@ -27,21 +25,18 @@ DEATHS = {
 }
 
 
+def die(log, death):
+    bench._log_to(log, "title")
+    print("said")
+    exec(death)
+
+
 @pytest.mark.parametrize("death", DEATHS)
-def test_a_workers_last_words_are_in_its_log(tmp_path, death):
+def test_a_workers_last_words_are_in_its_log(own_process, tmp_path, death):
     code, trace = DEATHS[death]
     log = tmp_path / "worker_0+1.log"
     log.write_text("of an earlier run\n")
-    script = (
-        "from pathlib import Path; from sdsat import bench; "
-        f"bench._log_to(Path({str(log)!r}), "
-        "'title'); "
-        f"print('said'); {death}"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    assert own_process(die, log, death).end() == (code, "", "")
     text = log.read_text()
     assert text.startswith("of an earlier run\n") and "title\n" in text and trace in text
     assert ("from native code" in text) == (code == -6)

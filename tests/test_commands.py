@@ -10,13 +10,14 @@ import signal
 import string
 import subprocess
 import sys
+import threading
 import time
 import weakref
-from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 import torch
@@ -52,22 +53,25 @@ RUN_KEYS = {
 }
 
 
+SETTINGS = {
+    "K_LIST": "0,2,5",
+    "DATA_LIMIT": "3",
+    "MAX_NEW_TOKENS": "12",
+    "DTYPE": "float32",
+    "OMP_NUM_THREADS": "1",
+}
+SHORT = {"K_LIST": "0,2", "MAX_NEW_TOKENS": "4"}  # where the figures do not matter
+
+
 @pytest.fixture
 def start(tiny, tmp_path):
     """Start `start_<method>.sh` with the tiny model; settings are environment variables."""
-    settings = {
-        "K_LIST": "0,2,5",
-        "DATA_LIMIT": "3",
-        "MAX_NEW_TOKENS": "12",
-        "DTYPE": "float32",
-        "OMP_NUM_THREADS": "1",
-    }
 
     def begin(method, *arguments, model=tiny, prepare=None, **changed):
         command = ["bash", str(ROOT / f"start_{method}.sh"), str(model), *arguments]
         environment = {
             **os.environ,
-            **settings,
+            **SETTINGS,
             "RESULTS_DIR": str(tmp_path / "results"),
             **changed,
         }
@@ -99,6 +103,38 @@ def start(tiny, tmp_path):
     run.begin = begin
     run.results = tmp_path / "results" / "tiny-sdsat"
     return run
+
+
+@pytest.fixture
+def measure(command, monkeypatch, start):
+    """Run what `start` runs, but in this process: (exit code, stdout, stderr)."""
+
+    def run(method, devices="", model="TINY", **changed):
+        settings = {**SETTINGS, "RESULTS_DIR": str(start.results.parent), **changed}
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        return command("bench", method, model, devices)
+
+    return run
+
+
+@pytest.fixture
+def begin_apart(own_process, start, tiny):
+    """Begin what `start` runs in a process of its own, which can be killed."""
+
+    def begin(method, largest_file=None, **changed):
+        settings = {**SETTINGS, "RESULTS_DIR": str(start.results.parent), **changed}
+        return own_process(bench_apart, method, str(tiny), largest_file, **settings)
+
+    return begin
+
+
+def bench_apart(method, model, largest_file):
+    processes.fork_workers()
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    sys.argv = ["sdsat", "bench", method, model, "cpu"]
+    cli.main()
 
 
 def documents(folder):
@@ -147,11 +183,11 @@ def last_line(errors):
     return errors.strip().splitlines()[-1]
 
 
-def test_interrupted_run_resumes_and_keeps_others_out_while_it_runs(start):
-    longer = {"MAX_NEW_TOKENS": "48"}  # still at it when the second run has started and gone
-    process = start.begin("greedy", DATA_LIMIT="all", **longer)
+def test_interrupted_run_resumes_and_keeps_others_out_while_it_runs(start, measure):
+    process = start.begin("greedy", DATA_LIMIT="all")
     wait_for_problems(start.results / "greedy", 1)
-    _, errors = start("greedy", code=2, **longer)
+    code, _, errors = measure("greedy", DATA_LIMIT="all")
+    assert code == 2
     assert last_line(errors) == (
         f"error: results folder {start.results / 'greedy'}: another run is writing to it; "
         "wait for it or "
@@ -163,45 +199,45 @@ def test_interrupted_run_resumes_and_keeps_others_out_while_it_runs(start):
     assert "resumes" in last_line(errors)
     kept = documents(start.results / "greedy")[0]["problems"]
     limit = len(kept) + 2
-    start("greedy", DATA_LIMIT=str(limit), **longer)
+    assert measure("greedy", DATA_LIMIT=str(limit))[0] == 0
     problems = documents(start.results / "greedy")[0]["problems"]
     assert problems[: len(kept)] == kept
     assert [problem["task_id"] for problem in problems] == [f"HumanEval/{i}" for i in range(limit)]
 
 
-def test_workers_end_with_a_killed_run(start):
-    process = start.begin("greedy", "cpu,cpu", DATA_LIMIT="164")
+def test_workers_end_with_a_killed_run(begin_apart, start):
+    process = begin_apart("greedy", DATA_LIMIT="164", **SHORT)
     wait_for_problems(start.results / "greedy", 1)
     workers = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    assert process.end().code == -signal.SIGKILL
     gone, alive = psutil.wait_procs(workers, timeout=60)
     assert gone and not alive
     assert sum(len(document["problems"]) for document in documents(start.results / "greedy")) >= 1
 
 
-def test_full_disk_is_one_line_and_loses_no_problem(start):
+def test_full_disk_is_one_line_and_loses_no_problem(begin_apart, start, measure):
     """A file may not grow beyond 8 kB: the third problem or so can't be written."""
-    limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # noqa: E731
-    _, errors = start("greedy", code=2, prepare=limits, DATA_LIMIT="12")
+    code, _, errors = begin_apart("greedy", 8000, DATA_LIMIT="12").end()
     file = start.results / "greedy" / "worker_cpu.json"
+    assert code == 2
     assert last_line(errors) == f"error: {file}: cannot be written (File too large)"
     kept = json.loads(file.read_text())["problems"]
     assert 1 <= len(kept) < 12
     assert not list(file.parent.glob("*.part"))
-    start("greedy", DATA_LIMIT=str(len(kept) + 1))
+    assert measure("greedy", DATA_LIMIT=str(len(kept) + 1))[0] == 0
     assert json.loads(file.read_text())["problems"][:-1] == kept
 
 
-def test_finished_run_is_not_measured_again(start):
-    start("greedy")
+def test_finished_run_is_not_measured_again(start, measure):
+    assert measure("greedy", DATA_LIMIT="1", **SHORT)[0] == 0
     before = documents(start.results / "greedy")
-    _, errors = start("greedy")
-    assert "measured before" in errors or "measured before" in _
+    code, out, errors = measure("greedy", DATA_LIMIT="1", **SHORT)
+    assert code == 0 and ("measured before" in errors or "measured before" in out)
     assert documents(start.results / "greedy") == before
 
 
-def test_a_new_users_path_as_the_readme_has_it(start, tmp_path):
+def test_a_new_users_path_as_the_readme_has_it(command, measure, tmp_path):
     """Distill, train, measure: a random Qwen2, and sizes made small."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(["<unk>", *string.printable])
@@ -227,7 +263,7 @@ def test_a_new_users_path_as_the_readme_has_it(start, tmp_path):
     commands = [
         line.split() for line in readme.replace("MODEL", str(tmp_path / "qwen")).splitlines()
     ]
-    assert [command[:2] for command in commands] == [
+    assert [words[:2] for words in commands] == [
         ["sdsat", "distill"],
         ["sdsat", "train"],
         ["bash", "start_greedy.sh"],
@@ -236,55 +272,48 @@ def test_a_new_users_path_as_the_readme_has_it(start, tmp_path):
         ["--source", "code", "--max-new-tokens", "12"],
         ["--steps", "4", "--eval-every", "2"],
     )
-    for command, options in zip(commands, smaller, strict=False):
-        run = [sys.executable, "-m", *command, *options]
-        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+    for words, options in zip(commands, smaller, strict=False):
+        code, _, errors = command(*words[1:], *options)
+        assert code == 0, errors
     assert {file.name for file in (tmp_path / "runs/adapter").iterdir()} >= {
         "train_log.jsonl",
         "training.png",
         "adapter_config.json",
     }
     script, model = commands[2][1:]
-    process = start.begin("greedy", model=str(tmp_path / model))
-    errors = process.communicate(timeout=200)[1]
-    assert process.returncode == 0, errors
     assert script == "start_greedy.sh"
+    code, _, errors = measure("greedy", model=str(tmp_path / model))
+    assert code == 0, errors
     summary = json.loads((tmp_path / "results/adapter/greedy/summary.json").read_text())
     assert {run["strategy"] for run in summary["runs"]} == {"ar", "lookup", "two-step", "auto"}
     assert {run["identical_outputs"] for run in summary["runs"]} == {3}
 
 
-def test_dead_worker_is_named_and_the_others_finish(start):
-    process = start.begin("greedy", "cpu,cpu", DATA_LIMIT="8")
-    victim = None
-    while victim is None:
-        time.sleep(0.1)
-        children = psutil.Process(process.pid).children(recursive=True)
-        with suppress(psutil.Error):  # short-lived children come and go
-            victim = next((c for c in children if "spawn_main" in " ".join(c.cmdline())), None)
-    victim.kill()
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 1
+def test_dead_worker_is_named_and_the_others_finish(measure, start, quick_workers):
+    def kill():
+        while not quick_workers:
+            time.sleep(0.01)
+        quick_workers[0].kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    code, _, errors = measure("greedy", "cpu,cpu", DATA_LIMIT="8", **SHORT)
+    killer.join()
+    assert code == 1
     assert "worker cpu" in last_line(errors) and "exit code -9" in last_line(errors)
     label = last_line(errors).split()[2]
     log = start.results / "greedy" / f"worker_{label}.log"
     assert str(log) in last_line(errors)
     survivors = documents(start.results / "greedy")
     assert sum(len(document["problems"]) for document in survivors) == 4
-    assert (
-        json.loads((start.results / "greedy/summary.json").read_text())["runs"][0]["num_problems"]
-        == 4
-    )
-    start("greedy", DATA_LIMIT="8")
-    assert (
-        json.loads((start.results / "greedy/summary.json").read_text())["runs"][0]["num_problems"]
-        == 8
-    )
+    summary = start.results / "greedy/summary.json"
+    assert json.loads(summary.read_text())["runs"][0]["num_problems"] == 4
+    assert measure("greedy", DATA_LIMIT="8", **SHORT)[0] == 0
+    assert json.loads(summary.read_text())["runs"][0]["num_problems"] == 8
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tiny, tmp_path):
+def command(monkeypatch, capsys, tiny, tmp_path, quick_workers):
     """Run `sdsat ...` in this process: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     # an unknown model is unknown at once, also where a hub is reachable

@@ -88,6 +88,12 @@ def with_drafts(drafts, tokenizer=None):
     return decoder_of(lm, tokenizer, "scripted", SatConfig(SAT, 9), ScriptedSats(lm, drafts), ROWS)
 
 
+def from_the_start(decoder):
+    """A scripted decoder whose script begins anew."""
+    decoder.model.adapter.loop = 0
+    return decoder
+
+
 def always(loop):
     return 99
 
@@ -165,8 +171,9 @@ def test_counts_are_those_of_the_script(
 @pytest.mark.parametrize("k", range(7))
 @pytest.mark.parametrize("accept", [always, never, sometimes])
 def test_every_small_length_is_exact(truths, k, accept):
+    decoder = scripted(truths[GREEDY], accept)
     for num_tokens in range(1, 13):
-        out = scripted(truths[GREEDY], accept).generate(PROMPT, DecodeConfig(k, num_tokens))
+        out = from_the_start(decoder).generate(PROMPT, DecodeConfig(k, num_tokens))
         assert out.token_ids == truths[GREEDY][:num_tokens]
         assert out.finish == "length"
         num_plain = out.num_passes - 2 * len(out.accepted_lengths)
@@ -247,12 +254,11 @@ def test_stop_string_at_every_place(truths, accept, length):
     """Tokens are two letters: odd places begin or end inside a token."""
     truth = truths[SAMPLED][:12]
     text = "".join(PIECES[token] for token in truth)
+    decoder = scripted(truths[SAMPLED], accept, tiny_tokenizer(PIECES))
     for start in range(len(text) - length + 1):
         stop = text[start : start + length]
-        decoder = scripted(truths[SAMPLED], accept, tiny_tokenizer(PIECES))
-        out = decoder.generate(
-            PROMPT, DecodeConfig(5, 12, "chain", SAMPLED, stop_strings=("xyz", stop))
-        )
+        config = DecodeConfig(5, 12, "chain", SAMPLED, stop_strings=("xyz", stop))
+        out = from_the_start(decoder).generate(PROMPT, config)
         num_kept = (text.find(stop) + length + 1) // 2
         assert (out.token_ids, out.finish) == (truth[:num_kept], "stop_string")
         assert out.text == text[: text.find(stop)]

@@ -2,11 +2,9 @@
 several devices.
 """
 
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
+import fake_gpus
 import pytest
 import torch
 from accelerate import dispatch_model
@@ -183,9 +181,10 @@ def test_training_takes_what_the_cpu_is_fast_in(has, dtype, monkeypatch):
     assert devices.training_dtype("cpu") == dtype
 
 
-def test_a_check_in_a_process_of_its_own_raises_what_it_found(seven_b):
+def test_a_check_in_a_process_of_its_own_raises_what_it_found(quick_workers, seven_b):
     with one_line_error("GPUS=cpu: model big needs about"):
         aside(place, seven_b, "cpu", 2**40)
+    assert len(quick_workers) == 1
 
 
 def test_load_refuses_before_it_reads_weights(tmp_path, monkeypatch):
@@ -227,12 +226,7 @@ def test_a_model_with_accelerates_hooks_generates_the_same(tmp_path):
     assert hooked.model.sat == SatConfig(VOCAB, 3)
 
 
-def test_a_pass_over_two_devices_never_mixes_them():
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "fake_gpus.py"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["gpu:0", "gpu:0", "0", "0", "1", "1", "1"]
+def test_a_pass_over_two_devices_never_mixes_them(own_process):
+    code, out, errors = own_process(fake_gpus.main).end()
+    assert code == 0, errors[-2000:]
+    assert out.split() == ["gpu:0", "gpu:0", "0", "0", "1", "1", "1"]

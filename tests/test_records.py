@@ -41,6 +41,7 @@ def one_bit_more(file):
 
 
 def test_a_run_is_known_by_every_bit_of_code_base_and_adapter(adapter, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # unknown at once
     first = identity(str(adapter))
     assert all(isinstance(value, str) for value in first.values())
     (adapter.parent / "base" / "training.png").write_text("no part of the model")

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from conftest import VOCAB, one_line_error, random_sequences, tiny_llama, tiny_t
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SatConfig, TrainConfig
 from sdsat.models.adapter import read_config
 from sdsat.models.loading import load
@@ -104,25 +106,33 @@ def test_a_step_does_not_depend_on_how_it_is_split(tmp_path, mode):
         assert_close(whole, split, rtol=1e-3, atol=1e-5)
 
 
+@pytest.fixture
+def two_processes(own_process):
+    """Call a function in two processes of one run, as torchrun does; returns their exit codes."""
+
+    def run(function, *arguments):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        world = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        world |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        ranks = [
+            own_process(function, *arguments, RANK=rank, LOCAL_RANK=rank, **world)
+            for rank in ("0", "1")
+        ]
+        return [process.end() for process in ranks]
+
+    return run
+
+
+def train_two_at_once(folder, mode):
+    train_tiny(folder, batch_size=2, mode=mode)
+
+
 @pytest.mark.parametrize("mode", ["adapter", "full"])  # everywhere averages as adapter does
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, mode):
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, two_processes, mode):
     """Two real processes, in float32: only the order of sums differs."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path\nfrom test_train import train_tiny\n"
-        f"train_tiny(Path({str(tmp_path / 'two')!r}), batch_size=2, mode={mode!r})\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    for code, _, errors in two_processes(train_two_at_once, tmp_path / "two", mode):
+        assert code == 0, errors
     one = train_tiny(tmp_path / "one", batch_size=4, mode=mode)
     assert_close(one, last_weights(tmp_path / "two"), rtol=1e-3, atol=1e-5)
     assert (
@@ -169,30 +179,15 @@ def train_sharded(folder, kill_at=None):
     )
 
 
-def test_sharded_full_mode_equals_one_process_and_resumes(tmp_path):
-    def run(folder, kill_at):
-        script = tmp_path / "run.py"
-        script.write_text(
-            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-            "from pathlib import Path\nfrom test_train import "
-            f"train_sharded\ntrain_sharded(Path({str(folder)!r}), "
-            f"{kill_at})\n"
-        )
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            str(script),
-        ]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240)
+def test_sharded_full_mode_equals_one_process_and_resumes(tmp_path, two_processes):
+    def codes(name, kill_at):
+        ended = two_processes(train_sharded, tmp_path / name, kill_at)
+        return [process.code for process in ended]
 
-    done = run(tmp_path / "sharded", None)
-    assert done.returncode == 0, done.stderr
-    assert run(tmp_path / "killed", 4).returncode != 0  # after the checkpoint of step 2, in step 4
+    assert codes("sharded", None) == [0, 0]
+    assert 0 not in codes("killed", 4)  # after the checkpoint of step 2, in step 4
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint_*")] == ["checkpoint_2"]
-    assert run(tmp_path / "killed", None).returncode == 0
+    assert codes("killed", None) == [0, 0]
     train_tiny(tmp_path / "one", batch_size=4, mode="full")
     sharded, killed, one = (
         load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "killed", "one")
@@ -546,37 +541,31 @@ def test_a_model_killed_while_saving_is_no_mixture(tmp_path, monkeypatch):
     ]
 
 
-def test_training_threads_do_not_spin(tmp_path):
-    """OpenMP itself says what it was told, unless the caller had told it something else."""
+REFUSED_AT_ONCE = ["train", "--data", "none", "--out", "none", "--device", "0+1"]
 
-    def policy(**environment):
-        command = [
-            sys.executable,
-            "-m",
-            "sdsat",
-            "train",
-            "--data",
-            "none",
-            "--out",
-            str(tmp_path / "out"),
-        ]
-        held = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-        }
-        environment = {**held, "OMP_DISPLAY_ENV": "true", **environment}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-        return next(
-            (line.split("'")[1] for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line),
-            None,
-        )
 
-    found = policy()
-    if found is None:
+def test_training_threads_do_not_spin():
+    """OpenMP itself says what it was told."""
+    command = [sys.executable, "-m", "sdsat", *REFUSED_AT_ONCE]
+    told = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {key: value for key, value in os.environ.items() if key not in told}
+    environment["OMP_DISPLAY_ENV"] = "true"
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    lines = [line for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line]
+    if not lines:
         pytest.skip("this build of torch has an OpenMP that does not show its settings")
-    assert found == "PASSIVE"
-    assert policy(OMP_WAIT_POLICY="active") == "ACTIVE"
+    assert lines[0].split("'")[1] == "PASSIVE"
+
+
+@pytest.mark.parametrize(("given", "policy"), [(None, "PASSIVE"), ("active", "active")])
+def test_what_the_caller_told_threads_stays(monkeypatch, given, policy):
+    monkeypatch.setenv("OMP_WAIT_POLICY", str(given))
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(sys, "argv", ["sdsat", *REFUSED_AT_ONCE])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ["OMP_WAIT_POLICY"] == policy
 
 
 @MODES

@@ -8,10 +8,7 @@ the same changes.
 import copy
 import os
 import pickle
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import peft
 import pytest
@@ -594,32 +591,32 @@ def sat_logits(lm):
     )[1][1:]
 
 
-FORKED = """
-import os, sys, torch, sdsat, warnings
-warnings.simplefilter("ignore")
-torch.set_num_threads(2)
-model, tokenizer = sdsat.load(sys.argv[1], "float32", "cpu")
-how = dict(max_new_tokens=4, custom_generate=sdsat.generate, k=2, strategy="two-step")
-ask = lambda: model.generate(torch.tensor([[1, 5, 9]]), **how)
-want = ask().tolist()
-for threads in (2, 1):
-    if not os.fork():
-        torch.set_num_threads(threads)
-        try:
-            print(threads, ask().tolist() == want, flush=True)
-        except sdsat.InputError as error:
-            print(threads, error, flush=True)
-        os._exit(0)
-    os.wait()
-"""
+def generate_in_forks(folder):
+    """Print, of a process that was forked from one with threads, what it says with 2 and with 1."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    model, _ = sdsat.load(folder, "float32", "cpu")
+    how = dict(max_new_tokens=4, custom_generate=sdsat.generate, k=2, strategy="two-step")
+
+    def ask():
+        return model.generate(torch.tensor([[1, 5, 9]]), **how).tolist()
+
+    want = ask()
+    for threads in (2, 1):
+        if not os.fork():
+            torch.set_num_threads(threads)
+            try:
+                print(threads, ask() == want, flush=True)
+            except sdsat.InputError as error:
+                print(threads, error, flush=True)
+            os._exit(0)
+        os.wait()
 
 
-def test_a_forked_process_is_told_so(folders):
-    run = [sys.executable, "-c", FORKED, folders[False][1]]
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(root)}
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=environment)
-    first, second = done.stdout.splitlines()
+def test_a_forked_process_is_told_so(own_process, folders):
+    done = own_process(generate_in_forks, folders[False][1]).end()
+    assert done.code == 0, done.errors
+    first, second = done.out.splitlines()
     assert (
         first.startswith("2 model ")
         and "was forked from" in first

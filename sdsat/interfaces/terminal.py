@@ -228,40 +228,30 @@ def _lane(title: str, run: Run, remark: str, stream: TokenStream) -> Lane:
 
 
 def generate_in_terminal(
+    decoder: Decoder,
     prompt: str,
-    name: str,
-    style: str,
-    template_options: Sequence[str],
     decode: DecodeConfig,
-    dtype: str,
-    device: str,
-    sat_token_id: int | None,
-    trained_k: int | None,
-    engine: str,
-    compare: bool,
-    svg: Path | None,
+    style: str = "chat",
+    template_options: Sequence[str] = (),
+    compare: bool = False,
+    svg: Path | None = None,
 ) -> None:
-    """Stream the answer, then its figures; `sdsat generate --help` says more of the arguments.
+    """Stream the answer, then its figures.
 
     Args:
+        decoder: of a model with a tokenizer.
         prompt: what to continue or answer.
-        name: of the model.
+        decode: how; the model's own ends are added.
         style: 'chat', 'code' or 'raw': see `encode`.
         template_options: see prompts.encode.
-        decode: how; the model's own ends are added.
-        dtype: as of `Decoder.load`.
-        device: as of `Decoder.load`.
-        sat_token_id: as of `Decoder.load`.
-        trained_k: as of `Decoder.load`.
-        engine: as of `Decoder.load`.
         compare: also run AR, and say how much faster SDSAT was and whether the text is the same.
-        svg: where to save a picture; None for nowhere.
+        svg: where to save a picture: the coloured text or, with `compare`, the race.
 
     Raises:
-        InputError: in one line, for a model, settings or a file that can't be used.
+        InputError: where the prompt, the settings and the model do not fit together, and for a
+            picture that can't be written.
     """
     require(prompt != "", "prompt: empty; expected some text")
-    decoder = Decoder.load(name, dtype, device, sat_token_id, engine, trained_k=trained_k)
     model = decoder.model
     assert model.tokenizer is not None
     decode = decoder.resolved(replace(decode, stop_ids=model.stop_ids))
@@ -292,9 +282,10 @@ def generate_in_terminal(
             _lane(f"SDSAT: {_how(decode)}", run, f": {ratio}, {same}", new_stream()),
         )
         where = machine(model.devices, model.dtype, decoder.engine.name)["device_name"]
-        picture = race_svg(sides, f"{name}, {dtype}, {where}")
+        dtype = str(model.dtype).removeprefix("torch.")
+        picture = race_svg(sides, f"{model.name}, {dtype}, {where}")
     else:
-        title = f"sdsat generate: accepted drafts in green ({name}, {_how(decode)})"
+        title = f"sdsat generate: accepted drafts in green ({model.name}, {_how(decode)})"
         picture = console.export_svg(title=title)
     with replacing(svg) as part:
         part.write_text(picture, encoding="utf-8")

@@ -38,6 +38,28 @@ class Task:
     suffix: str | None = None
 
 
+def read_limit(text: str) -> Limit:
+    """Read 'all' -> None, '16' -> 16, '3%' -> 3/100.
+
+    Raises InputError for anything else.
+    """
+    if text == "all":
+        return None
+    try:
+        return Fraction(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(
+            f"data_limit={text}: expected a number of problems, a share such as 3%, or 'all'"
+        ) from None
+
+
+def limit_text(limit: Limit) -> str:
+    """Write a limit as `read_limit` takes it."""
+    if limit is None:
+        return "all"
+    return f"{100 * limit}%" if isinstance(limit, Fraction) else str(limit)
+
+
 def check_limit(limit: Limit) -> None:
     """Refuse a limit that leaves nothing, or a share beyond all, with an InputError."""
     good = limit is None or (0 < limit <= 1 if isinstance(limit, Fraction) else limit >= 1)
