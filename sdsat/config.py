@@ -565,9 +565,7 @@ class TrainConfig:
         0, "Full mode: first train only the SAT's embedding, so many steps."
     )
     checkpointing: bool = option(
-        False,
-        "Full mode: gradient checkpointing, less memory for more time.",
-        names=("--checkpointing",),
+        False, "Full mode: gradient checkpointing, less memory for more time."
     )
     held_out: int = option(48, "Sequences to evaluate on, never trained on.")
     seed: int = option(0, SEED)

@@ -53,20 +53,35 @@ def bench(
     """
     import torch
 
-    from sdsat.evaluation import report as reports
     from sdsat.evaluation.bench import bench as run
+
+    devices = (gpus or ("0" if torch.cuda.is_available() else "cpu")).split(",")
+    if "cpu" in devices:
+        asked.values.setdefault("data_limit", _CPU_PROBLEMS)
+    died: list[str] = []
+    for config in _configs(asked, method, model or embedded.NAME, temperature, dataset):
+        folder, dead = run(config, devices, results)
+        died += dead
+        _report(folder, config.dataset)
+    if died:
+        raise SystemExit(
+            f"error: {', '.join(died)} died; run the same command again to finish its problems"
+        )
+
+
+def _configs(
+    asked: Given[BenchConfig], method: str, model: str, temperature: str, dataset: str | None
+) -> list[BenchConfig]:
+    """The settings for each data set; of what is left open the paper's for models of its form."""
     from sdsat.models import loading
 
-    model = model or embedded.NAME
-    devices = (gpus or ("0" if torch.cuda.is_available() else "cpu")).split(",")
     level = numbers_of("temperature", temperature, float)
     require(len(level) == 1, f"temperature={temperature}: expected one number")
     like_paper = loading.in_papers_form(
         model, asked.values["sat_token_id"], asked.values["trained_k"]
     )
-    if "cpu" in devices:
-        asked.values.setdefault("data_limit", _CPU_PROBLEMS)
-    configs = [
+    names = dataset or ("humaneval,infilling" if like_paper else "humaneval")
+    return [
         asked.make(
             paper_settings(method, name) if like_paper else {},
             model=model,
@@ -74,21 +89,19 @@ def bench(
             temperature=level[0],
             dataset=name,
         )
-        for name in (dataset or ("humaneval,infilling" if like_paper else "humaneval")).split(",")
+        for name in names.split(",")
     ]
-    died: list[str] = []
-    for config in configs:
-        folder, dead = run(config, devices, results)
-        died += dead
-        if any(folder.glob("worker_*.json")):
-            summary = reports.report(folder)
-            show(reports.rich_table(summary), 110)
-            count = summary["runs"][0]["num_problems"]
-            print(
-                f"{count} problems of {config.dataset} (DATA_LIMIT=all for a full run); "
-                f"JSON and plots: {folder}"
-            )
-    if died:
-        raise SystemExit(
-            f"error: {', '.join(died)} died; run the same command again to finish its problems"
+
+
+def _report(folder: Path, dataset: str) -> None:
+    """Print the table of what was measured; nothing where no problem is finished."""
+    from sdsat.evaluation import report as reports
+
+    if any(folder.glob("worker_*.json")):
+        summary = reports.report(folder)
+        show(reports.rich_table(summary), 110)
+        count = summary["runs"][0]["num_problems"]
+        print(
+            f"{count} problems of {dataset} (DATA_LIMIT=all for a full run); "
+            f"JSON and plots: {folder}"
         )

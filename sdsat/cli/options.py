@@ -16,16 +16,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Generic,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -117,6 +108,7 @@ class _Source:
 
 def _source(annotation: Any) -> _Source | None:
     """What a parameter takes from options; None for one that is typer's own."""
+    kind: Any
     kind, *notes = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
     only = next((note.names for note in notes if isinstance(note, Only)), None)
     defaults = next((note.values for note in notes if isinstance(note, Defaults)), {})
@@ -124,15 +116,20 @@ def _source(annotation: Any) -> _Source | None:
         (kind,) = get_args(kind)
         return _Source(kind, functools.partial(Given, kind), only, defaults)
     if is_dataclass(kind):
-        return _Source(kind, lambda values: kind(**values), only, defaults)
+        return _Source(kind, functools.partial(_make, kind), only, defaults)
     return None
+
+
+def _make(kind: Any, values: dict[str, Any]) -> Any:
+    """The settings of these values; their own defaults for the rest."""
+    return kind(**values)
 
 
 def _shown(about: Option, default: Any) -> Any:
     """The default as the command line has it."""
     if about.is_open or about.repeated:
         return None
-    return default if about.text is None or default is None else about.text.write(default)
+    return default if about.text is None else about.text.write(default)
 
 
 def _word_type(about: Option, hint: Any) -> Any:

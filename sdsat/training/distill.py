@@ -22,6 +22,7 @@ from tqdm import tqdm
 from sdsat.config import DecodeConfig, DistillConfig, SamplingConfig, require
 from sdsat.decoding.loop import Decoder
 from sdsat.models.identity import base_hash
+from sdsat.models.sat_model import SatModel
 from sdsat.resume import Place
 from sdsat.tasks.prompts import COMPLETE, collect_prompts, licences, parse_kinds
 from sdsat.training.shards import _write_manifest, _write_shard
@@ -92,31 +93,18 @@ def distill(
         f"for {room}",
     )
     processes = PartialState(cpu=model.device.type == "cpu")
-    kinds = parse_kinds(config.kinds)
     distinct, counts = collect_prompts(
         sources,
         model.tokenizer,
         config.limit,
         config.max_prompt_tokens,
         config.template_options,
-        kinds,
+        parse_kinds(config.kinds),
         config.avoid,
     )
     prompts = [ids for ids in distinct for _ in range(config.answers)]
     settings = {
-        "model": model.name,
-        "base_sha256": base_hash(model.name, model.lm),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "stop_ids": list(model.stop_ids),
-        "seed": config.seed,
-        "answers": config.answers,
-        "temperatures": list(config.temperatures),
-        "max_new_tokens": config.max_new_tokens,
-        "max_prompt_tokens": config.max_prompt_tokens,
-        "shard_size": config.shard_size,
-        "kinds": dict(kinds),
-        "avoid": [file.name for file in config.avoid],
-        "template_options": list(config.template_options),
+        **_settings(model, config),
         "num_prompts": len(distinct),
         "prompts": counts,
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
@@ -133,6 +121,25 @@ def distill(
         _check_shards(place, settings)
         _write_answers(decoder, prompts, place.path, manifest, config, processes)
     return manifest
+
+
+def _settings(model: SatModel, config: DistillConfig) -> dict[str, Any]:
+    """What the answers depend on beside the prompts."""
+    return {
+        "model": model.name,
+        "base_sha256": base_hash(model.name, model.lm),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "stop_ids": list(model.stop_ids),
+        "seed": config.seed,
+        "answers": config.answers,
+        "temperatures": list(config.temperatures),
+        "max_new_tokens": config.max_new_tokens,
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "shard_size": config.shard_size,
+        "kinds": parse_kinds(config.kinds),
+        "avoid": [file.name for file in config.avoid],
+        "template_options": list(config.template_options),
+    }
 
 
 def _write_answers(
