@@ -27,7 +27,7 @@ DEATHS = {
 
 
 def die(log, death):
-    workers._log_to(log, "title")
+    workers.log_to(log, "title")
     print("said")
     exec(death)
 
