@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from sdsat.config import DecodeConfig, InputError, require
-from sdsat.decoding.auto_planner import AutoPlanner, Planner
-from sdsat.decoding.fixed_planner import FixedPlanner
+from sdsat.decoding.auto_planner import AutoPlanner
 from sdsat.decoding.lock import FairLock
 from sdsat.decoding.passes import PassResult
+from sdsat.decoding.plan import Planner
 from sdsat.decoding.resolve import checked, resolved, strategies_of
 from sdsat.decoding.sequence import (
     Chooser,
@@ -42,6 +42,7 @@ from sdsat.decoding.sequence import (
     Sequence,
     num_slots,
 )
+from sdsat.decoding.strategies import planner_of
 from sdsat.engines.base import BatchCaches, Engine, PassInput, rows_of
 from sdsat.engines.calibrate import measured_costs
 from sdsat.engines.choose import check_engine, choose_engine, refuse_in_fork
@@ -307,32 +308,31 @@ class Decoder:
             cache.commit((0,))
         return logits[0]
 
-    def _planner(self, config: DecodeConfig) -> Planner:
-        """Choose the planner of a generation.
+    def planner(self, config: DecodeConfig) -> Planner:
+        """Make the planner of a generation.
 
         One that learns is kept for each way of sampling, and goes on learning. Where its passes
         tell that the cost curve is of a busy machine, that is measured again before.
         """
-        fills = config.strategy == "one-pass" and config.budget is not None
-        learns = config.strategy in ("auto", "one-pass") and not fills
-        if not learns or not config.k or self.model.sat is None:
-            return FixedPlanner(config, config.strategy)
+        kind = planner_of(config)
+        if not issubclass(kind, AutoPlanner):
+            return kind(config)
         sampling = config.sampling.temperature
         key = (config.strategy, sampling, config.k, config.tree, config.budget, config.lookup)
         known = self.planners.get(key)
-        if known is not None and not known.outpaces:
+        if known is not None and not known.costs.outpaced:
             return known
         held = self.costs
-        # Where the curves differ, another planner has had it measured again already.
-        stale = known is not None and held is not None and known.costs.verify is held.verify
-        costs = self.cost_curve(anew=stale)
-        costs = costs if config.may_round else replace(costs, rounded=[])
+        # Else another planner has had it measured again.
+        stale = known is not None and held is not None and known.costs.curve.verify is held.verify
+        curve = self.cost_curve(anew=stale)
+        curve = curve if config.may_round else replace(curve, rounded=[])
         if known is not None:
-            known.take(costs)
+            known.take(curve)
             return known
         adapter = self.model.adapter
         accuracy = adapter.config.training.get("accuracy_by_depth", []) if adapter else []
-        self.planners[key] = AutoPlanner(config, costs, config.num_sats, accuracy)
+        self.planners[key] = kind(config, curve, config.num_sats, accuracy)
         return self.planners[key]
 
     @torch.inference_mode()
@@ -358,7 +358,7 @@ class Decoder:
         """
         with self.lock.held():
             _ = self.engine.row_policy  # it is found now, before seconds count
-            planners = [self._planner(config) for config in configs]
+            planners = [self.planner(config) for config in configs]
             self.engine.prepare(int8=any(config.may_round for config in configs))
         both = zip(prompts, configs, strict=True)
         slots = [num_slots(len(ids), config.max_new_tokens) for ids, config in both]

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sdsat.config import MAX_ROWS, DecodeConfig
-from sdsat.decoding.auto_planner import Planner
-from sdsat.decoding.plan import PLAIN, Plan
+from sdsat.decoding.plan import PLAIN, Plan, Planner
 from sdsat.decoding.stopping import cut, text_of
 from sdsat.engines.base import Cache, PassInput
 from sdsat.method.drafts import Drafts
