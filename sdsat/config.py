@@ -14,13 +14,42 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-STRATEGIES = ("two-step", "rounded", "one-pass", "auto")  # that draft with SATs
-LOOKUP = "lookup"  # the strategy that drafts without them, from the text so far alone
-ALL_STRATEGIES = (LOOKUP, *STRATEGIES)
-NUM_LOOKUP = 12  # tokens that 'auto' and 'lookup' look up where nothing else is said
-MAX_ROWS = (
-    96  # of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length
-)
+NUM_LOOKUP = 12  # tokens that are looked up where nothing else is said
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a strategy drafts with; how it plans its passes is in decoding/strategies.py.
+
+    Attributes:
+        sats: whether SATs draft.
+        lookup: how many tokens it looks up in the text so far where nothing else is said.
+        int8: whether passes in 8 bits may draft.
+        only_int8: whether nothing else drafts.
+        wide: whether it takes a wide tree where trees have AR's bits: it verifies what pays.
+        alternates: whether it drafts in one pass and verifies in the next.
+    """
+
+    sats: bool = True
+    lookup: int = 0
+    int8: bool = False
+    only_int8: bool = False
+    wide: bool = False
+    alternates: bool = False
+
+
+LOOKUP = "lookup"
+STRATEGY = {
+    LOOKUP: Strategy(sats=False, lookup=NUM_LOOKUP),
+    "two-step": Strategy(alternates=True),
+    "rounded": Strategy(int8=True, only_int8=True),
+    "one-pass": Strategy(),
+    "auto": Strategy(lookup=NUM_LOOKUP, int8=True, wide=True),
+}
+ALL_STRATEGIES = tuple(STRATEGY)
+STRATEGIES = tuple(name for name, kind in STRATEGY.items() if kind.sats)
+# Rows of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length.
+MAX_ROWS = 96
 MAX_K = MAX_ROWS - 2  # x and, after a pass in 8 bits, one more draft than SATs
 MAX_TRAINED_K = 16  # depth of an adapter
 TRAIN_MODES = ("adapter", "everywhere", "full")
@@ -361,11 +390,12 @@ class DecodeConfig:
             ),
         )
         _keep(self, tree=_tree(self.tree), **_stops(self.stop_ids, self.stop_strings))
-        if self.strategy == LOOKUP:
-            require(not self.k, f"k={self.k}: strategy={LOOKUP} drafts without SATs; expected 0")
+        if not self.kind.sats:
+            name = self.strategy
+            require(not self.k, f"k={self.k}: strategy={name} drafts without SATs; expected 0")
             require(
                 self.lookup != 0,
-                f"lookup=0: strategy={LOOKUP} drafts nothing else; expected 1 to 32 tokens",
+                f"lookup=0: strategy={name} drafts nothing else; expected 1 to 32 tokens",
             )
         elif self.k == 0:
             require(
@@ -375,6 +405,11 @@ class DecodeConfig:
                     "with it, or k above 0"
                 ),
             )
+
+    @property
+    def kind(self) -> Strategy:
+        """What the strategy drafts with."""
+        return STRATEGY[self.strategy]
 
     @property
     def tree_name(self) -> str:
@@ -389,7 +424,7 @@ class DecodeConfig:
     @property
     def may_round(self) -> bool:
         """Whether passes in 8 bits may draft."""
-        return self.num_sats > 0 and self.strategy in ("rounded", "auto")
+        return self.num_sats > 0 and self.kind.int8
 
     @property
     def num_sats(self) -> int:
@@ -446,12 +481,12 @@ def utf8(name: str, text: str) -> str:
 
 def has_sats(strategy: str) -> bool:
     """Whether it drafts with SATs."""
-    return strategy != LOOKUP
+    return strategy in STRATEGY and STRATEGY[strategy].sats
 
 
 def looks_up(strategy: str) -> bool:
     """Whether it looks tokens up where nothing else is said."""
-    return strategy in (LOOKUP, "auto")
+    return strategy in STRATEGY and STRATEGY[strategy].lookup > 0
 
 
 def speed_bound(strategy: str, k: int) -> float | None:
@@ -459,7 +494,8 @@ def speed_bound(strategy: str, k: int) -> float | None:
 
     two-step drafts in one pass and verifies in the next: k + 2 tokens in two passes at most.
     """
-    return (k + 2) / 2 if strategy == "two-step" else None
+    alternates = strategy in STRATEGY and STRATEGY[strategy].alternates
+    return (k + 2) / 2 if alternates else None
 
 
 def keys_of(strategies: Sequence[str], k_list: Sequence[int]) -> list[tuple[str, int]]:
@@ -515,7 +551,10 @@ def beside(strategies: Sequence[str]) -> list[str]:
     """The strategies of a table, and beside 'auto' what it is made of: lookup alone, and itself
     without lookup.
     """
-    parts = [["lookup", "auto:lookup=0", name] if name == "auto" else [name] for name in strategies]
+    parts = [
+        [LOOKUP, f"{name}:lookup=0", name] if has_sats(name) and looks_up(name) else [name]
+        for name in strategies
+    ]
     return list(dict.fromkeys(name for part in parts for name in part))
 
 

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from sdsat.config import ALL_STRATEGIES, STRATEGY
+from sdsat.decoding.strategies import PLANNERS
+
 ROOT = Path(__file__).parent.parent
 # Each floor may import those before it. What stands on one floor may not import from each other.
 FLOORS = [
     ("config",),
     ("files",),
     ("cache_folder",),
-    ("environment",),
+    ("environment", "figures", "resume"),
     ("method",),
     ("models",),
     ("tasks",),
@@ -22,6 +25,14 @@ FLOORS = [
     ("cli",),
 ]
 FLOOR = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
+# Words that are compared here and are no strategies: the key `lookup` of an argument, where
+# drafts come from, and baselines.
+ONLY_NAMES = {
+    "sdsat.config",
+    "sdsat.decoding.auto_planner",
+    "sdsat.evaluation.quality",
+    "sdsat.evaluation.verify",
+}
 ENTRANCES = ("sdsat", "sdsat.__main__")  # they hand over to the floor above all, on first use
 
 
@@ -134,13 +145,23 @@ def test_a_circle_within_a_folder_is_found():
 
 def names_of_strategies(files):
     """Modules that compare something with a strategy's name."""
-    from sdsat.config import ALL_STRATEGIES
-
+    names = {*ALL_STRATEGIES} - {"auto"}  # which is a tree, an engine and a dtype too
     found = set()
     for module, source in files.items():
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Compare):
-                parts = [part for side in (node.left, *node.comparators) for part in ast.walk(side)]
-                if any(isinstance(p, ast.Constant) and p.value in ALL_STRATEGIES for p in parts):
+            sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+            for part in (part for side in sides for part in ast.walk(side)):
+                name = isinstance(part, ast.Constant) and part.value in names
+                name = name or (isinstance(part, ast.Name) and part.id == "LOOKUP")
+                attribute = isinstance(part, ast.Attribute) and part.attr == "strategy"
+                if name or (attribute and isinstance(node.ops[0], (ast.Eq, ast.NotEq))):
                     found.add(module)
     return found
+
+
+def test_strategies_are_told_apart_in_one_place():
+    """Tables of config.py and decoding/strategies.py say what each does; nobody asks for names."""
+    assert names_of_strategies(sources(ROOT)) <= ONLY_NAMES
+    assert set(PLANNERS) == set(STRATEGY)
+    added = {"sdsat.decoding.loop": 'def f(c):\n    return c.strategy == "one-pass"\n'}
+    assert names_of_strategies(added) == {"sdsat.decoding.loop"}

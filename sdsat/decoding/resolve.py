@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
-from sdsat.config import LOOKUP, MAX_TRAINED_K, NUM_LOOKUP, STRATEGIES, DecodeConfig, require
+from sdsat.config import LOOKUP, MAX_TRAINED_K, STRATEGY, DecodeConfig, require
 from sdsat.engines.base import Engine
 from sdsat.method.tree import make_tree
 from sdsat.models.sat_model import SatModel
@@ -16,9 +16,12 @@ def strategies_of(engine: Engine) -> tuple[str, ...]:
 
     Looking tokens up takes nothing, so it is always among them.
     """
-    with_sats = STRATEGIES if engine.model.sat else ()
-    possible = (name for name in with_sats if name != "rounded" or engine.has_int8)
-    return (LOOKUP, *possible)
+    has_sats = engine.model.sat is not None
+    return tuple(
+        name
+        for name, kind in STRATEGY.items()
+        if (has_sats or not kind.sats) and (engine.has_int8 or not kind.only_int8)
+    )
 
 
 def resolved(engine: Engine, config: DecodeConfig) -> DecodeConfig:
@@ -35,7 +38,7 @@ def resolved(engine: Engine, config: DecodeConfig) -> DecodeConfig:
     k = config.k
     lookup = config.lookup
     tree = config.tree
-    if k is None and config.strategy == LOOKUP:
+    if k is None and not config.kind.sats:
         k = 0
     if k is None or k > 0:
         wanted = f"strategy={config.strategy}" if k is None else f"k={k}"
@@ -45,10 +48,9 @@ def resolved(engine: Engine, config: DecodeConfig) -> DecodeConfig:
         assert model.sat is not None
         k = model.sat.k if k is None else k
     if lookup is None:
-        looks_up = config.strategy == LOOKUP or (config.strategy == "auto" and k > 0)
-        lookup = NUM_LOOKUP if looks_up else 0
+        lookup = config.kind.lookup if k > 0 or not config.kind.sats else 0
     if tree == "auto":
-        wide = config.strategy == "auto" and engine.exact_trees and 0 < k <= MAX_TRAINED_K
+        wide = config.kind.wide and engine.exact_trees and 0 < k <= MAX_TRAINED_K
         tree = (2, 2, 1) if wide else "chain"
     return replace(config, k=k, lookup=lookup, tree=tree)
 
@@ -88,8 +90,8 @@ def checked(engine: Engine, prompt_ids: list[int], config: DecodeConfig) -> Deco
         warnings.warn(f"{beyond} was trained for", stacklevel=3)
     require(
         config.strategy in strategies_of(engine),
-        f"strategy=rounded: {model.name} runs through transformers' modules here, which have no "
-        "8 bits; expected another",
+        f"strategy={config.strategy}: {model.name} runs through transformers' modules here, which "
+        "have no 8 bits; expected another",
     )
     width = make_tree(config.tree, config.num_sats).width
     too_wide = f"tree={config.tree}: {width} candidates, but the vocabulary has {size} tokens"
