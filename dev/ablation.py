@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sdsat.cli.main import run
+from sdsat.cli.program import run
 from sdsat.config import SamplingConfig, TrainConfig, require
 from sdsat.decoding.loop import Decoder, num_slots
 from sdsat.engines.base import PassInput, probe_tokens

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sdsat.cli.main import Device, run
+from sdsat.cli.options import Device
+from sdsat.cli.program import run
 from sdsat.config import SamplingConfig, SatConfig, require
 from sdsat.decoding.loop import Decoder
 from sdsat.engines.base import Engine, PassInput, probe_tokens

@@ -20,7 +20,8 @@ import sentencepiece
 import typer
 from projection import SAT_ID, SHAPES, VOCABULARY, make_model
 
-from sdsat.cli.main import Device, run
+from sdsat.cli.options import Device
+from sdsat.cli.program import run
 from sdsat.config import require
 from sdsat.models.devices import pick_devices
 from sdsat.tasks.datasets import humaneval_problems

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdsat.cli.main import run
+from sdsat.cli.program import run
 from sdsat.config import SatConfig, TrainConfig
 from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.records import environment

@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sdsat.config import DecodeConfig, TrainConfig
+from sdsat.config import DecodeConfig, DistillConfig, TrainConfig
 from sdsat.decoding.loop import Decoder
 from sdsat.models.loading import load
 from sdsat.training.distill import distill
@@ -32,13 +32,8 @@ arguments = parser.parse_args()
 # Acceptance is measured against the model's own output, so its own answers are what SATs learn
 # from.
 base = Decoder.load(arguments.model)
-distill(
-    base,
-    [arguments.source],
-    arguments.out / "data",
-    limit=arguments.prompts,
-    max_new_tokens=arguments.max_new_tokens,
-)
+how = DistillConfig(limit=arguments.prompts, max_new_tokens=arguments.max_new_tokens)
+distill(base, [arguments.source], arguments.out / "data", how)
 
 # The base stays as it is, to the bit: what trains is the SAT's embedding, updates that act on SATs
 # alone, and the draft head.

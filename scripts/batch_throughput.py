@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from sdsat.cli.main import Device, Dtype, Model, run
+from sdsat.cli.options import Device, Dtype, Model
+from sdsat.cli.program import run
 from sdsat.config import DecodeConfig, beside, decode_config_of, require
 from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.records import environment, resumed
@@ -218,26 +219,28 @@ def main(
     }
     head = {"schema_version": 1, "environment": environment(decoder), "settings": settings}
     head["environment"]["script"] = sha256_of(Path(__file__))
-    document = resumed(out, {**head, "summary": {}, "runs": []})
-    done = {(run["turn"], run["batch_size"], run["strategy"]) for run in document["runs"]}
-    for name in strategies:  # what is measured once, and compiled, and learned
-        short = replace(configs[name], max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens))
-        decoder.generate_batch(warm_up, short, batch_size=max(counts))
-    keys = [
-        (turn, size, place)
-        for turn in range(turns)
-        for size in counts
-        for place in range(len(strategies))
-    ]
-    for turn, size, place in tqdm(keys, unit="run", disable=None):
-        name = strategies[(place + turn + counts.index(size)) % len(strategies)]
-        if (turn, size, name) not in done:
-            found = measure(loaded, ids, configs[name], size)
-            document["runs"].append({"turn": turn, "batch_size": size, "strategy": name, **found})
-            write_json(out, document)
-    document["summary"] = summarize(document)
-    write_json(out, document)
-    show(document)
+    with resumed(out, {**head, "summary": {}, "runs": []}) as document:
+        done = {(run["turn"], run["batch_size"], run["strategy"]) for run in document["runs"]}
+        for name in strategies:  # what is measured once, and compiled, and learned
+            short = replace(configs[name], max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens))
+            decoder.generate_batch(warm_up, short, batch_size=max(counts))
+        keys = [
+            (turn, size, place)
+            for turn in range(turns)
+            for size in counts
+            for place in range(len(strategies))
+        ]
+        for turn, size, place in tqdm(keys, unit="run", disable=None):
+            name = strategies[(place + turn + counts.index(size)) % len(strategies)]
+            if (turn, size, name) not in done:
+                found = measure(decoder, ids, configs[name], size)
+                document["runs"].append(
+                    {"turn": turn, "batch_size": size, "strategy": name, **found}
+                )
+                write_json(out, document)
+        document["summary"] = summarize(document)
+        write_json(out, document)
+        show(document)
 
 
 if __name__ == "__main__":

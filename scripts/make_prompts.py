@@ -26,7 +26,7 @@ import typer
 from chat_prompts import chat_requests, paragraphs_of
 from transformers import AutoTokenizer
 
-from sdsat.cli.main import run
+from sdsat.cli.program import run
 from sdsat.config import require
 from sdsat.files import replacing
 from sdsat.tasks.kinds import Request

@@ -29,7 +29,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sdsat.cli.main import Device, Dtype, Model, run
+from sdsat.cli.options import Device, Dtype, Model
+from sdsat.cli.program import run
 from sdsat.decoding.loop import Decoder
 from sdsat.engines.base import Engine, PassInput, probe_tokens
 from sdsat.evaluation.records import environment

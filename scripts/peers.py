@@ -37,14 +37,16 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
 from sdsat.cache_folder import cache_dir
-from sdsat.cli.main import Model, run
+from sdsat.cli.options import Model
+from sdsat.cli.program import run
 from sdsat.config import DecodeConfig, beside, decode_config_of, require
 from sdsat.decoding.loop import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.engines.transformers import TransformersEngine
 from sdsat.evaluation.records import environment, resumed
 from sdsat.evaluation.reference import transformers_generate
-from sdsat.evaluation.report import interval, seconds_of, speedup, with_interval
+from sdsat.evaluation.report import with_interval
+from sdsat.evaluation.summary import interval, seconds_of, speedup
 from sdsat.files import sha256_of, write_json
 from sdsat.models.embedded import BASE_NAME, NAME, _fetch, base_dir
 from sdsat.models.loading import load_base
@@ -358,26 +360,28 @@ def main(
         # refuses bad ones before anything is measured
         decode_config(strategy, own_decoder(model).model, max_new_tokens)
     decoders = {strategy: make_decoder(strategy, model, context) for strategy in strategies}
-    document = resumed(out, new_document(own_decoder(model), strategies, max_new_tokens))
-    options = [
-        f"--data-limit={data_limit}",
-        f"--general={general}",
-        f"--max-new-tokens={max_new_tokens}",
-    ]
-    for strategy in strategies:
-        if strategy not in document["memory"]:
-            document["memory"][strategy] = memory_of(strategy, [model, *options])
-            write_json(out, document)
-    done = {prompt["id"] for prompt in document["prompts"]}
-    warm_up = Problem("warm-up", tuple(encode_prompt(own_decoder(model).model.tokenizer, WARM_UP)))
-    measure(warm_up, decoders, min(WARM_UP_TOKENS, max_new_tokens), 0)
-    for turn, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
-        if prompt.task_id not in done:
-            document["prompts"].append(measure(prompt, decoders, max_new_tokens, turn))
-            write_json(out, document)
-    document["summary"] = summarize_all(document, {prompt.task_id for prompt in prompts})
-    write_json(out, document)
-    show(document)
+    with resumed(out, new_document(own_decoder(model), strategies, max_new_tokens)) as document:
+        options = [
+            f"--data-limit={data_limit}",
+            f"--general={general}",
+            f"--max-new-tokens={max_new_tokens}",
+        ]
+        for strategy in strategies:
+            if strategy not in document["memory"]:
+                document["memory"][strategy] = memory_of(strategy, [model, *options])
+                write_json(out, document)
+        done = {prompt["id"] for prompt in document["prompts"]}
+        warm_up = Problem(
+            "warm-up", tuple(encode_prompt(own_decoder(model).model.tokenizer, WARM_UP))
+        )
+        measure(warm_up, decoders, min(WARM_UP_TOKENS, max_new_tokens), 0)
+        for turn, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):
+            if prompt.task_id not in done:
+                document["prompts"].append(measure(prompt, decoders, max_new_tokens, turn))
+                write_json(out, document)
+        document["summary"] = summarize_all(document, {prompt.task_id for prompt in prompts})
+        write_json(out, document)
+        show(document)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdsat.cli.main import Model, run
+from sdsat.cli.options import Model
+from sdsat.cli.program import run
 from sdsat.config import DecodeConfig
 from sdsat.decoding import auto_planner, fixed_planner
 from sdsat.decoding.loop import Decoder

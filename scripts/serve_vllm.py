@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from sdsat.cli.main import run
+from sdsat.cli.program import run
 from sdsat.config import InputError, require
 from sdsat.environment import commit, cpu_name
 from sdsat.files import destination, read_json, write_json

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from sdsat.cli.main import Model, run
+from sdsat.cli.options import Model
+from sdsat.cli.program import run
 from sdsat.config import STRATEGIES, DecodeConfig, SamplingConfig, require
 from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.records import environment

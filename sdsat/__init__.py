@@ -1,7 +1,10 @@
 """SDSAT: a language model that drafts and verifies its own tokens (arXiv 2403.18647).
 
-import sdsat model, tokenizer = sdsat.load("smollm2-135m-sdsat") output =
-model.generate(**tokenizer("def add(a, b):", return_tensors="pt"), custom_generate=sdsat.generate)
+import sdsat
+
+model, tokenizer = sdsat.load("smollm2-135m-sdsat")
+inputs = tokenizer("def add(a, b):", return_tensors="pt")
+output = model.generate(**inputs, custom_generate=sdsat.generate)
 """
 
 import importlib

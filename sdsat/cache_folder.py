@@ -33,8 +33,9 @@ _SETTLED = 2.0  # seconds after which a file that changes gets another time stam
 
 
 def cache_dir() -> Path:
-    """The user's cache folder of this program: $SDSAT_CACHE, or $XDG_CACHE_HOME/sdsat, or
-    ~/.cache/sdsat; it may be absent.
+    """Return the user's cache folder of this program; it may be absent.
+
+    It is $SDSAT_CACHE, or $XDG_CACHE_HOME/sdsat, or ~/.cache/sdsat.
 
     Raises InputError, one line, for a user without a home folder.
     """
@@ -50,10 +51,12 @@ def cache_dir() -> Path:
 
 @contextmanager
 def creating(name: str) -> Iterator[Path]:
-    """Hold the lock under which one process at a time makes `name` (of several things) in the cache
-    folder, which is yielded.
+    """Hold the lock under which one process at a time makes `name` in the cache folder.
 
-    Raises OSError where the folder can't be written to.
+    The folder is yielded; `name` may stand for several things.
+
+    Raises OSError where the folder can't be written to, and InputError for a user without a home
+    folder.
     """
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,14 +65,16 @@ def creating(name: str) -> Iterator[Path]:
 
 
 def load_library(name: str, build: Callable[[Path], None]) -> ctypes.CDLL:
-    """The shared library `name`, a key of all that it depends on: from the cache folder, or built
-    now and put there.
+    """Load the shared library `name`, from the cache folder or built now and put there.
 
-    build: writes the library to a path. The kept file's name holds its hash, so that a damaged one
-    is not loaded, which would be a bus error, but built again. Where it can't be kept, it is built
-    for this process alone, with a warning.
+    The name is a key of all that the library depends on. The kept file's name holds its hash too,
+    so that a damaged one is not loaded, which would be a bus error, but built again. Where it can't
+    be kept, it is built for this process alone, with a warning.
+
+    build: writes the library to a path; what it raises goes to the caller. Raises OSError for a
+    library that can't be loaded.
     """
-    with suppress(InputError, OSError):  # said below, where it can't be kept
+    with suppress(InputError, OSError):  # what is wrong is said below, once
         if (kept := _kept_library(cache_dir() / "native", name)) is not None:
             return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory(prefix="sdsat-") as private:
@@ -96,8 +101,9 @@ def _said(error: Exception) -> str:
 
 
 def _kept_library(folder: Path, name: str) -> Path | None:
-    """NAME-SHA256.so, where there is one with that content that only this user or root can have
-    written.
+    """Find NAME-SHA256.so, with that content, which only this user or root can have written.
+
+    None where there is no such file.
     """
     for file in folder.glob(f"{name}-*.so"):
         if (
@@ -117,7 +123,7 @@ def _keep_library(folder: Path, name: str, built: Path) -> Path:
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid == os.geteuid():
-        folder.chmod(0o700)  # of an earlier version, or with a generous umask
+        folder.chmod(0o700)  # it may be of an earlier version, or of a generous umask
     require(not _danger(folder), f"{_danger(folder)}: others can write to it")
     for damaged in folder.glob(f"{name}-*.so"):
         damaged.unlink()
@@ -129,14 +135,15 @@ def _keep_library(folder: Path, name: str, built: Path) -> Path:
 
 
 def _is_guarded(path: Path) -> bool:
-    """Whether it belongs to this user or to root, and nobody else may write to it."""
+    """Tell whether it belongs to this user or to root, and nobody else may write to it."""
     found = path.stat()
     return found.st_uid in (0, os.geteuid()) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _danger(folder: Path) -> Path | None:
-    """The folder, or the first one above it, through which others could put another file in the
-    place of one of its own.
+    """Find the folder through which others could replace one of its files by their own.
+
+    It is the folder itself, or the first one above it; None where there is none.
     """
     folder = folder.resolve()
     if not _is_guarded(folder):
@@ -149,11 +156,12 @@ def _danger(folder: Path) -> Path | None:
 
 
 def remembered_sha256(file: Path) -> str:
-    """`sha256_of`, which for large files that have not changed since is remembered in the cache
-    folder.
+    """Compute `sha256_of`, or for a large file that has not changed remember it.
 
-    A file is the same while its place, inode, size, and times of last change are. Raises as
-    `sha256_of`.
+    It is remembered in the cache folder. A file is the same while its place, inode, size, and times
+    of last change are.
+
+    Raises InputError, one line, where the file can't be read.
     """
     before = _stamp(file)
     if before is None or before[2] < _REMEMBER_FROM:
@@ -170,7 +178,7 @@ def remembered_sha256(file: Path) -> str:
         and _stamp(file) == before
         and time.time() - max(before[3:]) / 1e9 > _SETTLED
     ):
-        with suppress(InputError):  # it costs time only
+        with suppress(InputError):  # to forget it costs time only
             make_folder(memo.parent)
             with replacing(memo) as part:
                 part.write_text(digest)

@@ -9,8 +9,9 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 STRATEGIES = ("two-step", "rounded", "one-pass", "auto")  # that draft with SATs
@@ -92,6 +93,121 @@ def plain_warnings() -> None:
 
 
 @dataclass(frozen=True)
+class Text:
+    """How one word of a command line holds a value.
+
+    read: (the option's name, the word) -> the value; raises InputError. write: the value -> the
+    word.
+    """
+
+    read: Callable[[str, str], Any]
+    write: Callable[[Any], str]
+
+
+def _joined(values: Sequence[Any]) -> str:
+    return ",".join(map(str, values))
+
+
+def numbers_of(name: str, text: str, kind: Callable[[str], Any] = int) -> tuple[Any, ...]:
+    """'0,1,5' -> (0, 1, 5).
+
+    Raises InputError, which names the option, for anything else.
+    """
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{name}={text}: expected numbers separated by commas") from None
+
+
+WORD = Text(lambda _, text: text, str)
+WORDS = Text(lambda _, text: tuple(text.split(",")) if text else (), _joined)
+WHOLE_NUMBERS = Text(numbers_of, _joined)
+NUMBERS = Text(lambda name, text: numbers_of(name, text, float), _joined)
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field of settings is given on the command line: cli/options.py makes an option of it.
+
+    help: one line for `--help`.
+    env: the environment variable that gives it, too.
+    names: such as ('-k', '--k'); () for the field's own name.
+    text: how a word holds the value; None where its type says that (numbers, flags, paths, texts).
+    repeated: given once for each item of the tuple that it is.
+    is_open: has no default on the command line; the command decides what stands for it.
+    """
+
+    help: str | None = None
+    env: str | None = None
+    names: tuple[str, ...] = ()
+    text: Text | None = None
+    repeated: bool = False
+    is_open: bool = False
+
+
+def option(default: Any, about: str | Option | None = None, **further: Any) -> Any:
+    """A field of settings that is an option of commands too.
+
+    Args:
+        default: of the field, and of the option unless a command has another.
+        about: its help, or an Option that several settings share.
+        further: other fields of Option.
+    """
+    if not isinstance(about, Option):
+        about = Option(about, **further)
+    return field(default=default, metadata={"option": about})
+
+
+# Options of several settings.
+TREE = Option(
+    "Draft tree: auto, chain, paper, or a branching list such as 2,1,1.", env="TREE", text=WORD
+)
+MAX_NEW_TOKENS = Option(env="MAX_NEW_TOKENS")
+SEED = Option(env="SEED")
+TEMPERATURE = Option("0 is greedy.")
+TEMPLATE_OPTIONS = Option(
+    "KEY=VALUE for the chat template, as enable_thinking=false; repeat for more. "
+    "Default: as the template has it.",
+    env="TEMPLATE_OPTIONS",
+    names=("--template-option",),
+    repeated=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What `loading.load` goes by beside the place and the numbers.
+
+    sat_token_id, trained_k: whatever the checkpoint says of its SAT. engine: 'native',
+    'transformers', or 'auto': native where it can be had.
+    """
+
+    sat_token_id: int | None = option(
+        None, "Id of the SAT, whatever the checkpoint says.", env="SAT_TOKEN_ID"
+    )
+    trained_k: int | None = option(
+        None, "Depth of its training, whatever the checkpoint says.", env="TRAINED_K"
+    )
+    engine: str = option("auto", "native, transformers, or auto: native where it can be had.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig(CheckpointConfig):
+    """How a model is loaded: see `loading.load`."""
+
+    dtype: str = option(
+        "bfloat16",
+        "float32, bfloat16, float16, or auto for the checkpoint's own.",
+        env="DTYPE",
+    )
+    device: str = option(
+        "",
+        "cpu, a GPU number, or 0+1 for a model that one GPU can't hold; empty: GPU 0 where "
+        "there is one, else the CPU.",
+    )
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How the next token is chosen.
 
@@ -103,10 +219,10 @@ class SamplingConfig:
     seed: with the index of the emitted token, the only source of randomness (see sampling.py).
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: float = option(0.0, TEMPERATURE)
+    top_k: int = option(0, "0 is off.")
+    top_p: float = option(1.0)
+    seed: int = option(0, SEED)
 
     def __post_init__(self) -> None:
         expected = "0 (greedy) or a positive number, at least 1e-6"
@@ -189,15 +305,34 @@ class DecodeConfig:
     it.
     """
 
-    k: int | None = 0
-    max_new_tokens: int = 256
-    tree: str | tuple[int, ...] = "auto"
+    k: int | None = option(
+        0,
+        "SATs per draft; 0 is plain decoding. Default: the trained k, which auto goes up to.",
+        names=("-k", "--k"),
+    )
+    max_new_tokens: int = option(256, MAX_NEW_TOKENS)
+    tree: str | tuple[int, ...] = option("auto", TREE)
     sampling: SamplingConfig = SamplingConfig()
     stop_ids: tuple[int, ...] = ()
-    stop_strings: tuple[str, ...] = ()
-    strategy: str = "two-step"
-    budget: int | None = None
-    lookup: int | None = None
+    stop_strings: tuple[str, ...] = option(
+        (),
+        "End the text before this string; repeat for more.",
+        names=("--stop",),
+        repeated=True,
+    )
+    strategy: str = option(
+        "two-step",
+        "auto, rounded, one-pass, two-step (the paper's), or lookup, without SATs; the text is "
+        "the same.",
+    )
+    budget: int | None = option(
+        None, "Rows of a pass that one-pass and auto may use. Default: as many as pay here."
+    )
+    lookup: int | None = option(
+        None,
+        "Tokens to look up in the text so far as further drafts. Default: 12 for auto and "
+        "lookup, else 0.",
+    )
 
     def __post_init__(self) -> None:
         require(
@@ -309,14 +444,52 @@ def utf8(name: str, text: str) -> str:
     return text
 
 
+def has_sats(strategy: str) -> bool:
+    """Whether it drafts with SATs."""
+    return strategy != LOOKUP
+
+
+def looks_up(strategy: str) -> bool:
+    """Whether it looks tokens up where nothing else is said."""
+    return strategy in (LOOKUP, "auto")
+
+
+def speed_bound(strategy: str, k: int) -> float | None:
+    """The speed-up that a strategy can't exceed, where there is such a number.
+
+    two-step drafts in one pass and verifies in the next: k + 2 tokens in two passes at most.
+    """
+    return (k + 2) / 2 if strategy == "two-step" else None
+
+
 def keys_of(strategies: Sequence[str], k_list: Sequence[int]) -> list[tuple[str, int]]:
-    """(strategy, k) of all combinations that draft: 'lookup', which has no SATs, once."""
+    """(strategy, k) of all combinations that draft: one without SATs once."""
     return [
         (strategy, k)
         for strategy in strategies
-        for k in ([0] if strategy == LOOKUP else k_list)
-        if k or strategy == LOOKUP
+        for k in (k_list if has_sats(strategy) else [0])
+        if k or not has_sats(strategy)
     ]
+
+
+def keys_with_parts(
+    strategies: Sequence[str], k_list: Sequence[int], lookup: int
+) -> list[tuple[str, int, int]]:
+    """(strategy, k, tokens to look up) of all combinations that draft, as `bench` measures them.
+
+    A strategy that looks tokens up beside its SATs, 'auto', is there once, with the largest k;
+    where lookup is not 0, what it is made of stands before it: lookup alone, and itself without.
+    """
+    keys: list[tuple[str, int, int]] = []
+    most = max(k_list)
+    for strategy in strategies:
+        if not (has_sats(strategy) and looks_up(strategy)):
+            tokens = lookup if looks_up(strategy) else 0
+            keys += [(name, k, tokens) for name, k in keys_of([strategy], k_list)]
+        elif most:
+            parts = [(LOOKUP, 0, lookup), (strategy, most, 0)] if lookup else []
+            keys += [*parts, (strategy, most, lookup)]
+    return list(dict.fromkeys(keys))
 
 
 def decode_config_of(text: str, **settings: Any) -> DecodeConfig:
@@ -356,7 +529,8 @@ class TrainConfig:
     keep: depth i+1 of a group exists with this probability given depth i; expected rows a group (1
     - keep^k) / (1 - keep).
     soft: share of distillation from the base's own distribution in the loss. decay: loss weight of
-    a depth relative to the one before. accumulate: micro-batches a step.
+    a depth relative to the one before. accumulate: micro-batches a step. lr: None for 1e-3, in full
+    mode 2e-5.
     init: directory of an adapter of the same base and rank to start from, instead of from nothing.
     mode: 'adapter' (the base stays as it is), 'everywhere' (an adapter whose update acts on
     standard tokens too: for serving, it can be merged into a draft copy of the base) or 'full' (all
@@ -365,28 +539,37 @@ class TrainConfig:
     checkpointing, gradients by recomputation.
     """
 
-    steps: int = 2000
-    k: int = 7
-    rank: int = 32
-    targets: str = TARGETS
-    head: int = 1024
-    anchors: int = 96
-    keep: float = 0.8
-    soft: float = 0.0
-    decay: float = 1.0
-    batch_size: int = 2
-    accumulate: int = 1
-    lr: float = 1e-3
+    steps: int = option(2000)
+    mode: str = option(
+        "adapter",
+        "adapter: on SATs only; everywhere: an adapter that a server can merge; full: all weights.",
+    )
+    k: int = option(7, "Depth: SATs per group.")
+    rank: int = option(32, "Adapter: rank of the updates.")
+    targets: str = option(TARGETS, "Adapter: names of the linear layers that get an update.")
+    head: int = option(1024, "Adapter: inner size of the draft head, 0 for none.")
+    anchors: int = option(96, "SAT groups per sequence and step.")
+    keep: float = option(0.8, "A group goes one deeper with this probability.")
+    soft: float = option(0.0, "Share of distillation from the base's own distribution in the loss.")
+    decay: float = option(1.0, "Loss weight of a depth relative to the one before.")
+    batch_size: int = option(2, "Sequences per micro-batch and process.")
+    accumulate: int = option(1, "Micro-batches per step.")
+    lr: float = option(None, "Default: 1e-3 for adapters, 2e-5 in full mode.")
     warmup: int = 50
     clip: float = 1.0
-    seed: int = 0
-    eval_every: int = 200
-    held_out: int = 48
-    init: str | None = None
-    mode: str = "adapter"
-    standard: float = 1.0
-    embedding_steps: int = 0
-    checkpointing: bool = False
+    init: str | None = option(None, "Adapter directory to start from.")
+    standard: float = option(
+        1.0, "Not for adapter: weight of a standard token's loss beside a SAT's."
+    )
+    embedding_steps: int = option(
+        0, "Full mode: first train only the SAT's embedding, so many steps."
+    )
+    checkpointing: bool = option(
+        False, "Full mode: gradient checkpointing, less memory for more time."
+    )
+    held_out: int = option(48, "Sequences to evaluate on, never trained on.")
+    seed: int = option(0, SEED)
+    eval_every: int = option(200)
 
     def __post_init__(self) -> None:
         for name in (
@@ -402,6 +585,8 @@ class TrainConfig:
             whole(name, getattr(self, name), "1 or more, a whole number", 1)
         for name in ("warmup", "embedding_steps"):
             whole(name, getattr(self, name), "0 or more, a whole number", 0)
+        if self.lr is None:
+            _keep(self, lr=2e-5 if self.mode == "full" else 1e-3)
         whole("head", self.head, "0 (none) or a positive size", 0)
         whole("k", self.k, f"a whole number from 1 to {MAX_TRAINED_K}", 1, MAX_TRAINED_K)
         whole("seed", self.seed, "a whole number")
@@ -424,3 +609,45 @@ class TrainConfig:
                 self.mode in modes or held == default,
                 f"{name}={held}: only for mode {only}, not {self.mode}",
             )
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Self-distillation: which prompts are answered, how, and how the answers are stored.
+
+    limit: how many prompts; None for all. temperatures: the prompts take these in turn; each
+    prompt's next answer, of `answers`, the one after its last.
+    kinds: what is asked about functions, with weights (`prompts.parse_kinds`). avoid: benchmarks,
+    beside HumanEval, that no prompt may overlap: .jsonl files.
+    batch_size: answers at once. shard_size: answers a file.
+    """
+
+    limit: int | None = option(None, "How many prompts; default all.")
+    temperatures: tuple[float, ...] = option(
+        (0, 0, 0.2, 1.0), "The prompts take these in turn.", text=NUMBERS
+    )
+    answers: int = option(1, "Answers to a prompt, each at the temperature after the last one's.")
+    kinds: str = option(
+        "complete",
+        "What is asked about functions: complete, words, fix, test, explain; with weights: "
+        "complete=3,words.",
+    )
+    avoid: tuple[Path, ...] = option(
+        (),
+        "Benchmark that no prompt may overlap, beside HumanEval: a .jsonl file; repeat for more.",
+        repeated=True,
+    )
+    max_new_tokens: int = option(224, MAX_NEW_TOKENS)
+    max_prompt_tokens: int = option(224)
+    template_options: tuple[str, ...] = option((), TEMPLATE_OPTIONS)
+    batch_size: int = option(96)
+    shard_size: int = option(512)
+    seed: int = option(0, SEED)
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size", "shard_size", "answers", "max_prompt_tokens"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}={value}: expected 1 or more")
+        require(self.limit is None or self.limit >= 1, f"limit={self.limit}: expected 1 or more")
+        for temperature in self.temperatures:
+            SamplingConfig(temperature)  # refuses what can't be sampled at

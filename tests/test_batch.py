@@ -336,16 +336,20 @@ KNEE = curve(
 
 def test_a_share_of_a_pass_in_which_all_do_as_much():
     planner = AutoPlanner(DecodeConfig(5, strategy="auto"), KNEE, 5, [0.6] * 5)
-    alone = [planner._cost(n, 0, 100) for n in (1, 4)]
+    alone = [planner.costs.seconds(n, 0, 100) for n in (1, 4)]
     planner.share(8, 100)
     assert (
-        planner._cost(1, 0, 100) == pytest.approx(KNEE.seconds(8, 0, 100) / 8)
-        and planner._cost(1, 0, 100) < alone[0]
+        planner.costs.seconds(1, 0, 100) == pytest.approx(KNEE.seconds(8, 0, 100) / 8)
+        and planner.costs.seconds(1, 0, 100) < alone[0]
     )
-    assert planner._cost(4, 0, 100) == pytest.approx(KNEE.seconds(32, 0, 100) / 8)
-    assert planner._cost(4, 0, 100) / planner._cost(1, 0, 100) > 2 > alone[1] / alone[0]
+    assert planner.costs.seconds(4, 0, 100) == pytest.approx(KNEE.seconds(32, 0, 100) / 8)
+    assert (
+        planner.costs.seconds(4, 0, 100) / planner.costs.seconds(1, 0, 100)
+        > 2
+        > alone[1] / alone[0]
+    )
     planner.share(1, 100)
-    assert [planner._cost(n, 0, 100) for n in (1, 4)] == alone
+    assert [planner.costs.seconds(n, 0, 100) for n in (1, 4)] == alone
     for context in CONTEXTS:  # beyond the table in proportion
         assert KNEE.seconds(3 * MAX_ROWS, 0, context) == pytest.approx(
             3 * KNEE.seconds(MAX_ROWS, 0, context)
@@ -394,7 +398,7 @@ def test_sequences_of_one_batch_share_what_auto_learns():
     decoder.planners.clear()
     decoder.generate_batch(PROMPTS, DecodeConfig(K, 12, strategy="auto"))
     (planner,) = decoder.planners.values()
-    assert planner.num_timed and sum(planner.num_timed.values()) > 3
+    assert planner.costs.num_timed > 3
 
 
 # ---- scripts/batch_throughput.py ----

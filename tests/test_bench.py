@@ -12,7 +12,8 @@ from test_decode import CIRCLE, drafting
 from sdsat.config import DecodeConfig, InputError, SamplingConfig
 from sdsat.decoding.loop import Decoder
 from sdsat.decoding.sequence import Generation
-from sdsat.evaluation import bench
+from sdsat.evaluation import measure, workers
+from sdsat.evaluation.sweep import BenchConfig
 from sdsat.tasks.datasets import humaneval_problems
 from sdsat.tasks.prompts import HUMANEVAL_STOPS, Problem
 
@@ -26,7 +27,7 @@ DEATHS = {
 
 
 def die(log, death):
-    bench._log_to(log, "title")
+    workers.log_to(log, "title")
     print("said")
     exec(death)
 
@@ -40,12 +41,12 @@ def test_a_workers_last_words_are_in_its_log(own_process, tmp_path, death):
     text = log.read_text()
     assert text.startswith("of an earlier run\n") and "title\n" in text and trace in text
     assert ("from native code" in text) == (code == -6)
-    line = bench._obituary("0+1", code, log)
+    line = workers.obituary("0+1", code, log)
     assert line == f"worker 0+1 (exit code {code}{', ' + trace if code > 0 else ''}; log: {log})"
 
 
 def test_labels_are_distinct():
-    assert bench._labels(["cpu", "0", "cpu", "0+1", "0+1", "cpu"]) == [
+    assert workers.labels(["cpu", "0", "cpu", "0+1", "0+1", "cpu"]) == [
         "cpu",
         "0",
         "cpu.1",
@@ -67,8 +68,8 @@ def test_stop_strings_end_every_output_alike():
     pieces = [*string.ascii_letters, *string.digits, "?", "!"][:VOCAB]
     pieces[free[last - 1]], pieces[free[last]] = "\n", "#"
     decoder.model.tokenizer = tiny_tokenizer(pieces)
-    config = bench.BenchConfig("x", k_list=(0, 3), max_new_tokens=20, with_generate=True)
-    runs = bench.measure_problem(
+    config = BenchConfig("x", k_list=(0, 3), max_new_tokens=20, with_generate=True)
+    runs = measure.measure_problem(
         decoder, Problem("p", (1, 5, 9), stop_strings=HUMANEVAL_STOPS), config, 0
     )["runs"]
     assert [(run["strategy"], run["num_new_tokens"], run["finish"]) for run in runs] == [
@@ -91,8 +92,10 @@ def test_of_several_turns_the_median_run_is_kept_and_the_outputs_of_all(monkeypa
         return Generation([8 if wrong else 7], num_passes=1, decode_seconds=times[strategy][turn])
 
     monkeypatch.setattr(Decoder, "generate", scripted)
-    config = bench.BenchConfig("x", k_list=(0, 3), strategies=("two-step",), turns=4)
-    runs = bench.measure_problem(with_adapter(tiny_llama()), Problem("p", (1,)), config, 0)["runs"]
+    config = BenchConfig("x", k_list=(0, 3), strategies=("two-step",), turns=4)
+    runs = measure.measure_problem(with_adapter(tiny_llama()), Problem("p", (1,)), config, 0)[
+        "runs"
+    ]
     assert measured == ["ar", "two-step"] * 4
     assert [run["decode_seconds"] for run in runs] == [2.0, 6.0]  # of four the second
     assert [len({*run["outputs_sha256"]}) for run in runs] == [1, 2]
@@ -100,12 +103,16 @@ def test_of_several_turns_the_median_run_is_kept_and_the_outputs_of_all(monkeypa
         runs[0]["outputs_sha256"][0] == runs[1]["outputs_sha256"][0] != runs[1]["outputs_sha256"][1]
     )
     with pytest.raises(InputError, match="turns=0: expected 1 or more"):
-        bench.BenchConfig("x", turns=0)
+        BenchConfig("x", turns=0)
+
+
+def keys_of(config):
+    """(strategy, k, tokens to look up) of what is measured."""
+    return [setting[:3] for setting in config.settings]
 
 
 def test_auto_is_measured_beside_what_it_is_made_of():
-    keys = bench.BenchConfig("x", k_list=(0, 3, 5)).keys
-    assert keys == [
+    assert keys_of(BenchConfig("x", k_list=(0, 3, 5))) == [
         ("ar", 0, 0),
         ("two-step", 3, 0),
         ("two-step", 5, 0),
@@ -113,25 +120,25 @@ def test_auto_is_measured_beside_what_it_is_made_of():
         ("auto", 5, 0),
         ("auto", 5, 12),
     ]
-    assert bench.BenchConfig("x", k_list=(0, 5), strategies=("auto", "lookup"), lookup=4).keys == [
+    assert keys_of(BenchConfig("x", k_list=(0, 5), strategies=("auto", "lookup"), lookup=4)) == [
         ("ar", 0, 0), ("lookup", 0, 4), ("auto", 5, 0), ("auto", 5, 4),
     ]  # fmt: skip
-    assert bench.BenchConfig("x", k_list=(0, 5), strategies=("auto",), lookup=0).keys == [
+    assert keys_of(BenchConfig("x", k_list=(0, 5), strategies=("auto",), lookup=0)) == [
         ("ar", 0, 0),
         ("auto", 5, 0),
     ]
-    assert bench.BenchConfig("x", k_list=(0,), strategies=("lookup",)).keys == [
+    assert keys_of(BenchConfig("x", k_list=(0,), strategies=("lookup",))) == [
         ("ar", 0, 0),
         ("lookup", 0, 12),
     ]
-    assert bench.BenchConfig("x", k_list=(0,)).keys == [("ar", 0, 0)]
+    assert keys_of(BenchConfig("x", k_list=(0,))) == [("ar", 0, 0)]
     for strategies, lookup, message in (
         ("lookup", 0, "lookup=0"),
         ("auto", 33, "lookup=33"),
         ("ar", 12, "strategy=ar"),
     ):
         with pytest.raises(InputError, match=message):
-            bench.BenchConfig("x", strategies=(strategies,), lookup=lookup)
+            BenchConfig("x", strategies=(strategies,), lookup=lookup)
 
 
 def measured_by(monkeypatch, decoder, config, *task_ids):
@@ -145,7 +152,7 @@ def measured_by(monkeypatch, decoder, config, *task_ids):
 
     monkeypatch.setattr(Decoder, "generate", kept)
     records = [
-        bench.measure_problem(decoder, Problem(task, (1, 5, 9, 1, 5, 9)), config, 0)
+        measure.measure_problem(decoder, Problem(task, (1, 5, 9, 1, 5, 9)), config, 0)
         for task in task_ids
     ]
     return calls, records
@@ -155,7 +162,7 @@ def test_parts_of_auto_do_what_they_say(monkeypatch):
     """AR is one token a pass; lookup alone has no SATs; auto without lookup looks nothing up."""
     decoder = drafting(tiny_llama(**CIRCLE), k=3)
     calls, (record,) = measured_by(
-        monkeypatch, decoder, bench.BenchConfig("x", k_list=(3,), max_new_tokens=30), "p"
+        monkeypatch, decoder, BenchConfig("x", k_list=(3,), max_new_tokens=30), "p"
     )
     ar, _, lookup, without, both = record["runs"]
     assert (ar["num_passes"], ar["num_plain_passes"], ar["proposed_by_depth"]) == (30, 30, [])
@@ -173,7 +180,7 @@ def test_parts_of_auto_do_what_they_say(monkeypatch):
 
 
 def test_problems_are_independent_draws_that_can_be_drawn_again(monkeypatch):
-    config = bench.BenchConfig(
+    config = BenchConfig(
         "x",
         method="nucleus",
         k_list=(3,),
@@ -205,11 +212,11 @@ def test_warming_up_takes_a_prompt_that_is_not_measured(monkeypatch):
     decoder.model.tokenizer = tiny_tokenizer(["<unk>", *string.printable])
     warmed = []
     monkeypatch.setattr(
-        bench,
+        measure,
         "measure_problem",
         lambda decoder, problem, config, first: warmed.append((problem, config)),
     )
-    bench._warm_up(decoder, bench.BenchConfig("x", turns=3))
+    measure.warm_up(decoder, BenchConfig("x", turns=3))
     ((problem, config),) = warmed
     text = decoder.model.tokenizer.decode(problem.prompt_ids)
     assert "seconds_of_day" in text and config.turns == 1
@@ -226,7 +233,7 @@ def test_warming_up_takes_a_prompt_that_is_not_measured(monkeypatch):
 def test_a_worker_ignores_interrupts_where_its_run_does(held, then):
     before = signal.signal(signal.SIGINT, held)
     try:
-        bench.heed_interrupts()
+        workers.heed_interrupts()
         assert signal.getsignal(signal.SIGINT) == then
     finally:
         signal.signal(signal.SIGINT, before)

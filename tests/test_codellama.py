@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CodeLlamaTokenizer
 from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
 from sdsat.decoding.loop import Decoder
-from sdsat.evaluation.bench import BenchConfig, paper_settings
 from sdsat.evaluation.reference import transformers_generate
-from sdsat.evaluation.report import key_of, run_of
+from sdsat.evaluation.summary import key_of, run_of
+from sdsat.evaluation.sweep import BenchConfig, paper_settings
 from sdsat.models.loading import in_papers_form, load
 from sdsat.tasks.datasets import masked_lines
 from sdsat.tasks.prompts import encode_infilling

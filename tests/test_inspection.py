@@ -11,6 +11,7 @@ from rich.console import Console
 
 from sdsat.config import DecodeConfig
 from sdsat.evaluation.inspection import findings, inspect, inspection_table
+from sdsat.evaluation.sweep import InspectConfig
 from sdsat.training.evaluate import evaluate
 from sdsat.training.loss import predict
 from sdsat.training.shards import Sequence
@@ -21,7 +22,8 @@ GIVEN = ([4, 8] * 10, [6] * 20)
 
 def test_own_output_is_what_ar_writes():
     decoder = with_adapter(tiny_llama(torch.float32), k=3, strength=0.1)
-    found = inspect(decoder, list(zip(PROMPTS, GIVEN, strict=True)), max_new_tokens=16, anchors=8)
+    config = InspectConfig(max_new_tokens=16, anchors=8)
+    found = inspect(decoder, list(zip(PROMPTS, GIVEN, strict=True)), config)
     answers = [decoder.generate(prompt, DecodeConfig(0, 16)).token_ids for prompt in PROMPTS]
     for name, texts in (("own", answers), ("given", [answer[:16] for answer in GIVEN])):
         sequences = [

@@ -16,13 +16,23 @@ import torch
 from conftest import tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from record_plans import build, read
 
-from sdsat.config import MAX_ROWS, STRATEGIES, DecodeConfig, SamplingConfig
-from sdsat.decoding.auto_planner import AutoPlanner, make_planner
-from sdsat.decoding.fixed_planner import FixedPlanner
-from sdsat.decoding.plan import Plan, ends, reach
+from sdsat.config import ALL_STRATEGIES, MAX_ROWS, STRATEGIES, DecodeConfig, SamplingConfig
+from sdsat.decoding import auto_planner
+from sdsat.decoding.auto_planner import AutoPlanner
+from sdsat.decoding.beliefs import loop_rate
+from sdsat.decoding.fixed_planner import (
+    FixedPlanner,
+    Int8Planner,
+    OnePassPlanner,
+    TwoStepPlanner,
+)
+from sdsat.decoding.loop import Decoder
+from sdsat.decoding.plan import KINDS, PLACES, PLAIN, Plan, ends, reach
+from sdsat.decoding.search import MARGIN, MAX_GROUPS, Terms, search
+from sdsat.decoding.strategies import PLANNERS
 from sdsat.engines import calibrate
-from sdsat.engines.calibrate import measured_costs
 from sdsat.method.costs import CONTEXTS, COUNTS, CostCurve
 from sdsat.method.drafts import Drafts
 from sdsat.method.tree import DraftTree, make_tree
@@ -49,6 +59,7 @@ CURVES = {
     "linear": LINEAR,
     "steep": STEEP,
 }
+FIXED = {"two-step": TwoStepPlanner, "rounded": Int8Planner, "one-pass": OnePassPlanner}
 
 
 @st.composite
@@ -151,7 +162,7 @@ CASES = dict(
 @settings(max_examples=40, deadline=None)
 @given(**{**CASES, "strategy": st.just("rounded")})
 def test_rounded_drafts_before_every_pass_that_can_use_drafts(drafts, left, k, budget, strategy):
-    planner = FixedPlanner(DecodeConfig(k, budget=budget, strategy=strategy), strategy)
+    planner = FIXED[strategy](DecodeConfig(k, budget=budget, strategy=strategy))
     assert planner.draft_first(drafts, left, 100) == max(0, min(k, left - 2))
     plan = planner.plan(drafts, left, 100)
     assert plan == Plan([node for node, depth in enumerate(drafts.tree.depths) if depth < left])
@@ -160,7 +171,7 @@ def test_rounded_drafts_before_every_pass_that_can_use_drafts(drafts, left, k, b
 @settings(max_examples=40, deadline=None)
 @given(**CASES)
 def test_fixed_plans_are_sound(drafts, left, k, budget, strategy):
-    plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy=strategy), strategy).plan(
+    plan = FIXED[strategy](DecodeConfig(k, budget=budget, strategy=strategy)).plan(
         drafts, left, 100
     )
     assert_sound(plan, drafts, left, k)
@@ -179,7 +190,7 @@ def test_fixed_plans_are_sound(drafts, left, k, budget, strategy):
 @settings(max_examples=40, deadline=None)
 @given(**CASES)
 def test_one_pass_drafts_on_where_the_walk_most_likely_ends(drafts, left, k, budget, strategy):
-    plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy="one-pass"), "one-pass").plan(
+    plan = FIXED["one-pass"](DecodeConfig(k, budget=budget, strategy="one-pass")).plan(
         drafts, left, 100
     )
     if not drafts.by_sats:
@@ -202,7 +213,7 @@ def test_one_pass_drafts_on_where_the_walk_most_likely_ends(drafts, left, k, bud
 @settings(max_examples=40, deadline=None)
 @given(**{**CASES, "strategy": st.just("one-pass")})
 def test_one_pass_keeps_to_its_budget(drafts, left, k, budget, strategy):
-    plan = FixedPlanner(DecodeConfig(k, budget=budget, strategy=strategy), strategy).plan(
+    plan = FIXED[strategy](DecodeConfig(k, budget=budget, strategy=strategy)).plan(
         drafts, left, 100
     )
     assert rows_of(plan) <= budget
@@ -242,8 +253,8 @@ def test_auto_plans_are_sound_whatever_has_been_seen(
             not size or (size + 2 <= left and bool(costs.rounded) and not drafts.by_sats)
         )
         if size:
-            drafts = Drafts.of_rounded(
-                0, make_tree("chain", size), [0.0] * (size + 1) + [0.5] * (size + 1)
+            drafts = Drafts.of_int8(
+                0, make_tree("chain", size), [0] * (size + 1), [0.5] * (size + 1)
             )
             planner.observe_drafting(size, 100, costs.rounded_seconds(size, 100))
         plan = planner.plan(drafts, left, 100)
@@ -275,9 +286,7 @@ class World:
         while self.tokens < tokens:
             if size := planner.draft_first(drafts, 10**6, 100):
                 drafts, right = self.drafts(size, "rounded")
-                drafts = Drafts.of_rounded(
-                    0, drafts.tree, [*map(float, drafts.tokens), *drafts.likely]
-                )
+                drafts = Drafts.of_int8(0, drafts.tree, drafts.tokens, drafts.likely)
                 right = [True, self.chance.random() < 0.95, *right[1:]]
                 seconds = self.costs.rounded_seconds(size, 100)
                 self.seconds = self.seconds + seconds
@@ -333,9 +342,7 @@ def test_auto_gives_up_drafts_that_never_pay_and_tries_again():
 
 def fixed_planners(costs):
     names = ["two-step", "one-pass", *["rounded"] * bool(costs.rounded)]
-    return [
-        FixedPlanner(DecodeConfig(k, strategy=name), name) for k in (1, 2, 3, 5) for name in names
-    ]
+    return [FIXED[name](DecodeConfig(k, strategy=name)) for k in (1, 2, 3, 5) for name in names]
 
 
 @pytest.mark.parametrize("claims", CLAIMS)
@@ -355,13 +362,13 @@ def test_auto_is_never_much_slower_than_plain_decoding_and_finds_what_pays(costs
 @pytest.mark.parametrize("costs", CURVES)
 def test_one_pass_places_as_many_groups_as_pay(costs, claims):
     """Without a budget, and without passes in 8 bits."""
-    model = with_adapter(tiny_llama(), k=5)
-    model.costs = CURVES[costs]
+    decoder = with_adapter(tiny_llama(), k=5)
+    decoder.costs = CURVES[costs]
     claims = CLAIMS[claims]
-    exact = replace(model.costs, rounded=[])
+    exact = replace(decoder.costs, rounded=[])
     best = max(World(exact, claims).run(planner, 1000).rate for planner in fixed_planners(exact))
-    world = World(model.costs, claims).run(
-        make_planner(model, DecodeConfig(5, strategy="one-pass")), 3000
+    world = World(decoder.costs, claims).run(
+        decoder.planner(DecodeConfig(5, strategy="one-pass")), 3000
     )
     assert world.rounded == 0
     assert world.rate >= 0.9 * best
@@ -382,7 +389,7 @@ def test_kinds_say_where_groups_are_in_the_whole_tree(drafts, left, costs):
 
 def test_passes_in_8_bits_are_tried_again_after_a_bad_start():
     planner = auto(5, ROUNDED)
-    planner.scores["rounded"] = [-100.0, 50.0]
+    planner.worth.scores["rounded"] = (-100.0, 50.0)
     assert World(ROUNDED, CLAIMS["mixed"]).run(planner, 3000).rounded > 200
 
 
@@ -390,22 +397,22 @@ def test_passes_in_8_bits_are_tried_again_after_a_bad_start():
 def test_declined_passes_in_8_bits_are_forgotten_once_a_pass_however_many_decline(batch):
     planner = auto(5, ROUNDED)
     planner.share(batch, 100)
-    planner.scores["rounded"] = [-1000.0, 10.0]
+    planner.worth.scores["rounded"] = (-1000.0, 10.0)
     assert [planner.draft_first(Drafts.none(0), 100, 100) for _ in range(batch)] == [0] * batch
-    assert planner.scores["rounded"] == pytest.approx([-950.0, 9.5])
+    assert planner.worth.scores["rounded"] == pytest.approx((-950.0, 9.5))
 
 
 @pytest.mark.parametrize(("costs", "pays"), [(FLAT, True), (STEEP, False)], ids=["flat", "steep"])
 def test_auto_drafts_in_a_generation_where_it_pays(costs, pays, monkeypatch):
     def observe_pass(self, rows, sats, context, seconds):
-        plain(self, rows, sats, context, costs.seconds(rows, sats, context, self.batch))
+        plain(self, rows, sats, context, costs.seconds(rows, sats, context, self.costs.batch))
 
     plain = AutoPlanner.observe_pass
     monkeypatch.setattr(AutoPlanner, "observe_pass", observe_pass)
-    model = with_adapter(tiny_llama(), k=4)
-    model.costs = costs
-    want = model.generate([1, 5, 9], DecodeConfig(0, 150)).token_ids
-    out = model.generate([1, 5, 9], DecodeConfig(4, 150, "chain", strategy="auto", lookup=0))
+    decoder = with_adapter(tiny_llama(), k=4)
+    decoder.costs = costs
+    want = decoder.generate([1, 5, 9], DecodeConfig(0, 150)).token_ids
+    out = decoder.generate([1, 5, 9], DecodeConfig(4, 150, "chain", strategy="auto", lookup=0))
     assert out.token_ids == want
     assert (sum(out.proposed_by_depth) > 0) == pays
     assert (out.num_plain_passes > 60) == (not pays) and out.num_plain_passes < out.num_passes
@@ -430,66 +437,276 @@ def test_chances_go_to_what_is_observed(likely, share, looked_up):
     planner = auto(3)
     drafts = one_draft(likely, looked_up)
     other = one_draft(0.3, False)
-    before = planner._chance(drafts, 1)
-    untouched = planner._chance(other, 1)
+    before = planner.acceptance.chance(drafts, 1)
+    untouched = planner.acceptance.chance(other, 1)
     hits = [i % 20 < 20 * share for i in range(200)]
     seen(planner, drafts, hits[:20])
-    between = planner._chance(drafts, 1)
+    between = planner.acceptance.chance(drafts, 1)
     seen(planner, drafts, hits[20:])
-    assert abs(planner._chance(drafts, 1) - share) < 0.1
-    assert abs(planner._chance(drafts, 1) - share) <= abs(before - share) + 0.02
+    assert abs(planner.acceptance.chance(drafts, 1) - share) < 0.1
+    assert abs(planner.acceptance.chance(drafts, 1) - share) <= abs(before - share) + 0.02
     assert min(before, share) - 0.02 <= between <= max(before, share) + 0.02
-    assert planner._chance(other, 1) == untouched
-    after = planner._chance(one_draft(likely, not looked_up), 1)
+    assert planner.acceptance.chance(other, 1) == untouched
+    after = planner.acceptance.chance(one_draft(likely, not looked_up), 1)
     # the two are counted apart
-    assert after == auto(3)._chance(one_draft(likely, not looked_up), 1)
+    assert after == auto(3).acceptance.chance(one_draft(likely, not looked_up), 1)
 
 
 def test_first_choices_and_others_are_counted_apart():
     """A tree of two drafts that seem equally likely, of which the first is always right."""
     planner = auto(3)
     drafts = Drafts(DraftTree((-1, 0, 0), (0, 0, 1)), [0] * 3, [1.0, 0.4, 0.4], [False] * 3, "root")
-    before = planner._chance(drafts, 1)
-    assert planner._chance(drafts, 2) == before
+    before = planner.acceptance.chance(drafts, 1)
+    assert planner.acceptance.chance(drafts, 2) == before
     for _ in range(100):
         planner.observe(drafts, Plan([0, 1, 2]), [0, 1])
-    assert planner._chance(drafts, 1) > 0.95 and planner._chance(drafts, 2) < 0.05
+    assert (
+        planner.acceptance.chance(drafts, 1) > 0.95 and planner.acceptance.chance(drafts, 2) < 0.05
+    )
 
 
 def test_drafts_below_a_rejected_one_say_nothing():
     planner = auto(3)
     drafts = Drafts(make_tree("chain", 3), [0] * 4, [1.0, 0.9, 0.6, 0.3], [False] * 4, "root")
-    before = [planner._chance(drafts, node) for node in (1, 2, 3)]
+    before = [planner.acceptance.chance(drafts, node) for node in (1, 2, 3)]
     planner.observe(drafts, Plan([0, 1, 2, 3]), [0, 1])
-    after = [planner._chance(drafts, node) for node in (1, 2, 3)]
+    after = [planner.acceptance.chance(drafts, node) for node in (1, 2, 3)]
     assert after[0] > before[0] and after[1] < before[1] and after[2] == before[2]
 
 
 @pytest.mark.parametrize(("factor", "sign"), [(1.5, 1), (0.5, -1), (1.0, 0)])
 def test_costs_go_to_what_is_observed(factor, sign):
     planner = auto(3, LINEAR)
-    before = planner._cost(4, 0, 100)
-    far = planner._cost(32, 0, 100)
+    before = planner.costs.seconds(4, 0, 100)
+    far = planner.costs.seconds(32, 0, 100)
     for _ in range(200):
         planner.observe_pass(4, 0, 100, factor * before)
-    assert planner._cost(4, 0, 100) == pytest.approx(factor * before, rel=0.02)
-    assert planner._cost(32, 0, 100) == far
+    assert planner.costs.seconds(4, 0, 100) == pytest.approx(factor * before, rel=0.02)
+    assert planner.costs.seconds(32, 0, 100) == far
 
 
 def test_planners_are_made_for_the_settings_and_auto_is_kept():
-    model = with_adapter(tiny_llama(), k=4)
-    model.costs = FLAT
+    assert set(PLANNERS) == set(ALL_STRATEGIES)
+    decoder = with_adapter(tiny_llama(), k=4)
+    decoder.costs = FLAT
     for strategy, k in itertools.product(STRATEGIES, (0, 3)):
-        planner = make_planner(model, DecodeConfig(k, strategy=strategy))
+        planner = decoder.planner(DecodeConfig(k, strategy=strategy))
         assert isinstance(planner, AutoPlanner) == (strategy in ("auto", "one-pass") and k > 0)
-        again = make_planner(model, DecodeConfig(k, strategy=strategy, max_new_tokens=9))
+        again = decoder.planner(DecodeConfig(k, strategy=strategy, max_new_tokens=9))
         assert (again is planner) == isinstance(planner, AutoPlanner)
-    assert make_planner(model, DecodeConfig(2, strategy="auto")) is not make_planner(
-        model, DecodeConfig(3, strategy="auto")
+    assert decoder.planner(DecodeConfig(2, strategy="auto")) is not decoder.planner(
+        DecodeConfig(3, strategy="auto")
     )
     assert isinstance(
-        make_planner(model, DecodeConfig(3, strategy="one-pass", budget=30)), FixedPlanner
+        decoder.planner(DecodeConfig(3, strategy="one-pass", budget=30)), FixedPlanner
     )
+
+
+@settings(max_examples=20, deadline=None)
+@given(some_drafts(), st.sampled_from(list(CURVES)), st.integers(0, 2**16))
+def test_asking_what_is_believed_changes_nothing(drafts, costs, seed):
+    """Of two planners in the same world, one is asked all there is to ask before every plan."""
+    plans = []
+    for asked in (False, True):
+        planner = auto(4, CURVES[costs])
+        decide = planner.plan
+        made = []
+
+        def plan(*arguments, asked=asked, planner=planner, decide=decide, made=made):
+            if asked:
+                planner.acceptance.chances(drafts)
+                planner.acceptance.reached(4)
+                planner.costs.seconds(3, 1, 700)
+                loop_rate(planner.acceptance, planner.costs, 2, 100)
+                assert not planner.costs.outpaced
+                for kind in KINDS:
+                    planner.worth.of(kind, 1.0)
+            made.append(decide(*arguments))
+            return made[-1]
+
+        planner.plan = plan
+        World(CURVES[costs], CLAIMS["mixed"], seed).run(planner, 60)
+        plans.append(made)
+    assert plans[0] == plans[1]
+
+
+def test_a_place_is_searched_once_a_pass_whichever_object_stands_for_it(monkeypatch):
+    searched = []
+
+    def counted(*arguments):
+        searched.append(arguments)
+        return search(*arguments)
+
+    monkeypatch.setattr(auto_planner, "search", counted)
+    planner = auto(4, DEAR)
+    for passes in (1, 2):
+        assert planner.draft_first(Drafts.none(0), 100, 100) == 0
+        plans = [planner.plan(Drafts.none(x), 100 - x, 100 + x) for x in (0, 3)]
+        assert len(searched) == passes and plans[0] == plans[1]
+        planner.observe_pass(2, 0, 100, 2.0)
+
+
+# ---- the search ----
+
+
+@st.composite
+def beliefs(draw, costs):
+    """A small tree, how likely its nodes are, and terms; costs: seconds by number of rows."""
+    chance = draw(st.randoms(use_true_random=False))
+    tree = draw(trees(5))
+    chances = [1.0] * len(tree)
+    for children in tree.children():
+        shares = [0.01 + chance.random() for _ in range(len(children) + 1)]
+        for child, share in zip(children, shares, strict=False):
+            chances[child] = share / sum(shares)
+    size = draw(st.integers(1, 2))
+    worth = {
+        place: list(itertools.accumulate([chance.uniform(-0.5, 1), *[chance.random()] * size]))
+        for place in PLACES
+    }
+    seconds = draw(costs)
+    terms = Terms(
+        rate=draw(st.floats(0.1, 3)),
+        size=size,
+        budget=draw(st.integers(2, 12)),
+        worth=worth,
+        seconds=lambda rows, sats: seconds[rows] + 0.01 * sats,
+    )
+    return tree, chances, terms
+
+
+def rising(steps):
+    """Seconds of 0, 1, .. rows."""
+    return st.lists(steps, min_size=20, max_size=20).map(lambda s: list(itertools.accumulate(s)))
+
+
+ANY_COSTS = rising(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+EVEN_COSTS = st.floats(0.0, 0.5).map(lambda each: [1 + each * rows for rows in range(20)])
+
+
+def promised(tree, chances, terms, nodes, sizes):
+    """What a pass is worth by definition: sizes, {node: SATs}, by all outcomes of the walk."""
+    kept = tree.kept(nodes)
+    value = 0.0
+    for probability, end in outcomes(kept, [chances[node] for node in nodes]):
+        value += probability * (1 + kept.depths[end])
+        if size := sizes.get(nodes[end], 0):
+            inner = end in kept.parents
+            place = "inner" if inner else "cut" if nodes[end] in tree.parents else "leaf"
+            value += probability * terms.worth["root" if len(nodes) == 1 else place][size]
+    sats = sum(sizes.values())
+    return value - terms.rate * terms.seconds(len(nodes) + sats, sats)
+
+
+def subsets(tree, left):
+    """Every set of nodes with their parents that a pass may verify."""
+    for chosen in itertools.product([False, True], repeat=len(tree) - 1):
+        nodes = [0, *(node for node, kept in enumerate(chosen, 1) if kept)]
+        if all(tree.parents[node] in nodes and tree.depths[node] < left for node in nodes[1:]):
+            yield nodes
+
+
+def passes(tree, left, terms, every=None):
+    """(nodes, sizes) of every pass there is, or of every one of these nodes."""
+    for nodes in every or subsets(tree, left):
+        for sizes in itertools.product(range(terms.size + 1), repeat=len(nodes)):
+            fits = len(nodes) + sum(sizes) <= terms.budget
+            if fits and all(
+                not size or tree.depths[node] + 2 + size <= left
+                for node, size in zip(nodes, sizes, strict=True)
+            ):
+                yield nodes, {n: size for n, size in zip(nodes, sizes, strict=True) if size}
+
+
+def likeliest_first(tree, chances):
+    """x; x and the likeliest draft; and so on to the whole tree."""
+    through = reach(tree, chances)
+    order = sorted(range(1, len(tree)), key=lambda node: -through[node])
+    return [sorted([0, *order[:count]]) for count in range(len(tree))]
+
+
+@settings(max_examples=80, deadline=None)
+@given(beliefs(ANY_COSTS), st.integers(1, 9))
+def test_the_search_promises_what_its_pass_is_worth_and_no_pass_is_worth_more_than_the_best(
+    found, left
+):
+    tree, chances, terms = found
+    value, plan = search(tree, chances, left, terms)
+    sizes = {plan.nodes[node]: size for node, size in plan.groups}
+    every = list(passes(tree, left, terms))
+    assert (plan.nodes, sizes) in every and len(sizes) == len(plan.groups) <= MAX_GROUPS
+    assert value == pytest.approx(promised(tree, chances, terms, plan.nodes, sizes))
+    worth = [promised(tree, chances, terms, *one) for one in every]
+    assert value <= max(worth) + 1e-9
+    # SATs are added where that pays, to the best that there is without them
+    alone = [nodes for nodes in likeliest_first(tree, chances) if (nodes, {}) in every]
+    assert value >= max(promised(tree, chances, terms, nodes, {}) for nodes in alone) - 1e-9
+
+
+@settings(max_examples=80, deadline=None)
+@given(beliefs(EVEN_COSTS), st.integers(1, 9))
+def test_without_sats_the_search_finds_the_best_of_all_sets_of_drafts(found, left):
+    """Where each row costs the same; no place is worth a SAT."""
+    tree, chances, terms = found
+    terms = replace(terms, worth={place: [-1.0] * (terms.size + 1) for place in PLACES}, budget=9)
+    value, plan = search(tree, chances, left, terms)
+    every = [promised(tree, chances, terms, nodes, {}) for nodes in subsets(tree, left)]
+    assert plan.groups == () and value == pytest.approx(max(every))
+
+
+@settings(max_examples=80, deadline=None)
+@given(beliefs(EVEN_COSTS))
+def test_with_sats_the_search_finds_the_best_pass_of_the_likeliest_drafts(found):
+    """But for the margin that each group must bring; where each row costs the same, and SATs are
+    worth the same wherever they stand.
+    """
+    tree, chances, terms = found
+    terms = replace(terms, worth=dict.fromkeys(PLACES, terms.worth["leaf"]), budget=MAX_ROWS)
+    value, _ = search(tree, chances, 99, terms)
+    for nodes, sizes in passes(tree, 99, terms, likeliest_first(tree, chances)):
+        assert value >= promised(tree, chances, terms, nodes, sizes) - MARGIN * len(sizes) - 1e-9
+
+
+def test_the_search_takes_plain_passes_where_nothing_pays_and_all_where_all_is_free():
+    tree = make_tree("chain", 4)
+    nothing = dict.fromkeys(PLACES, (0.0,) * 4)
+    dear = Terms(1.0, 3, 9, nothing, lambda rows, sats: float(rows))
+    assert search(tree, [1.0, *[0.5] * 4], 99, dear) == (0.0, PLAIN)
+    much = dict.fromkeys(PLACES, (0.0, 1.0, 2.0, 3.0))
+    free = Terms(1.0, 3, 99, much, lambda rows, sats: 0.0)
+    value, plan = search(tree, [1.0, *[0.5] * 4], 99, free)
+    assert plan == Plan([0, 1, 2, 3, 4], plan.groups, plan.kinds)
+    assert sorted(plan.groups) == [(node, 3) for node in range(5)]
+    assert value == pytest.approx(1 + 0.5 + 0.25 + 0.125 + 0.0625 + 3)
+
+
+# ---- plans as they were ----
+
+
+@pytest.mark.parametrize("case", read(), ids=lambda case: case["name"])
+def test_plans_are_those_that_were_recorded(case):
+    """record_plans.py says by what, and how to record anew."""
+    planner = build(case["config"], case["costs"])
+    plans = {}
+    for name, *arguments, answer in case["calls"]:
+        if name in ("draft_first", "plan"):
+            number, *rest = arguments
+            found = getattr(planner, name)(case["drafts"][number], *rest)
+            if name == "plan":
+                plans[number] = found
+                answer = Plan(answer[0], tuple(map(tuple, answer[1])), tuple(answer[2]))
+            assert found == answer
+        elif name == "observe":
+            number, path = arguments
+            plan = plans[number]
+            planner.observe(case["drafts"][number].kept(plan.nodes), plan, path)
+        elif name == "take":
+            assert planner.costs.outpaced
+            planner.take(case["costs"])
+        else:
+            getattr(planner, name)(*arguments)
+        if name == "observe_pass" and isinstance(planner, AutoPlanner):
+            assert [planner.size, planner.rate] == pytest.approx(answer)
 
 
 # ---- the cost curve ----
@@ -590,13 +807,13 @@ def test_short_contexts_cost_what_the_shortest_measured_does():
     assert costs.seconds(1, 0, 1) == costs.seconds(1, 0, CONTEXTS[0]) == 1
 
 
-def refuse(model):
+def refuse(decoder):
     raise AssertionError("measured again")
 
 
 def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
-    first = measured_costs(with_adapter(tiny_llama(torch.float32), k=3))
+    first = with_adapter(tiny_llama(torch.float32), k=3).cost_curve()
     times = [time for part in (*first.verify, *first.draft) for time in part]
     assert all(len(part) == len(COUNTS) for part in (*first.verify, *first.draft)) and len(
         first.verify
@@ -607,8 +824,8 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     assert json.loads(file.read_text())["curve"]["verify"] == first.verify
     monkeypatch.setattr(calibrate, "measure_costs", refuse)
     again = with_adapter(tiny_llama(torch.float32, seed=9), k=3)
-    assert measured_costs(again) == first  # other weights, the same shape
-    assert measured_costs(again) is again.costs
+    assert again.cost_curve() == first  # other weights, the same shape
+    assert again.cost_curve() is again.costs
     assert len(list((tmp_path / "costs").iterdir())) == 1
 
 
@@ -616,7 +833,7 @@ def test_one_file_for_each_dtype_and_shape(tmp_path, monkeypatch):
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
     counter = itertools.count(1)
     monkeypatch.setattr(
-        calibrate, "measure_costs", lambda model: curve(lambda n: 1.0, drafting=next(counter))
+        calibrate, "measure_costs", lambda decoder: curve(lambda n: 1.0, drafting=next(counter))
     )
     shapes = [
         (tiny_llama(torch.float32), dict(k=3)),
@@ -628,11 +845,11 @@ def test_one_file_for_each_dtype_and_shape(tmp_path, monkeypatch):
     ]
     for turn in (1, 2):  # the second reads what the first wrote
         for i, (lm, adapter) in enumerate(shapes, 1):
-            model = with_adapter(lm, **adapter)
-            assert measured_costs(model).drafting == i
+            decoder = with_adapter(lm, **adapter)
+            assert decoder.cost_curve().drafting == i
             assert len(list((tmp_path / "costs").iterdir())) == (i if turn == 1 else len(shapes))
-            model.adapter.detach()
-    assert measured_costs(model, anew=True).drafting == len(shapes) + 1
+            decoder.model.adapter.detach()
+    assert decoder.cost_curve(anew=True).drafting == len(shapes) + 1
     assert len(list((tmp_path / "costs").iterdir())) == len(shapes)
 
 
@@ -653,15 +870,15 @@ BROKEN = [
 def test_a_file_that_is_not_whole_is_measured_again(tmp_path, monkeypatch, content):
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
     fresh = curve(lambda n: 2.0 + n)
-    monkeypatch.setattr(calibrate, "measure_costs", lambda model: fresh)
-    measured_costs(with_adapter(tiny_llama(torch.float32), k=3))
+    monkeypatch.setattr(calibrate, "measure_costs", lambda decoder: fresh)
+    with_adapter(tiny_llama(torch.float32), k=3).cost_curve()
     (file,) = (tmp_path / "costs").iterdir()
     whole = file.read_text()
     if content == "a folder":
         file.unlink()
         file.mkdir()
         with pytest.warns(UserWarning, match="cannot be kept"):
-            assert measured_costs(with_adapter(tiny_llama(torch.float32), k=3)) == fresh
+            assert with_adapter(tiny_llama(torch.float32), k=3).cost_curve() == fresh
         return
     nothing = [[0.0] * len(COUNTS)] * 2
     damaged = {
@@ -676,7 +893,7 @@ def test_a_file_that_is_not_whole_is_measured_again(tmp_path, monkeypatch, conte
         for name, part in damaged.items()
     }
     file.write_text({**texts, "cut short": whole[: len(whole) // 2]}.get(content, content))
-    assert measured_costs(with_adapter(tiny_llama(torch.float32), k=3)) == fresh
+    assert with_adapter(tiny_llama(torch.float32), k=3).cost_curve() == fresh
     assert json.loads(file.read_text()) == json.loads(whole)
 
 
@@ -684,9 +901,9 @@ def test_a_file_that_is_not_whole_is_measured_again(tmp_path, monkeypatch, conte
 def test_where_a_curve_cannot_be_kept_that_is_a_warning(
     tmp_path, monkeypatch, unprivileged, obstacle
 ):
-    model = with_adapter(tiny_llama(torch.float32), k=3)
+    decoder = with_adapter(tiny_llama(torch.float32), k=3)
     fresh = curve(lambda n: 2.0 + n)
-    monkeypatch.setattr(calibrate, "measure_costs", lambda model: fresh)
+    monkeypatch.setattr(calibrate, "measure_costs", lambda decoder: fresh)
     folder = unprivileged / "cache"
     if obstacle == "a file":
         folder.write_text("")
@@ -696,20 +913,20 @@ def test_where_a_curve_cannot_be_kept_that_is_a_warning(
     if obstacle == "no home":
         monkeypatch.setenv("SDSAT_CACHE", "~nobody-of-that-name/cache")
     with pytest.warns(UserWarning, match="cannot be kept"):
-        assert measured_costs(model) == fresh
-    assert measured_costs(model) is model.costs
+        assert decoder.cost_curve() == fresh
+    assert decoder.cost_curve() is decoder.costs
 
 
 def test_a_complete_cache_that_is_read_only_is_used(monkeypatch, unprivileged):
     monkeypatch.setenv("SDSAT_CACHE", str(unprivileged))
-    monkeypatch.setattr(calibrate, "measure_costs", lambda model: curve(lambda n: 2.0 + n))
-    first = measured_costs(with_adapter(tiny_llama(torch.float32), k=3))
+    monkeypatch.setattr(calibrate, "measure_costs", lambda decoder: curve(lambda n: 2.0 + n))
+    first = with_adapter(tiny_llama(torch.float32), k=3).cost_curve()
     (unprivileged / "costs.lock").unlink()
     unprivileged.chmod(0o500)
     monkeypatch.setattr(calibrate, "measure_costs", refuse)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert measured_costs(with_adapter(tiny_llama(torch.float32), k=3)) == first
+        assert with_adapter(tiny_llama(torch.float32), k=3).cost_curve() == first
     unprivileged.chmod(0o700)
 
 
@@ -717,15 +934,15 @@ def test_of_many_that_start_together_one_measures(tmp_path, monkeypatch):
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
     calls = []
 
-    def measure(model):
-        calls.append(model)
+    def measure(decoder):
+        calls.append(decoder)
         time.sleep(0.2)
         return curve(lambda n: 2.0 + n)
 
     monkeypatch.setattr(calibrate, "measure_costs", measure)
-    models = [with_adapter(tiny_llama(torch.float32), k=3) for _ in range(4)]
+    decoders = [with_adapter(tiny_llama(torch.float32), k=3) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(measured_costs, models))
+        found = list(pool.map(Decoder.cost_curve, decoders))
     assert len(calls) == 1 and all(costs == found[0] for costs in found)
 
 
@@ -738,41 +955,41 @@ def test_a_curve_of_a_busy_machine_is_measured_again(tmp_path, monkeypatch, fact
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
     true = curve(lambda n: 1.0 + n / 50)
     curves = iter([curve(lambda n: factor * (1.0 + n / 50)), true])
-    monkeypatch.setattr(calibrate, "measure_costs", lambda model: next(curves))
-    model = with_adapter(tiny_llama(torch.float32), k=3)
+    monkeypatch.setattr(calibrate, "measure_costs", lambda decoder: next(curves))
+    decoder = with_adapter(tiny_llama(torch.float32), k=3)
     greedy = DecodeConfig(3, strategy="auto")
     nucleus = DecodeConfig(3, strategy="auto", sampling=SamplingConfig(1.0))
-    planners = [make_planner(model, greedy), make_planner(model, nucleus)]
+    planners = [decoder.planner(greedy), decoder.planner(nucleus)]
     for rows in [1, 4] * 40:
-        assert make_planner(model, greedy) is planners[0] and model.costs != true
+        assert decoder.planner(greedy) is planners[0] and decoder.costs != true
         for planner in planners:
             planner.observe_pass(rows, 0, 200, true.seconds(rows, 0, 200))
-        if planners[0].outpaces:
+        if planners[0].costs.outpaced:
             break
-    assert [make_planner(model, config) for config in (greedy, nucleus)] == planners
+    assert [decoder.planner(config) for config in (greedy, nucleus)] == planners
     (file,) = (tmp_path / "costs").iterdir()
     assert (
-        (model.costs == true)
+        (decoder.costs == true)
         == (json.loads(file.read_text())["curve"]["verify"] == true.verify)
         == again
     )
     for planner in planners:
-        assert planner.costs == model.costs  # measured once for both
+        assert planner.costs.curve == decoder.costs  # measured once for both
         if again:
-            assert planner._cost(4, 0, 200) == pytest.approx(true.seconds(4, 0, 200))
+            assert planner.costs.seconds(4, 0, 200) == pytest.approx(true.seconds(4, 0, 200))
 
 
 def test_generate_measures_only_where_a_plan_depends_on_it(monkeypatch, tmp_path):
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
     monkeypatch.setattr(calibrate, "measure_costs", refuse)
-    model = with_adapter(tiny_llama(), k=3)
+    decoder = with_adapter(tiny_llama(), k=3)
     for strategy, k, budget in (
         ("two-step", 3, None),
         ("one-pass", 3, 16),
         ("one-pass", 0, None),
         ("auto", 0, None),
     ):
-        model.generate([1, 5], DecodeConfig(k, 4, strategy=strategy, budget=budget))
+        decoder.generate([1, 5], DecodeConfig(k, 4, strategy=strategy, budget=budget))
     for strategy in ("one-pass", "auto"):
         with pytest.raises(AssertionError, match="measured again"):
-            model.generate([1, 5], DecodeConfig(3, 4, strategy=strategy))
+            decoder.generate([1, 5], DecodeConfig(3, 4, strategy=strategy))

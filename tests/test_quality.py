@@ -10,7 +10,8 @@ from conftest import decoder_of, one_line_error, tiny_llama, tiny_tokenizer
 from sdsat.decoding.loop import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.evaluation import sandbox
-from sdsat.evaluation.quality import QualityConfig, completion, evaluate
+from sdsat.evaluation.quality import completion, evaluate
+from sdsat.evaluation.sweep import QualityConfig
 from sdsat.tasks.datasets import humaneval_problems
 
 PROBLEMS = humaneval_problems(3)
@@ -101,7 +102,9 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
         1: {(0, 0): True, (3, 0): True, (0, 1): False, (3, 1): False},
         2: {(0, 0): False, (3, 0): True, (0, 1): False, (3, 1): False},
     }
-    config = QualityConfig((3,), ("two-step",), temperature=1.0, samples=2, data_limit=3)
+    config = QualityConfig(
+        k_list=(3,), strategies=("two-step",), temperature=1.0, samples=2, data_limit=3
+    )
     out = tmp_path / "eval.json"
     decoder, calls = scripted(monkeypatch, answers)
     real = sandbox.check
@@ -138,7 +141,7 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
         5,
     )
     with one_line_error(out, "other settings"):
-        evaluate(decoder, QualityConfig((5,), data_limit=3), out)
+        evaluate(decoder, QualityConfig(k_list=(5,), data_limit=3), out)
 
 
 def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_again(
@@ -148,7 +151,7 @@ def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_
     all but one answer.
     """
     answers = {"runs": 2, 0: {(0, 0): True, (3, 0): True}, 1: {(0, 0): False, (3, 0): True}}
-    config = QualityConfig((3,), ("two-step",), data_limit=2)
+    config = QualityConfig(k_list=(3,), strategies=("two-step",), data_limit=2)
     out = tmp_path / "eval.json"
     decoder, calls = scripted(monkeypatch, answers)
     real = sandbox.check
@@ -189,10 +192,12 @@ def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_
 
 
 def test_settings_are_checked():
-    assert QualityConfig((5, 3, 5), ("auto", "auto")).keys == [("ar", 0), ("auto", 3), ("auto", 5)]
-    config = QualityConfig((5, 3), ("lookup", "auto"))
-    assert config.keys == [("ar", 0), ("lookup", 0), ("auto", 3), ("auto", 5)]
-    decoded = [config.decode(strategy, k, 0, "p", ()) for strategy, k in config.keys]
+    config = QualityConfig(k_list=(5, 3, 5), strategies=("auto", "auto"))
+    assert [setting[:2] for setting in config.settings] == [("ar", 0), ("auto", 3), ("auto", 5)]
+    config = QualityConfig(k_list=(5, 3), strategies=("lookup", "auto"))
+    keys = [("ar", 0), ("lookup", 0), ("auto", 3), ("auto", 5)]
+    assert [setting[:2] for setting in config.settings] == keys
+    decoded = [setting.of(config.plain()) for setting in config.settings]
     assert [(c.k, c.strategy) for c in decoded] == [
         (0, "two-step"),
         (0, "lookup"),

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from sdsat import environment
 from sdsat.config import InputError, SamplingConfig
 from sdsat.evaluation import bench, records
-from sdsat.evaluation.report import SCHEMA_VERSION
+from sdsat.evaluation import workers as workers_module
+from sdsat.evaluation.records import identity
+from sdsat.evaluation.summary import SCHEMA_VERSION
+from sdsat.evaluation.sweep import BenchConfig
 from sdsat.files import write_json
-from sdsat.models.identity import identity
+from sdsat.resume import Place
 from sdsat.tasks.datasets import Task
 
 
@@ -114,31 +117,62 @@ def test_the_commit_is_named_only_where_it_holds_these_sources(tmp_path, monkeyp
     assert environment.commit() is None
 
 
-def test_what_an_older_version_did_not_note_is_not_taken_for_the_same():
+def test_what_an_older_version_did_not_note_is_not_taken_for_the_same(tmp_path):
+    place = Place.file(tmp_path / "out.json", "--out")
     with one_line_error(
-        "out.json: was begun with code=None, now it is a; delete it or choose another"
+        f"{tmp_path}/out.json: was begun with code=None, now it is a; delete it or choose another"
     ):
-        environment.check_environment({"torch": "2"}, {"torch": "2", "code": "a"}, "out.json")
-    environment.check_environment(
-        {"code": "a", "commit": "b"}, {"code": "a", "commit": None}, "out.json"
-    )
+        place.check_same({"torch": "2"}, {"torch": "2", "code": "a"})
+    place.check_same({"code": "a", "commit": "b"}, {"code": "a", "commit": None})
+
+
+def resumed(out, new):
+    """What a script that begins now finds."""
+    with records.resumed(out, new) as document:
+        return document
 
 
 def test_a_script_resumes_only_its_own_record_of_the_same_run(tmp_path):
     new = {"environment": {"code": "a", "script": "s"}, "settings": {"n": 1}, "runs": []}
     out = tmp_path / "new" / "out.json"
-    assert records.resumed(out, new) == new
+    assert resumed(out, new) == new
     write_json(out, {**new, "runs": [1]})
-    assert records.resumed(out, new)["runs"] == [1]
+    assert resumed(out, new)["runs"] == [1]
     for part, key in (("environment", "code"), ("environment", "script"), ("settings", "n")):
         with one_line_error(f"{out}: was begun with {key}="):
-            records.resumed(out, {**new, part: {**new[part], key: "other"}})
+            resumed(out, {**new, part: {**new[part], key: "other"}})
     for content in ([], {"settings": {}}):
         write_json(out, content)
         with one_line_error(f"{out}: not a record of this script"):
-            records.resumed(out, new)
+            resumed(out, new)
     with one_line_error("--out=/dev/full: cannot be written (it is no regular file"):
-        records.resumed(Path("/dev/full"), new)
+        resumed(Path("/dev/full"), new)
+
+
+def test_one_run_at_a_time_writes_to_a_place(tmp_path):
+    """A script's record, and a folder of several processes, of which the first holds the lock."""
+    new = {"environment": {}, "settings": {}}
+    out = tmp_path / "out.json"
+    with records.resumed(out, new), one_line_error(f"{out}: another run is writing to it"):
+        resumed(out, new)
+    assert resumed(out, new) == new  # the lock is gone with its run
+    waited = []
+
+    class Processes:
+        def __init__(self, first):
+            self.is_main_process = first
+
+        def wait_for_everyone(self):
+            waited.append(self.is_main_process)
+
+    place = Place.folder(tmp_path / "folder", "out=folder")
+    with place.held(Processes(True)), place.held(Processes(False)):
+        assert waited == [True, False]
+        with (
+            one_line_error("out=folder: another run is writing to it"),
+            place.held(Processes(True)),
+        ):
+            pass
 
 
 @pytest.mark.parametrize(
@@ -177,7 +211,7 @@ def test_a_finished_benchmark_of_other_weights_or_code_is_not_taken_for_this_one
     adapter, tmp_path, monkeypatch
 ):
     """Without a worker: also where all problems were measured before."""
-    config = bench.BenchConfig(str(adapter), k_list=(2,), strategies=("two-step",), data_limit=1)
+    config = BenchConfig(str(adapter), k_list=(2,), strategies=("two-step",), data_limit=1)
     folder = tmp_path / config.folder
     folder.mkdir(parents=True)
     held = identity(str(adapter))
@@ -190,7 +224,7 @@ def test_a_finished_benchmark_of_other_weights_or_code_is_not_taken_for_this_one
         }
         write_json(
             folder / "worker_cpu.json",
-            {**head, "settings": bench._settings(config), "problems": [done]},
+            {**head, "settings": records.recorded_settings(config), "problems": [done]},
         )
 
     done = {"task_id": "HumanEval/0", "runs": []}
@@ -250,22 +284,16 @@ def test_a_worker_that_cannot_go_on_does_not_end_the_others(tmp_path, monkeypatc
         def Process(self, **_):
             return self.last
 
-    class Progress:
-        bar = Pipe([], 0)
-
-        def add(self, problem):
-            seen.append(problem)
-
-    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: Context())
-    monkeypatch.setattr(bench, "wait", lambda pipes: pipes)
-    monkeypatch.setattr(bench, "Connection", Pipe)
-    config = replace(bench.BenchConfig("x"), data_limit=2)
-    arguments = (config, ["cpu", "cpu"], [Task("a", "a"), Task("b", "b")], tmp_path, Progress())
+    monkeypatch.setattr(workers_module.multiprocessing, "get_context", lambda kind: Context())
+    monkeypatch.setattr(workers_module, "wait", lambda pipes: pipes)
+    monkeypatch.setattr(workers_module, "Connection", Pipe)
+    config = replace(BenchConfig("x"), data_limit=2)
+    arguments = (config, ["cpu", "cpu"], [Task("a", "a"), Task("b", "b")], tmp_path, seen.append)
     if dead is None:
         with pytest.raises(InputError, match="full"):
-            bench._run_workers(*arguments)
+            workers_module.run_workers(*arguments)
     else:
-        found = bench._run_workers(*arguments)
+        found = workers_module.run_workers(*arguments)
         assert len(found) == len(dead) and all(
             part in line for part, line in zip(dead, found, strict=True)
         )

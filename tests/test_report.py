@@ -13,15 +13,10 @@ from conftest import one_line_error, tiny_llama
 from test_decode import WHOLE, drafting
 
 from sdsat.config import DecodeConfig, InputError
-from sdsat.evaluation.bench import _run_record
-from sdsat.evaluation.report import (
-    interval,
-    markdown_table,
-    read_workers,
-    report,
-    rich_table,
-    summarize,
-)
+from sdsat.evaluation.measure import run_record
+from sdsat.evaluation.report import markdown_table, report, rich_table
+from sdsat.evaluation.summary import interval, read_workers, summarize
+from sdsat.evaluation.sweep import AR, Setting
 from sdsat.files import read_json, write_json
 
 REFERENCES = sorted((Path(__file__).parent.parent / "results/reference").glob("*/*/summary.json"))
@@ -145,8 +140,8 @@ def test_mean_accepted_tokens_are_those_that_a_verify_pass_emits(strategy):
         DecodeConfig(3, 40, strategy=strategy),
         lambda tokens, _: emitted.append(len(tokens)),
     )
-    record = _run_record((strategy, 3, 0), out)
-    ar = _run_record(("ar", 0, 0), decoder.generate([1, 5, 9], DecodeConfig(0, 40)))
+    record = run_record(Setting(strategy, 3, 0), out)
+    ar = run_record(AR, decoder.generate([1, 5, 9], DecodeConfig(0, 40)))
     (_, found) = summarize([document([[ar, record]])])["runs"]
     verify = len(out.accepted_lengths)
     # two-step drafts and verifies in turn

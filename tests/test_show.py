@@ -112,12 +112,9 @@ def terminal(monkeypatch, capsys):
             made.append(generate(*arguments))
             return made[-1]
 
-        monkeypatch.setattr(Decoder, "load", lambda *_, **__: decoder)
         monkeypatch.setattr(Decoder, "generate", kept)
         decode = DecodeConfig(**{"k": None, "max_new_tokens": 40, **settings})
-        show.generate_in_terminal(
-            "159", "tiny", "raw", (), decode, "float64", "cpu", None, None, "auto", True, svg
-        )
+        show.generate_in_terminal(decoder, "159", decode, "raw", compare=True, svg=svg)
         return capsys.readouterr().out, made[1:]  # the first warms up
 
     return run

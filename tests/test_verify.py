@@ -10,7 +10,8 @@ from conftest import decoder_of, tiny_llama, tiny_tokenizer, with_adapter
 
 from sdsat.config import SamplingConfig
 from sdsat.decoding.loop import Decoder
-from sdsat.evaluation.verify import VerifyConfig, _sampled_margin, verify
+from sdsat.evaluation.sweep import VerifyConfig
+from sdsat.evaluation.verify import sampled_margin, verify
 from sdsat.method.sampling import choose, gumbel_noise
 
 SEED = 3
@@ -38,7 +39,7 @@ def test_without_filters_it_is_the_difference_of_logits_and_noise(rank):
             *(2 * float(value - scores[theirs]) for value in between),
         ]
     )
-    assert _sampled_margin(logits, ours, theirs, INDEX, PLAIN) == pytest.approx(want, abs=1e-4)
+    assert sampled_margin(logits, ours, theirs, INDEX, PLAIN) == pytest.approx(want, abs=1e-4)
 
 
 def test_a_token_that_the_filter_drops_is_as_far_away_as_the_filters_edge():
@@ -50,7 +51,7 @@ def test_a_token_that_the_filter_drops_is_as_far_away_as_the_filters_edge():
     sampling = SamplingConfig(1.0, top_k=2, seed=SEED)
     ours = choice(logits, sampling)
     assert ours != liked and choice(logits, SamplingConfig(1.0, seed=SEED)) == liked
-    assert _sampled_margin(logits, ours, liked, INDEX, sampling) < 1e-3
+    assert sampled_margin(logits, ours, liked, INDEX, sampling) < 1e-3
 
 
 @pytest.mark.parametrize("sats", [True, False])
@@ -72,7 +73,13 @@ def test_lookup_is_audited_once_and_problems_have_seeds_of_their_own(monkeypatch
     monkeypatch.setattr(Decoder, "generate", kept)
     strategies = ("lookup", "two-step") if sats else ()
     config = VerifyConfig(
-        (1, 2), strategies, ("chain", "2,1"), (1.0,), (5,), data_limit=2, max_new_tokens=6
+        k_list=(1, 2),
+        strategies=strategies,
+        trees=("chain", "2,1"),
+        temperatures=(1.0,),
+        seeds=(5,),
+        data_limit=2,
+        max_new_tokens=6,
     )
     summary = verify(decoder, config)["summary"]
     drafted = [("two-step", k, tree) for k in (1, 2) for tree in ("chain", "2,1")] if sats else []

@@ -1,6 +1,7 @@
-"""Passes of one model, asked for by several threads, come one after the other: each of them uses
-the whole processor anyway, planners learn from how long passes take, and a CUDA graph's results
-last until the next replay.
+"""The lock under which passes of one model, asked for by several threads, come one by one.
+
+Each pass uses the whole processor anyway, planners learn from how long passes take, and a CUDA
+graph's results last until the next replay.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 
 
 class FairLock:
-    """A lock of which threads that want it again and again take turns; a copy or an unpickled one
-    is a new, free lock.
+    """A lock of which threads that want it again and again take turns.
+
+    A copy or an unpickled one is a new, free lock.
     """
 
     def __init__(self) -> None:
@@ -23,15 +25,15 @@ class FairLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within this block no other thread holds the lock.
+        """Keep every other thread from the lock within this block.
 
         The thread that holds it may enter again.
         """
         me = threading.get_ident()
-        if self._owner == me:  # a logits processor that generates with the same model
+        if self._owner == me:  # as a logits processor that generates with the same model
             yield
             return
-        # whoever waits has this one, so that a thread that comes back for the lock waits behind it
+        # Whoever waits has this one, so that a thread that comes back for the lock waits behind it.
         with self._next:
             self._held.acquire()
         self._owner = me
@@ -42,4 +44,5 @@ class FairLock:
             self._held.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Make a copy, and what is unpickled, a new lock."""
         return FairLock, ()

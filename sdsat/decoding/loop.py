@@ -3,15 +3,15 @@
 State of a sequence: a cache over all emitted tokens but the last one, x, and a tree of drafts below
 x. One speculative step (`Decoder._step`):
 
-    plan      which drafts to verify, and where SATs draft on                (plans: plan.py)
-    pass      x, drafts, SATs in one forward pass                            (engines/)
+    plan      which drafts to verify, and where SATs draft on                (plan.py)
+    pass      x, drafts, SATs in one forward pass                            (sdsat/engines)
     walk      from x down the tree while a draft is the model's own token    (method/tree.py)
     accept    the drafts on that path, and the token after them: the next x  (sequence.py)
     draft     the SATs where the walk ended guess what follows it            (passes.py)
 
-A step emits 1 + accepted tokens. The paper's two-step loop is the plan that alternates between
-[x, SATs] and [x, drafts]; AR is the plan without SATs. Every token is the model's own choice given
-true tokens only, so the output equals AR's: at temperature 0 and, because the noise belongs to the
+A step emits 1 + accepted tokens. The paper's two-step loop is the plan that alternates between [x,
+SATs] and [x, drafts]; AR is the plan without SATs. Every token is the model's own choice given true
+tokens only, so the output equals AR's: at temperature 0 and, because the noise belongs to the
 emitted position (method/sampling.py), for any seed; to the last bit of a logit in half precision
 too where the engine keeps its promise (engines/base.py).
 """
@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from sdsat.config import DecodeConfig, InputError, require
-from sdsat.decoding.auto_planner import AutoPlanner, Planner
-from sdsat.decoding.fixed_planner import FixedPlanner
+from sdsat.decoding.auto_planner import AutoPlanner
 from sdsat.decoding.lock import FairLock
 from sdsat.decoding.passes import PassResult
+from sdsat.decoding.plan import Planner
 from sdsat.decoding.resolve import checked, resolved, strategies_of
 from sdsat.decoding.sequence import (
     Chooser,
@@ -42,6 +42,7 @@ from sdsat.decoding.sequence import (
     Sequence,
     num_slots,
 )
+from sdsat.decoding.strategies import planner_of
 from sdsat.engines.base import BatchCaches, Engine, PassInput, rows_of
 from sdsat.engines.calibrate import measured_costs
 from sdsat.engines.choose import check_engine, choose_engine, refuse_in_fork
@@ -61,8 +62,11 @@ Event = tuple[int, list[int], list[bool]]  # of `OnBatchTokens`
 class Decoder:
     """A model, the engine that runs its passes, and what is known of their costs and its drafts.
 
-    costs: seconds that passes take, measured when first needed. planners: what learning strategies
-    have learned, by settings. lock: held by the thread whose passes run.
+    Attributes:
+        model: what is decoded.
+        costs: seconds that passes take, measured when first needed.
+        planners: what learning strategies have learned, by settings.
+        lock: held by the thread whose passes run.
     """
 
     def __init__(
@@ -105,21 +109,32 @@ class Decoder:
     ) -> Decoder:
         """Load a model (see `models.loading.load`) and choose its engine.
 
-        engine, graphs: as `engine` and `record_graphs` of `Decoder`. Raises InputError, one line,
-        for anything that can't be loaded.
+        Args:
+            name: a hub id, a directory, an adapter directory or the embedded name.
+            dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own.
+            device: 'cpu', a GPU number, or several joined by +; None for the first GPU, else the
+                CPU.
+            sat_token_id: of the SAT, in place of what the checkpoint says.
+            engine: as of `Decoder`.
+            graphs: as `record_graphs` of `Decoder`.
+            trained_k: how many SATs the checkpoint was trained for, in place of what it says.
+            context: positions of the cache that memory must be left for.
+
+        Raises:
+            InputError: in one line, for anything that can't be loaded.
         """
         check_engine(engine)
         model = load(name, dtype, device, sat_token_id, trained_k, context)
         return cls(model, engine, graphs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy and a pickle hold: no engine, which has addresses of this process."""
+        """Leave the engine out of a copy and a pickle: it has addresses of this process."""
         fresh = {"planners": {}, "lock": FairLock(), "_made_of": None}
         engine = None if self._wanted is not None else self._engine
         return {**self.__dict__, **fresh, "_engine": engine}
 
     def __copy__(self) -> Decoder:
-        """The same model with the same engine, as `copy.copy` of any other object."""
+        """Share the model and its engine, as `copy.copy` of any other object does."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
@@ -138,10 +153,10 @@ class Decoder:
         return strategies_of(self.engine)
 
     def renew(self) -> None:
-        """Make the engine again if weights or modules changed since. Before every generation.
+        """Make the engine again if weights or modules changed since it was made.
 
-        What was learned of the ones before is forgotten. Raises InputError, one line, where the
-        model can't be decoded any more, and in a forked process.
+        Every generation begins with this. What was learned of the ones before is forgotten. Raises
+        InputError, one line, where the model can't be decoded any more, and in a forked process.
         """
         if self._wanted is None:
             return
@@ -161,11 +176,17 @@ class Decoder:
                 self._made_of = Snapshot(self.model.lm, self.model.adapter)
 
     def resolved(self, config: DecodeConfig) -> DecodeConfig:
-        """The settings with all that they leave open chosen: see `resolve.resolved`."""
+        """Choose all that the settings leave open: see `resolve.resolved`.
+
+        Raises InputError where SATs are wanted of a model that has none.
+        """
         return resolved(self.engine, config)
 
     def cost_curve(self, anew: bool = False) -> CostCurve:
-        """What passes cost here: `costs`, measured if that is None, or anew."""
+        """Return what passes cost here: `costs`, measured if that is None, or anew.
+
+        Raises InputError as `renew`.
+        """
         self.renew()
         if self.costs is None or anew:
             self.costs = measured_costs(self.engine, anew)
@@ -187,6 +208,9 @@ class Decoder:
                 accepted draft.
             chooser: (logits [V] after all tokens so far) -> (the next token, whether the output
                 ends with it); it then chooses instead of config.sampling, which only drafts go by.
+
+        Returns:
+            The output, and what it cost.
 
         Raises:
             InputError: where the prompt, the settings and the model do not fit together.
@@ -236,9 +260,22 @@ class Decoder:
         batch_size: int = 32,
         choosers: ListOf[Chooser | None] | None = None,
     ) -> Iterator[tuple[int, Generation]]:
-        """Continue every prompt; (index of the prompt, its result) in the order of their ends.
+        """Continue every prompt, and yield each result when it is there.
 
-        Arguments and errors as of `generate_batch`; bad input is refused at once.
+        Bad input is refused at once.
+
+        Args:
+            prompts: as of `generate_batch`.
+            configs: as of `generate_batch`.
+            on_tokens: as of `generate_batch`.
+            batch_size: as of `generate_batch`.
+            choosers: as of `generate_batch`.
+
+        Returns:
+            (index of the prompt, its result), in the order of their ends.
+
+        Raises:
+            InputError: as of `generate_batch`.
         """
         self.renew()
         require(batch_size >= 1, f"batch_size={batch_size}: expected 1 or more")
@@ -256,10 +293,10 @@ class Decoder:
 
     @torch.inference_mode()
     def next_logits(self, token_ids: list[int], prompt_length: int, config: DecodeConfig) -> Tensor:
-        """[V] logits that AR sees after `token_ids`: teacher forcing, bit for bit.
+        """Compute [V] logits that AR sees after `token_ids`: teacher forcing, bit for bit.
 
         prompt_length: how many of the tokens are the prompt. config: of the generation, for its
-        length.
+        length. Raises InputError as `renew`.
         """
         self.renew()
         engine = self.engine
@@ -271,32 +308,31 @@ class Decoder:
             cache.commit((0,))
         return logits[0]
 
-    def _planner(self, config: DecodeConfig) -> Planner:
-        """The planner of a generation.
+    def planner(self, config: DecodeConfig) -> Planner:
+        """Make the planner of a generation.
 
         One that learns is kept for each way of sampling, and goes on learning. Where its passes
         tell that the cost curve is of a busy machine, that is measured again before.
         """
-        fills = config.strategy == "one-pass" and config.budget is not None
-        learns = config.strategy in ("auto", "one-pass") and not fills
-        if not learns or not config.k or self.model.sat is None:
-            return FixedPlanner(config, config.strategy)
+        kind = planner_of(config)
+        if not issubclass(kind, AutoPlanner):
+            return kind(config)
         sampling = config.sampling.temperature
         key = (config.strategy, sampling, config.k, config.tree, config.budget, config.lookup)
         known = self.planners.get(key)
-        if known is not None and not known.outpaces:
+        if known is not None and not known.costs.outpaced:
             return known
         held = self.costs
         # Else another planner has had it measured again.
-        stale = known is not None and held is not None and known.costs.verify is held.verify
-        costs = self.cost_curve(anew=stale)
-        costs = costs if config.may_round else replace(costs, rounded=[])
+        stale = known is not None and held is not None and known.costs.curve.verify is held.verify
+        curve = self.cost_curve(anew=stale)
+        curve = curve if config.may_round else replace(curve, rounded=[])
         if known is not None:
-            known.take(costs)
+            known.take(curve)
             return known
         adapter = self.model.adapter
         accuracy = adapter.config.training.get("accuracy_by_depth", []) if adapter else []
-        self.planners[key] = AutoPlanner(config, costs, config.num_sats, accuracy)
+        self.planners[key] = kind(config, curve, config.num_sats, accuracy)
         return self.planners[key]
 
     @torch.inference_mode()
@@ -308,14 +344,21 @@ class Decoder:
         on_tokens: OnBatchTokens | None,
         choosers: ListOf[Chooser | None],
     ) -> Iterator[tuple[int, Generation]]:
-        """The loop. Up to `size` sequences are live; each pass carries what their plans want.
+        """Run the loop, and yield (index of the prompt, its result) at each end.
 
         Other threads' passes come between these, never beside them; while the caller has what a
         pass made, the model is free.
+
+        Args:
+            prompts: tokens of each.
+            configs: one a prompt, checked.
+            size: how many sequences are live at most; each pass carries what their plans want.
+            on_tokens: as of `generate_batch`.
+            choosers: one a prompt.
         """
         with self.lock.held():
-            _ = self.engine.row_policy  # found now, before seconds count
-            planners = [self._planner(config) for config in configs]
+            _ = self.engine.row_policy  # it is found now, before seconds count
+            planners = [self.planner(config) for config in configs]
             self.engine.prepare(int8=any(config.may_round for config in configs))
         both = zip(prompts, configs, strict=True)
         slots = [num_slots(len(ids), config.max_new_tokens) for ids, config in both]
@@ -351,7 +394,10 @@ class Decoder:
     def _prefill(
         self, caches: BatchCaches, prompts: list[list[int]], slots: list[int]
     ) -> list[tuple[Any, float, float]]:
-        """(cache, when its prompt began to be read, when all were read) of each prompt."""
+        """Read prompts into caches of these numbers of slots.
+
+        Returns (cache, when its prompt began to be read, when all were read) of each prompt.
+        """
         began = time.perf_counter()
         held = caches.enter(prompts, slots)
         self.engine.synchronize()
@@ -369,7 +415,18 @@ class Decoder:
         began: float,
         prefilled: float,
     ) -> Sequence:
-        """A sequence that has just been prefilled."""
+        """Make the sequence of a prompt that has just been prefilled.
+
+        Args:
+            number: the prompt's index in the call.
+            prompt_ids: its tokens.
+            config: its settings.
+            planner: the planner of its passes.
+            chooser: as of `generate`.
+            cache: filled.
+            began: when its prompt began to be read, on time.perf_counter.
+            prefilled: when it was read.
+        """
         out = Generation(
             finish="",
             proposed_by_depth=[0] * config.depth,
@@ -392,7 +449,7 @@ class Decoder:
         )
 
     def _step(self, live: list[Sequence]) -> list[Event]:
-        """One speculative step of every live sequence. Returns what `on_tokens` is told."""
+        """Take one speculative step of every live sequence. Returns what `on_tokens` is told."""
         began = time.perf_counter()
         context = _mean_context(live)
         # Plan: which drafts are worth their rows, and after which of them SATs draft on.
@@ -455,10 +512,10 @@ class Decoder:
 
 
 def _planners(sequences: list[Sequence]) -> list[Planner]:
-    """The sequences' planners, each once: those that learn are shared."""
+    """List the sequences' planners, each once: those that learn are shared."""
     return list({id(sequence.planner): sequence.planner for sequence in sequences}.values())
 
 
 def _mean_context(sequences: list[Sequence]) -> int:
-    """Tokens of prompt and output so far, of the average sequence."""
+    """Count the tokens of prompt and output so far, of the average sequence."""
     return sum(sequence.context for sequence in sequences) // len(sequences)

@@ -1,4 +1,4 @@
-"""What a pass says: the model's own next token at every node, and what SATs draft.
+"""The result of a pass: the model's own next token at every node, and what SATs draft.
 
 A GPU makes the host wait for every read. So there all groups of SATs draft before the walk is
 known, and the host reads once a pass; on a CPU only the group at which a walk has ended drafts.
@@ -25,6 +25,7 @@ from sdsat.method.tree import DraftTree, make_tree
 
 @lru_cache(maxsize=256)
 def _truncated(spec: str | tuple[int, ...], k: int, depth: int) -> DraftTree:
+    """Make a tree as `make_tree`, without the nodes below `depth`."""
     return make_tree(spec, k).truncated(depth)
 
 
@@ -64,7 +65,7 @@ class PassResult:
         nodes = sum(len(part.tokens) for part in inputs)
         largest = self._logits.max()
         asks = not drafts_only and sequences[0].chooser is not None
-        if asks or engine.reads_freely:  # a chooser reads logits anyway
+        if asks or engine.reads_freely:  # a chooser reads them anyway
             engine.model.check_finite(float(largest))
         chosen = self._ask if asks else self._choose
         self._targets = chosen(self._logits[:nodes])
@@ -76,9 +77,9 @@ class PassResult:
             self._read_once(largest)
 
     def drafted(self, number: int, node: int) -> Drafted | None:
-        """What the SATs at a node of a sequence draft below the token that follows there.
+        """Return what the SATs at a node of a sequence draft below the token that follows there.
 
-        None where there are no SATs.
+        number: the sequence's place in the pass. None where there are no SATs.
         """
         if self._read is not None:
             return self._read.get((number, node))
@@ -102,23 +103,31 @@ class PassResult:
             self._read[key] = Drafted(tree, tokens, list(islice(read, len(tree))))
 
     def _split(self, tokens: Iterator[float]) -> list[list[int]]:
-        """The next tokens of an iterator, node by node, sequence by sequence."""
+        """Take the next tokens of an iterator, node by node, sequence by sequence."""
         return [[int(token) for token in islice(tokens, len(part.tokens))] for part in self._inputs]
 
     def _draft(self, number: int, node: int) -> tuple[DraftTree, Tensor]:
-        """(tree, [2, N] tokens and how likely they are) of the SATs at a node of a sequence."""
+        """Draft with the SATs at a node of a sequence.
+
+        Returns the tree, and [2, N] tokens and how likely they are.
+        """
         sequence = self._sequences[number]
         row, sats = self._places[number][node]
         config = sequence.config
         tree = _truncated(config.tree, config.num_sats, sats.stop - sats.start)
         index = sequence.emitted + self._inputs[number].tree.depths[node] + 1
-        x = self._targets[row : row + 1].clamp_min(0)  # off the walk SATs draft for nobody
+        x = self._targets[row : row + 1].clamp_min(
+            0
+        )  # -1 off the walk: those drafts are never read
         states = self._states[sats]
         logits = self._logits[sats]
         return tree, self._engine.draft(x, states, logits, index, tree, config.sampling)
 
     def _choose(self, logits: Tensor) -> Tensor:
-        """[N] the engine's choice at all nodes: one call for sequences that differ in the seed."""
+        """Choose [N] next tokens at all nodes, by the engine.
+
+        Sequences that differ in nothing but the seed take one call.
+        """
         both = list(zip(self._sequences, self._inputs, strict=True))
         at = [sequence.emitted + d for sequence, part in both for d in part.tree.depths]
         index = torch.tensor(at, device=logits.device)
@@ -144,7 +153,10 @@ class PassResult:
         return chosen
 
     def _ask(self, logits: Tensor) -> Tensor:
-        """[N] the choosers' choice at the nodes of their walks: all sequences have one, or none."""
+        """Ask the choosers for [N] next tokens at the nodes of their walks.
+
+        All sequences have a chooser.
+        """
         targets = []
         row = 0
         for sequence, part in zip(self._sequences, self._inputs, strict=True):
@@ -159,7 +171,10 @@ class PassResult:
 
 
 def _places_of(inputs: ListOf[PassInput]) -> list[dict[int, tuple[int, slice]]]:
-    """For each sequence, {node with SATs: (the node's row in the pass, its SATs' rows)}."""
+    """Find the rows of a pass's SATs.
+
+    For each sequence, {node with SATs: (the node's row in the pass, its SATs' rows)}.
+    """
     places = []
     row = 0
     first = sum(len(part.tokens) for part in inputs)

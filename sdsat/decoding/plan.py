@@ -20,28 +20,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from sdsat.method.drafts import Drafts
+from sdsat.method.layout import SatGroup
 from sdsat.method.tree import DraftTree
 
-if TYPE_CHECKING:
-    pass
+# Where the SATs of an exact pass stand: at x alone, at a last draft, at one whose drafts were all
+# left out, at an inner one. Where the walk ends at an inner one the token that follows was not
+# foreseen, and what comes after it is harder to draft; at one whose drafts were too doubtful to be
+# kept that is likely; at a last one nothing says so.
+PLACES = ("root", "leaf", "cut", "inner")
+# Where drafts come from: such SATs, those of a pass in 8 bits, or nowhere.
+KINDS = (*PLACES, "rounded", "none")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """nodes: the drafts to verify, ascending, 0 (x) among them.
+    """What one sequence has of the coming pass.
 
-    groups: (node, number of SATs), node counted among these. kinds: of KINDS, one a group, where
-    the planner tells them apart.
+    nodes: the drafts to verify, ascending, 0 (x) among them.
+    groups: where SATs stand; nodes are counted among `nodes`.
+    kinds: of PLACES, one a group, where the planner tells them apart.
     """
 
     nodes: list[int]
-    groups: tuple[tuple[int, int], ...] = ()
+    groups: tuple[SatGroup, ...] = ()
     kinds: tuple[str, ...] = ()
 
     def kind(self, node: int) -> str:
-        """Which of KINDS the drafts of the SATs at this node are."""
+        """Name which of KINDS the drafts of the SATs at this node are."""
         return next(
             (kind for (at, _), kind in zip(self.groups, self.kinds, strict=False) if at == node),
             "root",
@@ -51,8 +59,76 @@ class Plan:
 PLAIN = Plan([0])
 
 
+class Planner(Protocol):
+    """Decides what passes try; one serves all sequences of a batch that have the same settings.
+
+    The loop calls it in this order. Before a pass, for each live sequence: `share`, `draft_first`.
+    Where some drafted in 8 bits: `observe_drafting`, once. For each sequence `plan`; after the pass
+    for each sequence `observe`, and once `observe_pass`. What is observed may change later plans,
+    and so may a decision: each is asked for once a pass and sequence, and then carried out.
+    """
+
+    def share(self, batch: int, context: int) -> None:
+        """Take note of how many sequences the coming pass is of.
+
+        context: tokens so far of one of them, its prompt's included.
+        """
+
+    def draft_first(self, drafts: Drafts, left: int, context: int) -> int:
+        """Decide how many SATs draft in a pass in 8 bits before the coming pass; 0: no such pass.
+
+        Args:
+            drafts: what there is to verify.
+            left: tokens still to come, the coming pass's included.
+            context: tokens so far, the prompt's included.
+        """
+
+    def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
+        """Decide what of `drafts` the coming pass verifies, and where SATs draft on.
+
+        A draft is kept only with its parent. No draft is deeper than left - 1, and no group drafts
+        a token for which nothing is left: a pass emits one token more than it accepts drafts.
+
+        Args:
+            drafts: what there is to verify, after a pass in 8 bits what that drafted.
+            left: tokens still to come, this pass's included.
+            context: tokens so far, the prompt's included.
+        """
+
+    def observe(self, drafts: Drafts, plan: Plan, path: list[int]) -> None:
+        """Learn from a pass which drafts of one sequence were right.
+
+        Args:
+            drafts: those that were verified: `Drafts.kept(plan.nodes)`.
+            plan: as it was carried out.
+            path: the nodes of `drafts` that the walk passed, x first.
+        """
+
+    def observe_pass(self, rows: int, sats: int, context: int, seconds: float) -> None:
+        """Learn what a pass over all live sequences took.
+
+        Args:
+            rows: of all sequences, SATs included.
+            sats: how many of them are SATs.
+            context: mean of the sequences' tokens so far.
+            seconds: for the pass, with planning and drafting.
+        """
+
+    def observe_drafting(self, sats: int, context: int, seconds: float) -> None:
+        """Learn what a pass in 8 bits took, for all sequences that wanted one.
+
+        Args:
+            sats: its rows but one.
+            context: mean of those sequences' tokens so far.
+            seconds: for the pass, with deciding and drafting.
+        """
+
+
 def reach(tree: DraftTree, likely: Sequence[float]) -> list[float]:
-    """The probability that the walk passes each node."""
+    """Compute the probability that the walk passes each node.
+
+    likely: that a node is right, given that its parent is.
+    """
     through = [1.0]
     for node in range(1, len(tree)):
         through.append(through[tree.parents[node]] * likely[node])
@@ -60,7 +136,7 @@ def reach(tree: DraftTree, likely: Sequence[float]) -> list[float]:
 
 
 def ends(tree: DraftTree, through: list[float]) -> list[float]:
-    """The probability that the walk ends at each node: it passes it, and none of its children."""
+    """Compute the probability that the walk ends at each node: it passes it, and no child of it."""
     ending = list(through)
     for node in range(1, len(tree)):
         ending[tree.parents[node]] -= through[node]
@@ -68,5 +144,5 @@ def ends(tree: DraftTree, through: list[float]) -> list[float]:
 
 
 def shallow(tree: DraftTree, depth: int) -> list[int]:
-    """The nodes down to `depth`."""
+    """List the nodes down to `depth`."""
     return [node for node, d in enumerate(tree.depths) if d <= depth]

@@ -12,7 +12,10 @@ from sdsat.models.sat_model import SatModel
 
 
 def strategies_of(engine: Engine) -> tuple[str, ...]:
-    """The strategies that a model has SATs and an engine for; looking tokens up takes nothing."""
+    """List the strategies that a model has SATs and an engine for.
+
+    Looking tokens up takes nothing, so it is always among them.
+    """
     with_sats = STRATEGIES if engine.model.sat else ()
     possible = (name for name in with_sats if name != "rounded" or engine.has_int8)
     return (LOOKUP, *possible)
@@ -51,7 +54,10 @@ def resolved(engine: Engine, config: DecodeConfig) -> DecodeConfig:
 
 
 def check_context(model: SatModel, prompt_length: int, config: DecodeConfig) -> None:
-    """Raise InputError where the model lacks positions for the prompt and what may follow."""
+    """Refuse a prompt for which, with what may follow, the model lacks positions.
+
+    prompt_length: tokens of the prompt. Raises InputError.
+    """
     needed = prompt_length + config.max_new_tokens
     require(
         needed <= model.max_context,
@@ -61,7 +67,10 @@ def check_context(model: SatModel, prompt_length: int, config: DecodeConfig) -> 
 
 
 def checked(engine: Engine, prompt_ids: list[int], config: DecodeConfig) -> DecodeConfig:
-    """The settings, resolved. Raises InputError unless they fit the prompt and the model."""
+    """Resolve the settings, and check that they fit the prompt and the model.
+
+    Raises InputError unless they do. More SATs than the model was trained for give a warning.
+    """
     model = engine.model
     require(len(prompt_ids) > 0, "prompt: no tokens; expected at least one")
     check_context(model, len(prompt_ids), config)

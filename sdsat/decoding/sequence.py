@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sdsat.config import MAX_ROWS, DecodeConfig
-from sdsat.decoding.auto_planner import Planner
-from sdsat.decoding.plan import PLAIN, Plan
+from sdsat.decoding.plan import PLAIN, Plan, Planner
 from sdsat.decoding.stopping import cut, text_of
 from sdsat.engines.base import Cache, PassInput
 from sdsat.method.drafts import Drafts
@@ -28,13 +27,18 @@ LOOKED_UP = 0.6  # how likely a looked-up token is taken to be before anything i
 class Generation:
     """What one `generate` call produced and what it cost.
 
-    token_ids: emitted tokens, a stop id included. text: decoded without special tokens, cut before
-    a stop string.
-    finish: 'stop_id', 'stop_string', 'length', or 'chooser' where a `Chooser` ended it. num_passes:
-    forward passes after the prefill's one; num_plain_passes: those of them with neither drafts nor
-    SATs. accepted_lengths: accepted drafts of each pass that verified any, 0..depth.
-    proposed_by_depth, accepted_by_depth: [depth] counts; drafts beyond the end of the output are
-    not counted.
+    Attributes:
+        token_ids: emitted tokens, a stop id included.
+        text: decoded without special tokens, cut before a stop string.
+        finish: 'stop_id', 'stop_string', 'length', or 'chooser' where a `Chooser` ended it.
+        num_passes: forward passes after the prefill's one.
+        num_plain_passes: those of them with neither drafts nor SATs.
+        num_rounded_passes: those of them in 8 bits, which only draft.
+        accepted_lengths: accepted drafts of each pass that verified any, 0..depth.
+        proposed_by_depth: [depth] counts; drafts beyond the end of the output are not counted.
+        accepted_by_depth: [depth] counts, as `proposed_by_depth`.
+        prefill_seconds: to read the prompt.
+        decode_seconds: of all that came after.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -56,7 +60,7 @@ class Generation:
 
     @property
     def seconds(self) -> float:
-        """Of prefill and decoding together."""
+        """Seconds of prefill and decoding together."""
         return self.prefill_seconds + self.decode_seconds
 
     @property
@@ -71,7 +75,7 @@ class Generation:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted / proposed drafts; 0 where nothing was proposed.
+        """Share of the proposed drafts that were accepted; 0 where nothing was proposed.
 
         A depth of a tree counts once, however wide.
         """
@@ -83,8 +87,10 @@ class Generation:
         return sum(self.accepted_lengths) / max(1, len(self.accepted_lengths))
 
     def count(self, depth: int, accepted: int, kept: int | None) -> None:
-        """Enter one pass's drafts, down to `depth`; kept: how many of its tokens come before the
-        output's end, None for all.
+        """Enter one pass's drafts, down to `depth`.
+
+        accepted: how many of them were. kept: how many of its tokens come before the output's end,
+        None for all.
         """
         proposed = depth if kept is None else min(depth, kept)
         accepted = min(accepted, proposed)
@@ -98,7 +104,7 @@ class Generation:
 class Drafted:
     """What the SATs of one group guess: a tree below the token that follows at their node.
 
-    tokens, likely: [N], one a node; of the root, that token itself and 1.
+    tokens, likely: [N], one a node; at the root that token itself, and 1.
     """
 
     tree: DraftTree
@@ -107,9 +113,9 @@ class Drafted:
 
 
 def num_slots(prompt_length: int, max_new_tokens: int) -> int:
-    """The cache length of a generation.
+    """Compute the cache length of a generation, in slots.
 
-    The same for AR and every k and tree, because attention rounds by length.
+    It is the same for AR and every k and tree, because attention rounds by length.
     """
     return -(-(prompt_length + max_new_tokens + MAX_ROWS + 16) // 64) * 64
 
@@ -118,9 +124,21 @@ def num_slots(prompt_length: int, max_new_tokens: int) -> int:
 class Sequence:
     """A sequence between two passes.
 
-    number: of its prompt in the call. tokenizer: None where the model has none. x: the last true
-    token, the only one that the cache doesn't hold yet. drafts: below x. plan: of the coming pass.
-    began: when it was prefilled. ended: whether its chooser has ended the output.
+    Attributes:
+        number: of its prompt in the call.
+        prompt_ids: the prompt's tokens.
+        config: its settings.
+        planner: chooses its plans, and may be shared.
+        tokenizer: None where the model has none.
+        cache: keys and values of all tokens but x.
+        out: the output so far.
+        began: when it was prefilled, on time.perf_counter.
+        lookup: an index of its text; None where tokens are not looked up.
+        x: the last true token, the only one that the cache doesn't hold yet.
+        drafts: below x.
+        chooser: see `Decoder.generate`.
+        ended: whether its chooser has ended the output.
+        plan: of the coming pass.
     """
 
     number: int
@@ -154,11 +172,14 @@ class Sequence:
         return len(self.prompt_ids) + self.emitted
 
     def with_lookup(self, drafts: Drafts) -> Drafts:
-        """The drafts, and those that the text so far suggests."""
+        """Add to the drafts those that the text so far suggests."""
         return drafts.with_chain(self.lookup.drafts(), LOOKED_UP) if self.lookup else drafts
 
     def pass_input(self) -> PassInput:
-        """What the coming pass has of this sequence: the drafts that its plan keeps, and SATs."""
+        """Make what the coming pass has of this sequence.
+
+        It is the drafts that the plan for the pass keeps, and SATs.
+        """
         self.plan = self.planner.plan(self.drafts, self.left, self.context)
         self.drafts = self.drafts.kept(self.plan.nodes)
         return PassInput(self.cache, self.drafts.tokens, self.drafts.tree, self.plan.groups)

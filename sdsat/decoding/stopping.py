@@ -10,8 +10,15 @@ from sdsat.config import DecodeConfig
 
 
 def text_after(tokenizer: Any, before: int, tokens: list[int], skip_special: bool = True) -> str:
-    """The text of `tokens` after the token `before`: alone, many tokenizers would drop a space at
-    its beginning.
+    """Decode `tokens` as they stand after the token `before`.
+
+    Alone, many tokenizers would drop a space at their beginning.
+
+    Args:
+        tokenizer: transformers' one.
+        before: the token before.
+        tokens: to decode.
+        skip_special: whether special tokens are left out.
     """
     decode = partial(
         tokenizer.decode, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
@@ -52,11 +59,21 @@ def cut(
 
 
 def text_of(tokenizer: Any, before: int, token_ids: list[int], stop_strings: Sequence[str]) -> str:
-    """The text of an output after the token `before`, cut before a stop string."""
+    """Decode an output after the token `before`, cut before a stop string.
+
+    Args:
+        tokenizer: None gives ''.
+        before: the prompt's last token.
+        token_ids: of the output.
+        stop_strings: as of DecodeConfig.
+    """
     text = text_after(tokenizer, before, token_ids) if tokenizer else ""
     return text[: end_of_text(text, stop_strings)]
 
 
 def end_of_text(text: str, stop_strings: Sequence[str]) -> int:
-    """Where an output's text ends: before the first of the stop strings in it, else behind it."""
+    """Find where an output's text ends, in characters.
+
+    It ends before the first of the stop strings in it, else behind it.
+    """
     return min((text.find(stop) for stop in stop_strings if stop in text), default=len(text))

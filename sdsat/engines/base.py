@@ -1,4 +1,4 @@
-"""What an engine is: it runs passes of a model over draft trees and SAT groups.
+"""The engine interface: an engine runs passes of a model over draft trees and SAT groups.
 
 Every engine keeps one promise, on which exactness rests: a row's logits have the same bits whatever
 rows stand beside it. One that can't keep it by itself is padded as a `RowPolicy` says, which
@@ -41,7 +41,11 @@ class Cache(Protocol):
 class PassInput:
     """What one sequence brings into a pass: a draft tree, x at its root, and SATs at some nodes.
 
-    tokens: [N], one a node of `tree`. groups: where SATs stand, and how many.
+    Attributes:
+        cache: the sequence's own.
+        tokens: [N], one a node of `tree`.
+        tree: of the drafts.
+        groups: where SATs stand, and how many.
     """
 
     cache: Cache
@@ -56,7 +60,7 @@ class PassInput:
 
 
 def rows_of(inputs: Sequence[PassInput]) -> int:
-    """Rows of a pass over these sequences."""
+    """Count the rows of a pass over these sequences."""
     return sum(len(part.tokens) + part.num_sats for part in inputs)
 
 
@@ -64,7 +68,10 @@ def rows_of(inputs: Sequence[PassInput]) -> int:
 class RowPolicy:
     """How a pass is padded so that the number of its rows doesn't decide which kernels compute it.
 
-    stable: whether logits were found bit-equal under this policy.
+    Attributes:
+        minimum: rows that a pass has at least.
+        multiple: what the number of rows is a multiple of.
+        stable: whether logits were found bit-equal under this policy.
     """
 
     minimum: int
@@ -72,7 +79,7 @@ class RowPolicy:
     stable: bool = True
 
     def rows(self, count: int) -> int:
-        """The padded number of rows of a pass of `count` rows."""
+        """Return the padded number of rows of a pass of `count` rows."""
         return max(self.minimum, -(-count // self.multiple) * self.multiple)
 
 
@@ -83,18 +90,24 @@ class BatchCaches(Protocol):
     """Where the sequences of a batch keep their keys and values."""
 
     def enter(self, prompts: list[list[int]], num_slots: list[int]) -> Sequence[Cache]:
-        """A cache for each prompt, which holds all of it but the last token."""
+        """Make a cache for each prompt, which holds all of it but the last token.
+
+        num_slots: tokens that each cache must have room for, a pass's rows included.
+        """
 
     def leave(self, cache: Cache) -> None:
         """Free a sequence's cache."""
 
 
 class Engine(ABC):
-    """Runs passes of one model.
+    """What runs passes of one model; the base class of all engines.
 
-    name: as results files have it. has_int8: whether it has the weights in 8 bits too, for passes
-    that only draft. exact_trees: whether a tree's rows have AR's bits in half precision too.
-    policies: the ways of padding that are tried, cheapest first; fallback: where none is stable.
+    Attributes:
+        model: whose weights and modules it reads.
+        has_int8: whether it has the weights in 8 bits too, for passes that only draft.
+        exact_trees: whether a tree's rows have AR's bits in half precision too.
+        policies: the ways of padding that are tried, cheapest first.
+        fallback: the way of padding where none is stable.
     """
 
     has_int8: ClassVar[bool] = False
@@ -108,11 +121,14 @@ class Engine(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What runs the passes, as results files have it."""
+        """The name of what runs the passes, as results files have it."""
 
     @abstractmethod
     def new_cache(self, num_slots: int) -> Cache:
-        """An empty cache for one sequence of up to `num_slots` tokens, a pass's rows included."""
+        """Make an empty cache for one sequence.
+
+        num_slots: tokens that it must have room for, a pass's rows included.
+        """
 
     @abstractmethod
     def prefill(self, cache: Cache, tokens: Tensor) -> None:
@@ -122,7 +138,7 @@ class Engine(ABC):
     def forward(
         self, inputs: Sequence[PassInput], int8: bool = False, policy: RowPolicy | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One pass over several sequences; commits nothing.
+        """Run one pass over several sequences; commits nothing.
 
         Args:
             inputs: one a sequence.
@@ -135,11 +151,11 @@ class Engine(ABC):
         """
 
     def batch_caches(self, size: int, num_slots: int) -> BatchCaches:
-        """Caches for up to `size` sequences at once, none of more than `num_slots` tokens."""
+        """Make caches for up to `size` sequences at once, none of more than `num_slots` tokens."""
         return SeparateCaches(self)
 
     def prepare(self, int8: bool) -> None:  # noqa: B027
-        """Make now what passes will need, before seconds count. int8: passes in 8 bits, too."""
+        """Make what passes will need now, before seconds count. int8: for passes in 8 bits, too."""
 
     def synchronize(self) -> None:  # noqa: B027
         """Wait until all passes are done."""
@@ -154,7 +170,7 @@ class Engine(ABC):
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Within this block the model's modules are transformers' own, without an engine."""
+        """Let the model's modules be transformers' own within this block, without an engine."""
         yield
 
     def largest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +187,14 @@ class Engine(ABC):
     def draw(
         self, logits: Tensor, index: Tensor, sampling: SamplingConfig, seeds: Tensor | None = None
     ) -> Tensor:
-        """Draw one token [N] a row of logits [N, V], as `method.sampling.choose` does."""
+        """Draw one token [N] a row of logits [N, V], as `method.sampling.choose` does.
+
+        Args:
+            logits: [N, V].
+            index: [N] emitted index of the token to draw.
+            sampling: how; not greedy.
+            seeds: [N] in place of the sampling's one.
+        """
         return choose(logits, index, sampling, seeds=seeds)[:, 0]
 
     def next_tokens(
@@ -211,7 +234,7 @@ class Engine(ABC):
 
 
 class SeparateCaches:
-    """A cache of its own for each sequence. Equal prompts one after another are read once."""
+    """A cache of its own for each sequence; equal prompts one after another are read once."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -237,12 +260,12 @@ class SeparateCaches:
         """See BatchCaches.leave: whoever drops the cache frees it."""
 
 
-_PROBE_CONTEXT = 64  # tokens before the probe's passes
-_PROBE_ROWS = 96  # of its largest pass
+_PROBE_CONTEXT = 64  # committed tokens before the probe's passes
+_PROBE_ROWS = 96  # rows of the probe's largest pass
 
 
 def probe_tokens(model: SatModel, count: int) -> Tensor:
-    """[count] standard tokens all over the vocabulary, the same ones every time."""
+    """Make [count] standard tokens all over the vocabulary, the same ones every time."""
     return (torch.arange(count, device=model.device) * 7919 + 11) % model.vocabulary
 
 

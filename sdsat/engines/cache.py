@@ -1,6 +1,6 @@
 """The key/value cache: a fixed number of slots, written in place.
 
-The only file that touches transformers' cache classes.
+This is the only file that touches transformers' cache classes.
 
 A pass writes its S rows into slots [length, length + S). Nothing is kept until `commit`, so rolling
 back is doing nothing. The length of the tensors never changes (exactness: attention over a longer
@@ -46,7 +46,9 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         sequences, slots = (
-            rows if rows is None else rows.to(key_states.device)  # a layer has its own GPU
+            rows
+            if rows is None
+            else rows.to(key_states.device)  # each layer may be on a GPU of its own
             for rows in (self.owner.row_sequences, self.owner.row_slots)
         )
         if sequences is not None:  # a batch: every row writes where its sequence is
@@ -81,10 +83,14 @@ class SlotCache(Cache):
 
     Pass it as `past_key_values`.
 
-    row_slots: [S] slots that the next pass writes, for graphs and batches; None means `length`
-    onward. row_sequences: [S] in which sequences, for a pass over the first `num_live` sequences of
-    a batch (`SlotPlace`). visible: how many slots attention reads; all of them but in a batch.
-    layers: of an earlier cache, to write in. graphs: made for these layers, see graphs.py.
+    Attributes:
+        row_slots: [S] slots that the next pass writes, for graphs and batches; None means `length`
+            onward.
+        row_sequences: [S] in which sequences, for a pass over several of a batch (`SlotPlace`).
+        num_live: such a pass is over the first so many sequences.
+        visible: how many slots attention reads; all of them but in a batch.
+        layers: the layers' keys and values; they may be an earlier cache's, to write in.
+        graphs: made for these layers (graphs.py).
     """
 
     def __init__(self, num_layers: int, num_slots: int, layers: list[Any] | None = None):
@@ -99,8 +105,9 @@ class SlotCache(Cache):
             layer.owner = weakref.proxy(self)
 
     def commit(self, rows: tuple[int, ...]) -> None:
-        """Keep these rows of the last pass, in this order, as the next committed tokens; forget its
-        other rows.
+        """Keep these rows of the last pass, in this order, as the next committed tokens.
+
+        Its other rows are forgotten.
         """
         _move_rows(self, slice(None), self.length, rows)
         self.length += len(rows)
@@ -108,8 +115,13 @@ class SlotCache(Cache):
     def copy_sequences(
         self, source: SlotCache, rows: list[int], places: list[int], batch: int
     ) -> None:
-        """Put the sequences `rows` of `source` in these places of this cache, a batch of `batch`
-        sequences.
+        """Put sequences of another cache into places of this one.
+
+        Args:
+            source: the other cache.
+            rows: which of its sequences.
+            places: where each of them goes here.
+            batch: how many sequences this cache has.
         """
         for layer, other in zip(self.layers, source.layers, strict=True):
             if not layer.is_initialized:
@@ -121,8 +133,9 @@ class SlotCache(Cache):
 
 
 class SlotPlace:
-    """One sequence's place in a SlotCache of many: sequence `number` there, with `length` committed
-    tokens.
+    """One sequence's place in a SlotCache of many.
+
+    It is sequence `number` there, with `length` committed tokens.
     """
 
     def __init__(self, shared: SlotCache, number: int, length: int):
@@ -136,7 +149,7 @@ class SlotPlace:
         self.length += len(rows)
 
     def move(self, number: int) -> None:
-        """Go to another place of the same cache."""
+        """Go to another place of the same cache, `number`."""
         for layer in self.shared.layers:
             layer.keys[number, :, : self.length] = layer.keys[self.number, :, : self.length]
             layer.values[number, :, : self.length] = layer.values[self.number, :, : self.length]
@@ -144,7 +157,14 @@ class SlotPlace:
 
 
 def _move_rows(cache: SlotCache, place: slice | int, length: int, rows: tuple[int, ...]) -> None:
-    """Copy these rows of the last pass, in this order, into the slots from `length` on."""
+    """Copy these rows of the last pass, in this order, into the slots from `length` on.
+
+    Args:
+        cache: of one sequence or more.
+        place: which sequences.
+        length: their committed slots.
+        rows: counted from there.
+    """
     if rows == tuple(range(len(rows))):
         return
     source = torch.tensor([length + row for row in rows])
@@ -155,10 +175,10 @@ def _move_rows(cache: SlotCache, place: slice | int, length: int, rows: tuple[in
 
 
 class SharedPrefix(Cache):
-    """Training's view of a filled SlotCache: every pass sees the committed slots and its own rows,
-    and stores nothing.
+    """Training's view of a filled SlotCache, which stores nothing.
 
-    Keys and values of the pass keep their gradient; those of the prefix have none.
+    Every pass sees the committed slots and its own rows. Keys and values of the pass keep their
+    gradient; those of the prefix have none.
     """
 
     def __init__(self, filled: SlotCache):
@@ -173,6 +193,15 @@ class SharedPrefix(Cache):
         *args: object,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the prefix and of the pass, one behind the other.
+
+        Args:
+            key_states: [B, heads, S, D] of the pass.
+            value_states: [B, heads, S, D] of the pass.
+            layer_idx: of the layer.
+            args: ignored.
+            kwargs: ignored.
+        """
         layer = self.layers[layer_idx]
         length = self.filled.length
         keys = torch.cat([layer.keys[:, :, :length], key_states], dim=2)
@@ -180,8 +209,9 @@ class SharedPrefix(Cache):
 
 
 def slot_positions(cache: SlotCache, offsets: Tensor, length: int | Tensor | None = None) -> Tensor:
-    """[T] the position in the text of what each slot holds during a pass: the slot's number, or the
-    pass row's own position.
+    """Compute [T] the position in the text of what each slot holds during a pass.
+
+    It is the slot's number, or the pass row's own position.
 
     offsets: [S] positions of the pass's rows, from `length` on, which is as in `pass_mask`.
     """
@@ -192,11 +222,12 @@ def slot_positions(cache: SlotCache, offsets: Tensor, length: int | Tensor | Non
 
 
 def pass_mask(cache: SlotCache, within: Tensor, length: int | Tensor | None = None) -> Tensor:
-    """[1, 1, S, T] bool mask of a pass: every row sees all committed slots, and the pass's own rows
-    as `within` says.
+    """Make the [1, 1, S, T] bool mask of a pass; true means attend.
 
-    within: [S, S] bool, true where row i may attend to row j of the same pass. True means attend.
-    length: the committed slots, a [1] tensor where a graph records the pass; None: the cache's.
+    Every row sees all committed slots, and the pass's own rows as `within` says.
+
+    within: [S, S] bool, true where row i may attend to row j of the same pass. length: the
+    committed slots, a [1] tensor where a graph records the pass; None: the cache's.
 
         length 3, within  1      mask  1 1 1 1 0 0 0 0
                           1 1          1 1 1 1 1 0 0 0

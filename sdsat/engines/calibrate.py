@@ -1,4 +1,4 @@
-"""Measures the cost curve once for a machine and a model, and keeps it in the cache folder."""
+"""Calibration: the cost curve of a machine and a model, measured once and kept."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sdsat.method.costs import CONTEXTS, COUNTS, CostCurve
 from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree
 
-_TURNS = 7  # of each shape, of which the median counts
-_FORM = 3  # of the files in the cache folder
+_TURNS = 7  # passes of each shape, of which the median counts
+_FORM = 3  # version of the files in the cache folder
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class _Shape:
     int8: bool = False
 
     def seconds(self, engine: Engine, cache: Cache, tokens: list[int]) -> float:
-        """Of one such pass. tokens: at least as many as it has rows."""
+        """Time one such pass, in seconds.
+
+        tokens: at least as many as it has rows.
+        """
         began = time.perf_counter()
         nodes = self.rows - self.sats
         groups = (SatGroup(nodes - 1, self.sats),) if self.sats else ()
@@ -48,7 +51,10 @@ class _Shape:
 
 @torch.inference_mode()
 def measure_costs(engine: Engine) -> CostCurve:
-    """Measure a few passes of every size, a few seconds in all, and take medians."""
+    """Measure a few passes of every size, a few seconds in all, and take medians.
+
+    Raises InputError for a model whose logits are NaN or infinite.
+    """
     model = engine.model
     tokens = probe_tokens(model, max(CONTEXTS) + max(COUNTS))
     engine.prepare(int8=engine.has_int8)
@@ -74,7 +80,7 @@ def measure_costs(engine: Engine) -> CostCurve:
 
 
 def _seconds_to_draft(engine: Engine, cache: Cache, tokens: torch.Tensor) -> float:
-    """Seconds to turn one SAT's logits into a draft, in a chain of the trained depth."""
+    """Time turning one SAT's logits into a draft, in seconds, in a chain of the trained depth."""
     model = engine.model
     assert model.sat is not None
     k = model.sat.k
@@ -96,7 +102,9 @@ def measured_costs(engine: Engine, anew: bool = False) -> CostCurve:
     """Take the curve from the cache folder, or measure it now and put it there.
 
     One file for each machine, number of threads, model and native engine. One process measures at a
-    time, and those that wait take what it found. anew: measure even if the folder has a curve.
+    time, and those that wait take what it found. Where the curve can't be kept, a warning says so.
+
+    anew: measure even if the folder has a curve. Raises InputError as `measure_costs`.
     """
     found = _circumstances(engine)
     name = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16] + ".json"
@@ -122,7 +130,7 @@ def _write(folder: Any, name: str, curve: CostCurve, found: dict[str, Any]) -> N
 
 
 def _circumstances(engine: Engine) -> dict[str, Any]:
-    """All that the curve depends on, and that another machine, version or model may change."""
+    """Collect all that the curve depends on: machine, versions and model."""
     model = engine.model
     adapter = model.adapter.config if model.adapter else None
     settings = sorted(model.config.to_dict().items())
@@ -138,7 +146,7 @@ def _circumstances(engine: Engine) -> dict[str, Any]:
 
 
 def _read(name: str) -> CostCurve | None:
-    """A curve of the cache folder, if there is one and it is whole."""
+    """Read a curve of the cache folder; None unless there is one and it is whole."""
     try:
         return CostCurve(**read_json(cache_dir() / "costs" / name)["curve"])
     except (InputError, OSError, ValueError, TypeError, KeyError):

@@ -22,7 +22,7 @@ ENGINES = ("auto", "native", "transformers")
 
 
 def check_engine(engine: str) -> None:
-    """Raise InputError unless `engine` is one of ENGINES."""
+    """Refuse anything but one of ENGINES, with an InputError."""
     require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
 
 
@@ -56,7 +56,7 @@ def choose_engine(model: SatModel, wanted: str = "auto", record: bool = True) ->
     strange = strange_part(model.lm)
     if strange is not None:
         check_rows(engine, strange)
-    one_gpu = model.device.type == "cuda" and len(model.devices) == 1  # a graph records one GPU
+    one_gpu = model.device.type == "cuda" and len(model.devices) == 1  # a graph is of one GPU
     if record and one_gpu and strange is None:
         engine.graphs = Graphs(CudaCapture(model.device))
     return engine
@@ -66,14 +66,14 @@ def choose_engine(model: SatModel, wanted: str = "auto", record: bool = True) ->
 def check_rows(engine: TransformersEngine, strange: str) -> None:
     """Refuse a model whose own forward and whose passes differ, beyond rounding.
 
-    So it is if its `strange` part lets a row depend on the number of rows beside it, or stands
+    They do if its `strange` part lets a row depend on the number of rows beside it, or stands
     around the whole model, where passes don't come by. Raises InputError, in one line.
     """
     model = engine.model
     tokens = probe_tokens(model, 14)
     want = model.lm(tokens[None]).logits[0].float()
     if not want.isfinite().all():
-        return  # which decoding says
+        return  # Decoding refuses such logits, and says why.
     cache = engine.new_cache(32)
     engine.prefill(cache, tokens[:6])
     parts = [want[:6]]
@@ -82,7 +82,7 @@ def check_rows(engine: TransformersEngine, strange: str) -> None:
         parts.append(engine.forward([chain], policy=UNPADDED)[1].float())
         cache.commit(tuple(range(len(part))))
     found = torch.cat(parts)
-    found = torch.where(found.isinf(), want, found)  # a SAT's
+    found = torch.where(found.isinf(), want, found)  # a SAT's logits are -inf by `legal`
     near = 1e-3 if model.dtype == torch.float32 else 0.05
     require(
         bool((found - want).abs().max() <= near * want.abs().max()),
@@ -96,10 +96,10 @@ _made_in: int | None = None  # the process whose threads have computed with a mo
 
 
 def refuse_in_fork(model: SatModel) -> None:
-    """Raise InputError in a forked process, where passes would hang.
+    """Refuse a forked process, where passes would hang.
 
     It has none of its parent's threads, but their locks: with more than one thread it would wait
-    for ever.
+    for ever. Raises InputError.
     """
     alone = model.device.type == "cpu" and torch.get_num_threads() == 1
     require(

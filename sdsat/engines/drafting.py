@@ -1,4 +1,4 @@
-"""From SATs' states and logits to drafts, through the draft head."""
+"""Drafting: from SATs' states and logits to a tree of tokens, through the draft head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Largest = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # see engines.base.Eng
 
 
 def shortlist_of(tree: DraftTree, vocabulary: int) -> int:
-    """How many of a SAT's best tokens are looked at: as many as the tree is wide, at least."""
+    """Return how many of a SAT's best tokens are looked at, at least the width of the tree."""
     return min(max(SHORTLIST, tree.width), vocabulary)
 
 
@@ -26,8 +26,10 @@ def shortlist_of(tree: DraftTree, vocabulary: int) -> int:
 def _levels(
     tree: DraftTree, device: torch.device
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
-    """For each depth: its parents' nodes [P], its nodes [N], each one's place among the parents
-    [N], and rank [N]; and how many children a parent has at most.
+    """List what drafting needs of each depth of a tree, from depth 1 on.
+
+    For each depth: its parents' nodes [P], its nodes [N], each one's place among the parents [N],
+    and rank [N]; and how many children a parent has at most.
     """
     levels = []
     for depth in range(1, max(tree.depths) + 1):

@@ -1,11 +1,11 @@
-"""CUDA graphs: a pass is recorded once for each shape and replayed, so that a GPU doesn't wait for
-Python between kernels.
+"""CUDA graphs: a pass is recorded once for each shape and replayed.
 
-A recorded pass reads and writes the same tensors every time. So its inputs are copied into tensors
-of its own, which slots it writes is one of them (cache.py), and it belongs to the tensors of one
-cache. These are kept, with their graphs, and lent to one generation after the other:
+A GPU then doesn't wait for Python between kernels. A recorded pass reads and writes the same
+tensors every time, so its inputs are copied into tensors of its own, which slots it writes is one
+of them (cache.py), and it belongs to the tensors of one cache. These are kept, with their graphs,
+and lent to one generation after the other:
 
-    model.graphs.free  <-- given back when a generation's cache is no longer referenced
+    Graphs.free  <-- given back when a generation's cache is no longer referenced
           |  cache(num_slots)          zeroed: nothing of the generation before is left
           v
     SlotCache          layers (keys, values), graphs {shape: inputs, replay}
@@ -29,7 +29,7 @@ from torch import Tensor
 from sdsat.engines.cache import SlotCache
 
 SLOTS = 1024  # numbers of slots are rounded up to multiples
-# graphs of a cache, caches not lent; those not used for longest are dropped
+# Graphs of one cache, and caches that are not lent. Those not used for longest are dropped.
 MAX_GRAPHS = 96
 MAX_CACHES = 4
 _WARM_UPS = 2
@@ -39,15 +39,16 @@ Held = dict[Hashable, tuple[list[Tensor], Step]]  # {shape: (a graph's inputs, i
 
 
 def eager(step: Step) -> Step:
-    """Stands in for a recording: runs the step anew each time."""
+    """Stand in for a recording: run the step anew each time."""
     return step
 
 
 class CudaCapture:
-    """step -> a function that replays what the step did on the GPU, and returns the same,
-    overwritten, tensors.
+    """The function that records a step as a CUDA graph.
 
-    All graphs share one memory pool: the results of a replay last until the next one.
+    It makes of a step a function that replays what the step did on the GPU, and returns the same,
+    overwritten, tensors. All graphs share one memory pool: the results of a replay last until the
+    next one.
     """
 
     def __init__(self, device: torch.device):
@@ -55,6 +56,10 @@ class CudaCapture:
         self.pool: Any = None
 
     def __call__(self, step: Step) -> Step:
+        """Record a step, and return its replay.
+
+        Raises RuntimeError, torch's, for a step that can't be recorded.
+        """
         with torch.cuda.device(self.stream.device):
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
@@ -85,7 +90,10 @@ class _Kept:
 class Graphs:
     """The caches of a model with their graphs.
 
-    works: whether recording has not failed; after that passes run as without.
+    Attributes:
+        capture: records a step.
+        free: tensors with their graphs that no generation has now.
+        works: whether recording has not failed; after that passes run as without.
     """
 
     def __init__(self, capture: Callable[[Step], Step]):
@@ -94,12 +102,12 @@ class Graphs:
         self.works = True
 
     def cache(self, num_layers: int, num_slots: int) -> SlotCache:
-        """A cache of at least so many slots, with room for padding, that nobody else has."""
+        """Lend a cache of at least so many slots, with room for padding, that nobody else has."""
         num_slots = -(-(num_slots + 32) // SLOTS) * SLOTS
         kept = next((kept for kept in self.free if kept.num_slots == num_slots), None) or _Kept(
             num_slots
         )
-        # another thread's generation may have ended meanwhile, and dropped it
+        # Another thread's generation may have ended meanwhile, and dropped it.
         with suppress(ValueError):
             self.free.remove(kept)
         cache = SlotCache(num_layers, num_slots, kept.layers)
@@ -127,9 +135,18 @@ class Graphs:
         function: Callable[..., tuple[Tensor, ...]],
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        """function(*inputs), by replaying its graph; `held` has one a shape.
+        """Compute function(*inputs), by replaying its graph.
 
-        `function` must not reference a SlotCache.
+        Where recording fails, a warning says so, and from then on functions are called.
+
+        Args:
+            held: graphs of the cache, one a shape.
+            shape: which of them.
+            function: must not reference a SlotCache.
+            inputs: tensors of the same form for the same shape.
+
+        Returns:
+            What the function returns, in tensors that stay as they are.
         """
         if not self.works:
             return function(*inputs)
@@ -154,8 +171,9 @@ class Graphs:
 
 
 def padded(count: int) -> int:
-    """Rows of a graph for `count` rows: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, ..;
-    `probe_rows` tries all of these.
+    """Return the rows of a graph for `count` rows: `probe_rows` tries all of these.
+
+    They are 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, ..
     """
     step = max(1, 2 ** ((count - 1).bit_length() - 2)) if count > 1 else 1
     return -(-count // step) * step

@@ -31,8 +31,10 @@ _BLOCK = 64  # slots: a shared pass reads whole blocks
 class TransformersEngine(Engine):
     """Passes through the model's modules.
 
-    packed: their linear layers' weights in the processor's order, attached here; None: as they are.
-    graphs: recorded passes on a GPU; None: each pass is run anew.
+    Attributes:
+        packed: the linear layers' weights in the processor's order, attached here; None: as they
+            are.
+        graphs: recorded passes on a GPU; None: each pass is run anew.
     """
 
     policies: ClassVar[tuple[RowPolicy, ...]] = (
@@ -192,7 +194,10 @@ class TransformersEngine(Engine):
 class SharedCaches:
     """Sequences as places 0, 1, .. of one tensor, because attention takes all of them together.
 
-    size: how many at once. num_slots: what the longest of all needs.
+    Attributes:
+        size: how many sequences at once.
+        places: of the live sequences, place i at index i.
+        shared: the tensor, of as many slots as the longest of all sequences needs.
     """
 
     def __init__(self, engine: TransformersEngine, size: int, num_slots: int):
@@ -237,9 +242,19 @@ def _pass(
     offsets: Tensor,
     length: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(states, logits) of all rows.
+    """Run a pass over one sequence.
 
-    sat_rows: from which row to before which they are SATs. length: committed slots.
+    Args:
+        model: whose modules.
+        cache: of the sequence.
+        sat_rows: from which row to before which they are SATs.
+        tokens: [S], SATs included.
+        within: [S, S] bool, which rows of the pass a row sees.
+        offsets: [S] positions of the rows, from `length` on.
+        length: committed slots.
+
+    Returns:
+        Last hidden states [S, D] and logits [S, V].
     """
     positions = (length + offsets)[None]
     columns = slot_positions(cache, offsets, length)[None]
@@ -258,9 +273,21 @@ def _pass_at(
     offsets: Tensor,
     length: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The same as a graph can record it: nothing depends on `length` but through the tensor.
+    """Run `_pass` in a form that a graph can record.
 
-    Whoever has the layers runs it.
+    Nothing depends on `length` but through the tensor, and whoever has the layers runs it.
+
+    Args:
+        model: whose modules.
+        layers: of the cache.
+        first: the first row that is a SAT; all after it are.
+        tokens: as of `_pass`.
+        within: as of `_pass`.
+        offsets: as of `_pass`.
+        length: [1] committed slots.
+
+    Returns:
+        As `_pass`.
     """
     cache = layers[0].owner
     cache.row_slots = length + torch.arange(len(tokens), device=tokens.device)

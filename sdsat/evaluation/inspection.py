@@ -11,6 +11,7 @@ another domain.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from rich.table import Table
 from tqdm import tqdm
 
-from sdsat.config import DecodeConfig, require
+from sdsat.config import require
 from sdsat.decoding.loop import Decoder
+from sdsat.evaluation.sweep import InspectConfig
 from sdsat.training.evaluate import evaluate
 from sdsat.training.loss import predict
 from sdsat.training.shards import Sequence
@@ -28,18 +30,25 @@ from sdsat.training.shards import Sequence
 def inspect(
     decoder: Decoder,
     answered: list[tuple[list[int], list[int]]],
-    max_new_tokens: int = 128,
-    anchors: int = 32,
+    config: InspectConfig | None = None,
 ) -> dict[str, Any]:
     """Evaluate drafts after prompts: {"own": ..., "given": ..., "decoding": ..., "training": ...,
     "findings": [lines]}.
 
-    answered: (prompt ids, given answer's ids). own and given: `loss.evaluate` at the same number of
-    places of the model's greedy answer and of the given one. decoding: acceptance while those
-    answers were made with k SATs; it is lower than at random places, because a loop begins where
-    drafting has just failed. training: accepted drafts per loop on the adapter's held-out answers,
-    where it says. Raises InputError for a model without SATs.
+    own and given: `evaluate` at the same number of places of the model's greedy answer and of the
+    given one. decoding: acceptance while those answers were made with k SATs; it is lower than at
+    random places, because a loop begins where drafting has just failed. training: accepted drafts
+    per loop on the adapter's held-out answers, where it says.
+
+    Args:
+        decoder: of a model with SATs.
+        answered: (prompt ids, given answer's ids).
+        config: how long answers may be, and at how many places they are evaluated.
+
+    Raises:
+        InputError: for a model without SATs.
     """
+    config = config or InspectConfig()
     model = decoder.model
     require(
         model.sat is not None,
@@ -47,29 +56,30 @@ def inspect(
     )
     assert model.sat is not None
     k = model.sat.k
+    decode = replace(config.plain(stop_ids=model.stop_ids), k=k)
     own = []
     given = []
     accepted = torch.zeros(k)
     proposed = torch.zeros(k)
     loops = []
     for prompt, answer in tqdm(answered, desc="inspect", unit="prompt", disable=None):
-        out = decoder.generate(prompt, DecodeConfig(k, max_new_tokens, stop_ids=model.stop_ids))
+        out = decoder.generate(prompt, decode)
         accepted += torch.tensor(out.accepted_by_depth)
         proposed += torch.tensor(out.proposed_by_depth)
         loops += out.accepted_lengths
         own.append(Sequence(torch.tensor(prompt + out.token_ids), len(prompt)))
-        given.append(Sequence(torch.tensor(prompt + answer[:max_new_tokens]), len(prompt)))
+        given.append(Sequence(torch.tensor(prompt + answer[: config.max_new_tokens]), len(prompt)))
 
     of_checkpoint = (getattr(model.config, "sdsat", None) or {}).get("training", {})
     facts = model.adapter.config.training if model.adapter else of_checkpoint
+    acceptance = (accepted / proposed.clamp(min=1)).tolist()
+    predicted = partial(predict, model)
     document: dict[str, Any] = {
         "k": k,
-        "own": evaluate(partial(predict, model), own, k, model.device, anchors),
-        "given": evaluate(partial(predict, model), given, k, model.device, anchors),
+        "own": evaluate(predicted, own, k, model.device, config.anchors),
+        "given": evaluate(predicted, given, k, model.device, config.anchors),
         "decoding": {
-            "acceptance_by_depth": [
-                round(value, 4) for value in (accepted / proposed.clamp(min=1)).tolist()
-            ],
+            "acceptance_by_depth": [round(value, 4) for value in acceptance],
             "accepted_per_loop": round(sum(loops) / max(1, len(loops)), 4),
         },
         "training": facts.get("accepted_per_loop"),
@@ -121,26 +131,28 @@ def inspection_table(document: dict[str, Any]) -> Table:
         "accuracy of drafts on own and given answers, confidence, chains lost, and acceptance "
         "in decoding"
     )
-    table = Table(title=title, title_justify="left")
-    for column in ("depth", "own", "given", "confidence", "off by", "lost here", "decoding"):
-        table.add_column(column, justify="right")
     own = document["own"]
     given = document["given"]
+    decoding = document["decoding"]
+    columns = {
+        "own": own["accuracy_by_depth"],
+        "given": given["accuracy_by_depth"],
+        "confidence": own["confidence_by_depth"],
+        "off by": own["calibration_error_by_depth"],
+        "lost here": own["lost_by_depth"],
+        "decoding": decoding["acceptance_by_depth"],
+    }
+    accepted = {
+        "own": own["accepted_per_loop"],
+        "given": given["accepted_per_loop"],
+        "decoding": decoding["accepted_per_loop"],
+    }
+    table = Table(title=title, title_justify="left")
+    for column in ("depth", *columns):
+        table.add_column(column, justify="right")
     for i in range(document["k"]):
-        shares = (own["accuracy_by_depth"], given["accuracy_by_depth"], own["confidence_by_depth"])
-        more = (
-            own["calibration_error_by_depth"],
-            own["lost_by_depth"],
-            document["decoding"]["acceptance_by_depth"],
-        )
-        table.add_row(str(i + 1), *(f"{values[i]:.2f}" for values in (*shares, *more)))
-    accepted = (
-        own["accepted_per_loop"],
-        given["accepted_per_loop"],
-        document["decoding"]["accepted_per_loop"],
-    )
+        table.add_row(str(i + 1), *(f"{values[i]:.2f}" for values in columns.values()))
     table.add_section()
-    table.add_row(
-        "accepted", f"{accepted[0]:.2f}", f"{accepted[1]:.2f}", "", "", "", f"{accepted[2]:.2f}"
-    )
+    cells = (f"{accepted[name]:.2f}" if name in accepted else "" for name in columns)
+    table.add_row("accepted", *cells)
     return table

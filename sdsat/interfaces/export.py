@@ -1,9 +1,9 @@
-"""Serving export: what vLLM's parallel drafting (PARD, arXiv 2504.18583) and TensorRT-LLM read, and
-the commands that serve it.
+"""Serving export: what vLLM and TensorRT-LLM read for parallel drafting, and how to serve it.
 
-A server's draft pass is `[x, mask * (K - 1)]`: SDSAT's, with K - 1 SATs, where the guess at x
-itself is the first of K drafts. It knows the mask by its id, `pard_token` in the draft's
-config.json, and has one set of weights for all rows of the pass. So
+vLLM's parallel drafting is PARD (arXiv 2504.18583). A server's draft pass is `[x, mask * (K - 1)]`:
+SDSAT's, with K - 1 SATs, where the guess at x itself is the first of K drafts. It knows the mask by
+its id, `pard_token` in the draft's config.json, and has one set of weights for all rows of the
+pass. So
 
     full checkpoint     one directory is target and draft; the mask is its SAT
     everywhere adapter  the base is the target, untouched; the draft is a copy of it with the update
@@ -34,7 +34,7 @@ from sdsat.models import adapter as adapters
 from sdsat.models import embedded, loading
 from sdsat.models.sat_model import SatModel
 
-# vLLM takes a draft with one of these in its path for another method
+# vLLM takes a draft with one of these in its path for one of another method.
 _TAKEN_NAMES = ("eagle-", "eagle3", "dflash", "dspark")
 _SPARE_NAMES = ("reserved", "unused", "extra_id", "mask", "pad")
 
@@ -43,7 +43,11 @@ _SPARE_NAMES = ("reserved", "unused", "extra_id", "mask", "pad")
 class Export:
     """What was written.
 
-    target: hub id or directory to serve; draft: directory of its draft; k: drafts a pass (K).
+    Attributes:
+        target: hub id or directory to serve.
+        draft: directory of its draft.
+        mask_token_id: by which the draft's SATs are known.
+        k: drafts a pass (K).
     """
 
     target: str
@@ -52,7 +56,7 @@ class Export:
     k: int
 
     def speculative_config(self, tensor_parallel: int = 1) -> str:
-        """The JSON of vLLM's --speculative-config.
+        """Write the JSON of vLLM's --speculative-config.
 
         The draft is split over as many GPUs as the target: vLLM wants that.
         """
@@ -67,14 +71,15 @@ class Export:
         return json.dumps(settings)
 
     def vllm_command(self, tensor_parallel: int = 1, *options: str) -> str:
-        """`vllm serve` as it is typed into a shell."""
+        """Write `vllm serve` as it is typed into a shell."""
         parallel = ["--tensor-parallel-size", str(tensor_parallel)] if tensor_parallel > 1 else []
         parts = ["vllm", "serve", self.target, *parallel, *options, "--speculative-config"]
         return shlex.join([*parts, self.speculative_config(tensor_parallel)])
 
     def commands(self, gpus: int = 8, nodes: int = 2) -> str:
-        """How to serve it: on one machine, over several GPUs, over several nodes, and with
-        TensorRT-LLM.
+        """Write the commands that serve it, one a line.
+
+        They are for one machine, several GPUs, several nodes, and TensorRT-LLM.
         """
         ray = self.vllm_command(gpus * nodes, "--distributed-executor-backend", "ray")
         ids = f"max_draft_len={self.k}, mask_token_id={self.mask_token_id}"
@@ -103,13 +108,22 @@ class Export:
 
 
 def export(name: str, out: Path, k: int | None = None, mask_token_id: int | None = None) -> Export:
-    """Write the draft of `name`, an SDSAT checkpoint or an everywhere adapter, to the new directory
-    `out`, whole or not at all.
+    """Write the draft of an SDSAT checkpoint or an everywhere adapter, whole or not at all.
 
-    k: drafts a pass, 2 to the trained depth + 1, which is the default. mask_token_id: for an
-    adapter, the token whose input embedding becomes the SAT's; by default one that nothing uses.
-    The weights keep the dtype of the checkpoint or base. Raises InputError, one line, for what
-    can't be exported.
+    The weights keep the dtype of the checkpoint or base.
+
+    Args:
+        name: of the checkpoint or adapter.
+        out: a new directory.
+        k: drafts a pass, 2 to the trained depth + 1, which is the default.
+        mask_token_id: for an adapter, the token whose input embedding becomes the SAT's; by default
+            one that nothing uses.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: in one line, for what can't be exported.
     """
     taken = [part for part in _TAKEN_NAMES if part in str(out.absolute()).lower()]
     require(
@@ -163,6 +177,7 @@ def export(name: str, out: Path, k: int | None = None, mask_token_id: int | None
 
 
 def _gated(name: str) -> str:
+    """Say why a gated adapter is refused."""
     return (
         f"model={name}: a gated adapter can't be merged: its update acts on SATs alone, "
         "and a server's weights act on every row "
@@ -173,11 +188,11 @@ def _gated(name: str) -> str:
 
 
 def _spare_token(model: SatModel) -> int:
-    """An id that no text becomes: a padding row of the embedding, else a special token without a
-    part in chats.
+    """Find an id that no text becomes.
 
-    Text that holds such a special token all the same is drafted badly; the target, and so the
-    output, does not change.
+    It is a padding row of the embedding, else a special token without a part in chats. Text that
+    holds such a special token all the same is drafted badly; the target, and so the output, does
+    not change. Raises InputError where there is none.
     """
     vocabulary = model.vocabulary
     tokenizer = model.tokenizer
@@ -202,7 +217,7 @@ def _spare_token(model: SatModel) -> int:
 
 
 def _tokens_with_a_part(model: SatModel) -> set[int]:
-    """Ids that begin, end or pad texts."""
+    """Collect the ids that begin, end or pad texts."""
     tokenizer = model.tokenizer
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
     return {i for name in names if (i := getattr(tokenizer, name, None)) is not None} | set(
@@ -224,12 +239,13 @@ def _check_mask(model: SatModel, mask: int) -> None:
 
 @torch.no_grad()
 def _merged(source: SatModel, directory: str, mask: int) -> Any:
-    """The base with the adapter's update added to its weights, and the SAT's embedding in the
-    mask's input row.
+    """Merge the adapter's update into the base's weights.
+
+    The SAT's embedding goes into the mask's input row.
     """
     adapter = adapters.load(source.lm, directory)
     lm = source.lm
-    # before the input row changes: the two may be one tensor
+    # The output is copied before the input row changes: the two may be one tensor.
     output = lm.get_output_embeddings().weight.clone()
     layers = dict(lm.named_modules())
     for key, down in adapter.down.items():
@@ -242,8 +258,9 @@ def _merged(source: SatModel, directory: str, mask: int) -> Any:
 
 @torch.no_grad()
 def _full(source: SatModel, sat: int) -> Any:
-    """The checkpoint with an output for the SAT that is never the likeliest: the mean of the
-    others, as its logit is.
+    """Give the checkpoint's SAT an output that is never the likeliest.
+
+    It is the mean of the others, and so is its logit.
     """
     output = source.lm.get_output_embeddings().weight.clone()
     others = torch.arange(output.shape[0]) != sat
@@ -252,7 +269,7 @@ def _full(source: SatModel, sat: int) -> Any:
 
 
 def _untied(lm: Any, output: torch.Tensor) -> Any:
-    """`lm` with an output embedding of its own; shares all other weights with it."""
+    """Make `lm` with an output embedding of its own; it shares all other weights with it."""
     config = copy.deepcopy(lm.config)
     config.tie_word_embeddings = False
     config.dtype = output.dtype
@@ -267,7 +284,10 @@ def _untied(lm: Any, output: torch.Tensor) -> Any:
 
 
 def _write(draft: nn.Module, source: SatModel, out: Path) -> None:
-    """Into a folder beside `out`, which then takes its name."""
+    """Write into a folder beside `out`, which then takes its name.
+
+    Raises InputError where that is not possible.
+    """
     part: str | None = None
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)

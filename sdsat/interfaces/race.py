@@ -16,7 +16,7 @@ from html import escape
 
 from rich.cells import cell_len
 
-COLUMNS = 60  # of a line before it wraps
+COLUMNS = 60  # columns of a line before it wraps
 COLUMN = 7.83  # px; the widest of the fonts below
 LINE = 18  # px from line to line
 MARGIN = 16  # px
@@ -38,8 +38,10 @@ fill:#c9d1d9;white-space:pre}
 class LanePass:
     """What one forward pass brought.
 
-    seconds: since the beginning, when it was there. num_tokens: that it emitted. pieces: of the
-    text, each with whether it is an accepted draft.
+    Attributes:
+        seconds: since the beginning, when it was there.
+        num_tokens: that it emitted.
+        pieces: of the text, each with whether it is an accepted draft.
     """
 
     seconds: float
@@ -57,7 +59,7 @@ class Lane:
 
     @property
     def seconds(self) -> float:
-        """When the last pass was there."""
+        """Seconds from the beginning to the last pass."""
         return self.passes[-1].seconds
 
 
@@ -105,9 +107,15 @@ def race_svg(lanes: Sequence[Lane], title: str) -> str:
 
 
 def _rules(lane: Lane, number: int, slow_motion: int, length: float) -> Iterator[str]:
-    """CSS of a lane: a pass's text appears when it was there, and its bar grows with the tokens.
+    """Write the CSS of a lane.
 
-    length: of the whole animation, seconds.
+    A pass's text appears when it was there, and its bar grows with the tokens.
+
+    Args:
+        lane: of the race.
+        number: of the lane, from 0.
+        slow_motion: how many times slower it plays.
+        length: of the whole animation, seconds.
     """
     total = sum(one.num_tokens for one in lane.passes)
     bar = ["0%{transform:scaleX(0)}"]
@@ -130,7 +138,16 @@ def _rules(lane: Lane, number: int, slow_motion: int, length: float) -> Iterator
 def _panel(
     lane: Lane, number: int, lines: list[list[_Piece]], left: float, width: float, height: float
 ) -> Iterator[str]:
-    """The elements of a lane. left, width, height: of its panel, px."""
+    """Write the elements of a lane.
+
+    Args:
+        lane: of the race.
+        number: of the lane, from 0.
+        lines: of its text.
+        left: of its panel, px.
+        width: of its panel, px.
+        height: of its panel, px.
+    """
     x = f'x="{left + MARGIN:.1f}"'
     size = f'x="{left:.1f}" y="{MARGIN}" width="{width:.1f}" height="{height:.1f}" rx="6"'
     yield f'<rect class="panel" {size}/>'
@@ -152,7 +169,7 @@ def _panel(
 
 
 def _lines(lane: Lane) -> list[list[_Piece]]:
-    """The lane's text as lines of at most COLUMNS columns."""
+    """Break the lane's text into lines of at most COLUMNS columns."""
     lines: list[list[_Piece]] = [[]]
     column = 0
     for number, one in enumerate(lane.passes):
@@ -172,5 +189,5 @@ def _lines(lane: Lane) -> list[list[_Piece]]:
 
 
 def _escaped(text: str) -> str:
-    """`text` in XML, which has no control characters, whatever a model writes."""
+    """Write `text` in XML, which has no control characters, whatever a model writes."""
     return escape(NOT_IN_XML.sub("\ufffd", text))

@@ -1,5 +1,6 @@
-"""`sdsat generate` in a terminal: text as it is accepted, accepted drafts in colour, and a closing
-line of figures; as a picture too, and beside AR as a race.
+"""`sdsat generate` in a terminal: text as it is accepted, and a closing line of figures.
+
+Accepted drafts are in colour; the text can be saved as a picture too, and beside AR as a race.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ ACCEPTED = "bold green"
 
 
 class TokenStream:
-    """Turns tokens into styled text: each call returns what the new tokens add, up to where
-    `Generation.text` ends.
+    """What turns tokens into styled text, up to where `Generation.text` ends.
 
-    Held back until it is known: bytes that do not make a whole character yet, and what may become a
-    stop string.
+    Each call returns what the new tokens add. Held back until it is known: bytes that do not make a
+    whole character yet, and what may become a stop string.
+
     before: the prompt's last token.
     """
 
@@ -43,13 +44,17 @@ class TokenStream:
         self.before = before
         self.stop_strings = stop_strings
         self.tokens: list[int] = []
-        self.text = ""  # of all tokens, but for bytes at the end that make no character yet
-        self.drafted: list[
-            bool
-        ] = []  # of each character of it, whether it came with an accepted draft
-        self.shown = 0  # characters of it that were returned
+        # The text of all tokens, but for bytes at the end that make no character yet.
+        self.text = ""
+        # For each character of the text, whether it came with an accepted draft.
+        self.drafted: list[bool] = []
+        self.shown = 0  # characters of the text that were returned
 
     def add(self, tokens: list[int], drafted: list[bool]) -> Text:
+        """Return what these tokens add to the text.
+
+        drafted: for each token, whether it was an accepted draft.
+        """
         for token, accepted in zip(tokens, drafted, strict=True):
             self.tokens.append(token)
             text = text_after(self.tokenizer, self.before, self.tokens)
@@ -58,7 +63,7 @@ class TokenStream:
         return self._up_to(len(self.text) - self._begun(self.text))
 
     def rest(self) -> Text:
-        """What was held back to the end."""
+        """Return what was held back to the end."""
         self._take(text_after(self.tokenizer, self.before, self.tokens), False)
         return self._up_to(len(self.text))
 
@@ -67,7 +72,7 @@ class TokenStream:
         self.text = text
 
     def _begun(self, text: str) -> int:
-        """How many characters at the end of `text` are the beginning of a stop string."""
+        """Count the characters at the end of `text` that are the beginning of a stop string."""
         sizes = (
             size
             for stop in self.stop_strings
@@ -77,7 +82,7 @@ class TokenStream:
         return max(sizes, default=0)
 
     def _up_to(self, end: int) -> Text:
-        """The text from what was returned before to `end`, or to where the output ends."""
+        """Return the text from what was returned before to `end`, or to where the output ends."""
         end = min(end, end_of_text(self.text, self.stop_strings))
         new = Text()
         for drafted, places in groupby(range(self.shown, end), key=self.drafted.__getitem__):
@@ -91,9 +96,16 @@ class TokenStream:
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: str, style: str, options: Sequence[str] = ()
 ) -> list[int]:
-    """Token ids of a prompt as a chat turn, as a request to complete code, or as it is.
+    """Encode a prompt as a chat turn, as a request to complete code, or as it is.
 
-    options: see prompts.encode.
+    Args:
+        tokenizer: of the model.
+        prompt: its text.
+        style: 'chat', 'code' or 'raw'.
+        options: see prompts.encode.
+
+    Raises:
+        InputError: for options without a chat turn, or that its template doesn't know.
     """
     if style == "raw":
         require(
@@ -108,8 +120,10 @@ def encode(
 class Step:
     """What one pass emitted.
 
-    seconds: since the beginning, when it was there; what showing took is left out. tokens, drafted:
-    the tokens, and for each whether it was an accepted draft.
+    Attributes:
+        seconds: since the beginning, when it was there; what showing took is left out.
+        tokens: that it emitted.
+        drafted: for each token, whether it was an accepted draft.
     """
 
     seconds: float
@@ -126,11 +140,12 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Prefill and decoding."""
+        """Seconds of prefill and decoding."""
         return self.steps[-1].seconds
 
     @property
     def tokens_per_second(self) -> float:
+        """New tokens per second of prefill and decoding."""
         return self.out.num_new_tokens / self.seconds
 
 
@@ -139,7 +154,14 @@ def timed(
 ) -> Run:
     """Generate, and write down when each pass was there.
 
-    show: called with what every pass emits; the clock stands still meanwhile.
+    Args:
+        decoder: that generates.
+        prompt_ids: tokens of the prompt.
+        decode: how.
+        show: called with what every pass emits; the clock stands still meanwhile.
+
+    Raises:
+        InputError: as `Decoder.generate`.
     """
     steps = list[Step]()
     showing = 0.0
@@ -157,7 +179,7 @@ def timed(
 
 
 def figures(run: Run, depth: int) -> str:
-    """The closing line. depth: how many drafts a pass may accept at most."""
+    """Write the closing line. depth: how many drafts a pass may accept at most."""
     out = run.out
     line = (
         f"{out.num_new_tokens} tokens, {run.tokens_per_second:.1f} tokens/s, "
@@ -174,7 +196,7 @@ def figures(run: Run, depth: int) -> str:
 
 
 def _how(decode: DecodeConfig) -> str:
-    """How a generation drafts, in a few words."""
+    """Say in a few words how a generation drafts."""
     parts = [decode.strategy] if decode.depth else ["no drafts"]
     parts += [f"k = {decode.k}"] if decode.k else []
     parts += [f"lookup {decode.num_lookup}"] if decode.num_lookup else []
@@ -182,7 +204,14 @@ def _how(decode: DecodeConfig) -> str:
 
 
 def _lane(title: str, run: Run, remark: str, stream: TokenStream) -> Lane:
-    """A side of the race. remark: what stands after its figures. stream: a fresh one."""
+    """Make a side of the race.
+
+    Args:
+        title: of the side.
+        run: what it shows.
+        remark: what stands after its figures.
+        stream: a fresh one.
+    """
     texts = [stream.add(step.tokens, step.drafted) for step in run.steps]
     texts[-1].append_text(stream.rest())
     console = Console()
@@ -199,22 +228,30 @@ def _lane(title: str, run: Run, remark: str, stream: TokenStream) -> Lane:
 
 
 def generate_in_terminal(
+    decoder: Decoder,
     prompt: str,
-    name: str,
-    style: str,
-    template_options: Sequence[str],
     decode: DecodeConfig,
-    dtype: str,
-    device: str,
-    sat_token_id: int | None,
-    trained_k: int | None,
-    engine: str,
-    compare: bool,
-    svg: Path | None,
+    style: str = "chat",
+    template_options: Sequence[str] = (),
+    compare: bool = False,
+    svg: Path | None = None,
 ) -> None:
-    """Stream the answer, then its figures; see `sdsat generate --help` for the arguments."""
+    """Stream the answer, then its figures.
+
+    Args:
+        decoder: of a model with a tokenizer.
+        prompt: what to continue or answer.
+        decode: how; the model's own ends are added.
+        style: 'chat', 'code' or 'raw': see `encode`.
+        template_options: see prompts.encode.
+        compare: also run AR, and say how much faster SDSAT was and whether the text is the same.
+        svg: where to save a picture: the coloured text or, with `compare`, the race.
+
+    Raises:
+        InputError: where the prompt, the settings and the model do not fit together, and for a
+            picture that can't be written.
+    """
     require(prompt != "", "prompt: empty; expected some text")
-    decoder = Decoder.load(name, dtype, device, sat_token_id, engine, trained_k=trained_k)
     model = decoder.model
     assert model.tokenizer is not None
     decode = decoder.resolved(replace(decode, stop_ids=model.stop_ids))
@@ -245,9 +282,10 @@ def generate_in_terminal(
             _lane(f"SDSAT: {_how(decode)}", run, f": {ratio}, {same}", new_stream()),
         )
         where = machine(model.devices, model.dtype, decoder.engine.name)["device_name"]
-        picture = race_svg(sides, f"{name}, {dtype}, {where}")
+        dtype = str(model.dtype).removeprefix("torch.")
+        picture = race_svg(sides, f"{model.name}, {dtype}, {where}")
     else:
-        title = f"sdsat generate: accepted drafts in green ({name}, {_how(decode)})"
+        title = f"sdsat generate: accepted drafts in green ({model.name}, {_how(decode)})"
         picture = console.export_svg(title=title)
     with replacing(svg) as part:
         part.write_text(picture, encoding="utf-8")

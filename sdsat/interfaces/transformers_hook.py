@@ -1,10 +1,11 @@
-"""Draft-then-verify inside transformers' own `generate`: `model.generate(**inputs,
-custom_generate=sdsat.generate)`.
+"""Draft-then-verify inside transformers' own `generate`.
+
+    model.generate(**inputs, custom_generate=sdsat.generate)
 
 transformers prepares everything (prompts, generation config, logits processors, stopping criteria)
-and hands it over; here each sequence becomes a generation of decode.py. What decode.py does itself
-(temperature, top-k, top-p, ends at token ids or at a length) goes into its `DecodeConfig`.
-Everything else acts through a `Chooser`, which decode.py asks once for each emitted position, in
+and hands it over; here each sequence becomes a generation of a `Decoder`. What a Decoder does
+itself (temperature, top-k, top-p, ends at token ids or at a length) goes into its `DecodeConfig`.
+Everything else acts through a `Chooser`, which the Decoder asks once for each emitted position, in
 order, with the model's logits after true tokens only. So processors and criteria get, each sequence
 by itself, the very calls that plain `generate` makes: the output equals its output when greedy, and
 AR's with the same seed when sampling. A row of a batch is shown to them with its padding, as there,
@@ -47,7 +48,7 @@ from sdsat.models.attention import sliding_window
 from sdsat.models.devices import GIB, free_bytes
 from sdsat.models.sat_model import SatModel
 
-ATTRIBUTE = "sdsat"  # of a model: its Decoder
+ATTRIBUTE = "sdsat"  # the attribute of a model that holds its Decoder
 # Settings that plain decoding leaves at these values; others ask for another kind of decoding, or
 # for what isn't kept.
 _ONLY = {
@@ -104,7 +105,7 @@ _STATELESS = (
 
 @dataclass
 class SdsatOutput(GenerateDecoderOnlyOutput):
-    """transformers' output, and how each sequence came about. No cache is given back.
+    """The output of transformers, and how each sequence came about. No cache is given back.
 
     scores, logits: of a sequence that has ended, the padding token's score is 0 and all others are
     -inf.
@@ -116,10 +117,21 @@ class SdsatOutput(GenerateDecoderOnlyOutput):
 def load(
     name: str = embedded.NAME, dtype: str = "bfloat16", device: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A transformers model that is ready for `custom_generate=sdsat.generate`, and its tokenizer.
+    """Load a transformers model that is ready for `custom_generate=sdsat.generate`.
 
     Everything else works on it as before: `model(**inputs)`, plain `model.generate(**inputs)`.
-    Arguments and errors as those of `sdsat.decoding.loop.Decoder.load`.
+
+    Args:
+        name: a hub id, a directory, an adapter directory or the embedded name.
+        dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own.
+        device: 'cpu', a GPU number, or several joined by +; None for the first GPU, else the CPU.
+        options: further ones of `sdsat.decoding.loop.Decoder.load`.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        InputError: in one line, for anything that can't be loaded.
     """
     decoder = Decoder.load(name, dtype, device, **options)
     return _ready(decoder), decoder.model.tokenizer
@@ -134,15 +146,25 @@ def attach(
     graphs: bool = True,
     trained_k: int | None = None,
 ) -> PreTrainedModel:
-    """Make a model that `AutoModelForCausalLM` has loaded ready for
-    `custom_generate=sdsat.generate`; returns it.
+    """Make a loaded model ready for `custom_generate=sdsat.generate`, and return it.
 
-    adapter: directory of an adapter made for it, or its embedded name; None for a checkpoint that
-    has SATs itself. tokenizer: for stop strings. Weights and modules may change: before each
-    generation what is made of them is made anew if they have (of changes through `.data`, which
-    torch does not count, only those of most of a weight are seen). A model with modules, hooks or
-    parametrizations of other origin goes through these, or is refused by the name of the first one.
-    Other options, and errors, as those of `sdsat.decoding.loop.Decoder.load`.
+    Weights and modules may change: before each generation what is made of them is made anew if they
+    have (of changes through `.data`, which torch does not count, only those of most of a weight are
+    seen). A model with modules, hooks or parametrizations of other origin goes through these, or is
+    refused by the name of the first one.
+
+    Args:
+        model: loaded by `AutoModelForCausalLM`.
+        tokenizer: for stop strings.
+        adapter: directory of an adapter made for it, or its embedded name; None for a checkpoint
+            that has SATs itself.
+        sat_token_id: as of `sdsat.decoding.loop.Decoder.load`.
+        engine: as there.
+        graphs: as there.
+        trained_k: as there.
+
+    Raises:
+        InputError: in one line, for a model or options that can't be used.
     """
     require(
         isinstance(model, PreTrainedModel),
@@ -164,6 +186,7 @@ def attach(
 
 
 def _ready(decoder: Decoder) -> PreTrainedModel:
+    """Prepare transformers' model for `generate`, and return it."""
     model: Any = decoder.model.lm
     setattr(model, ATTRIBUTE, decoder)
     # transformers gives a callable no streamer and no assistant, and its criteria no tokenizer
@@ -181,8 +204,18 @@ def _mode_arguments(
     assistant_model: Any,
     streamer: Any,
 ) -> dict[str, Any]:
-    """What transformers hands to a way of decoding beside what it has prepared; here with nothing
-    left out.
+    """Collect what transformers hands to a way of decoding, with nothing left out.
+
+    That is what it has prepared, and what the caller gave. Raises InputError for a streamer that is
+    none.
+
+    Args:
+        model: whose method this stands for.
+        custom_generate: the way of decoding.
+        kwargs: of the call.
+        synced_gpus: whether several GPUs keep step.
+        assistant_model: the caller's, if any.
+        streamer: the caller's, if any.
     """
     tokenizer = kwargs.get("tokenizer") or getattr(model, ATTRIBUTE).model.tokenizer
     given = type(model)._extract_generation_mode_kwargs(
@@ -212,12 +245,20 @@ def _mode_arguments(
 
 
 class _Arguments(dict[str, Any]):
-    """Of `generate`, by which `_check_mode` knows whose they are."""
+    """Arguments of `generate`, by which `_check_mode` knows whose they are."""
 
 
 def _check_mode(model: Any, mode: Any, generation_config: Any, arguments: dict[str, Any]) -> None:
-    """transformers' check of a way of decoding; before it ours, of all that can be said before
-    inputs are copied for so many sequences, and caches of so many positions made.
+    """Check a way of decoding as transformers does; before it, what only this one can't do.
+
+    That is all that can be said before inputs are copied for so many sequences, and caches of so
+    many positions made. Raises InputError, and what transformers raises.
+
+    Args:
+        model: whose method this stands for.
+        mode: of transformers.
+        generation_config: of the call.
+        arguments: of the way of decoding.
     """
     if isinstance(arguments, _Arguments):
         sat = getattr(model, ATTRIBUTE).model
@@ -255,15 +296,36 @@ def generate(
     generator: torch.Generator | None = None,
     **model_kwargs: Any,
 ) -> Tensor | SdsatOutput:
-    """What `model.generate(**inputs, custom_generate=sdsat.generate, strategy=.., k=.., ..)` calls;
-    not called directly.
+    """Generate for `model.generate(**inputs, custom_generate=sdsat.generate, strategy=..)`.
 
-    strategy, k, tree, budget, lookup: as in `DecodeConfig`; k None: what the SATs were trained for.
-    They don't change the output.
-    seed: of sampling; sequence i of a batch takes seed + i * 2**32. Without one it is drawn from
-    `generator`, or from torch's global generator, so that `torch.manual_seed` makes it
-    reproducible. Returns token ids [B, S] as transformers would, or an `SdsatOutput` [B, S] where
-    return_dict_in_generate is true. Raises InputError, one line, for what can't be honoured.
+    It is called by transformers, not directly. Strategy, k, tree, budget and lookup don't change
+    the output.
+
+    Args:
+        model: from `load` or `attach`.
+        input_ids: [B, L].
+        logits_processor: as transformers has prepared them.
+        stopping_criteria: as transformers has prepared them.
+        generation_config: as transformers has prepared it.
+        streamer: the caller's; for a single sequence.
+        tokenizer: the caller's, of which transformers has made criteria for stop strings.
+        strategy: as in `DecodeConfig`.
+        k: as in `DecodeConfig`; None: what the SATs were trained for.
+        tree: as in `DecodeConfig`.
+        budget: as in `DecodeConfig`.
+        lookup: as in `DecodeConfig`.
+        seed: of sampling; sequence i of a batch takes seed + i * 2**32. Without one it is drawn
+            from `generator`, or from torch's global generator, so that `torch.manual_seed` makes it
+            reproducible.
+        generator: in place of a seed.
+        model_kwargs: what transformers has prepared beside: attention mask and positions.
+
+    Returns:
+        Token ids [B, S] as transformers would, or an `SdsatOutput` [B, S] where
+        return_dict_in_generate is true.
+
+    Raises:
+        InputError: in one line, for what can't be honoured.
     """
     decoder = getattr(model, ATTRIBUTE, None)
     require(
@@ -293,7 +355,7 @@ def generate(
 
 
 def _refuse_settings(generation_config: Any) -> None:
-    """InputError for settings that are not honoured."""
+    """Refuse settings that are not honoured, with an InputError."""
     for name, only in _ONLY.items():
         value = getattr(generation_config, name, None)
         require(
@@ -322,8 +384,14 @@ def _refuse_inputs(model_kwargs: dict[str, Any]) -> None:
 def _refuse_without_room(
     sat: SatModel, num_return_sequences: int, rows: int, max_new_tokens: int, longest: int = 1
 ) -> None:
-    """InputError where the caches of `rows` sequences, of prompts of up to `longest` tokens, are
-    larger than the free memory.
+    """Refuse sequences whose caches are larger than the free memory, with an InputError.
+
+    Args:
+        sat: the model.
+        num_return_sequences: for the message.
+        rows: how many sequences.
+        max_new_tokens: of each.
+        longest: tokens of the longest prompt, at most.
     """
     config = sat.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -361,9 +429,11 @@ def _refuse_in_batch(steps: list[Any], streamer: Any) -> None:
 
 
 def _prompts(sat: SatModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[list[int]]:
-    """The prompts [B, L] without what the attention mask leaves out: padding on the left and, where
-    transformers has made the mask, padding tokens anywhere. Positions count what is left, so the
-    model never knows of the rest.
+    """Strip from the prompts [B, L] what the attention mask leaves out.
+
+    That is padding on the left and, where transformers has made the mask, padding tokens anywhere.
+    Positions count what is left, so the model never knows of the rest. Raises InputError for ids, a
+    mask or positions that are not of that form.
     """
     whole_ids = (
         input_ids.dim() == 2 and not input_ids.is_floating_point() and input_ids.dtype != torch.bool
@@ -433,7 +503,7 @@ def _seed(seed: int | None, generator: torch.Generator | None, sample: bool) -> 
 
 
 def _native(step: Any) -> bool:
-    """Whether SamplingConfig does exactly what this warper does."""
+    """Tell whether SamplingConfig does exactly what this warper does."""
     if (
         getattr(step, "min_tokens_to_keep", 1) != 1
         or getattr(step, "filter_value", -math.inf) != -math.inf
@@ -447,7 +517,7 @@ def _native(step: Any) -> bool:
 
 
 def _first_native(steps: list[Any]) -> int:
-    """From where on `steps` are nothing but warpers that SamplingConfig does, in its order."""
+    """Find from where on `steps` are nothing but warpers that SamplingConfig does, in its order."""
     first = len(steps)
     place = len(_NATIVE)
     while first and _native(steps[first - 1]) and _NATIVE.index(type(steps[first - 1])) < place:
@@ -457,7 +527,7 @@ def _first_native(steps: list[Any]) -> int:
 
 
 def _sampling(steps: list[Any], seed: int) -> SamplingConfig:
-    """What the warpers among `steps` that SamplingConfig knows amount to."""
+    """Make the SamplingConfig of those warpers among `steps` that it knows."""
     names = ("temperature", "top_k", "top_p")
     found = {
         name: getattr(step, name)
@@ -470,11 +540,22 @@ def _sampling(steps: list[Any], seed: int) -> SamplingConfig:
 
 
 class _Sequences:
-    """The sequences of one call, [B, L] with their padding, and what transformers wants done at
-    each of their tokens.
+    """The sequences of one call, [B, L] with their padding, and what is done at their tokens.
 
-    own: processors that only a chooser can apply; native: those after them, which SamplingConfig
-    does.
+    Attributes:
+        decoder: that generates.
+        input_ids: [B, L].
+        settings: transformers' generation config.
+        seed: of the first sequence.
+        own: processors that only a chooser can apply.
+        native: processors after them, which SamplingConfig does.
+        stop_ids: tokens that end a sequence.
+        max_new_tokens: of each sequence.
+        criteria: stopping criteria that only a chooser can apply.
+        keep_scores: whether the output has scores.
+        keep_logits: whether the output has logits.
+        pad: the id behind a sequence's end.
+        choosers: one a sequence, from `decode` on.
     """
 
     def __init__(
@@ -530,9 +611,10 @@ class _Sequences:
     def decode(
         self, prompts: list[list[int]], settings: tuple[Any, ...], streamer: Any
     ) -> list[Generation]:
-        """One generation for each prompt.
+        """Generate for each prompt.
 
-        settings: k, tree, strategy, budget and lookup of a DecodeConfig.
+        settings: k, tree, strategy, budget and lookup of a DecodeConfig. Raises InputError where
+        these, the prompts and the model do not fit together.
         """
         k, tree, strategy, budget, lookup = settings
         tree = parse_tree(tree) if isinstance(tree, str) else tree
@@ -561,6 +643,7 @@ class _Sequences:
         return self.decoder.generate_batch(prompts, configs, on_tokens, rows, choosers)
 
     def output(self, generations: list[Generation]) -> Tensor | SdsatOutput:
+        """Put generations into the form that transformers returns."""
         longest = max(generation.num_new_tokens for generation in generations)
         new = torch.full((len(generations), longest), self.pad, dtype=torch.long)
         for row, generation in enumerate(generations):
@@ -579,7 +662,7 @@ class _Sequences:
         )
 
     def _stacked(self, kept: list[list[Tensor]]) -> tuple[Tensor, ...]:
-        """Of each position, [B, V]."""
+        """Stack what the sequences kept: for each position, [B, V]."""
         over = torch.full_like(kept[0][0], -math.inf)
         over[:, self.pad] = 0
         count = max(map(len, kept))
@@ -589,7 +672,7 @@ class _Sequences:
 
 
 class _Chooser:
-    """A sequence's `decoding.sequence.Chooser`.
+    """A `decoding.sequence.Chooser` of one sequence.
 
     It does what transformers' own loop does, in this order: processors, the choice, criteria.
     """
@@ -606,7 +689,7 @@ class _Chooser:
         )
         self.length = prompt.shape[1]
         self.num_new = 0
-        # of the caller, in which processors have made what they keep
+        # The caller's mode, in which processors have made what they keep.
         self.inference = torch.is_inference_mode_enabled()
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -616,13 +699,13 @@ class _Chooser:
         native = self.all.native
         so_far = self.ids[:, : self.length]
         index = torch.full((1,), self.num_new, device=logits.device)
-        # as in plain generate: what processors keep stays theirs
+        # Modes are as in plain generate, so that processors may use what they have kept.
         with torch.inference_mode(self.inference), torch.no_grad():
             scores = logits.to(torch.float32, copy=True)[None]
             if self.all.keep_logits:
                 self.logits.append(scores.clone())
             if own:
-                # some processors make more of a SAT's -inf
+                # Some processors make a number of a SAT's -inf, so it is masked again.
                 scores = self.all.decoder.model.legal(own(so_far, scores))
                 chosen = (
                     scores.argmax(-1)
@@ -644,8 +727,9 @@ class _Chooser:
         return int(chosen), ended
 
     def _drawable(self, scores: Tensor) -> Tensor:
-        """The scores [1, V], if a token can be drawn by them, which plain generate, too, refuses
-        otherwise.
+        """Return the scores [1, V], if a token can be drawn by them.
+
+        Raises InputError otherwise, where plain generate fails, too.
         """
         require(
             bool(scores.max().isfinite()),

@@ -1,4 +1,4 @@
-"""The cost curve: seconds that a pass of n rows takes (engines/calibrate.py measures it)."""
+"""The cost curve: seconds that a pass of n rows takes (sdsat/engines/calibrate.py measures it)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,21 @@ LONGEST_PASS = 3600.0  # seconds; a curve that says more is damaged
 
 @dataclass(frozen=True)
 class CostCurve:
-    """verify[c][i]: seconds of a pass of COUNTS[i] standard rows at CONTEXTS[c]; draft[c][i]: of
-    one whose rows but the first are SATs; rounded[c][i]: of the same in 8 bits, [] where there is
-    no such engine. drafting: seconds to turn one SAT's logits into a draft. measured: by this
-    program, here, and not given by the caller.
+    """Seconds that passes take on one machine, by rows, SATs and context.
 
     What it says rises with rows, SATs and context, and is positive: the nearest such curve to what
-    was measured, for a clock on a busy machine is noisy. Raises ValueError unless there is a
-    positive time for every size.
+    was measured, for a clock on a busy machine is noisy.
+
+    Attributes:
+        verify: verify[c][i] is the time of a pass of COUNTS[i] standard rows at CONTEXTS[c].
+        draft: the time of a pass whose rows but the first are SATs, by context and count as
+            `verify`.
+        rounded: the time of such a pass in 8 bits; [] where there is no engine for it.
+        drafting: seconds to turn one SAT's logits into a draft.
+        measured: whether this program measured it here, and the caller did not give it.
+
+    Raises:
+        ValueError: unless there is a positive time for every size.
     """
 
     verify: list[list[float]]
@@ -49,9 +56,7 @@ class CostCurve:
 
     @cached_property
     def _tables(self) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
-        """By context: seconds of a pass for each number of rows, what each number of SATs adds, and
-        passes in 8 bits.
-        """
+        """By context: seconds by number of rows, what SATs add by number, and passes in 8 bits."""
         verify = _rising(np.array(self.verify))
         extra = _rising(np.maximum(0, np.array(self.draft) - verify))
         rounded = _rising(np.array(self.rounded)) if self.rounded else np.empty((0, len(COUNTS)))
@@ -62,10 +67,13 @@ class CostCurve:
         return by_rows, [times.tolist() for times in by_sats], in_8_bits
 
     def seconds(self, rows: int, sats: int, context: int, batch: int = 1) -> float:
-        """Of a pass of `rows` rows, `sats` of them SATs, after `context` tokens, with the drafting
-        of one group a sequence.
+        """Estimate the seconds of a pass, with the drafting of one group a sequence.
 
-        batch: of how many sequences the rows are.
+        Args:
+            rows: of the pass, SATs included.
+            sats: how many of the rows are SATs.
+            context: tokens before the pass.
+            batch: of how many sequences the rows are.
         """
         by_rows, by_sats, _ = self._tables
         low, high = (
@@ -76,13 +84,16 @@ class CostCurve:
         )
 
     def rounded_seconds(self, sats: int, context: int) -> float:
-        """Of a pass in 8 bits of one row and `sats` SATs, with their drafting."""
+        """Estimate the seconds of a pass in 8 bits of one row and `sats` SATs, and their drafting.
+
+        context: tokens before the pass. Only for a curve with `rounded`.
+        """
         low, high = (_at(times, 1 + sats) for times in self._tables[2])
         return _between(low, high, context) + self.drafting * sats
 
 
 def _is_time(seconds: Any) -> bool:
-    """Whether a pass may take so long."""
+    """Tell whether a pass may take so long."""
     return (
         isinstance(seconds, (int, float))
         and not isinstance(seconds, bool)
@@ -91,12 +102,12 @@ def _is_time(seconds: Any) -> bool:
 
 
 def _rising(times: np.ndarray) -> np.ndarray:
-    """[contexts, counts] near `times` by least squares: rising with the rows, as does what a longer
-    context adds, from 0 on.
+    """Find the nearest rising times to `times` [contexts, counts] by least squares.
 
-    So a line through both contexts rises with the rows at any other one, too.
+    They rise with the rows, as does what a longer context adds, from 0 on. So a line through both
+    contexts rises with the rows at any other one, too.
     """
-    from scipy.optimize import isotonic_regression  # takes a while, and AR needs no costs
+    from scipy.optimize import isotonic_regression  # slow to import, and AR needs no costs
 
     near, far = np.where(times[0] <= times[1], times, times.mean(0))
     near, added = isotonic_regression(near).x, isotonic_regression(far - near).x
@@ -104,8 +115,9 @@ def _rising(times: np.ndarray) -> np.ndarray:
 
 
 def _by_rows(times: np.ndarray) -> np.ndarray:
-    """Seconds for 0..MAX_ROWS rows out of those for COUNTS, and a straight line beyond the last
-    count.
+    """Compute seconds for 0..MAX_ROWS rows out of those for COUNTS.
+
+    Beyond the last count they go on as a straight line.
     """
     grown = np.interp(np.arange(MAX_ROWS + 1), COUNTS, times)
     last = COUNTS[-1]
@@ -114,7 +126,10 @@ def _by_rows(times: np.ndarray) -> np.ndarray:
 
 
 def _at(times: list[float], rows: int) -> float:
-    """The entry for `rows`; beyond the table, where arithmetic sets the cost, in proportion."""
+    """Return the entry for `rows`.
+
+    Beyond the table, where arithmetic sets the cost, it grows in proportion.
+    """
     return times[rows] if rows <= MAX_ROWS else times[MAX_ROWS] * rows / MAX_ROWS
 
 

@@ -1,8 +1,8 @@
-"""Drafts: the tokens that SATs guess, and those looked up, as one tree below the last true token x.
+"""Drafts: the tokens that SATs guess, and those looked up, as one tree below the true token x.
 
 A pass of the exact engine that has SATs gives the token after x itself, which is true, and drafts
-below it. A pass in 8 bits (native.py) only drafts: what it says at x is the first draft, which is
-wrong now and then, and the SATs' come below that one.
+below it. A pass in 8 bits (sdsat/engines/native) only drafts: what it says at x is the first draft,
+which is wrong now and then, and the SATs' come below that one.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ OWN = 0.97  # how likely the first draft of a pass in 8 bits is taken to be befo
 class Drafts:
     """A tree of drafts below x, which is node 0.
 
-    likely[j]: how likely node j is right, given that its parent is.
-
-    looked_up[j]: the draft comes from the text so far, and not (or not only) from a SAT. kind:
-    where the SATs were that drafted, see planner.KINDS. rounded: they did in a pass in 8 bits, so
-    that node 1 is what that pass says at x.
+    Attributes:
+        tree: its shape, N nodes.
+        tokens: [N] the token at each node.
+        likely: [N] how likely each node is right, given that its parent is.
+        looked_up: [N] whether the draft comes from the text so far, and not (or not only) from a
+            SAT.
+        kind: where the SATs were that drafted, one of KINDS in sdsat/decoding.
+        rounded: whether they drafted in a pass in 8 bits, so that node 1 is what that pass says at
+            x.
     """
 
     tree: DraftTree
@@ -41,18 +45,32 @@ class Drafts:
 
     @classmethod
     def none(cls, x: int) -> Drafts:
+        """Make a tree of x alone."""
         return cls(_ROOT, [x], [1.0], [False])
 
     @classmethod
     def of_sats(cls, tree: DraftTree, tokens: list[int], likely: list[float], kind: str) -> Drafts:
-        """What the SATs of an exact pass drafted. kind: see plan.KINDS."""
+        """Make the drafts of an exact pass's SATs.
+
+        Args:
+            tree: its root is x, the token that the pass gave.
+            tokens: [N] at the tree's nodes.
+            likely: [N] how likely each is right, given that its parent is.
+            kind: where the SATs were, one of KINDS in sdsat/decoding.
+        """
         return cls(tree, tokens, likely, [False] * len(tree), kind)
 
     @classmethod
     def of_int8(cls, x: int, tree: DraftTree, tokens: list[int], likely: list[float]) -> Drafts:
-        """What a pass in 8 bits drafted: the tree one node lower.
+        """Make the drafts of a pass in 8 bits: its tree, one node lower.
 
         Below x comes the token at the tree's root, which that pass gave for x itself.
+
+        Args:
+            x: the last true token.
+            tree: what the SATs drafted.
+            tokens: [N] at the tree's nodes.
+            likely: [N] how likely each is right, given that its parent is.
         """
         parents = (-1, *(parent + 1 for parent in tree.parents))
         lower = DraftTree(parents, (0, *tree.ranks))
@@ -60,8 +78,11 @@ class Drafts:
         return cls(lower, [x, *tokens], chances, [False] * len(parents), "rounded", True)
 
     def with_chain(self, tokens: list[int], likely: float) -> Drafts:
-        """The tree with a looked-up chain added below x; where it says what a draft says already,
-        that draft is in both.
+        """Add a looked-up chain below x.
+
+        Where it says what a draft says already, that draft comes from both.
+
+        tokens: of the chain. likely: how likely each of them is right.
         """
         if not tokens:
             return self
@@ -88,6 +109,10 @@ class Drafts:
         return out
 
     def kept(self, nodes: list[int]) -> Drafts:
+        """Return the drafts at these nodes alone.
+
+        nodes: ascending, each with its parent.
+        """
         if len(nodes) == len(self.tokens):
             return self
         tokens = [self.tokens[node] for node in nodes]

@@ -1,4 +1,4 @@
-"""The rows of a pass: who sees whom, and at which position."""
+"""Rows of a pass: who sees whom, and at which position."""
 
 from __future__ import annotations
 
@@ -25,15 +25,24 @@ def pass_layout(
 ) -> tuple[Tensor, Tensor]:
     """Lay out the rows of one sequence's pass: the tree's nodes, then its SAT groups, then padding.
 
-    Returns (within [rows, rows] bool, position offsets [rows]). A node sees its ancestors and
-    itself; a SAT its node, that node's ancestors and the SATs of its group up to itself; a padding
-    row itself. Offsets count from the root, which stands at 0; SAT i of a node at depth d at d + i.
+    A node sees its ancestors and itself; a SAT its node, that node's ancestors and the SATs of its
+    group up to itself; a padding row itself. Offsets count from the root, which stands at 0; SAT i
+    of a node at depth d stands at d + i.
 
         chain of 2, groups       within  1              offsets  0
         (0, 2) and (1, 1):               1 1                     1
                                          1   1                   1
                                          1   1 1                 2
                                          1 1     1               2
+
+    Args:
+        tree: of drafts, x at its root.
+        groups: where SATs stand, and how many.
+        rows: of the pass, padding included.
+        device: of the result.
+
+    Returns:
+        Within [rows, rows] bool, which rows a row sees, and position offsets [rows].
     """
     within = torch.eye(rows, dtype=torch.bool)
     nodes = len(tree)
@@ -54,12 +63,14 @@ def pass_layout(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the R rows of a pass over one or more sequences stand: all nodes, then all SATs, then
-    padding.
+    """Where the R rows of a pass over one or more sequences stand: nodes, then SATs, then padding.
 
-    within [R, R] bool: which rows of the pass a row sees. For each row [R]: sequences, whose it is;
-    offsets, its position from that sequence's length on; places, its slot from there on, which is
-    its number among the sequence's own rows. width: how many rows a sequence has at most.
+    Attributes:
+        within: [R, R] bool, which rows of the pass a row sees.
+        sequences: [R] which sequence a row belongs to.
+        offsets: [R] a row's position, from that sequence's length on.
+        places: [R] a row's slot from there on, which is its number among the sequence's own rows.
+        width: how many rows a sequence has at most.
     """
 
     within: Tensor
@@ -74,8 +85,9 @@ Shape = tuple[DraftTree, tuple[SatGroup, ...]]
 
 
 def batch_layout(shapes: list[Shape], rows: int, device: torch.device) -> Layout:
-    """The layout of a pass over sequences of these shapes; rows beyond theirs, up to `rows`, are
-    padding and the last one's.
+    """Lay out a pass over sequences of these shapes.
+
+    Rows beyond theirs, up to `rows`, are padding and belong to the last sequence.
 
     Two sequences, x alone and x with a SAT:
 
@@ -91,7 +103,7 @@ def batch_layout(shapes: list[Shape], rows: int, device: torch.device) -> Layout
         pass_layout(tree, groups, size, device)
         for (tree, groups), size in zip(shapes, held, strict=True)
     ]
-    # numbers, sequence by sequence, of nodes, SATs and padding
+    # Row numbers, counted sequence by sequence, of nodes, of SATs and of padding.
     kinds: tuple[list[int], list[int], list[int]] = ([], [], [])
     places = list[int]()
     sequences = list[int]()

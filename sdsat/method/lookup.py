@@ -1,5 +1,4 @@
-"""Prompt lookup: what followed the last tokens when they stood earlier in the text, as drafts that
-cost nothing.
+"""Prompt lookup: what followed the last tokens earlier in the text, as drafts that cost nothing.
 
 Copied spans (names, signatures, quoted text) are then verified many tokens a pass, beside what SATs
 draft. The idea is A. Saxena's prompt lookup decoding (transformers' `prompt_lookup_num_tokens`);
@@ -12,7 +11,10 @@ LONGEST = 3  # tokens that must match, tried first; then one fewer, down to 2
 
 
 class Lookup:
-    """An index of the text so far: after which place the last two or three tokens stood before."""
+    """An index of the text so far: after which place the last two or three tokens stood before.
+
+    token_ids: the text at the beginning. num_tokens: how many tokens are drafted at most.
+    """
 
     def __init__(self, token_ids: list[int], num_tokens: int):
         self.ids: list[int] = []
@@ -21,6 +23,7 @@ class Lookup:
         self.add(token_ids)
 
     def add(self, token_ids: list[int]) -> None:
+        """Add tokens to the end of the text."""
         for token in token_ids:
             for size in range(2, LONGEST + 1):
                 if len(self.ids) >= size:
@@ -28,8 +31,9 @@ class Lookup:
             self.ids.append(token)
 
     def drafts(self) -> list[int]:
-        """Up to num_tokens tokens that followed the latest earlier occurrence of the last tokens;
-        [] where there is none.
+        """Return what followed the latest earlier occurrence of the last tokens.
+
+        It is up to num_tokens tokens; [] where there is no such occurrence.
         """
         for size in range(LONGEST, 1, -1):
             place = self._after.get(tuple(self.ids[-size:])) if len(self.ids) >= size else None

@@ -1,5 +1,4 @@
-"""Choosing tokens: temperature, top-k, top-p, and Gumbel noise that depends on (seed, emitted
-index, token) alone.
+"""Sampling: temperature, top-k, top-p, and Gumbel noise of (seed, emitted index, token) alone.
 
 Coupled sampling: `argmax(log p + g)` with Gumbel noise g is an exact sample of p. Because g_t is a
 function of (seed, t) and not of the pass that computes p, AR, draft step and verify step share it,
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from sdsat.config import SamplingConfig
 
-# splitmix64, as signed 64-bit
+# The constants of splitmix64, as signed 64-bit numbers.
 _M1 = -4658895280553007687
 _M2 = -7723592293110705685
 _GOLDEN = -7046029254386353131
@@ -25,9 +24,9 @@ _LIKELY = 512  # tokens of a row that are sorted, as long as the filters keep no
 
 
 def _mix(z: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64 (wrapping); Steele, Lea and Flood 2014.
+    """Mix the bits of an int64 as splitmix64's finaliser does (wrapping).
 
-    Same bits on every device.
+    The bits are the same on every device (Steele, Lea and Flood 2014).
     """
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _M1
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * _M2
@@ -35,16 +34,22 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def as_seed(seed: int) -> int:
-    """Any whole number as a signed 64-bit one."""
+    """Make a signed 64-bit number of any whole number."""
     return (seed + 2**63) % 2**64 - 2**63
 
 
 def gumbel_noise(seed: int | Tensor, index: Tensor, token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise for emitted index t and token v, a pure function of (seed, t, v).
+    """Compute standard Gumbel noise for emitted index t and token v, of (seed, t, v) alone.
 
-    seed: any whole number, or [N] one for each row (`as_seed`). index: [N] emitted index t of each
-    row. token_ids: [N, C] or [C] vocabulary ids. Returns [N, C] float64. Being counter-based, it
-    costs nothing for tokens that top-k or top-p have dropped.
+    Being counter-based, it costs nothing for tokens that top-k or top-p have dropped.
+
+    Args:
+        seed: any whole number, or [N] one for each row (`as_seed`).
+        index: [N] emitted index t of each row.
+        token_ids: [N, C] or [C] vocabulary ids.
+
+    Returns:
+        [N, C] float64.
     """
     seed = seed if isinstance(seed, Tensor) else torch.full_like(index, as_seed(seed))
     row = _mix(_mix(seed) + (index + 1) * _GOLDEN)
@@ -54,17 +59,23 @@ def gumbel_noise(seed: int | Tensor, index: Tensor, token_ids: Tensor) -> Tensor
 
 
 def support(logits: Tensor, sampling: SamplingConfig, at_least: int = 1) -> tuple[Tensor, Tensor]:
-    """The filtered next-token distribution of each row, most likely token first when a filter is
-    on.
+    """Find the filtered next-token distribution of each row.
 
-    logits: [N, V], the SAT already masked with -inf. at_least: no fewer ids than this are given, so
-    that a draft tree always finds enough candidates. Returns (columns [N, C], scores [N, C] in
-    float32, logits divided by the temperature: their softmax is the distribution, and -inf marks
-    what the filters drop). Filters as in `transformers`: temperature; top-k, which keeps all that
-    tie with the k-th; top-p, the smallest set of most likely tokens whose probability reaches
-    top-p. Where that parts tokens that tie, transformers keeps as many, but leaves to an unstable
-    sort, and so to the processor, which; here those with the lower ids go first, as in a stable
-    ascending sort.
+    Filters are as in `transformers`: temperature; top-k, which keeps all that tie with the k-th;
+    top-p, the smallest set of most likely tokens whose probability reaches top-p. Where top-p parts
+    tokens that tie, transformers keeps as many, but leaves to an unstable sort, and so to the
+    processor, which; here those with the lower ids go first, as in a stable ascending sort.
+
+    Args:
+        logits: [N, V], the SAT already masked with -inf.
+        sampling: temperature and filters.
+        at_least: no fewer ids than this are given, so that a draft tree always finds enough
+            candidates.
+
+    Returns:
+        Columns [N, C], the most likely token first when a filter is on, and scores [N, C] in
+        float32, logits divided by the temperature: their softmax is the distribution, and -inf
+        marks what the filters drop.
     """
     scores = logits.float() / sampling.temperature
     vocabulary = scores.shape[-1]
@@ -79,17 +90,25 @@ def support(logits: Tensor, sampling: SamplingConfig, at_least: int = 1) -> tupl
 
 
 def _kept(scores: Tensor, size: int, top_k: int, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`support` among the `size` best of each row of scores [N, V], and [N, 1] whether nothing
-    beyond them can be kept.
+    """Find `support` among the `size` best of each row of scores [N, V].
 
     What is kept of a row does not depend on the size, so not on the rows beside it either.
+
+    Args:
+        scores: [N, V] logits divided by the temperature.
+        size: how many of a row are looked at.
+        top_k: as of SamplingConfig, V for all.
+        top_p: as of SamplingConfig.
+
+    Returns:
+        Columns and scores as of `support`, and [N, 1] whether nothing beyond them can be kept.
     """
     vocabulary = scores.shape[-1]
     if size < vocabulary:
         columns = scores.topk(size, dim=-1).indices.sort(-1, descending=True).values
     else:
         columns = torch.arange(vocabulary - 1, -1, -1, device=scores.device).expand_as(scores)
-    # of equal ones the higher id first
+    # Of equal scores the one with the higher id comes first.
     ranked, order = scores.gather(-1, columns).sort(stable=True, dim=-1, descending=True)
     columns = columns.gather(-1, order)
     worst = ranked[:, -1:]
@@ -106,14 +125,15 @@ def _kept(scores: Tensor, size: int, top_k: int, top_p: float) -> tuple[Tensor, 
         enough = (share * (ranked > worst)).sum(-1, keepdim=True) >= top_p * total
     if top_p < 1:
         before = share.cumsum(-1).roll(1, -1)
-        before[:, 0] = -1  # the best one stays
+        before[:, 0] = -1  # so the best token stays
         ranked = ranked.masked_fill(before >= top_p * total, float("-inf"))
     return columns, ranked, enough
 
 
 def filtered(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Logits [N, V] as temperature and filters leave them: float32, -inf where a token can't be
-    drawn.
+    """Return logits [N, V] as temperature and filters leave them.
+
+    They are in float32, and -inf where a token can't be drawn.
     """
     columns, scores = support(logits, sampling)
     return torch.full(logits.shape, float("-inf"), device=logits.device).scatter(
@@ -129,13 +149,21 @@ def choose_columns(
     ids: Tensor | None = None,
     seeds: Tensor | None = None,
 ) -> Tensor:
-    """The columns of the `width` best tokens of each row, best first: `argmax(logits)`, or
-    `argmax(log p + g_t)` when sampling.
+    """Choose the columns of the `width` best tokens of each row, best first.
 
-    logits: [N, C]; ids: [N, C] or [C], the tokens that the columns stand for, None for the whole
-    vocabulary in order.
-    index: [N] emitted index t of each row (ignored when greedy). seeds: [N] in place of the
-    sampling's one. Returns [N, width], distinct within a row.
+    The best is `argmax(logits)` or, when sampling, `argmax(log p + g_t)`.
+
+    Args:
+        logits: [N, C].
+        index: [N] emitted index t of each row (ignored when greedy).
+        sampling: how.
+        width: how many tokens of each row.
+        ids: [N, C] or [C], the tokens that the columns stand for; None for the whole vocabulary in
+            order.
+        seeds: [N] in place of the sampling's one.
+
+    Returns:
+        [N, width], distinct within a row.
     """
     if sampling.greedy:
         return (
@@ -159,9 +187,20 @@ def choose(
     ids: Tensor | None = None,
     seeds: Tensor | None = None,
 ) -> Tensor:
-    """The `width` best tokens of each row as ids [N, width]: see `choose_columns`.
+    """Choose the `width` best tokens of each row: see `choose_columns`.
 
     Width 1 is the model's own next token; a wider result is a list of drafts, without replacement.
+
+    Args:
+        logits: [N, C].
+        index: [N] emitted index of each row.
+        sampling: how.
+        width: how many tokens of each row.
+        ids: [N, C] or [C], the tokens that the columns stand for; None for the whole vocabulary.
+        seeds: [N] in place of the sampling's one.
+
+    Returns:
+        [N, width] token ids.
     """
     columns = choose_columns(logits, index, sampling, width, ids, seeds)
     return columns if ids is None else ids.expand_as(logits).gather(-1, columns)

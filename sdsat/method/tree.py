@@ -1,11 +1,11 @@
-"""Draft trees: which drafts are verified together, and which tree nodes each one may attend to.
+r"""Draft trees: which drafts are verified together, and which tree nodes each one may attend to.
 
 Node 0 is the root, the true token y0; a node at depth i >= 1 holds one candidate of SAT i. Since
 SAT i predicts a position and not a path, all nodes of a depth draw from the same candidate list,
 and a node is a (parent, rank) pair.
 
     branching 2,1:      0            nodes    0 1 2 3 4        ancestors   0 1 2 3 4
-                      /   \\          parents  . 0 1 0 3              0     1
+                      /   \          parents  . 0 1 0 3              0     1
                      1     3         depths   0 1 2 1 2              1     1 1
                      |     |         ranks    . 0 0 1 0              2     1 1 1
                      2     4                                         3     1     1
@@ -40,7 +40,9 @@ PAPER_WIDTHS = {
 
 @dataclass(frozen=True)
 class DraftTree:
-    """parents[j] < j is the parent of node j (-1 for the root), ranks[j] its place in its depth's
+    """A tree of N nodes, node 0 its root.
+
+    parents[j] < j is the parent of node j (-1 for the root), ranks[j] its place in its depth's
     candidate list.
     """
 
@@ -52,6 +54,7 @@ class DraftTree:
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
+        """[N] how many steps each node is below the root."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(0 if parent < 0 else depths[parent] + 1)
@@ -63,7 +66,7 @@ class DraftTree:
         return max(self.ranks) + 1
 
     def kept(self, nodes: list[int]) -> DraftTree:
-        """The same tree with these nodes only, in their old order.
+        """Return the tree of these nodes only, in their old order.
 
         nodes: ascending, each with its parent.
         """
@@ -74,12 +77,14 @@ class DraftTree:
         return DraftTree(parents, tuple(self.ranks[node] for node in nodes))
 
     def truncated(self, depth: int) -> DraftTree:
-        """The same tree without the nodes below `depth` (near max_new_tokens a shallower tree is
-        enough).
+        """Return the tree without the nodes below `depth`.
+
+        Near max_new_tokens a shallower tree is enough.
         """
         return self.kept([node for node, d in enumerate(self.depths) if d <= depth])
 
     def children(self) -> list[list[int]]:
+        """List the children of each node, ascending."""
         children: list[list[int]] = [[] for _ in self.parents]
         for node, parent in enumerate(self.parents):
             if parent >= 0:
@@ -87,7 +92,7 @@ class DraftTree:
         return children
 
     def ancestors(self) -> Tensor:
-        """[N, N] bool: row j is true at j and at every ancestor of j."""
+        """Compute [N, N] bool: row j is true at j and at every ancestor of j."""
         mask = torch.eye(len(self), dtype=torch.bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
@@ -95,12 +100,14 @@ class DraftTree:
         return mask
 
     def walk(self, tokens: list[int], targets: list[int]) -> list[int]:
-        """The verified path from the root: step to the child that carries the model's own next
-        token, else stop.
+        """Follow the model's own next tokens down the tree, from the root on.
+
+        Each step goes to the child that carries the token that the model chooses, until there is
+        none.
 
         tokens[j]: the token at node j; targets[j]: the model's own next token after node j. Returns
-        the nodes of the path, root first; the target at its last node is the free true token (the
-        next x).
+        the nodes of the verified path, root first; the target at its last node is the free true
+        token (the next x).
         """
         children = self.children()
         path = [0]
@@ -112,8 +119,9 @@ class DraftTree:
 
 
 def _from_levels(levels: list[list[tuple[int, int]]]) -> DraftTree:
-    """Levels of (parent's place in the level above, rank) pairs, laid out depth-first so that first
-    candidates lead.
+    """Lay out levels of (parent's place in the level above, rank) pairs as a tree.
+
+    It goes depth-first, so that first candidates lead.
     """
     parents = [-1]
     ranks = [0]
@@ -132,7 +140,10 @@ def _from_levels(levels: list[list[tuple[int, int]]]) -> DraftTree:
 
 
 def from_branching(branching: tuple[int, ...]) -> DraftTree:
-    """Every node at depth i-1 gets branching[i-1] children; `1,1,1` is a chain of k = 3."""
+    """Make the tree in which every node at depth i-1 has branching[i-1] children.
+
+    So `1,1,1` is a chain of k = 3. Raises InputError for more than MAX_ROWS nodes.
+    """
     levels = []
     size = 1
     nodes = 1
@@ -148,11 +159,11 @@ def from_branching(branching: tuple[int, ...]) -> DraftTree:
 
 
 def from_widths(widths: tuple[int, ...]) -> DraftTree:
-    """widths[i-1] nodes at depth i: of all (parent, rank) children, those with the smallest sum of
-    ranks along the path.
+    """Make the tree of widths[i-1] nodes at depth i, the likeliest ones.
 
-    The sum of ranks stands for (un)likelihood; ties go to the better parent. Parents of a level are
-    ordered the same way.
+    Of all (parent, rank) children those with the smallest sum of ranks along the path are taken:
+    the sum stands for (un)likelihood; ties go to the better parent. Parents of a level are ordered
+    the same way.
     """
     levels = []
     costs = [0]
@@ -169,10 +180,11 @@ def from_widths(widths: tuple[int, ...]) -> DraftTree:
 
 @cache
 def make_tree(spec: str | tuple[int, ...], k: int) -> DraftTree:
-    """The draft tree for k SATs.
+    """Make the draft tree for k SATs.
 
-    spec: 'chain', 'paper', or a branching list; a list shorter than k ends in a chain. 'auto': a
-    chain, where no model has been asked (decode.with_tree).
+    spec: 'chain', 'paper', or a branching list; a list shorter than k ends in a chain. 'auto' is a
+    chain here: `resolved` in sdsat/decoding/resolve.py chooses by model. Raises InputError for
+    another spec, for too many nodes, and for a k that the paper has no tree for.
     """
     if spec in ("auto", "chain"):
         spec = (1,)
@@ -199,7 +211,10 @@ def make_tree(spec: str | tuple[int, ...], k: int) -> DraftTree:
 
 
 def parse_tree(text: str) -> str | tuple[int, ...]:
-    """'auto', 'chain', 'paper', or '2,1,1' -> (2, 1, 1)."""
+    """Read 'auto', 'chain', 'paper', or '2,1,1' -> (2, 1, 1).
+
+    Raises InputError for any other text.
+    """
     if text in ("auto", "chain", "paper"):
         return text
     try:

@@ -1,9 +1,8 @@
-"""The SDSAT adapter: a SAT embedding and low-rank updates (LoRA, arXiv 2106.09685) that act on SAT
-rows only.
+"""The SDSAT adapter: a SAT embedding and low-rank updates that act on SAT rows only.
 
-For a linear layer y = W x the adapter adds B A x on the rows named by `on_rows`, and nothing
-anywhere else: standard tokens never enter its arithmetic, so their logits are bit-identical to the
-base's (gated LoRA: arXiv 2507.11851).
+The updates are LoRA's (arXiv 2106.09685). For a linear layer y = W x the adapter adds B A x on the
+rows named by `on_rows`, and nothing anywhere else: standard tokens never enter its arithmetic, so
+their logits are bit-identical to the base's (gated LoRA: arXiv 2507.11851).
 
     attach(model)                  the hooks go in; nothing changes until rows are named
     with adapter.on_rows(1, 6):    rows 1..5 of the pass are SATs
@@ -45,12 +44,18 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 class AdapterConfig:
     """What an adapter is and where it belongs.
 
-    base_model: hub id, directory or embedded name of the base. base_sample: a few weights of it,
-    {tensor: numbers}.
-    targets: names of the linear layers that get an update. head: inner size of the draft head, 0
-    for none. everywhere: the update was trained to act on every row of a draft pass, not on SATs
-    alone (export.py). training: free-form facts on how it was made.
-    weights_sha256: of the weights' file beside it; None in adapters that were saved without.
+    Attributes:
+        base_model: hub id, directory or embedded name of the base.
+        sat: the id and number of its SATs.
+        rank: of the low-rank updates.
+        scale: factor of the updates.
+        targets: names of the linear layers that get an update.
+        head: inner size of the draft head, 0 for none.
+        everywhere: the update was trained to act on every row of a draft pass, not on SATs alone
+            (interfaces/export.py).
+        base_sample: a few weights of the base, {tensor: numbers}.
+        training: free-form facts on how it was made.
+        weights_sha256: of the weights' file beside it; None in adapters that were saved without.
     """
 
     base_model: str
@@ -66,8 +71,9 @@ class AdapterConfig:
 
 
 def sample_weights(model: nn.Module) -> dict[str, list[float]]:
-    """Eight numbers from each of a dozen weights spread over the model: names a base in any dtype
-    it is loaded in.
+    """Take eight numbers from each of a dozen weights spread over the model.
+
+    They tell a base from others in any dtype it is loaded in.
     """
     parameters = sorted(
         (name, p) for name, p in model.named_parameters() if p.dim() >= 1 and p.numel() >= 8
@@ -80,8 +86,9 @@ def sample_weights(model: nn.Module) -> dict[str, list[float]]:
 
 
 class _Fused:
-    """The updates of layers that read the same input, as one pair of matmuls: computed by the
-    first, kept for the others.
+    """The updates of layers that read the same input, as one pair of matmuls.
+
+    They are computed by the first layer and kept for the others.
     """
 
     def __init__(self, downs: list[Tensor], ups: list[Tensor], scale: float):
@@ -90,19 +97,26 @@ class _Fused:
         self.up = packed.best_linear(scale * torch.block_diag(*ups))
 
     def update(self, x: Tensor, on: _Pass, index: int) -> Tensor:
-        """[B, rows, out] of the group's layer `index` for the input x [B, S, in] of a pass."""
+        """Compute the update of the group's layer `index`, [B, rows, out].
+
+        x: [B, S, in], the layers' input. on: the pass.
+        """
         read, updates = on.computed.pop(self, (None, ()))
         if read is not x:
             updates = self.up(self.down(x[:, on.rows])).split(self.sizes, dim=-1)
-        if index + 1 < len(self.sizes):  # else the last of the group has come: keep no memory
+        if index + 1 < len(self.sizes):  # the last of the group keeps no memory
             on.computed[self] = x, updates
         return updates[index]
 
 
 @dataclass
 class _Pass:
-    """A forward pass with SATs: of which adapter, in which rows, and what its layers have computed
-    for others of their group.
+    """A forward pass with SATs.
+
+    Attributes:
+        adapter: whose SATs.
+        rows: in which they are.
+        computed: what its layers have computed for others of their group.
     """
 
     adapter: SatAdapter
@@ -116,8 +130,9 @@ _CURRENT: ContextVar[_Pass | None] = ContextVar("sdsat_pass", default=None)
 
 
 class SatAdapter(nn.Module):
-    """SAT embedding [D] and one (A [r, in], B [out, r]) pair for each targeted linear layer of
-    `model`.
+    """A SAT embedding [D] and one (A [r, in], B [out, r]) pair for each targeted linear layer.
+
+    Raises InputError where the model has no linear layer of a target's name.
     """
 
     def __init__(self, model: Any, config: AdapterConfig):
@@ -157,27 +172,29 @@ class SatAdapter(nn.Module):
         )
 
     def _targeted(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The layers that get an update, by name; one may be a wrapper around its linear layer
-        (PEFT).
+        """Yield the layers that get an update, by name.
+
+        One may be a wrapper around its linear layer (PEFT).
         """
         for name, layer in model.named_modules():
             if name.rsplit(".", 1)[-1] in self.config.targets and _linear_of(layer) is not None:
                 yield name, layer
 
     def attach(self, model: nn.Module) -> SatAdapter:
-        """Hook the low-rank updates into `model`'s linear layers. Undone by `detach`."""
+        """Add the low-rank updates to `model`'s linear layers, as hooks; `detach` undoes it.
+
+        Raises InputError where it is attached already.
+        """
         require(not self._handles, "adapter: already attached; detach it first")
         for name, layer in self._targeted(model):
             key = name.replace(".", "/")
-            # the same one again: weights.Snapshot
+            # The same hook goes in again: to weights.Snapshot another one is a change.
             hook = self._hooks.setdefault(key, _Update(self, key))
             self._handles.append(layer.register_forward_hook(hook))
         return self
 
     def fuse(self) -> SatAdapter:
-        """Prepare for decoding: from now on the updates take half the matmuls and have no
-        gradients.
-        """
+        """Prepare for decoding: updates then take half the matmuls, and have no gradients."""
         for key in self.down:
             parent, _, name = key.rpartition("/")
             names = next((names for names in _SAME_INPUT if name in names), (name,))
@@ -192,8 +209,10 @@ class SatAdapter(nn.Module):
         return self
 
     def follow(self, model: nn.Module) -> SatAdapter:
-        """Go where `model`, the one that it was made for, is now: to its dtype, its devices and its
-        layers; and fuse.
+        """Go where `model`, the one that it was made for, is now; and fuse.
+
+        The adapter takes the model's dtype, devices and layers. Raises InputError where a layer is
+        gone, and for numbers that are NaN or infinite.
         """
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         layers = dict(self._targeted(model))
@@ -219,21 +238,22 @@ class SatAdapter(nn.Module):
         return self.fuse().attach(model)
 
     def detach(self) -> None:
+        """Take the hooks out again."""
         while self._handles:
             self._handles.pop().remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what `fuse` has made: memory in an order that only this process knows."""
+        """Leave out what `fuse` has made: memory in an order that only this process knows."""
         return {**self.__dict__, "_fused": {}}
 
     def _current(self) -> _Pass | None:
-        """The pass of this thread, if it has SATs of this adapter."""
+        """Return the pass of this thread, if it has SATs of this adapter."""
         on = _CURRENT.get()
         return on if on is not None and on.adapter is self else None
 
     @contextmanager
     def on_rows(self, start: int, end: int) -> Iterator[None]:
-        """Within this block, rows start..end-1 of every forward pass of this thread are SATs."""
+        """Make rows start..end-1 of this thread's forward passes SATs, within this block."""
         before = _CURRENT.set(_Pass(self, slice(start, end)) if end > start else None)
         try:
             yield
@@ -241,8 +261,10 @@ class SatAdapter(nn.Module):
             _CURRENT.reset(before)
 
     def save(self, directory: str | Path) -> None:
-        """Write both files; each appears whole or not at all, and a pair of which only one was
-        replaced is refused by `load`.
+        """Write both files; each appears whole or not at all.
+
+        A pair of which only one was replaced is refused by `load`. Raises OSError where they can't
+        be written.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -310,7 +332,7 @@ class _Update:
 
 
 def _linear_of(layer: nn.Module) -> Any:
-    """The linear layer that this is, or that it is a wrapper of: the first one in it.
+    """Find the linear layer that this is, or that it is a wrapper of: the first one in it.
 
     None where there is none.
     """
@@ -318,8 +340,9 @@ def _linear_of(layer: nn.Module) -> Any:
 
 
 def _plain_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters by the names that they had before PEFT or a parametrization of torch's
-    moved them.
+    """Name a model's parameters as before they were moved.
+
+    PEFT, or a parametrization of torch's, moves them.
     """
     moved = {".base_layer.": ".", ".parametrizations.weight.original": ".weight"}
     named = dict[str, Tensor]()
@@ -331,7 +354,7 @@ def _plain_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def read_config(directory: str | Path) -> AdapterConfig:
-    """The checked `adapter_config.json` of an adapter directory.
+    """Read and check the `adapter_config.json` of an adapter directory.
 
     Raises InputError, one line, for anything odd in it.
     """
@@ -384,7 +407,7 @@ _KINDS: dict[str, Any] = {
     "training": dict,
     "weights_sha256": str,
 }
-# what the first adapters do not have
+# Keys that the first adapters do not have.
 _SINCE: dict[str, Any] = {"head": 0, "everywhere": False, "weights_sha256": ""}
 
 
@@ -402,8 +425,10 @@ def _check_base(model: nn.Module, config: AdapterConfig, directory: str | Path) 
 
 
 def _read_weights(directory: Path, sha256: str | None) -> dict[str, Tensor]:
-    """The tensors of an adapter directory, which are those that its config was written with
-    (`sha256`).
+    """Read the tensors of an adapter directory.
+
+    sha256: of those that its config was written with, None where it doesn't say. Raises InputError
+    for others, and for a damaged file.
     """
     where = f"adapter {directory}: {WEIGHTS_FILE}"
     try:

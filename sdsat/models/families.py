@@ -21,8 +21,9 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def check_family(config: Any, name: str) -> None:
-    """Refuse, with the reason, an architecture or a setting that the decoder isn't known to decode
-    exactly.
+    """Refuse an architecture or a setting that the decoder isn't known to decode exactly.
+
+    config: transformers' configuration. Raises InputError, with the reason.
     """
     kind = getattr(config, "model_type", None)
     require(
@@ -41,7 +42,7 @@ def check_family(config: Any, name: str) -> None:
         ),
     )
     ropes = getattr(config, "rope_parameters", None) or {}
-    # Gemma 3: one a type of layer
+    # Gemma 3 has one for each type of layer.
     for settings in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
         rope = settings.get("rope_type", "default")
         share = settings.get("partial_rotary_factor") or 1

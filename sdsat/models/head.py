@@ -21,8 +21,9 @@ SHORTLIST = 64  # tokens of a SAT that are ranked anew
 
 
 class DraftHead(nn.Module):
-    """A two-layer perceptron on a SAT's state and the embedding of the token at the SAT's own
-    position.
+    """A two-layer perceptron on a SAT's state and the embedding of the token before it.
+
+    That token stands at the SAT's own position. Weights: inner [size, 2 D], outer [D, size].
     """
 
     def __init__(self, hidden: int, size: int, dtype: torch.dtype, device: torch.device):
@@ -34,8 +35,9 @@ class DraftHead(nn.Module):
         self._fused: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
 
     def fuse(self) -> None:
-        """Prepare for decoding: the two matrices in the processor's own order where it has one,
-        without gradients.
+        """Prepare for decoding: pack the two matrices, without gradients.
+
+        They are in the processor's own order where it has one.
         """
         self._fused = (
             packed.best_linear(self.inner.detach()),
@@ -43,12 +45,13 @@ class DraftHead(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what `fuse` has made, as an adapter's."""
+        """Leave out what `fuse` has made, as an adapter does."""
         return {**self.__dict__, "_fused": None}
 
     def forward(self, states: Tensor, before: Tensor) -> Tensor:
-        """states [N, D]: last hidden states of SATs; before [N, D]: embeddings of the tokens
-        before. Returns moves [N, D].
+        """Compute moves [N, D] of SATs' states.
+
+        states: [N, D] last hidden states of SATs. before: [N, D] embeddings of the tokens before.
         """
         both = torch.cat(
             [rms_norm(states, states.shape[-1:]), rms_norm(before, before.shape[-1:])], dim=-1

@@ -1,4 +1,4 @@
-"""Which model this is: hashes of its files, or of its tensors where it was never in files."""
+"""The identity of a run's weights: hashes of the base and of the adapter."""
 
 from __future__ import annotations
 
@@ -8,42 +8,51 @@ from typing import Any
 
 import torch
 
-from sdsat.environment import code_hash, folder_hash
+from sdsat.environment import folder_hash
 from sdsat.files import sha256_of_all
 from sdsat.models import adapter as adapters
 from sdsat.models import loading
-from sdsat.models.sat_model import SatModel
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 
 
-def identity(name: str, model: SatModel | None = None) -> dict[str, str | None]:
-    """Hash what figures depend on beside the machine: this package's sources, base and adapter.
+def base_hash(name: str, lm: Any = None) -> str | None:
+    """Return what tells the base of model `name` from every other.
 
-    model: what was loaded by that name. Files are hashed whole (large ones once: see kept.py); of a
-    base from the hub it is the commit, and of one that was never in files its tensors. Raises
-    InputError, one line, for a model that isn't there.
+    Its files are hashed whole (large ones once: see cache_folder.py); of a base from the hub it is
+    the commit, and of one that was never in files the hash of its tensors.
+
+    lm: what was loaded by that name. Raises InputError, one line, for a model that isn't there.
     """
-    adapter, base = loading.places(name)
-    found: str | None
+    _, base = loading.places(name)
     if Path(base).is_dir():
-        found = folder_hash(Path(base), _MODEL_FILES)
-    else:
-        config = loading.read_config(base) if model is None else model.config
-        commit = getattr(config, "_commit_hash", None)
-        found = commit if commit or model is None else _tensors_hash(model.lm)
-    held = folder_hash(adapter, (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)) if adapter else None
-    return {
-        "code": code_hash(),
-        "base": found,
-        "adapter": held,
-    }
+        return folder_hash(Path(base), _MODEL_FILES)
+    config = loading.read_config(base) if lm is None else lm.config
+    commit: str | None = getattr(config, "_commit_hash", None)
+    return commit if commit or lm is None else _tensors_hash(lm)
 
 
-def _tensors_hash(model: Any) -> str:
-    """Of a model in memory."""
+def adapter_hash(name: str) -> str | None:
+    """Compute the hash of the adapter's files; None where model `name` is no adapter.
+
+    Raises InputError, one line, for a model that isn't there.
+    """
+    folder, _ = loading.places(name)
+    return adapter_files_hash(folder) if folder else None
+
+
+def adapter_files_hash(folder: Path) -> str:
+    """Compute the hash of the adapter in `folder`.
+
+    Raises InputError, one line, for a file that can't be read.
+    """
+    return folder_hash(folder, (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE))
+
+
+def _tensors_hash(lm: Any) -> str:
+    """Compute one hash for all tensors of a model in memory."""
     tensors = (
-        (name, tensor.detach().cpu().contiguous()) for name, tensor in model.state_dict().items()
+        (name, tensor.detach().cpu().contiguous()) for name, tensor in lm.state_dict().items()
     )
     flat = (
         (f"{name} {t.dtype} {tuple(t.shape)}", t.flatten().view(torch.uint8).numpy())

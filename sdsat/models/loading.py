@@ -1,6 +1,4 @@
-"""Loading: a model argument is a hub id, a local directory, an adapter directory, or the name of
-the embedded default.
-"""
+"""Loading: by hub id, local directory, adapter directory, or the embedded default's name."""
 
 from __future__ import annotations
 
@@ -29,7 +27,10 @@ from sdsat.models.sat_model import SatModel
 
 
 def check_model(model: Any, name: str) -> None:
-    """Refuse a model that transformers has loaded in a way in which passes can't run."""
+    """Refuse a model that transformers has loaded in a way in which passes can't run.
+
+    Raises InputError, with the reason.
+    """
     check_family(model.config, name)
     places = sorted({str(parameter.device) for parameter in model.parameters()})
     require(
@@ -41,7 +42,7 @@ def check_model(model: Any, name: str) -> None:
 
 @contextmanager
 def _one_line(name: str, path: str) -> Iterator[None]:
-    """Whatever goes wrong while a model is read, as one InputError."""
+    """Turn whatever goes wrong while a model is read into one InputError."""
     try:
         yield
     except InputError:
@@ -63,17 +64,26 @@ def _path_of(base: str) -> str:
 
 
 def places(name: str) -> tuple[Path | None, str]:
-    """The adapter's folder, where `name` is an adapter, and the folder or hub id of the base."""
+    """Return the adapter's folder and the base's folder or hub id.
+
+    The first is None where `name` is no adapter.
+
+    Raises InputError for a damaged adapter, and for what only looks like a model.
+    """
     return (_adapter_directory(name) if is_adapter(name) else None), _path_of(_base_of(name))
 
 
 def read_config(path: str) -> Any:
-    """A base's configuration, by folder or hub id; InputError, one line, where it can't be read."""
+    """Read a base's configuration, by folder or hub id.
+
+    Raises InputError, one line, where it can't be read.
+    """
     with _one_line(path, path):
         return AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
 
 
 def is_adapter(name: str) -> bool:
+    """Tell whether `name` is an adapter: a directory of one, or the embedded default."""
     return name == embedded.NAME or (Path(name) / adapters.CONFIG_FILE).is_file()
 
 
@@ -82,7 +92,7 @@ def _adapter_directory(name: str) -> Path:
 
 
 def _base_of(name: str) -> str:
-    """What to read the weights from.
+    """Return what to read the weights from.
 
     Raises InputError for what only looks like a model: a file, or a folder of GGUF files.
     """
@@ -110,7 +120,10 @@ def _base_of(name: str) -> str:
 
 
 def sized(name: str, dtype: str) -> devices.Size:
-    """How much memory `load(name, dtype)` takes, for `devices.place`; reads configs only."""
+    """Compute how much memory `load(name, dtype)` takes, for `devices.place`; reads configs only.
+
+    Raises InputError, one line, for a model that can't be decoded or read.
+    """
     check_dtype(dtype)
     base = _base_of(name)
     path = _path_of(base)
@@ -118,7 +131,7 @@ def sized(name: str, dtype: str) -> devices.Size:
         config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
         check_family(config, base)
         torch_dtype = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
-        # two bytes a number; held as it is and fused
+        # The file has two bytes a number; in memory are the adapter and its fused copy.
         weights = _adapter_directory(name) / adapters.WEIGHTS_FILE
         adapter = (
             weights.stat().st_size * torch_dtype.itemsize
@@ -154,8 +167,9 @@ def load_base(
 
 
 def _published(name: str) -> SatConfig | None:
-    """The SAT of a published checkpoint: a hub id, a directory of its name, or a snapshot in the
-    hub's cache folder.
+    """Return the SAT of a published checkpoint, None for any other name.
+
+    The name is a hub id, a directory of its name, or a snapshot in the hub's cache folder.
     """
     folder = Path(name).resolve() if Path(name).is_dir() else Path(name)
     snapshot = folder.parent.name == "snapshots"  # models--ainergy--NAME/snapshots/<commit>
@@ -165,8 +179,22 @@ def _published(name: str) -> SatConfig | None:
 def _sat_of_checkpoint(
     name: str, config: Any, token_id: int | None, k: int | None
 ) -> SatConfig | None:
-    """What the options say, then config.json's key `sdsat`, then what is known of the published
+    """Find a checkpoint's SAT.
+
+    The options come first, then config.json's key `sdsat`, then what is known of the published
     checkpoints.
+
+    Args:
+        name: of the checkpoint.
+        config: transformers' configuration.
+        token_id: of the SAT; None where no option gives it.
+        k: how many SATs were trained; None where no option gives it.
+
+    Returns:
+        The SAT, None where there is none.
+
+    Raises:
+        InputError: for a damaged key, and for a k without a SAT.
     """
     own = getattr(config, "sdsat", None)
     known = _published(name)
@@ -189,10 +217,10 @@ def _sat_of_checkpoint(
 def in_papers_form(
     name: str, sat_token_id: int | None = None, trained_k: int | None = None
 ) -> bool:
-    """Whether this is a full SDSAT checkpoint of CodeLlama's form, as the paper's are; only
-    config.json is read.
+    """Tell whether this is a full SDSAT checkpoint of CodeLlama's form, as the paper's are.
 
-    False, too, for what can't be loaded: `load` says why.
+    Only config.json is read. False, too, for what can't be loaded: `load` says why. Raises
+    InputError as `load` for the SAT's options.
     """
     if is_adapter(name) or name == embedded.BASE_NAME:
         return False
@@ -219,12 +247,19 @@ def load(
 ) -> SatModel:
     """Load a model by hub id, directory, adapter directory or embedded name.
 
-    dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own, which is read
-    without a second copy in memory.
-    device: see `devices.pick_devices`. sat_token_id, trained_k: override what the checkpoint says;
-    k is 5 where neither does.
-    context: positions of the cache that memory must be left for; a model that can't fit is refused
-    before it is loaded. Raises InputError, one line, for anything that can't be loaded.
+    Args:
+        name: of the model.
+        dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own, which is read
+            without a second copy in memory.
+        device: see `devices.pick_devices`.
+        sat_token_id: of the SAT, in place of what the checkpoint says.
+        trained_k: how many SATs were trained, in place of what the checkpoint says; 5 where neither
+            does.
+        context: positions of the cache that memory must be left for; a model that can't fit is
+            refused before it is loaded.
+
+    Raises:
+        InputError: in one line, for anything that can't be loaded.
     """
     require(
         isinstance(name, (str, Path)),
@@ -234,14 +269,17 @@ def load(
     check_dtype(dtype)
     whole("context", context, "1 or more, a whole number", 1)
     check_options(name, sat_token_id, trained_k)
-    devices.pick_devices(device)  # a wrong name is said before anything is fetched
+    devices.pick_devices(device)  # refuses a wrong name before anything is fetched
     device_map = devices.place(sized(name, dtype), device, context)
     model, tokenizer = load_base(_base_of(name), DTYPES.get(dtype, "auto"), device_map)
     return equip(model, tokenizer, name, sat_token_id, trained_k)
 
 
 def check_options(name: str, sat_token_id: int | None, trained_k: int | None) -> None:
-    """Refuse options that don't go together, before weights are read."""
+    """Refuse options that don't go together, before weights are read.
+
+    Raises InputError, one line.
+    """
     if sat_token_id is not None or trained_k is not None:
         SatConfig(
             0 if sat_token_id is None else sat_token_id, 1 if trained_k is None else trained_k
@@ -268,11 +306,19 @@ def equip(
     sat_token_id: int | None = None,
     trained_k: int | None = None,
 ) -> SatModel:
-    """A loaded base model with what `name` adds: an adapter (directory or embedded name), or the
-    SAT of its own checkpoint.
+    """Add to a loaded base what `name` brings: an adapter, or the SAT of its own checkpoint.
 
-    Options, already checked, and errors as those of `load`. The model's attention becomes
-    `attention.NAME`.
+    The model's attention becomes `attention.NAME`.
+
+    Args:
+        model: the base.
+        tokenizer: of the base, if any.
+        name: an adapter (directory or embedded name), or the model's own name.
+        sat_token_id: as of `load`, already checked.
+        trained_k: as of `load`, already checked.
+
+    Raises:
+        InputError: as `load`.
     """
     model.set_attn_implementation(attention.NAME)
     adapter = adapters.load(model, _adapter_directory(name)) if is_adapter(name) else None

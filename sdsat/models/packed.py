@@ -1,5 +1,4 @@
-"""Linear layers on the CPU with weights in the processor's own order (oneDNN), reordered once
-instead of in every call.
+"""Linear layers on the CPU with weights in the processor's own order (oneDNN), reordered once.
 
 A pass of a few rows reads every weight once, so reading them well is most of its time. Two things
 follow, both measured (docs/exactness.md, scripts/reference.sh): passes get faster, plain decoding's
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this processor has oneDNN kernels for the dtype."""
+    """Tell whether this processor has oneDNN kernels for the dtype."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (
@@ -34,19 +33,20 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A [out, in] weight in the order that `packed_linear` reads."""
+    """Reorder a weight [out, in] as `packed_linear` reads it."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] -> [..., out], as `torch.nn.functional.linear` with the weight that was packed;
-    no gradients.
+    """Multiply x [..., in] -> [..., out], as `torch.nn.functional.linear` does; no gradients.
+
+    packed: the weight by `pack`. bias: [out].
     """
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def best_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """x -> x W^T without gradients, packed where the processor can."""
+    """Make x -> x W^T without gradients, packed where the processor can."""
     if can_pack(weight.device, weight.dtype):
         return partial(packed_linear, packed=pack(weight))
     return partial(nn.functional.linear, weight=weight)
@@ -57,7 +57,7 @@ _IN_USE: ContextVar[bool] = ContextVar("sdsat_packed", default=False)  # of a th
 
 @contextmanager
 def in_use() -> Iterator[None]:
-    """Within this block, or as a decorator, packed weights are read instead of plain ones."""
+    """Read packed weights instead of plain ones within this block; a decorator, too."""
     before = _IN_USE.set(True)
     try:
         yield
@@ -80,19 +80,22 @@ class PackedLinears:
         ]
 
     def attach(self) -> PackedLinears:
+        """Give the layers the forwards that read packed weights."""
         for forward in self._forwards:
             forward.layer.forward = forward  # type: ignore[method-assign, assignment]
         return self
 
     def detach(self) -> None:
+        """Give the layers their own forwards back."""
         for forward in self._forwards:
             if vars(forward.layer).get("forward") is forward:
                 del forward.layer.forward
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Whether its forward is its class's, or one that an earlier PackedLinears has left (of a
-    copied model).
+    """Tell whether a layer's forward is its class's.
+
+    One that an earlier PackedLinears has left (of a copied model) counts too.
     """
     return isinstance(vars(layer).get("forward", None), _Forward | None)
 

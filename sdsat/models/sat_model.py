@@ -1,4 +1,4 @@
-"""What is decoded: a causal LM, its tokenizer, its SAT and, in adapter mode, its adapter."""
+"""The model that is decoded: a causal LM, its tokenizer, its SAT and maybe its adapter."""
 
 from __future__ import annotations
 
@@ -23,9 +23,15 @@ from sdsat.models.packed import in_use
 class SatModel:
     """A causal LM with what it takes to draft: its SAT settings and, in adapter mode, the adapter.
 
-    lm: transformers' model; its attention is `attention.NAME`. sat: None for a plain model, which
-    decodes without SATs only. Everything that runs passes takes a `SatModel` and keeps its own
-    state elsewhere (engines/, decoding/).
+    Everything that runs passes takes a `SatModel` and keeps its own state elsewhere (sdsat/engines,
+    sdsat/decoding).
+
+    Attributes:
+        lm: transformers' model; its attention is `attention.NAME`.
+        tokenizer: None where there is none.
+        name: for messages and results.
+        sat: None for a plain model, which decodes without SATs only.
+        adapter: None for a checkpoint that has its SAT itself, and for a plain model.
     """
 
     lm: PreTrainedModel
@@ -64,7 +70,7 @@ class SatModel:
 
     @property
     def config(self) -> Any:
-        """transformers' configuration of the LM."""
+        """The configuration that transformers has of the LM."""
         return self.lm.config
 
     @property
@@ -79,7 +85,7 @@ class SatModel:
 
     @property
     def max_context(self) -> int:
-        """Positions the model can take."""
+        """Positions that the model can take."""
         return getattr(self.lm.config, "max_position_embeddings", None) or 2**31
 
     @property
@@ -95,12 +101,12 @@ class SatModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return self.lm.get_input_embeddings().weight.dtype
 
     @property
     def head(self) -> DraftHead | None:
-        """The adapter's draft head."""
+        """The adapter's draft head, None where there is none."""
         return self.adapter.head if self.adapter else None
 
     @property
@@ -112,7 +118,7 @@ class SatModel:
         return tuple(eos) if isinstance(eos, list) else (eos,)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[1, S] token ids -> [1, S, D] input embeddings.
+        """Embed token ids [1, S] -> [1, S, D].
 
         The SAT's id takes the adapter's embedding, scaled as all (Gemma).
         """
@@ -125,15 +131,15 @@ class SatModel:
         return torch.where(is_sat[..., None], own, plain)
 
     def embed_standard(self, tokens: Tensor) -> Tensor:
-        """[...] ids of standard tokens -> [..., D] input embeddings."""
+        """Embed ids of standard tokens [...] -> [..., D]."""
         return self.lm.get_input_embeddings()(tokens)
 
     def output_rows(self, ids: Tensor) -> Tensor:
-        """[...] token ids -> [..., D] rows of the output layer."""
+        """Take the output layer's rows of token ids: [...] -> [..., D]."""
         return self.lm.get_output_embeddings().weight[ids]
 
     def mask(self, attend: Tensor, rows: Tensor, columns: Tensor) -> Tensor | dict[str, Tensor]:
-        """A pass's bool mask in the form that every layer's attention uses as it is.
+        """Make a pass's bool mask in the form that every layer's attention uses as it is.
 
         Arguments as of `attention.layer_masks`.
         """
@@ -154,7 +160,7 @@ class SatModel:
         cache: Any,
         **inputs: Any,
     ) -> Tensor:
-        """A pass through the decoder layers as transformers has them.
+        """Run a pass through the decoder layers as transformers has them.
 
         Args:
             embeddings: [B, S, D].
@@ -175,25 +181,28 @@ class SatModel:
         ).last_hidden_state
 
     def logits(self, states: Tensor) -> Tensor:
-        """Last hidden states [..., D] -> logits [..., V], as the model's own forward makes them."""
+        """Compute logits [..., V] of last hidden states [..., D] as the model's forward does."""
         with in_use():
             logits = self.lm.get_output_embeddings()(states)
         cap = getattr(self.lm.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def legal(self, logits: Tensor) -> Tensor:
-        """Logits [..., V], changed in place so that a SAT in the vocabulary is never chosen."""
+        """Mask a SAT in the vocabulary, which is never chosen: logits [..., V] change in place."""
         if self.sat is not None and self.sat.token_id < logits.shape[-1]:
             logits[..., self.sat.token_id] = float("-inf")
         return logits
 
     def sat_rows(self, start: int, end: int) -> AbstractContextManager[None]:
-        """Within this context, rows start..end-1 of a pass are SATs."""
+        """Make rows start..end-1 of a pass SATs, within this context."""
         return self.adapter.on_rows(start, end) if self.adapter else nullcontext()
 
     @contextmanager
     def set_aside(self, attention_name: str) -> Iterator[None]:
-        """Within this block the LM has no adapter, and transformers' attention of this name."""
+        """Take the adapter from the LM within this block, and give it transformers' attention.
+
+        attention_name: which of transformers' attentions.
+        """
         if self.adapter is not None:
             self.adapter.detach()
         self.lm.set_attn_implementation(attention_name)

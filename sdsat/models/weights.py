@@ -1,11 +1,11 @@
-"""What engines are made of, a model's modules and weights: whether they are still the same, and
-whether they alone say what it computes.
+"""What engines are made of: a model's modules and weights.
 
-Engines hold weights in an order of their own, and the native one runs no module at all. So before
-every generation a `Snapshot` says whether anything is another than when they were made
-(model.renew). And `strange_part` names what makes a model's forward another than its weights and
-its config tell: a wrapper (PEFT's LoRA), a hook, a parametrization, a subclass. Such a model goes
-through its own modules, and only if these treat every row alike (engine.check_rows).
+Two questions are answered here: whether they are still the same, and whether they alone say what
+the model computes. Engines hold weights in an order of their own, and the native one runs no module
+at all. So before every generation a `Snapshot` says whether anything is another than when they were
+made (Decoder.renew). And `strange_part` names what makes a model's forward another than its weights
+and its config tell: a wrapper (PEFT's LoRA), a hook, a parametrization, a subclass. Such a model
+goes through its own modules, and only if these treat every row alike (engines.choose.check_rows).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _global
 from transformers import PreTrainedModel
 
-_MODULES = ("torch.nn.modules.", "transformers.")  # where modules come from whose forward is known
-# and hooks that leave what a module computes as it is
+# Where modules come from whose forward is known, and hooks that change nothing that is computed.
+_MODULES = ("torch.nn.modules.", "transformers.")
 _HOOKS = ("transformers.", "accelerate.", "sdsat.")
-# of a module, that it computes with
+# Attributes of a module that it computes with.
 _NUMBERS = ("scaling", "attention_scaling", "variance_epsilon")
 _READ = 8  # bytes of a weight that are looked at, at each of `_PLACES` places of it
 _PLACES = 4
@@ -40,7 +40,7 @@ class Snapshot:
 
     def __init__(self, *roots: nn.Module | None):
         self._roots = [root for root in roots if root is not None]
-        # no other gets their ids
+        # They are kept alive, so that nothing else gets their ids.
         self._alive = [
             part for module in _walk(self._roots) for part in (module, *_tensors(module))
         ]
@@ -54,13 +54,13 @@ class Snapshot:
         return [ctypes.string_at(place, _READ) for place in self._places]
 
     def holds(self) -> bool:
-        """Whether all of it is still so."""
-        # in this order: addresses are still theirs
+        """Tell whether all of it is still so."""
+        # In this order: while the facts hold, the addresses that are read are still theirs.
         return _facts(self._roots) == self._facts and self._read() == self._numbers
 
 
 def _walk(roots: list[nn.Module]) -> Iterator[nn.Module]:
-    """Every module, one that is used twice, twice. Faster than `modules()`: its reason."""
+    """Yield every module, one that is used twice, twice. Faster than `modules()`, hence here."""
     todo = [*roots]
     while todo:
         module = todo.pop()
@@ -85,7 +85,7 @@ def _global_hooks() -> list[Any]:
 
 
 def _facts(roots: list[nn.Module]) -> list[Any]:
-    """Numbers and types that are others as soon as something else is computed, or computed with."""
+    """List numbers and types that change with what is computed, or computed with."""
     facts: list[Any] = [id(hook) for hook in _global_hooks()]
     facts += [
         getattr(root, "config", None) and getattr(root.config, "_attn_implementation", None)
@@ -104,7 +104,7 @@ def _facts(roots: list[nn.Module]) -> list[Any]:
 
 
 def _places(tensor: Tensor) -> list[int]:
-    """Addresses in a tensor, spread over it, at which `_READ` bytes may be read."""
+    """List addresses in a tensor, spread over it, at which `_READ` bytes may be read."""
     size = tensor.numel() * tensor.element_size()
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or size < _READ:
         return []
@@ -115,8 +115,9 @@ def _places(tensor: Tensor) -> list[int]:
 
 
 def strange_part(model: PreTrainedModel) -> str | None:
-    """The first thing, in words, that makes the forward of `model` another than weights and config
-    tell; None: there is none.
+    """Name the first thing that makes a model's forward another than weights and config tell.
+
+    None where there is none.
     """
     if any(not _from(hook, _HOOKS) for hook in _global_hooks()):
         return "there is a forward hook for all modules"
@@ -134,15 +135,16 @@ def strange_part(model: PreTrainedModel) -> str | None:
 
 
 def _from(thing: Any, packages: tuple[str, ...]) -> bool:
-    """Whether a class, a function, or what is called like one, is from one of these packages."""
+    """Tell whether a class, or what is called like a function, is from one of these packages."""
     while isinstance(thing, partial):
         thing = thing.func
     return str(getattr(thing, "__module__", "")).startswith(packages)
 
 
 def _another_form(model: PreTrainedModel) -> str | None:
-    """What is another in `model` than in a new model of its class and its config, but for tensors
-    (native.py).
+    """Say what is another in `model` than in a new model of its class and its config.
+
+    Tensors are left out: an engine reads them as they are. None where all is the same.
     """
     with torch.device("meta"):
         new = type(model)(copy.deepcopy(model.config))
@@ -164,5 +166,5 @@ def _another_form(model: PreTrainedModel) -> str | None:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """A module's numbers, such as the epsilon of a norm."""
+    """Collect a module's numbers, such as the epsilon of a norm."""
     return {key: value for key, value in vars(module).items() if type(value) in (int, float)}

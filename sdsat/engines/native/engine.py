@@ -1,12 +1,12 @@
-"""The native engine: a whole pass of a Llama-form decoder on a CPU in one call (native.cpp), for
-bfloat16 and float32.
+"""The native engine: a pass of a Llama-form decoder on a CPU in one call, bfloat16 and float32.
 
 It does what transformers' modules do, with the same weights and the same rounding between
 operations, but reads every weight once at the memory's pace and leaves no work between two layers
-to Python: a pass of one token of the default model takes a fifth of the time. And a row's result
-has the same bits whatever its pass looks like: see native.cpp. The library is compiled at first use
+to Python: a pass of one token of the default model takes a fifth of the time. A row's result has
+the same bits whatever its pass looks like: forward.h says why. The library is compiled at first use
 (a C++ compiler; some seconds) and kept in the cache folder; without a compiler, on a GPU, and for
-sizes that it was not written for, passes go through transformers' modules (transformers.py).
+sizes that it was not written for, passes go through transformers' modules
+(sdsat/engines/transformers.py).
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from sdsat.method.sampling import as_seed
 from sdsat.method.tree import DraftTree
 from sdsat.models.sat_model import SatModel
 
-PREFILL_ROWS = 256  # of one pass over a prompt
-_KEYS = 64  # native.cpp keeps keys of so many tokens together
+PREFILL_ROWS = 256  # rows of one pass over a prompt
+_KEYS = 64  # keys of so many tokens lie together (KEY_BLOCK in cache.h)
 
 
 class NativeCache:
-    """Keys and values in native.cpp's order; `length` committed tokens of one sequence.
+    """Keys and values in the order of cache.h; `length` committed tokens of one sequence.
 
-    Sized once, written in place.
+    It is sized once and written in place.
     """
 
     def __init__(self, weights: NativeWeights, num_slots: int):
@@ -74,7 +74,7 @@ class NativeCache:
 
 
 class NativeEngine(Engine):
-    """Passes in one call of native.cpp.
+    """Passes in one call of the C++ library.
 
     Passes in 8 bits read the cache of the exact ones; what they write there is never kept. Raises
     Unavailable for a model, a device or a machine that it wasn't written for.
@@ -89,7 +89,7 @@ class NativeEngine(Engine):
 
     @property
     def name(self) -> str:
-        """'native'."""
+        """The name 'native'."""
         return "native"
 
     @cached_property
@@ -178,7 +178,7 @@ class NativeEngine(Engine):
         return states, logits
 
     def _checked(self, cache: NativeCache) -> NativeCache:
-        """The cache, if it is of this model's form. Raises InputError if it isn't."""
+        """Return the cache, if it is of this model's form. Raises InputError if it isn't."""
         config = self.exact.struct
         shape = (config.layers, config.kv_heads, cache.struct.slots, config.dim)
         for part in (cache.keys, cache.values):
@@ -242,5 +242,5 @@ class NativeEngine(Engine):
 
 @lru_cache(maxsize=256)
 def _shape(tree: DraftTree) -> tuple[Tensor, ...]:
-    """Parents, ranks and depths, [N] each."""
+    """Return parents, ranks and depths of a tree, [N] each."""
     return tuple(torch.tensor([tree.parents, tree.ranks, tree.depths]))

@@ -1,4 +1,4 @@
-"""A model's weights as native.cpp reads them: packed in the order of a processor's vectors."""
+"""A model's weights as C++ reads them: packed in the order of a processor's vectors."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from sdsat.models.attention import sliding_window
 from sdsat.models.sat_model import SatModel
 from sdsat.models.weights import strange_part
 
-# native.cpp has all that their modules in transformers compute, and no more
+# The engine has all that their modules in transformers compute, and no more.
 _FORMS = ("llama", "mistral", "qwen2", "qwen3")
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# of the sizes that native.cpp takes together on any processor
+# Sizes of linear layers are multiples of this: whole blocks (kernels.h) on any processor.
 MULTIPLE = 32
 
 
 def pack(weight: Tensor, step: int) -> Tensor:
-    """[out, in] -> [out / 2 L, in / step, 2, L, step], L the lanes of a vector; zeros up to whole
-    blocks and steps.
+    """Pack a weight [out, in] -> [out / 2 L, in / step, 2, L, step], L the lanes of a vector.
+
+    Zeros fill it up to whole blocks and steps.
     """
     out, inner = weight.shape
     weight = nn.functional.pad(weight.detach(), (0, -inner % step, 0, -out % MULTIPLE))
@@ -46,10 +47,10 @@ def pack(weight: Tensor, step: int) -> Tensor:
 
 
 def pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[out, in] in 8 bits, one scale an output, out padded: (bytes [out / L, in / 4, L, 4] from 1
-    to 255, scales [out]).
+    """Round a weight [out, in] to 8 bits, one scale an output, and pack it.
 
-    An element is (byte - 128) * scale; L: the lanes of a vector.
+    Returns bytes [out / L, in / 4, L, 4] from 1 to 255, L the lanes of a vector, and scales [out],
+    out padded. An element is (byte - 128) * scale.
     """
     weight = nn.functional.pad(weight.detach().float(), (0, 0, 0, -weight.shape[0] % MULTIPLE))
     scale = weight.abs().amax(1).clamp_min(1e-20) / 127
@@ -60,11 +61,13 @@ def pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class NativeWeights:
-    """The weights of a model, and of its adapter, in native.cpp's order.
+    """The weights of a model, and of its adapter, in the order that C++ reads.
 
-    The copy takes as much memory as the weights. int8: linear layers in 8 bits, for passes that
-    only draft: half the bytes to read, and nearly the same guesses. `struct` is what C++ reads.
-    Raises Unavailable for what native.cpp was not written for.
+    The copy takes as much memory as the weights. `struct` is what C++ reads. Raises Unavailable for
+    what the engine was not written for.
+
+    int8: linear layers in 8 bits, for passes that only draft: half the bytes to read, and nearly
+    the same guesses.
     """
 
     def __init__(self, model: SatModel, int8: bool = False):
@@ -97,9 +100,8 @@ class NativeWeights:
         if strange := strange_part(lm):
             raise Unavailable(strange)
         library()
-        self._positions = (
-            min(model.max_context, 2**20) + 2 * MAX_ROWS
-        )  # drafts and the probe look ahead
+        # Drafts and the probe look ahead.
+        self._positions = min(model.max_context, 2**20) + 2 * MAX_ROWS
         positions = torch.arange(self._positions)[None]
         rotary = base.rotary_emb(torch.zeros(1, dtype=self.dtype), positions)
         cos, sin = (
@@ -138,7 +140,7 @@ class NativeWeights:
         )  # fmt: skip
 
     def _checked(self, name: str, tensor: Tensor, *shape: int) -> Tensor:
-        """The tensor, if C++ may read it.
+        """Return the tensor, if C++ may read it.
 
         Raises Unavailable, with the name, unless it has the engine's dtype and this shape.
         """
@@ -171,14 +173,14 @@ class NativeWeights:
         return self._kept[-1]
 
     def _packed(self, *weights: Tensor) -> list[Matrix]:
-        """Matrices with as many outputs, block by block beside each other in memory."""
+        """Pack weights with as many outputs, block by block beside each other in memory."""
         blocks = (weights[0].shape[0] + -weights[0].shape[0] % MULTIPLE) // (
             2 * library().sdsat_lanes()
         )
         packed = [
             pack8(weight) if self._int8 else (pack(weight, self._step),) for weight in weights
         ]
-        # bytes, and scales in 8 bits
+        # All parts as bytes, the scales of weights in 8 bits too.
         held = [[part.view(blocks, -1).view(torch.uint8) for part in parts] for parts in packed]
         together = self._keep(torch.cat([part for parts in held for part in parts], 1))
         at = together.data_ptr()

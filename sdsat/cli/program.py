@@ -1,0 +1,95 @@
+"""Running a command line: every expected failure is one line on stderr and an exit code.
+
+Bad input: 2; an interrupt: 130; a dead worker, a difference that an audit can't explain, memory
+that ran out: 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sdsat.config import InputError, LoadConfig, plain_warnings
+
+_INTERRUPTED = "interrupted; what was finished is kept, and the same command resumes"
+UsageError: Any = (
+    typer.BadParameter.__base__
+)  # typer carries a click of its own, without a public name for it
+
+
+def run(command: Callable[..., None]) -> None:
+    """Entry point of a script with one command, whose arguments and errors are handled as this
+    program's own.
+    """
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    script.command()(command)
+    run_app(script)
+
+
+def run_app(application: typer.Typer) -> None:
+    """Run the app and turn every expected failure into one line and an exit code."""
+    plain_warnings()
+    try:
+        code = application(standalone_mode=False)
+        if code == 130:  # how typer reports an interrupt
+            code = _fail(_INTERRUPTED, code)
+    except InputError as error:
+        code = _fail(str(error), 2)
+    except UsageError as error:
+        code = _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail(_INTERRUPTED, 130)
+    except SystemExit as error:
+        code = _fail(error.code, 1) if isinstance(error.code, str) else error.code
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+            raise
+        code = _fail(str(error).splitlines()[0], 1)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    line = message if message.startswith("error") else f"error: {message}"
+    Console(stderr=True, soft_wrap=True).print(Text(line))
+    return code
+
+
+def show(table: Table, width: int) -> None:
+    """Print a table at least so many columns wide, for a terminal's line may be cut but not read
+    when cells are.
+    """
+    Console(width=max(width, Console().width)).print(table)
+
+
+def load_decoder(name: str, config: LoadConfig) -> Any:
+    """Load the model that a command works on."""
+    from sdsat.decoding.loop import Decoder
+
+    return Decoder.load(
+        name,
+        config.dtype,
+        config.device,
+        config.sat_token_id,
+        config.engine,
+        trained_k=config.trained_k,
+    )
+
+
+def is_first() -> bool:
+    """Whether this is the only process, or the first that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def own_gpu() -> str:
+    """Under a launcher, each process's own GPU."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK")
+    return local if local and torch.cuda.is_available() else ""

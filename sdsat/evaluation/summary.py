@@ -1,0 +1,244 @@
+"""Figures of a benchmark, and how sure they are: from worker documents to `summary.json`.
+
+The schema of both is documented in docs/results.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from sdsat.config import ALL_STRATEGIES, InputError, looks_up, require
+
+SCHEMA_VERSION = 4
+_RESAMPLES = 10_000
+Rows = np.ndarray  # [problems, columns]
+Key = tuple[str, int, int]  # strategy, k, tokens to look up
+AR_KEY: Key = ("ar", 0, 0)
+_ORDER = ("transformers", "ar", *ALL_STRATEGIES)
+
+
+def read_workers(folder: Path) -> list[dict[str, Any]]:
+    """The worker documents of a results folder.
+
+    Raises InputError for a damaged file or another schema.
+    """
+    documents = []
+    for path in sorted(folder.glob("worker_*.json")):
+        try:
+            document = json.loads(path.read_text())
+            version = document["schema_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: not a worker document ({error!r}); delete it to measure its "
+                "problems again"
+            ) from None
+        expected = f"expected {SCHEMA_VERSION}; delete the folder or choose another RESULTS_DIR"
+        require(version == SCHEMA_VERSION, f"{path}: schema_version {version}, {expected}")
+        documents.append(document)
+    return documents
+
+
+def seconds_of(run: dict[str, Any]) -> float:
+    """Prefill and decoding together."""
+    return float(run["prefill_seconds"] + run["decode_seconds"])
+
+
+def key_of(run: dict[str, Any]) -> Key:
+    """What tells a run of a problem from its others."""
+    return run["strategy"], run["k"], run["lookup"]
+
+
+def name_of(key: Key) -> str:
+    """As a plot's legend has it."""
+    strategy, k, lookup = key
+    if lookup and not k:
+        return f"{strategy}, {lookup} tokens, no SATs"
+    return f"{strategy}, k = {k}" + (" without lookup" if looks_up(strategy) and not lookup else "")
+
+
+def run_of(problem: dict[str, Any], key: Key) -> dict[str, Any]:
+    """The run of a problem with this strategy, k and lookup."""
+    return next(run for run in problem["runs"] if key_of(run) == key)
+
+
+def interval(rows: Rows, statistic: Callable[[Rows], np.ndarray]) -> list[float] | None:
+    """95 % interval of `statistic` over problems like these: scipy's BCa bootstrap; None for a
+    single problem.
+
+    It covers the choice of problems. What a repetition on the same machine would change is in it
+    only as far as it differs from problem to problem. statistic: sums [..., columns] over problems
+    -> [...].
+    """
+    if len(rows) < 2:
+        return None
+    without_one = statistic(rows.sum(0) - rows)
+    # all problems say the same: nothing to draw from
+    if np.ptp(without_one) <= 1e-9 * np.abs(without_one).max():
+        low = high = float(statistic(rows.sum(0)))
+    else:
+        drawn = scipy.stats.bootstrap(
+            (np.arange(len(rows)),),
+            lambda places, axis: statistic(rows[places].sum(axis - 1)),  # axis -1: of the places
+            n_resamples=_RESAMPLES,
+            batch=1000,
+            vectorized=True,
+            method="BCa",
+            rng=np.random.default_rng(0),
+        )
+        low, high = drawn.confidence_interval
+    return [round(float(low), 4), round(float(high), 4)]
+
+
+def ratio(sums: Rows) -> np.ndarray:
+    """sums [..., 2]: the first over the second -> [...]."""
+    return sums[..., 0] / np.maximum(sums[..., 1], 1e-9)
+
+
+def speedup(sums: Rows) -> np.ndarray:
+    """sums [..., 4]: tokens and seconds of a strategy, and of the one that it is compared with ->
+    [...].
+    """
+    return sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3])
+
+
+class _Counts:
+    """What was counted on each problem, by name: arrays [problems]."""
+
+    def __init__(self, **columns: Any) -> None:
+        self._columns = {name: np.array(column, float) for name, column in columns.items()}
+
+    def total(self, name: str) -> float:
+        """The sum over the problems."""
+        return float(self._columns[name].sum())
+
+    def rows(self, *names: str) -> Rows:
+        """[problems, names]."""
+        return np.stack([self._columns[name] for name in names]).T
+
+
+def _by_depth(runs: list[dict[str, Any]], name: str) -> np.ndarray:
+    """[problems, depth] of a run's list with one number a depth."""
+    return np.array([run[name] for run in runs]).reshape(len(runs), -1)
+
+
+def _drafting(counts: _Counts, loops: float, verified: float) -> dict[str, Any]:
+    """Figures of acceptance; None each where nothing was drafted.
+
+    loops: passes that verified drafts. verified: tokens that these emitted.
+    """
+    names = ("acceptance_rate", "accepted_per_loop")
+    if counts.total("proposed") == 0:
+        none = {key: None for name in names for key in (name, f"{name}_ci95")}
+        return {**none, "mean_accepted_tokens": None}
+    accepted = counts.total("accepted")
+    return {
+        "acceptance_rate": round(accepted / counts.total("proposed"), 4),
+        "acceptance_rate_ci95": interval(counts.rows("accepted", "proposed"), ratio),
+        "accepted_per_loop": round(accepted / loops, 4),
+        "accepted_per_loop_ci95": interval(counts.rows("accepted", "loops"), ratio),
+        "mean_accepted_tokens": round(verified / loops, 4),
+    }
+
+
+def _run_summary(
+    problems: list[dict[str, Any]], key: Key, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """One object of `runs`: what was measured for one strategy, k and lookup, over the problems."""
+    strategy, k, lookup = key
+    runs = [run_of(problem, key) for problem in problems]
+    plain = [run_of(problem, AR_KEY) for problem in problems]
+    accepted = _by_depth(runs, "accepted_by_depth")
+    proposed = _by_depth(runs, "proposed_by_depth")
+    counts = _Counts(
+        tokens=[run["num_new_tokens"] for run in runs],
+        seconds=[seconds_of(run) for run in runs],
+        ar_tokens=[run["num_new_tokens"] for run in plain],
+        ar_seconds=[seconds_of(run) for run in plain],
+        accepted=accepted.sum(1),
+        proposed=proposed.sum(1),
+        loops=[sum(run["accepted_histogram"]) for run in runs],
+    )
+    tokens = counts.total("tokens")
+    seconds = counts.total("seconds")
+    loops = counts.total("loops")
+    passes = sum(run["num_passes"] for run in runs)
+    rounded = sum(run["num_rounded_passes"] for run in runs)
+    prefill_seconds = sum(run["prefill_seconds"] for run in runs)
+    compared = counts.rows("tokens", "seconds", "ar_tokens", "ar_seconds")
+    # a pass that verifies nothing makes one token, one in 8 bits none
+    drafting = _drafting(counts, loops, tokens - (passes - rounded - loops))
+    pairs = zip(accepted.sum(0), proposed.sum(0), strict=True)
+    return {
+        "dataset": settings["dataset"],
+        "strategy": strategy,
+        "k": k,
+        "lookup": lookup,
+        "tree": settings["tree"] if k else None,
+        "num_problems": len(problems),
+        "num_new_tokens": int(tokens),
+        "num_passes": passes,
+        "num_plain_passes": sum(run["num_plain_passes"] for run in runs),
+        "num_rounded_passes": rounded,
+        "seconds": round(seconds, 4),
+        "prefill_seconds": round(prefill_seconds, 4),
+        "tokens_per_second": round(tokens / seconds, 4),
+        "tokens_per_second_ci95": interval(counts.rows("tokens", "seconds"), ratio),
+        "speedup": round(float(speedup(compared.sum(0))), 4),
+        "speedup_ci95": interval(compared, speedup),
+        "acceptance_rate": drafting["acceptance_rate"],
+        "acceptance_rate_ci95": drafting["acceptance_rate_ci95"],
+        "acceptance_by_depth": [round(a / max(p, 1), 4) for a, p in pairs],
+        "accepted_histogram": np.sum([run["accepted_histogram"] for run in runs], axis=0).tolist(),
+        "accepted_per_loop": drafting["accepted_per_loop"],
+        "accepted_per_loop_ci95": drafting["accepted_per_loop_ci95"],
+        "mean_accepted_tokens": drafting["mean_accepted_tokens"],
+        "tokens_per_pass": round(tokens / passes, 4),
+        "seconds_per_pass": round((seconds - prefill_seconds) / passes, 6),
+        "identical_outputs": sum(map(_identical, runs, plain)),
+    }
+
+
+def _identical(run: dict[str, Any], plain: dict[str, Any]) -> bool:
+    """Whether every turn's output is that of every turn of AR."""
+    return len({*run["outputs_sha256"], *plain["outputs_sha256"]}) == 1
+
+
+def summarize(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge worker documents into the content of `summary.json`.
+
+    Raises InputError where they hold no problem.
+    """
+    problems = [problem for document in documents for problem in document["problems"]]
+    require(len(problems) > 0, "results: no finished problem")
+    settings = documents[0]["settings"]
+    keys = [key_of(run) for run in problems[0]["runs"]]
+    keys.sort(key=lambda key: (_ORDER.index(key[0]), *key[1:]))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "environment": documents[0]["environment"],
+        "settings": settings,
+        "runs": [_run_summary(problems, key, settings) for key in keys],
+    }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """One line that says what was measured, on what."""
+    settings = summary["settings"]
+    environment = summary["environment"]
+    method = (
+        "greedy"
+        if settings["method"] == "greedy"
+        else f"nucleus, temperature {settings['temperature']}"
+    )
+    dtype = environment.get("dtype", settings["dtype"])
+    return (
+        f"{settings['model']}, {settings['dataset']}, {summary['runs'][0]['num_problems']} "
+        f"problems, {method}, "
+        f"{dtype}, up to {settings['max_new_tokens']} new tokens, {environment['device_name']}"
+    )

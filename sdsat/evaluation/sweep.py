@@ -1,0 +1,417 @@
+"""What is tried on which problems: the settings of `bench`, `verify`, `eval` and `inspect`.
+
+A `Sweep` expands to a list of `Setting`s (strategy x k x lookup x tree) and a list of samplings;
+each command decodes every problem with all of them. Nothing here needs torch before a sweep is
+made, so that `sdsat --help` is fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdsat.config import (
+    ALL_STRATEGIES,
+    MAX_NEW_TOKENS,
+    NUM_LOOKUP,
+    NUMBERS,
+    SEED,
+    TEMPERATURE,
+    TEMPLATE_OPTIONS,
+    TREE,
+    WHOLE_NUMBERS,
+    WORD,
+    WORDS,
+    CheckpointConfig,
+    DecodeConfig,
+    Option,
+    SamplingConfig,
+    Text,
+    keys_of,
+    keys_with_parts,
+    option,
+    require,
+)
+from sdsat.tasks.datasets import (
+    HUMANEVAL,
+    INFILLING,
+    INFILLING_PSM,
+    Limit,
+    check_dataset,
+    check_limit,
+    limit_text,
+    read_limit,
+)
+
+_DATA_LIMIT = Option(
+    "How many problems: a number, a share such as 3%, or 'all'.",
+    env="DATA_LIMIT",
+    text=Text(lambda _, text: read_limit(text), limit_text),
+)
+_K_LIST = Option(env="K_LIST", text=WHOLE_NUMBERS)
+_STRATEGIES = Option(
+    "Of lookup, two-step, rounded, one-pass and auto, with commas between.",
+    env="STRATEGIES",
+    text=WORDS,
+)
+
+
+class Setting(NamedTuple):
+    """One way to decode.
+
+    strategy: one of config.ALL_STRATEGIES, or a baseline that drafts nothing: 'ar', plain decoding,
+    and 'transformers', the outside reference. k: SATs a group. lookup: tokens to look up; None: as
+    the strategy has it. tree: as the command line has it.
+    """
+
+    strategy: str
+    k: int = 0
+    lookup: int | None = None
+    tree: str = "auto"
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it is no baseline."""
+        return self not in (AR, TRANSFORMERS)
+
+    def of(self, plain: DecodeConfig) -> DecodeConfig:
+        """The settings of a generation: `plain` (Sweep.plain), with what this one drafts by."""
+        from sdsat.method.tree import parse_tree
+
+        if not self.drafts:
+            return plain
+        tree = parse_tree(self.tree)
+        return replace(plain, strategy=self.strategy, k=self.k, lookup=self.lookup, tree=tree)
+
+
+AR = Setting("ar", lookup=0)
+TRANSFORMERS = Setting("transformers", lookup=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Which problems are answered, how they are asked, and how long an answer may be.
+
+    data_limit: see datasets.limited. template_options: see prompts.encode.
+    """
+
+    data_limit: Limit = option(None, _DATA_LIMIT)
+    max_new_tokens: int = option(256, MAX_NEW_TOKENS)
+    template_options: tuple[str, ...] = option((), TEMPLATE_OPTIONS)
+
+    def __post_init__(self) -> None:
+        check_limit(self.data_limit)
+        DecodeConfig(0, self.max_new_tokens)
+
+    def plain(
+        self,
+        sampling: SamplingConfig | None = None,
+        task_id: str = "",
+        stop_ids: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+    ) -> DecodeConfig:
+        """Plain decoding of a problem.
+
+        Args:
+            sampling: of which the problem has its own form; None for greedy.
+            task_id: of the problem.
+            stop_ids: token ids that end the answer.
+            stop_strings: texts that end it.
+        """
+        own = (sampling or SamplingConfig()).of_problem(task_id)
+        return DecodeConfig(
+            0,
+            self.max_new_tokens,
+            sampling=own,
+            stop_ids=tuple(stop_ids),
+            stop_strings=tuple(stop_strings),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Asked):
+    """Every strategy at every k, and with every tree; AR is always among them.
+
+    top_k, top_p: for temperatures above 0.
+    """
+
+    k_list: tuple[int, ...] = option((5,), _K_LIST)
+    strategies: tuple[str, ...] = option(("two-step", "auto"), _STRATEGIES)
+    top_k: int = option(10)
+    top_p: float = option(0.95)
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be decoded with, in one line, before a model is loaded."""
+        from sdsat.method.tree import make_tree, parse_tree
+
+        super().__post_init__()
+        SamplingConfig(0, self.top_k, self.top_p)
+        require(len(self.samplings) > 0, "temperature, seeds: none; expected one or more")
+        for k in self.k_list:
+            DecodeConfig(k)
+        for strategy in self.strategies:
+            DecodeConfig(None, strategy=strategy)
+        for tree in self._trees:
+            parse_tree(tree)
+        for setting in self.settings:
+            decode = setting.of(self.plain())
+            if decode.k:
+                make_tree(decode.tree, decode.k)
+
+    @property
+    def _trees(self) -> tuple[str, ...]:
+        """The draft trees, as the command line has them."""
+        raise NotImplementedError
+
+    @property
+    def samplings(self) -> list[SamplingConfig]:
+        """How tokens are chosen, in turn."""
+        raise NotImplementedError
+
+    @property
+    def settings(self) -> list[Setting]:
+        """What is tried on each problem, AR first; what has no SATs is there once."""
+        drafting = [
+            Setting(strategy, k, None, tree)
+            for strategy, k in keys_of(self.strategies, self.k_list)
+            for tree in (self._trees if k else ("auto",))
+        ]
+        return [AR, *dict.fromkeys(drafting)]
+
+    def _add_ar(self) -> None:
+        """Have 0, AR, among the values of k."""
+        object.__setattr__(self, "k_list", tuple(sorted({0, *self.k_list})))
+
+    def _samplings(
+        self, temperatures: Sequence[float], seeds: Sequence[int]
+    ) -> list[SamplingConfig]:
+        """Greedy once, where 0 is among the temperatures; every other one with every seed."""
+        greedy = [SamplingConfig()] if 0 in temperatures else []
+        return greedy + [
+            SamplingConfig(temperature, self.top_k, self.top_p, seed)
+            for temperature in temperatures
+            if temperature != 0
+            for seed in seeds
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(Sweep, CheckpointConfig):
+    """What is measured. Everything but data_limit must be the same for a results folder to be
+    resumed.
+
+    method: 'greedy' or 'nucleus'; temperature, top_k and top_p hold for nucleus only. seed: each
+    problem has its own form of it.
+    k_list: AR (0) is always among them. strategies: each at every k, but `auto` once, with the
+    largest, beside what it is made of: 'lookup' alone, and itself without lookup.
+    lookup: how many tokens 'auto' and 'lookup' look up in the text so far; 0: 'auto' only without.
+    dataset: see datasets.read_tasks; source: what that returns, entered by `bench`.
+    with_generate: also time transformers' own greedy `generate` on the same weights. turns: how
+    often each is measured on each problem, of which the run of the median time counts.
+    """
+
+    model: str = field(kw_only=False)
+    method: str = field(default="greedy", kw_only=False)
+    k_list: tuple[int, ...] = option(
+        (0, 1, 3, 5, 7),
+        replace(_K_LIST, help="Values of k; AR (0) is always measured.", is_open=True),
+    )
+    tree: str = option(
+        "auto",
+        "auto, chain, paper, or a branching list such as 2,1,1.",
+        env="TREE",
+        text=WORD,
+        is_open=True,
+    )
+    temperature: float = 1.0
+    seed: int = option(0, SEED)
+    dataset: str = HUMANEVAL
+    data_limit: Limit = option(None, replace(_DATA_LIMIT, is_open=True))
+    max_new_tokens: int = option(256, replace(MAX_NEW_TOKENS, is_open=True))
+    dtype: str = option(
+        "bfloat16", "float32, bfloat16, float16, or auto.", env="DTYPE", is_open=True
+    )
+    with_generate: bool = option(
+        False, "Also time transformers' own greedy generate.", names=("--with-generate",)
+    )
+    source: str | None = None
+    lookup: int = option(
+        NUM_LOOKUP,
+        "Tokens that auto and lookup look up; 0: auto without looking up, alone.",
+        env="LOOKUP",
+    )
+    turns: int = option(1, "Times each is measured; the median run counts.", env="TURNS")
+
+    def __post_init__(self) -> None:
+        from sdsat.models.dtypes import check_dtype
+
+        require(
+            self.method in ("greedy", "nucleus"),
+            f"method={self.method}: expected greedy or nucleus",
+        )
+        require(
+            self.method == "greedy" or self.temperature > 0,
+            f"temperature={self.temperature}: expected a positive number for nucleus sampling",
+        )
+        require(
+            not (self.with_generate and self.method == "nucleus"),
+            "with_generate: transformers' generate draws other random numbers; use it with "
+            "greedy only",
+        )
+        check_dtype(self.dtype)
+        require(self.turns >= 1, f"turns={self.turns}: expected 1 or more")
+        check_dataset(self.dataset)
+        names = ",".join(self.strategies)
+        require(names != "", f"strategies: none; expected some of {', '.join(ALL_STRATEGIES)}")
+        twice = len(set(self.strategies)) < len(self.strategies)
+        require(not twice, f"strategies={names}: one is there twice")
+        self._add_ar()
+        super().__post_init__()
+
+    @property
+    def _trees(self) -> tuple[str, ...]:
+        return (self.tree,)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        (sampling,) = self.samplings
+        return sampling
+
+    @property
+    def samplings(self) -> list[SamplingConfig]:
+        return self._samplings([0 if self.method == "greedy" else self.temperature], [self.seed])
+
+    @property
+    def settings(self) -> list[Setting]:
+        """What is measured on each problem, baselines first."""
+        keys = keys_with_parts(self.strategies, self.k_list, self.lookup)
+        drafting = [Setting(*key, self.tree if key[1] else "auto") for key in keys]
+        return [TRANSFORMERS] * self.with_generate + [AR, *drafting]
+
+    @property
+    def folder(self) -> str:
+        """Where the results go below the results folder: <model>/<greedy | nucleus_t1.0>[_<data set
+        other than HumanEval>].
+        """
+        method = "greedy" if self.method == "greedy" else f"nucleus_t{self.temperature}"
+        dataset = "" if self.dataset == HUMANEVAL else f"_{Path(self.dataset).stem}"
+        return f"{Path(self.model).name}/{method}{dataset}"
+
+
+def paper_settings(method: str, dataset: str) -> dict[str, Any]:
+    """What the paper measures (arXiv 2403.18647), as fields of BenchConfig; weights in their own
+    dtype.
+    """
+    from sdsat.method.tree import PAPER_WIDTHS
+
+    greedy = method == "greedy"
+    infilling = dataset in (INFILLING, INFILLING_PSM)
+    three_percent = Fraction(3, 100)
+    limits = {
+        HUMANEVAL: Fraction(1, 2),
+        INFILLING: three_percent,
+        INFILLING_PSM: three_percent,
+    }
+    return {
+        "k_list": tuple(range(14)) if greedy else (0, *PAPER_WIDTHS),
+        "tree": "auto" if greedy else "paper",
+        "data_limit": limits.get(dataset),
+        "max_new_tokens": 50 if infilling else 512,
+        "dtype": "auto",
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(Sweep):
+    """What is compared: every strategy, k and tree, greedy where temperatures holds 0, else every
+    temperature with every seed, of which each problem has its own form.
+
+    strategies: () for all that the model has SATs and an engine for; 'lookup' is compared once, for
+    it has neither k nor tree.
+    """
+
+    k_list: tuple[int, ...] = option((1, 3, 5, 7), _K_LIST)
+    strategies: tuple[str, ...] = option(
+        (),
+        replace(
+            _STRATEGIES,
+            help="Of lookup, two-step, rounded, one-pass and auto; empty: all that run here.",
+        ),
+    )
+    trees: tuple[str, ...] = option(
+        ("auto",), "Draft tree; repeat for more.", names=("--tree",), repeated=True
+    )
+    temperatures: tuple[float, ...] = option(
+        (0,),
+        "Comma-separated; 0 is greedy, and compared with transformers too.",
+        names=("--temperature",),
+        text=NUMBERS,
+    )
+    seeds: tuple[int, ...] = option(
+        (0,), "Comma-separated; for temperatures above 0.", text=WHOLE_NUMBERS
+    )
+    data_limit: Limit = option(40, _DATA_LIMIT)
+    max_new_tokens: int = option(128, MAX_NEW_TOKENS)
+
+    @property
+    def _trees(self) -> tuple[str, ...]:
+        return self.trees
+
+    @property
+    def samplings(self) -> list[SamplingConfig]:
+        return self._samplings(self.temperatures, self.seeds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityConfig(Sweep):
+    """Each problem is answered `samples` times by AR and by every strategy and k: greedy once, or
+    sampled with seeds 0, 1, ..., of which each problem has its own form.
+    """
+
+    k_list: tuple[int, ...] = option(
+        (5,), replace(_K_LIST, help="Values of k; AR (0) is always there.")
+    )
+    tree: str = option("auto", TREE)
+    temperature: float = option(0.0, TEMPERATURE)
+    samples: int = option(
+        1, "Answers to each problem, with seeds 0, 1, ...; for temperatures above 0."
+    )
+
+    def __post_init__(self) -> None:
+        self._add_ar()
+        object.__setattr__(self, "strategies", tuple(dict.fromkeys(self.strategies)))
+        require(self.samples >= 1, f"samples={self.samples}: expected 1 or more")
+        require(
+            self.samples == 1 or self.temperature > 0,
+            f"samples={self.samples}: greedy answers are all the same; expected 1",
+        )
+        super().__post_init__()
+
+    @property
+    def _trees(self) -> tuple[str, ...]:
+        return (self.tree,)
+
+    @property
+    def samplings(self) -> list[SamplingConfig]:
+        return self._samplings([self.temperature], range(self.samples))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(Asked):
+    """Which answers are inspected; they are drafted by the paper's strategy with the trained k.
+
+    text: .jsonl with the texts `prompt` and `completion` in every line; None: HumanEval.
+    anchors: places of each answer at which drafts are evaluated.
+    """
+
+    text: Path | None = option(None, ".jsonl with prompt and completion. Default: HumanEval.")
+    data_limit: Limit = option(16, _DATA_LIMIT)
+    max_new_tokens: int = option(128, MAX_NEW_TOKENS)
+    anchors: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.text is None or self.text.is_file(), f"text={self.text}: no such file")
