@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sdsat.config import LOOKUP, DecodeConfig, InputError, SatConfig
 from sdsat.decoding.loop import Decoder
+from sdsat.engines import base as engines
 from sdsat.engines.base import PassInput
 from sdsat.engines.transformers import TransformersEngine
 from sdsat.method.layout import SatGroup
@@ -166,6 +167,28 @@ def unprivileged():
         if root:
             os.seteuid(0)
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_probe_a_shape():
+    """Of models of one shape only the first is probed: which passes have the same bits depends on
+    sizes, and not on weights. Most of what a tiny model does would be this; test_model.py tests it.
+    """
+    found = {}
+
+    def probe(engine):
+        config = engine.model.lm.config.to_dict()
+        sizes = sorted((k, v) for k, v in config.items() if isinstance(v, (int, float)))
+        recorded = getattr(engine, "graphs", None) is not None
+        shape = (type(engine), recorded, engine.model.dtype, config["model_type"], *sizes)
+        if shape not in found:
+            found[shape] = real(engine)
+        return found[shape]
+
+    real = engines.probe_rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "probe_rows", probe)
+        yield
 
 
 @pytest.fixture

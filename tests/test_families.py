@@ -191,7 +191,9 @@ def test_equals_transformers_generate(tmp_path, family):
         decoder = Decoder.load(folder, "float32", "cpu", engine=engine)
         accepted = 0
         decoder.costs = COSTS
-        for k, tree, strategy in RUNS:
+        # modules take long: of families that the native engine has too, each takes half of the runs
+        every = engine == "native" or family not in NATIVE
+        for k, tree, strategy in RUNS if every else RUNS[list(NATIVE).index(family) % 2 :: 2]:
             out = decoder.generate(PROMPT, DecodeConfig(k, num_tokens, tree, strategy=strategy))
             assert out.token_ids == want, (engine, k, tree, strategy)
             accepted += sum(out.accepted_lengths)
