@@ -1,5 +1,6 @@
-"""Settings as frozen dataclasses, checked when they are made; `InputError` is every bad-input
-message of the program.
+"""Settings as frozen dataclasses, which are checked when they are made.
+
+A bad value raises `InputError`, which is every bad-input message of the program.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ _ONLY_IN = {
     "rank": ("adapter", "everywhere"), "targets": ("adapter", "everywhere"), "head": ("adapter",),
     "standard": ("everywhere", "full"), "embedding_steps": ("full",), "checkpointing": ("full",),
 }  # fmt: skip
-# linear layers that get a low-rank update
+# Linear layers that get a low-rank update.
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
@@ -82,9 +83,17 @@ def _is(kind: type, value: Any) -> bool:
 def whole(
     name: str, value: Any, expected: str, low: int | None = None, high: int | None = None
 ) -> int:
-    """`value` as an int: a whole number, numpy's too but no bool, from `low` to `high`.
+    """Return `value` as an int.
 
-    Else InputError names it.
+    Args:
+        name: of the argument, as the message has it.
+        value: a whole number, numpy's too but no bool.
+        expected: what would be right, as the message has it.
+        low: the least that is right; None for no bound.
+        high: the most that is right; None for no bound.
+
+    Raises:
+        InputError: for anything else.
     """
     good = _is(numbers.Integral, value)
     good = good and (low is None or value >= low) and (high is None or value <= high)
@@ -93,9 +102,17 @@ def whole(
 
 
 def real(name: str, value: Any, expected: str, low: float, high: float = math.inf) -> float:
-    """`value` as a float: a finite number, numpy's too but no bool, from `low` to `high`.
+    """Return `value` as a float.
 
-    Else InputError names it.
+    Args:
+        name: of the argument, as the message has it.
+        value: a finite number, numpy's too but no bool.
+        expected: what would be right, as the message has it.
+        low: the least that is right.
+        high: the most that is right.
+
+    Raises:
+        InputError: for anything else.
     """
     good = _is(numbers.Real, value) and math.isfinite(value) and low <= value <= high
     require(good, f"{name}={value!r}: expected {expected}")
@@ -103,21 +120,25 @@ def real(name: str, value: Any, expected: str, low: float, high: float = math.in
 
 
 def several(name: str, value: Any, expected: str) -> tuple[Any, ...]:
-    """A list or tuple as a tuple; a text is neither. Else InputError names it."""
+    """Return a list or tuple as a tuple.
+
+    Raises InputError, which names it, for anything else; a text is neither.
+    """
     require(isinstance(value, (list, tuple)), f"{name}={value!r}: expected {expected}")
     return tuple(value)
 
 
 def _keep(config: Any, **values: Any) -> None:
-    """Set fields of a frozen dataclass while it is made: numpy's numbers become Python's, lists
-    tuples.
+    """Set fields of a frozen dataclass while it is made.
+
+    So numpy's numbers become Python's, and lists tuples.
     """
     for name, value in values.items():
         object.__setattr__(config, name, value)
 
 
 def plain_warnings() -> None:
-    """Warnings as one line each, as every other message of the command line."""
+    """Print warnings as one line each, as every other message of the command line."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
 
 
@@ -125,8 +146,9 @@ def plain_warnings() -> None:
 class Text:
     """How one word of a command line holds a value.
 
-    read: (the option's name, the word) -> the value; raises InputError. write: the value -> the
-    word.
+    Attributes:
+        read: (the option's name, the word) -> the value; raises InputError.
+        write: the value -> the word.
     """
 
     read: Callable[[str, str], Any]
@@ -138,7 +160,7 @@ def _joined(values: Sequence[Any]) -> str:
 
 
 def numbers_of(name: str, text: str, kind: Callable[[str], Any] = int) -> tuple[Any, ...]:
-    """'0,1,5' -> (0, 1, 5).
+    """Read '0,1,5' -> (0, 1, 5).
 
     Raises InputError, which names the option, for anything else.
     """
@@ -158,12 +180,14 @@ NUMBERS = Text(lambda name, text: numbers_of(name, text, float), _joined)
 class Option:
     """How a field of settings is given on the command line: cli/options.py makes an option of it.
 
-    help: one line for `--help`.
-    env: the environment variable that gives it, too.
-    names: such as ('-k', '--k'); () for the field's own name.
-    text: how a word holds the value; None where its type says that (numbers, flags, paths, texts).
-    repeated: given once for each item of the tuple that it is.
-    is_open: has no default on the command line; the command decides what stands for it.
+    Attributes:
+        help: one line for `--help`.
+        env: the environment variable that gives it, too.
+        names: such as ('-k', '--k'); () for the field's own name.
+        text: how a word holds the value; None where its type says that (numbers, flags, paths,
+            texts).
+        repeated: given once for each item of the tuple that it is.
+        is_open: has no default on the command line; the command decides what stands for it.
     """
 
     help: str | None = None
@@ -175,12 +199,12 @@ class Option:
 
 
 def option(default: Any, about: str | Option | None = None, **further: Any) -> Any:
-    """A field of settings that is an option of commands too.
+    """Make a field of settings that is an option of commands too.
 
     Args:
         default: of the field, and of the option unless a command has another.
         about: its help, or an Option that several settings share.
-        further: other fields of Option.
+        **further: other fields of Option.
     """
     if not isinstance(about, Option):
         about = Option(about, **further)
@@ -205,10 +229,12 @@ TEMPLATE_OPTIONS = Option(
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What `loading.load` goes by beside the place and the numbers.
+    """What `models.loading.load` goes by beside the place and the numbers, and the engine.
 
-    sat_token_id, trained_k: whatever the checkpoint says of its SAT. engine: 'native',
-    'transformers', or 'auto': native where it can be had.
+    Attributes:
+        sat_token_id: id of the SAT, whatever the checkpoint says of it.
+        trained_k: the depth of its training, whatever the checkpoint says of it.
+        engine: 'native', 'transformers', or 'auto': native where it can be had.
     """
 
     sat_token_id: int | None = option(
@@ -222,7 +248,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig(CheckpointConfig):
-    """How a model is loaded: see `loading.load`."""
+    """How a model is loaded: see `models.loading.load`.
+
+    Attributes:
+        dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own.
+        device: see `models.devices.pick_devices`.
+    """
 
     dtype: str = option(
         "bfloat16",
@@ -242,10 +273,13 @@ class SamplingConfig:
 
     Temperature 0 is greedy; filters apply in the order temperature, top-k, top-p.
 
-    temperature: 0 for greedy, else a positive number that divides the logits.
-    top_k: keep the k most likely tokens, and all that tie with the k-th; 0 keeps all.
-    top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps all.
-    seed: with the index of the emitted token, the only source of randomness (see sampling.py).
+    Attributes:
+        temperature: 0 for greedy, else a positive number that divides the logits.
+        top_k: keep the k most likely tokens, and all that tie with the k-th; 0 keeps all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps
+            all.
+        seed: with the index of the emitted token, the only source of randomness (see
+            method/sampling.py).
     """
 
     temperature: float = option(0.0, TEMPERATURE)
@@ -273,13 +307,14 @@ class SamplingConfig:
 
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is always chosen."""
         return self.temperature == 0
 
     def of_problem(self, task_id: str) -> SamplingConfig:
-        """The same with a seed of this problem's own, so that the problems of a run are independent
-        draws.
+        """Return the same with a seed of this problem's own.
 
-        It is the first 63 bits of the SHA-256 of 'SEED TASK_ID'.
+        So the problems of a run are independent draws. The seed is the first 63 bits of the SHA-256
+        of 'SEED TASK_ID'.
         """
         digest = hashlib.sha256(f"{self.seed} {task_id}".encode()).digest()
         return self if self.greedy else replace(self, seed=int.from_bytes(digest[:8], "big") >> 1)
@@ -289,10 +324,10 @@ class SamplingConfig:
 class SatConfig:
     """The semantic adaptive token (SAT) of a model.
 
-    token_id: id of the SAT; below the vocabulary size when the checkpoint holds its embedding (full
-    mode), equal to it
-        when an adapter brings the embedding (adapter mode).
-    k: the depth the SATs were trained for.
+    Attributes:
+        token_id: id of the SAT; below the vocabulary size when the checkpoint holds its embedding
+            (full mode), equal to it when an adapter brings the embedding (adapter mode).
+        k: the depth the SATs were trained for.
     """
 
     token_id: int
@@ -311,27 +346,26 @@ class SatConfig:
 class DecodeConfig:
     """One generation.
 
-    What it leaves open (None, 'auto') `decode.resolved` chooses, for the model at hand.
+    What it leaves open (None, 'auto') `decoding.resolve.resolved` chooses, for the model at hand.
 
-    strategy: 'two-step' (the paper's), 'rounded', 'one-pass', 'auto', or 'lookup', which works
-    without SATs: see planner.py. All
-        give the same output.
-    k: SATs a group; for 'auto' at most so many; None: what they were trained for. 0 is AR, plain
-    autoregressive decoding by the
-        same loop, one token a pass, but for strategy 'lookup', which has no SATs.
-    budget: rows of a pass that 'one-pass' and 'auto' may use; None: as many as pay on this machine.
-    With a number,
-        'one-pass' fills every pass up to it.
-    lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None: 12
-    for 'auto' and 'lookup', else
-        none.
-    tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list
-    with one width a depth; 'auto':
-        see `decode.resolved`.
-    stop_ids: token ids that end the output; the id itself is kept as the last token, as
-    `transformers` does.
-    stop_strings: the output ends with the token that completes one; `Generation.text` is cut before
-    it.
+    Attributes:
+        k: SATs a group; for 'auto' at most so many; None: what they were trained for. 0 is AR,
+            plain autoregressive decoding by the same loop, one token a pass, but for strategy
+            'lookup', which has no SATs.
+        max_new_tokens: tokens of the output at most.
+        tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list
+            with one width a depth; 'auto': see `decoding.resolve.resolved`.
+        sampling: how the next token is chosen.
+        stop_ids: token ids that end the output; the id itself is kept as the last token, as
+            `transformers` does.
+        stop_strings: the output ends with the token that completes one; `Generation.text` is cut
+            before it.
+        strategy: 'two-step' (the paper's), 'rounded', 'one-pass', 'auto', or 'lookup', which works
+            without SATs: see decoding/plan.py. All give the same output.
+        budget: rows of a pass that 'one-pass' and 'auto' may use; None: as many as pay on this
+            machine. With a number, 'one-pass' fills every pass up to it.
+        lookup: how many tokens to look up in the text so far as further drafts; 0 for none; None:
+            12 for 'auto' and 'lookup', else none.
     """
 
     k: int | None = option(
@@ -428,12 +462,12 @@ class DecodeConfig:
 
     @property
     def num_sats(self) -> int:
-        """k, once it is resolved."""
+        """The number of SATs a group: k, once it is resolved."""
         return self.k or 0
 
     @property
     def num_lookup(self) -> int:
-        """The tokens to look up, once that is resolved."""
+        """The number of tokens to look up, once that is resolved."""
         return self.lookup or 0
 
     @property
@@ -443,7 +477,10 @@ class DecodeConfig:
 
 
 def _tree(tree: Any) -> str | tuple[int, ...]:
-    """A name, or widths as a tuple; which names there are tree.py says."""
+    """Check a tree: a name, or widths, which it returns as a tuple.
+
+    Which names there are method/tree.py says. Raises InputError for anything else.
+    """
     if isinstance(tree, str):
         return tree
     expected = "'auto', 'chain', 'paper' or widths such as (2, 1, 1)"
@@ -467,8 +504,10 @@ def _stops(stop_ids: Any, stop_strings: Any) -> dict[str, Any]:
 
 
 def utf8(name: str, text: str) -> str:
-    """`text`, if it has characters alone: a command line that is not UTF-8 reaches Python as lone
-    surrogates.
+    """Return `text`, if it has characters alone.
+
+    A command line that is not UTF-8 reaches Python as lone surrogates. Raises InputError, which
+    names the argument, for these.
     """
     try:
         text.encode()
@@ -480,17 +519,17 @@ def utf8(name: str, text: str) -> str:
 
 
 def has_sats(strategy: str) -> bool:
-    """Whether it drafts with SATs."""
+    """Tell whether a strategy drafts with SATs."""
     return strategy in STRATEGY and STRATEGY[strategy].sats
 
 
 def looks_up(strategy: str) -> bool:
-    """Whether it looks tokens up where nothing else is said."""
+    """Tell whether a strategy looks tokens up where nothing else is said."""
     return strategy in STRATEGY and STRATEGY[strategy].lookup > 0
 
 
 def speed_bound(strategy: str, k: int) -> float | None:
-    """The speed-up that a strategy can't exceed, where there is such a number.
+    """Return the speed-up that a strategy can't exceed, where there is such a number.
 
     two-step drafts in one pass and verifies in the next: k + 2 tokens in two passes at most.
     """
@@ -499,7 +538,7 @@ def speed_bound(strategy: str, k: int) -> float | None:
 
 
 def keys_of(strategies: Sequence[str], k_list: Sequence[int]) -> list[tuple[str, int]]:
-    """(strategy, k) of all combinations that draft: one without SATs once."""
+    """List (strategy, k) of all combinations that draft: one without SATs once."""
     return [
         (strategy, k)
         for strategy in strategies
@@ -511,10 +550,11 @@ def keys_of(strategies: Sequence[str], k_list: Sequence[int]) -> list[tuple[str,
 def keys_with_parts(
     strategies: Sequence[str], k_list: Sequence[int], lookup: int
 ) -> list[tuple[str, int, int]]:
-    """(strategy, k, tokens to look up) of all combinations that draft, as `bench` measures them.
+    """List (strategy, k, tokens to look up) of all combinations that draft.
 
-    A strategy that looks tokens up beside its SATs, 'auto', is there once, with the largest k;
-    where lookup is not 0, what it is made of stands before it: lookup alone, and itself without.
+    These are what `bench` measures. A strategy that looks tokens up beside its SATs, 'auto', is
+    there once, with the largest k; where lookup is not 0, what it is made of stands before it:
+    lookup alone, and itself without.
     """
     keys: list[tuple[str, int, int]] = []
     most = max(k_list)
@@ -529,10 +569,17 @@ def keys_with_parts(
 
 
 def decode_config_of(text: str, **settings: Any) -> DecodeConfig:
-    """The settings that a script's 'ar', 'lookup', 'two-step:5', 'auto' or 'auto:lookup=0' means:
-    NAME[:K][:lookup=N].
+    """Read the settings that a script's NAME[:K][:lookup=N] means.
 
-    Without K it is what the SATs were trained for. settings: further ones of DecodeConfig.
+    That is 'ar', 'lookup', 'two-step:5', 'auto' or 'auto:lookup=0', for example. Without K it is
+    what the SATs were trained for.
+
+    Args:
+        text: what the script was given.
+        **settings: further ones of DecodeConfig.
+
+    Raises:
+        InputError: for anything else.
     """
     name, *parts = text.split(":")
     given: dict[str, Any] = {"k": None, "strategy": name, **settings}
@@ -548,8 +595,9 @@ def decode_config_of(text: str, **settings: Any) -> DecodeConfig:
 
 
 def beside(strategies: Sequence[str]) -> list[str]:
-    """The strategies of a table, and beside 'auto' what it is made of: lookup alone, and itself
-    without lookup.
+    """List the strategies of a table, and beside 'auto' what it is made of.
+
+    That is lookup alone, and itself without lookup.
     """
     parts = [
         [LOOKUP, f"{name}:lookup=0", name] if has_sats(name) and looks_up(name) else [name]
@@ -560,22 +608,37 @@ def beside(strategies: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training: steps of `batch_size` sequences per process and micro-batch, with up to `anchors`
-    SAT groups each.
+    """Training: steps of sequences with SAT groups at random places of each.
 
-    targets: names of the linear layers that get an update of this rank, with commas between.
-    head: inner size of the draft head that sees the token before; 0 for none.
-    keep: depth i+1 of a group exists with this probability given depth i; expected rows a group (1
-    - keep^k) / (1 - keep).
-    soft: share of distillation from the base's own distribution in the loss. decay: loss weight of
-    a depth relative to the one before. accumulate: micro-batches a step. lr: None for 1e-3, in full
-    mode 2e-5.
-    init: directory of an adapter of the same base and rank to start from, instead of from nothing.
-    mode: 'adapter' (the base stays as it is), 'everywhere' (an adapter whose update acts on
-    standard tokens too: for serving, it can be merged into a draft copy of the base) or 'full' (all
-    weights). standard: not for 'adapter', the weight of a standard token's loss beside a SAT's.
-    Only in full mode: embedding_steps, for how many steps only the SAT's embedding trains;
-    checkpointing, gradients by recomputation.
+    Attributes:
+        steps: how often the weights are updated.
+        mode: 'adapter' (the base stays as it is), 'everywhere' (an adapter whose update acts on
+            standard tokens too: for serving, it can be merged into a draft copy of the base) or
+            'full' (all weights).
+        k: SATs a group at most, the depth.
+        rank: of the low-rank updates; not for 'full'.
+        targets: names of the linear layers that get an update of this rank, with commas between;
+            not for 'full'.
+        head: inner size of the draft head that sees the token before; 0 for none; only for
+            'adapter'.
+        anchors: SAT groups of a sequence in a step at most.
+        keep: depth i+1 of a group exists with this probability given depth i; expected rows a group
+            (1 - keep^k) / (1 - keep).
+        soft: share of distillation from the base's own distribution in the loss.
+        decay: loss weight of a depth relative to the one before.
+        batch_size: sequences per process and micro-batch.
+        accumulate: micro-batches a step.
+        lr: learning rate after the warm-up; None for 1e-3, in full mode 2e-5.
+        warmup: steps of linear warm-up.
+        clip: largest norm of a step's gradient.
+        init: directory of an adapter of the same base and rank to start from, instead of from
+            nothing.
+        standard: weight of a standard token's loss beside a SAT's; not for 'adapter'.
+        embedding_steps: for how many steps only the SAT's embedding trains; only for 'full'.
+        checkpointing: gradients by recomputation; only for 'full'.
+        held_out: sequences to evaluate on, never trained on.
+        seed: of the start, the order and the anchors.
+        eval_every: steps between evaluations, and between checkpoints.
     """
 
     steps: int = option(2000)
@@ -654,11 +717,19 @@ class TrainConfig:
 class DistillConfig:
     """Self-distillation: which prompts are answered, how, and how the answers are stored.
 
-    limit: how many prompts; None for all. temperatures: the prompts take these in turn; each
-    prompt's next answer, of `answers`, the one after its last.
-    kinds: what is asked about functions, with weights (`prompts.parse_kinds`). avoid: benchmarks,
-    beside HumanEval, that no prompt may overlap: .jsonl files.
-    batch_size: answers at once. shard_size: answers a file.
+    Attributes:
+        limit: how many prompts; None for all.
+        temperatures: the prompts take these in turn; each prompt's next answer, of `answers`, the
+            one after its last.
+        answers: to each prompt.
+        kinds: what is asked about functions, with weights (`tasks.prompts.parse_kinds`).
+        avoid: benchmarks, beside HumanEval, that no prompt may overlap: .jsonl files.
+        max_new_tokens: tokens of an answer at most.
+        max_prompt_tokens: tokens of a prompt at most.
+        template_options: see `tasks.prompts.encode`.
+        batch_size: answers at once.
+        shard_size: answers a file.
+        seed: of which every answer has its own form.
     """
 
     limit: int | None = option(None, "How many prompts; default all.")

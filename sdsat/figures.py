@@ -9,7 +9,7 @@ from sdsat.files import replacing
 
 
 def new_figure(title: str, x: str, y: str) -> Any:
-    """A matplotlib figure and its axes, whose axes are called `x` and `y`."""
+    """Make a matplotlib figure and its axes, whose axes are called `x` and `y`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")

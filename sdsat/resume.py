@@ -1,9 +1,9 @@
-"""Resuming: one run at a time writes to a place, and a later one goes on only from what the same
-run left there.
+"""Resuming: one run at a time writes to a place, and a later one goes on from there.
 
-Every command that resumes goes by this protocol: it makes a `Place`, holds it while it runs, reads
-what is there, compares it with what it would write itself, and goes on from it. What is of another
-run, or damaged, is refused in one line and stays as it is.
+It goes on only from what the same run left. Every command that resumes goes by this protocol: it
+makes a `Place`, holds it while it runs, reads what is there, compares it with what it would write
+itself, and goes on from it. What is of another run, or damaged, is refused in one line and stays as
+it is.
 """
 
 from __future__ import annotations
@@ -22,19 +22,24 @@ _INFORMATIVE = ("commit",)
 
 
 class Processes(Protocol):
-    """Those of one run, as accelerate has them."""
+    """The processes of one run, as accelerate has them."""
 
     @property
-    def is_main_process(self) -> bool: ...
+    def is_main_process(self) -> bool:
+        """Whether this is the first of them."""
 
-    def wait_for_everyone(self) -> None: ...
+    def wait_for_everyone(self) -> None:
+        """Wait until all of them are here."""
 
 
 @dataclass(frozen=True)
 class Place:
     """A file or folder that a run writes to and that a later run may go on from.
 
-    name: as messages have it, such as 'out=runs/adapter'. lock: the file that is locked.
+    Attributes:
+        path: of the file or folder.
+        name: as messages have it, such as 'out=runs/adapter'.
+        lock: the file that is locked.
     """
 
     path: Path
@@ -43,12 +48,12 @@ class Place:
 
     @staticmethod
     def folder(path: Path, name: str) -> Place:
-        """A folder, which need not be there yet; its lock is in it."""
+        """Name a folder, which need not be there yet; its lock is in it."""
         return Place(path, name, path / ".lock")
 
     @staticmethod
     def file(path: Path, argument: str) -> Place:
-        """A file, which need not be there yet; its lock is beside it.
+        """Name a file, which need not be there yet; its lock is beside it.
 
         argument: what gave the path, such as '--out'. Raises InputError, one line, where the path
         can't be written to.
@@ -58,7 +63,7 @@ class Place:
 
     @contextmanager
     def held(self, processes: Processes | None = None) -> Iterator[None]:
-        """Within this context no other run writes here.
+        """Keep other runs from writing here within this context.
 
         processes: those of this run. The first of them holds the lock, and none reads what is here
         before it does. Raises InputError, one line, while another run holds it.
@@ -70,12 +75,15 @@ class Place:
             yield
 
     def read(self, file: Path, parts: Sequence[str], reason: str) -> dict[str, Any] | None:
-        """What a run left in `file`, which is this place or in it; None where there is nothing.
+        """Read what a run left in `file`, which is this place or in it.
 
         Args:
             file: a JSON document.
             parts: the keys whose values must be objects.
             reason: what is said of a document that lacks one, and what to do.
+
+        Returns:
+            The document; None where there is nothing.
 
         Raises:
             InputError: one line, where the document can't be read, or lacks a part.
@@ -90,7 +98,10 @@ class Place:
         return dict(document)
 
     def require(self, condition: bool, reason: str) -> None:
-        """Refuse to go on, in one line that names the place, unless `condition` holds."""
+        """Refuse to go on unless `condition` holds.
+
+        Raises InputError, one line, which names the place and gives the reason.
+        """
         require(condition, f"{self.name}: {reason}")
 
     def check_same(

@@ -72,7 +72,20 @@ def bench(
 def _configs(
     asked: Given[BenchConfig], method: str, model: str, temperature: str, dataset: str | None
 ) -> list[BenchConfig]:
-    """The settings for each data set; of what is left open the paper's for models of its form."""
+    """Make the settings for each data set.
+
+    What is left open is the paper's for models of its form.
+
+    Args:
+        asked: the options that were given.
+        method: as the command has it.
+        model: as the command has it.
+        temperature: one number, as a text.
+        dataset: names with commas between; None where nothing was said.
+
+    Raises:
+        InputError: for what can't be measured.
+    """
     from sdsat.models import loading
 
     level = numbers_of("temperature", temperature, float)

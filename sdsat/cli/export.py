@@ -33,7 +33,7 @@ def export(
 ) -> None:
     """Write what vLLM's parallel drafting and TensorRT-LLM read, and print the commands that serve
     it.
-    """
+    """  # noqa: D205 (`--help` shows it as one paragraph)
     from sdsat.interfaces.export import export as run
 
     require(gpus >= 1 and nodes >= 1, f"gpus={gpus}, nodes={nodes}: expected 1 or more")

@@ -1,7 +1,7 @@
-"""The command line: `sdsat generate | bench | report | verify | eval | inspect | distill | train |
-export`, one file each.
+"""The command line, `sdsat COMMAND`: one file for each command.
 
-torch is imported where a command begins its work, so that `--help` need not wait for it.
+They are generate, bench, report, verify, eval, inspect, distill, train and export. torch is
+imported where a command begins its work, so that `--help` need not wait for it.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ app.command()(export)
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line; the entry point of `sdsat`."""
     run_app(app)

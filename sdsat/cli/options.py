@@ -1,5 +1,7 @@
-"""Command options made from settings: a field's name, default, help and environment variable stand
-in its dataclass (`config.option`), and nowhere else.
+"""Command options that are made from settings.
+
+A field's name, default, help and environment variable stand in its dataclass (`config.option`), and
+nowhere else.
 
     @from_settings
     def distill(*, out: Path, load: LoadConfig, config: DistillConfig) -> None: ...
@@ -34,8 +36,9 @@ class Only:
 
 
 class Defaults:
-    """`Annotated[Settings, Defaults(...)]`: what options of a command have for defaults instead of
-    the settings' own.
+    """`Annotated[Settings, Defaults(...)]`: a command has these defaults for its options.
+
+    They stand instead of the settings' own.
     """
 
     def __init__(self, **values: Any):
@@ -44,21 +47,34 @@ class Defaults:
 
 @dataclass
 class Given(Generic[S]):
-    """A parameter of this type takes options without making the settings yet: what was left open is
-    not in `values`.
+    """Options that were given, before settings are made of them: a type of parameters.
+
+    Attributes:
+        kind: the settings' class.
+        values: by field; what was left open is not among them.
     """
 
     kind: type[S]
     values: dict[str, Any] = field(default_factory=dict)
 
     def make(self, defaults: dict[str, Any], **more: Any) -> S:
-        """The settings: `defaults`, then what was given, then `more`."""
+        """Make the settings: of `defaults`, then what was given, then `more`.
+
+        Raises InputError for what the settings refuse.
+        """
         return self.kind(**{**defaults, **self.values, **more})
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A parameter of a command that settings fill."""
+    """A parameter of a command that settings fill.
+
+    Attributes:
+        kind: the settings' class.
+        make: what the command gets, of the values by field.
+        only: the fields that are options here; None for all.
+        defaults: by field, instead of the settings' own.
+    """
 
     kind: Any
     make: Callable[[dict[str, Any]], Any]
@@ -66,7 +82,7 @@ class _Source:
     defaults: dict[str, Any]
 
     def options(self) -> list[tuple[str, Option, Any, Any]]:
-        """(name, about, type, default) of each field that is an option here."""
+        """List (name, about, type, default) of each field that is an option here."""
         hints = get_type_hints(self.kind)
         return [
             (
@@ -80,7 +96,7 @@ class _Source:
         ]
 
     def parameters(self) -> list[inspect.Parameter]:
-        """The parameters that typer makes options of."""
+        """List the parameters that typer makes options of."""
         return [
             inspect.Parameter(
                 name,
@@ -92,7 +108,7 @@ class _Source:
         ]
 
     def take(self, given: dict[str, Any]) -> Any:
-        """What the command gets, out of the options' values, which leave `given`."""
+        """Make what the command gets, out of the options' values, which leave `given`."""
         values: dict[str, Any] = {}
         for name, about, _, default in self.options():
             value = given.pop(name)
@@ -107,7 +123,7 @@ class _Source:
 
 
 def _source(annotation: Any) -> _Source | None:
-    """What a parameter takes from options; None for one that is typer's own."""
+    """Find what a parameter takes from options; None for one that is typer's own."""
     kind: Any
     kind, *notes = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
     only = next((note.names for note in notes if isinstance(note, Only)), None)
@@ -121,19 +137,19 @@ def _source(annotation: Any) -> _Source | None:
 
 
 def _make(kind: Any, values: dict[str, Any]) -> Any:
-    """The settings of these values; their own defaults for the rest."""
+    """Make the settings of these values; their own defaults stand for the rest."""
     return kind(**values)
 
 
 def _shown(about: Option, default: Any) -> Any:
-    """The default as the command line has it."""
+    """Write the default as the command line has it."""
     if about.is_open or about.repeated:
         return None
     return default if about.text is None else about.text.write(default)
 
 
 def _word_type(about: Option, hint: Any) -> Any:
-    """The type that typer reads."""
+    """Choose the type that typer reads."""
     if about.repeated:
         (item, _) = get_args(hint)
         return list[item] | None  # type: ignore[valid-type]
@@ -143,23 +159,26 @@ def _word_type(about: Option, hint: Any) -> Any:
 
 
 def _name_in_messages(name: str, about: Option) -> str:
-    """As users know it: the long option's name, as the environment and Python have it."""
+    """Name an option as users know it.
+
+    That is the long option's name, as the environment and Python have it.
+    """
     return about.names[-1].lstrip("-").replace("-", "_") if about.names else name
 
 
 def typer_option(about: Option) -> Any:
-    """An Option as typer has it."""
+    """Make typer's form of an Option."""
     return typer.Option(*about.names, envvar=about.env, help=about.help)
 
 
 def of_field(settings: Any, name: str) -> Any:
-    """The same of one field of settings."""
+    """Make typer's form of one field of settings."""
     (found,) = (each for each in fields(settings) if each.name == name)
     return typer_option(found.metadata["option"])
 
 
 def from_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters that are settings become options: `_Source` says which."""
+    """Make a command of one with settings, which become options: `_Source` says which."""
     signature = inspect.signature(command, eval_str=True)
     sources: dict[str, _Source] = {}
     parameters: list[inspect.Parameter] = []
@@ -182,14 +201,17 @@ def from_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def writable(param: typer.CallbackParam, value: Path | None) -> Path | None:
-    """Refuse a file that can't be written, before anything is computed for it."""
+    """Refuse a file that can't be written, before anything is computed for it.
+
+    Raises InputError, one line, for such a file.
+    """
     if value is not None:
         destination(value, param.opts[-1])
     return value
 
 
 def out_file(help: str) -> Any:
-    """The option of a command's file, which is written at its end or after every problem."""
+    """Make the option of a command's file, which is written at its end or after every problem."""
     return typer.Option(help=help, callback=writable)
 
 

@@ -19,14 +19,14 @@ from rich.text import Text
 from sdsat.config import InputError, LoadConfig, plain_warnings
 
 _INTERRUPTED = "interrupted; what was finished is kept, and the same command resumes"
-UsageError: Any = (
-    typer.BadParameter.__base__
-)  # typer carries a click of its own, without a public name for it
+# Typer carries a click of its own, without a public name for it.
+UsageError: Any = typer.BadParameter.__base__
 
 
 def run(command: Callable[..., None]) -> None:
-    """Entry point of a script with one command, whose arguments and errors are handled as this
-    program's own.
+    """Run a script of one command, as its entry point.
+
+    Its arguments and errors are handled as this program's own.
     """
     script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     script.command()(command)
@@ -34,7 +34,10 @@ def run(command: Callable[..., None]) -> None:
 
 
 def run_app(application: typer.Typer) -> None:
-    """Run the app and turn every expected failure into one line and an exit code."""
+    """Run the app and turn every expected failure into one line and an exit code.
+
+    Raises SystemExit with that code.
+    """
     plain_warnings()
     try:
         code = application(standalone_mode=False)
@@ -62,14 +65,18 @@ def _fail(message: str, code: int) -> int:
 
 
 def show(table: Table, width: int) -> None:
-    """Print a table at least so many columns wide, for a terminal's line may be cut but not read
-    when cells are.
+    """Print a table at least so many columns wide.
+
+    A terminal's line may be cut, but then it can be read; cells that are cut can't.
     """
     Console(width=max(width, Console().width)).print(table)
 
 
 def load_decoder(name: str, config: LoadConfig) -> Any:
-    """Load the model that a command works on."""
+    """Load the model that a command works on.
+
+    Raises InputError, one line, for what can't be loaded.
+    """
     from sdsat.decoding.loop import Decoder
 
     return Decoder.load(
@@ -83,12 +90,12 @@ def load_decoder(name: str, config: LoadConfig) -> Any:
 
 
 def is_first() -> bool:
-    """Whether this is the only process, or the first that a launcher started."""
+    """Tell whether this is the only process, or the first that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def own_gpu() -> str:
-    """Under a launcher, each process's own GPU."""
+    """Name each process's own GPU under a launcher; '' where there is none."""
     import torch
 
     local = os.environ.get("LOCAL_RANK")

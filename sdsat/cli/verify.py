@@ -36,7 +36,7 @@ def verify(
 ) -> None:
     """Audit exactness: SDSAT against AR, and AR against transformers' generate; exit code 1 on an
     unexplained difference.
-    """
+    """  # noqa: D205 (`--help` shows it as one paragraph)
     import torch
 
     from sdsat.evaluation import verify as audits

@@ -80,7 +80,7 @@ class AutoPlanner:
         value = self._worth("rounded") - self.rate * self.costs.int8_seconds(size, context)
         exact, _ = self._best(drafts, left, context)
         if value <= exact and not self._try_again():
-            # each sequence of a batch declines, but a try is one pass for all
+            # Each sequence of a batch declines, but a try is one pass for all.
             self.worth.fade("rounded", UNTRIED ** (1 / self.costs.batch))
             return 0
         self.worth.observe("none", value)
@@ -135,15 +135,15 @@ class AutoPlanner:
         self._found.clear()
 
     def _try_again(self) -> bool:
-        """Whether nothing has been drafted for long."""
+        """Tell whether nothing has been drafted for long."""
         return self._num_plain >= TRY_AGAIN * self.costs.batch
 
     def _time_again(self) -> bool:
-        """Whether no pass has been plain for long."""
+        """Tell whether no pass has been plain for long."""
         return self._num_drafting >= TIME_AGAIN * self.costs.batch
 
     def _worth(self, kind: str) -> float:
-        """What a place with drafts of this kind is worth; at first, what it costs to draft them."""
+        """Say what a place with such drafts is worth; at first, what it costs to draft them."""
         prior = 0.0
         if kind == "rounded":
             prior = self.rate * self.costs.int8_seconds(self.size, 0)
@@ -152,7 +152,7 @@ class AutoPlanner:
         return self.worth.of(kind, prior)
 
     def _best(self, drafts: Drafts, left: int, context: int) -> tuple[float, Plan]:
-        """What the coming pass promises, in tokens, and its plan, searched once a pass."""
+        """Find what the coming pass promises, in tokens, and its plan, searched once a pass."""
         chances = self.acceptance.chances(drafts)
         # All that the search depends on; with more left than drafts can reach it's the same.
         usable = min(left, max(drafts.tree.depths) + self.size + 2)
@@ -162,7 +162,7 @@ class AutoPlanner:
         return self._found[key]
 
     def _terms(self, context: int) -> Terms:
-        """What a search takes for true, after so many tokens."""
+        """Collect what a search takes for true, after so many tokens."""
         reached = self.acceptance.reached(self.size)
         loss = [sum(reached[size:]) for size in range(self.size + 1)]  # of a smaller group
         none = self._worth("none")

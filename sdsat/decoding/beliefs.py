@@ -1,5 +1,4 @@
-"""What a learning planner believes: how often drafts are right, what passes take, what places are
-worth.
+"""What a learning planner believes: of drafts, of what passes take, of what places are worth.
 
 Each belief starts at a prior, and `observe..` alone changes it: to ask one changes nothing.
 """
@@ -157,19 +156,22 @@ class Acceptance:
 
 
 class _Ratio:
-    """A mean ratio of passes' seconds to the curve's; it starts at 1.
-
-    prior: how many observations the start counts for. step: how far a ratio moves it at least, so
-    that late ones still do.
-    """
+    """A mean ratio of passes' seconds to the curve's; it starts at 1."""
 
     def __init__(self, prior: int, step: float) -> None:
+        """Start at 1.
+
+        Args:
+            prior: how many observations the start counts for.
+            step: how far a ratio moves it at least, so that late ones still do.
+        """
         self.value = 1.0
         self.count = 0
         self._prior = prior
         self._step = step
 
     def observe(self, ratio: float) -> None:
+        """Count one more ratio."""
         self.count += 1
         step = max(self._step, 1 / (self._prior + self.count))
         self.value += step * (min(WORST_RATIO, ratio) - self.value)
@@ -180,6 +182,10 @@ class PassCosts:
 
     Seconds are those of one sequence among `batch`, which all do the same: n rows of it are 1/batch
     of a pass of batch n rows. The larger the batch, the more nearly that is in proportion to n.
+
+    Attributes:
+        batch: how many sequences a pass is of.
+        curve: what passes take, uncorrected.
     """
 
     def __init__(self, curve: CostCurve) -> None:
@@ -234,7 +240,14 @@ class PassCosts:
         return self.curve.rounded_seconds(sats, context) * self._int8.value / self.batch
 
     def observe_pass(self, rows: int, sats: int, context: int, seconds: float) -> None:
-        """Learn from a pass; see Planner.observe_pass."""
+        """Learn from a pass: see Planner.observe_pass.
+
+        Args:
+            rows: of all sequences, SATs included.
+            sats: how many of them are SATs.
+            context: mean of the sequences' tokens so far.
+            seconds: for the pass, with planning and drafting.
+        """
         ratio = seconds / self.curve.seconds(rows, sats, context, self.batch)
         self._correction(rows).observe(ratio)
         # The pace judges what was measured, not what the curve concludes from it.
@@ -242,7 +255,7 @@ class PassCosts:
             self._pace.observe(ratio)
 
     def observe_drafting(self, sats: int, context: int, seconds: float) -> None:
-        """Learn from a pass in 8 bits; see Planner.observe_drafting."""
+        """Learn from a pass in 8 bits: see Planner.observe_drafting."""
         self._int8.observe(seconds / self.curve.rounded_seconds(sats, context))
 
     def take(self, curve: CostCurve) -> None:
@@ -262,7 +275,8 @@ class Worth:
     That is how many tokens more than the usual rate makes in the same time are to be had from there
     on: the mean of what the plans made at such places promised.
 
-    scores: sum and weight of what was observed, by kind.
+    Attributes:
+        scores: sum and weight of what was observed, by kind.
     """
 
     def __init__(self) -> None:
@@ -288,6 +302,12 @@ def loop_rate(acceptance: Acceptance, costs: PassCosts, size: int, context: int)
     """Estimate the tokens per second of a loop that always drafts with `size` SATs.
 
     It drafts in 8 bits where that can be had; else it is two-step.
+
+    Args:
+        acceptance: how often drafts are right.
+        costs: what passes take.
+        size: SATs a group.
+        context: tokens so far.
     """
     accepted = sum(acceptance.reached(size))
     verified = min(size, SPARE_DRAFTS + int(accepted))

@@ -15,6 +15,9 @@ class FixedPlanner:
     """Verifies all drafts there are, and drafts none: lookup, and, where nothing looks up, AR.
 
     A planner (see `plan.Planner`), and the base of those that draft without learning.
+
+    Attributes:
+        config: the generation's settings, resolved.
     """
 
     config: DecodeConfig

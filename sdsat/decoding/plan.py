@@ -39,9 +39,10 @@ KINDS = (*PLACES, "rounded", "none")
 class Plan:
     """What one sequence has of the coming pass.
 
-    nodes: the drafts to verify, ascending, 0 (x) among them.
-    groups: where SATs stand; nodes are counted among `nodes`.
-    kinds: of PLACES, one a group, where the planner tells them apart.
+    Attributes:
+        nodes: the drafts to verify, ascending, 0 (x) among them.
+        groups: where SATs stand; nodes are counted among `nodes`.
+        kinds: of PLACES, one a group, where the planner tells them apart.
     """
 
     nodes: list[int]

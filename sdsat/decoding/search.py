@@ -1,4 +1,4 @@
-"""Searches for the pass that promises most tokens per second, by beliefs that stay as they are."""
+"""The search for the pass that promises most tokens per second, by beliefs that stay fixed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ MAX_GROUPS = 8
 class Terms:
     """What a search takes for true.
 
-    rate: what a second is worth, in tokens: what could be made in it otherwise.
-    size: SATs of a group at most.
-    budget: rows of a pass at most, SATs included.
-    worth: by place (plan.PLACES), [size + 1] tokens that a group of so many SATs adds to what comes
-        after, if the walk ends at it; rises with the number, and is negative for a bad place.
-    seconds: what a pass of so many rows, and so many of them SATs, takes.
+    Attributes:
+        rate: what a second is worth, in tokens: what could be made in it otherwise.
+        size: SATs of a group at most.
+        budget: rows of a pass at most, SATs included.
+        worth: by place (plan.PLACES), [size + 1] tokens that a group of so many SATs adds to what
+            comes after, if the walk ends at it; rises with the number, and is negative for a bad
+            place.
+        seconds: what a pass of so many rows, and so many of them SATs, takes.
     """
 
     rate: float
@@ -83,7 +85,10 @@ def search(
 class _Kept:
     """The drafts that a pass keeps, as one after the other is added, parents first.
 
-    value: tokens that they promise. ending: how likely the walk ends at each, and at x.
+    Attributes:
+        tree: of all drafts.
+        value: tokens that those which are kept promise.
+        ending: how likely the walk ends at each, and at x.
     """
 
     def __init__(self, tree: DraftTree) -> None:
@@ -94,6 +99,7 @@ class _Kept:
         self._inner = set[int]()
 
     def add(self, node: int, through: float) -> None:
+        """Keep one more; through: the probability that the walk passes it."""
         parent = self.tree.parents[node]
         self.value += through
         self.ending[node] = through

@@ -1,11 +1,10 @@
-"""The benchmark: AR and every setting on the same problem, one after the other, in the same engine;
-one worker a device.
+"""The benchmark: AR and every setting on the same problem in turn, one worker a device.
 
     sdsat bench greedy smollm2-135m-sdsat cpu --k-list 0,1,3,5,7
 
-Noise of the machine hits AR and SDSAT alike, because they take turns (measure.py). Each worker
-rewrites its own `worker_<device>.json` after every problem (workers.py), so an interrupted run
-loses at most the problem in hand and resumes.
+All run in the same engine. Noise of the machine hits AR and SDSAT alike, because they take turns
+(measure.py). Each worker rewrites its own `worker_<device>.json` after every problem (workers.py),
+so an interrupted run loses at most the problem in hand and resumes.
 """
 
 from __future__ import annotations
@@ -28,12 +27,20 @@ from sdsat.tasks.datasets import limited, read_tasks
 
 
 def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path, list[str]]:
-    """Measure, one worker for each of `devices` (see devices.py).
+    """Measure, one worker for each of `devices` (see models/devices.py).
 
-    Returns the results folder and a line a worker that died.
+    Args:
+        config: what is measured.
+        devices: one a worker.
+        results: the folder that holds the results folders.
 
-    Raises InputError for bad input: before, or where every worker met it; one that dies ends alone.
-    KeyboardInterrupt leaves what is finished in place.
+    Returns:
+        The results folder and a line a worker that died.
+
+    Raises:
+        InputError: for bad input: before, or where every worker met it; a worker that dies ends
+            alone.
+        KeyboardInterrupt: for an interrupt, which leaves what is finished in place.
     """
     folder = results / config.folder
     for device in devices:
@@ -59,9 +66,9 @@ def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path,
             return folder, []
         if devices[0] == "cpu":
             _check_memory(config, devices[: len(todo)])
-        # asking a GPU for its memory takes some of it, and all of one that is set to serve one
-        # process
         else:
+            # Asking a GPU for its memory takes some of it, and all of one that is set to serve one
+            # process.
             aside(_check_memory, config, devices[: len(todo)])
         progress = _Progress(finished, len(tasks))
         try:
@@ -71,7 +78,10 @@ def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path,
 
 
 def _check_memory(config: BenchConfig, devices: list[str]) -> None:
-    """Refuse workers that can't all fit, before one starts."""
+    """Refuse workers that can't all fit, before one starts.
+
+    Raises InputError, one line.
+    """
     size = loading.sized(config.model, config.dtype)
     taken = dict[Any, int]()
     for device in devices:

@@ -1,4 +1,4 @@
-"""Hold an answer's function and call it when asked: the process in which a model's code runs.
+"""The process in which a model's code runs: it holds an answer's function and calls it when asked.
 
 Standard library only.
 
@@ -42,10 +42,10 @@ _REFUSED_CALLS = {
 
 
 def encode(value: Any) -> Any:
-    """A value as JSON keeps it: scalars as they are, all else as [kind, content]; what is no plain
-    data only by its type's name.
+    """Write a value as JSON keeps it.
 
-    Iterators and other iterables are read out. numpy's scalars are Python's.
+    Scalars are as they are, all else is [kind, content]; of what is no plain data only its type's
+    name is kept. Iterators and other iterables are read out. numpy's scalars are Python's.
     """
     if getattr(value, "shape", None) == ():
         value = value.item()
@@ -68,8 +68,9 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The value that was encoded; an iterator is one again, what was no plain data is an object
-    that equals nothing else.
+    """Read the value that was encoded.
+
+    An iterator is one again; what was no plain data is an object that equals nothing else.
     """
     if not isinstance(value, list):
         return value
@@ -118,12 +119,11 @@ def refuse_calls() -> bool:
     if sys.platform != "linux" or sys.maxsize < 1 << 32 or machine not in _REFUSED_CALLS:
         return False
     architecture, calls = _REFUSED_CALLS[machine]
-    # foreign: numbers of x86's third set of calls
     load = 0x20
     equal = 0x15
     at_least = 0x35
     end = 0x06
-    foreign = 0x40000000
+    foreign = 0x40000000  # numbers of x86's third set of calls
     allow = 0x7FFF0000
     permission_error = 0x00050001
     refuse_set = 22
@@ -152,11 +152,14 @@ def refuse_calls() -> bool:
 
 
 def refuse_sockets() -> None:
-    """Have no sockets, where the system gives no namespace without a network."""
+    """Have no sockets, where the system gives no namespace without a network.
+
+    To make one raises OSError from then on.
+    """
     import _socket
     import socket
 
-    # still a class: ssl, which any web client imports, derives its own from it
+    # It is still a class: ssl, which any web client imports, derives its own from it.
     class Refused(socket.socket):
         def __init__(self, *arguments: object, **named: object) -> None:
             raise OSError("no network here")
@@ -169,8 +172,14 @@ def _said(error: BaseException) -> str:
 
 
 def main(memory_bytes: int, seconds: float, namespaces: bool) -> None:
-    """Say that all is set up, take the program, then answer calls of its function until the
-    questions end.
+    """Say that all is set up, take the program, then answer calls of its function.
+
+    It ends when the questions end.
+
+    Args:
+        memory_bytes: that the process may use.
+        seconds: of processor time.
+        namespaces: whether the process stands in namespaces, without a network.
     """
     questions = os.fdopen(os.dup(0), "rb")
     replies = os.dup(1)

@@ -1,5 +1,4 @@
-"""Why is acceptance what it is? Draft quality by depth, on the model's own answers and on given
-ones.
+"""Why acceptance is what it is: draft quality by depth, on the model's own and on given answers.
 
     sdsat inspect smollm2-135m-sdsat
     sdsat inspect runs/adapter --text my_prompts_and_completions.jsonl
@@ -32,18 +31,19 @@ def inspect(
     answered: list[tuple[list[int], list[int]]],
     config: InspectConfig | None = None,
 ) -> dict[str, Any]:
-    """Evaluate drafts after prompts: {"own": ..., "given": ..., "decoding": ..., "training": ...,
-    "findings": [lines]}.
-
-    own and given: `evaluate` at the same number of places of the model's greedy answer and of the
-    given one. decoding: acceptance while those answers were made with k SATs; it is lower than at
-    random places, because a loop begins where drafting has just failed. training: accepted drafts
-    per loop on the adapter's held-out answers, where it says.
+    """Evaluate drafts after prompts.
 
     Args:
         decoder: of a model with SATs.
         answered: (prompt ids, given answer's ids).
         config: how long answers may be, and at how many places they are evaluated.
+
+    Returns:
+        {"k": the model's, "own": ..., "given": ..., "decoding": ..., "training": ..., "findings":
+        [lines]}. own and given: `evaluate` at the same number of places of the model's greedy
+        answer and of the given one. decoding: acceptance while those answers were made with k SATs;
+        it is lower than at random places, because a loop begins where drafting has just failed.
+        training: accepted drafts per loop on the adapter's held-out answers, where it says.
 
     Raises:
         InputError: for a model without SATs.
@@ -88,7 +88,7 @@ def inspect(
 
 
 def findings(document: dict[str, Any]) -> list[str]:
-    """What the figures say, one sentence each."""
+    """Say what the figures of `inspect` mean, one sentence each."""
     own = document["own"]
     given = document["given"]
     training = document["training"]
@@ -126,7 +126,7 @@ def findings(document: dict[str, Any]) -> list[str]:
 
 
 def inspection_table(document: dict[str, Any]) -> Table:
-    """One row a depth."""
+    """Make a table for a terminal, one row a depth."""
     title = (
         "accuracy of drafts on own and given answers, confidence, chains lost, and acceptance "
         "in decoding"

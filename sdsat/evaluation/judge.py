@@ -1,9 +1,8 @@
-"""Judge one answer: a process that starts the answer's, asks its function what the tests ask, and
-leaves nothing running.
+"""The process that judges one answer: it starts the answer's, and asks its function what tests ask.
 
-The tests run here, and only values of plain data come over from the answer's process, which knows
-neither the tests nor the verdict: to pass, it has to reply what they expect. Nothing of sdsat but
-candidate.py is imported.
+It leaves nothing running. The tests run here, and only values of plain data come over from the
+answer's process, which knows neither the tests nor the verdict: to pass, it has to reply what they
+expect. Nothing of sdsat but candidate.py is imported.
 """
 
 from __future__ import annotations
@@ -41,7 +40,10 @@ class Candidate:
         self._process = process
 
     def read(self) -> dict[str, Any]:
-        """The next reply; AnswerError where there is none."""
+        """Read the next reply.
+
+        Raises AnswerError where there is none.
+        """
         assert self._process.stdout is not None
         line = self._process.stdout.readline(MAX_REPLY_BYTES)
         if not line:
@@ -57,6 +59,10 @@ class Candidate:
         return reply
 
     def ask(self, question: Any) -> dict[str, Any]:
+        """Ask a question, a value of JSON, and read the reply.
+
+        Raises AnswerError where there is none.
+        """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: read() says so
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -64,6 +70,10 @@ class Candidate:
         return self.read()
 
     def __call__(self, *arguments: Any) -> Any:
+        """Call the function, as the tests do; the result is a copy.
+
+        Raises AnswerError where it raises.
+        """
         return decode(self.ask(encode(arguments))["value"])
 
 
@@ -81,13 +91,14 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def _end_descendants(process: subprocess.Popen[bytes]) -> None:
-    """Kill and reap the answer's process and all that it started; on Linux also what has left its
-    group.
+    """Kill and reap the answer's process and all that it started.
+
+    On Linux that is also what has left its group.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    # orphans too: this process is their reaper
+    # Orphans end too: this process is their reaper.
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     while children.exists() and (found := children.read_text().split()):
         for child in found:
@@ -115,10 +126,10 @@ def _run_tests(candidate: Candidate, problem: dict[str, str], completion: str) -
 def judge(request: dict[str, Any]) -> dict[str, Any]:
     """Check the answer that `request` holds.
 
-    Returns {"result": verdict, "unlimited": what could not be bounded}.
-
     request: `command`, `environment` and `folder` of the answer's process; `problem`, `completion`,
     `seconds`.
+
+    Returns {"result": verdict, "unlimited": what could not be bounded}.
     """
     unlimited: list[str] = []
     place = {"env": request["environment"], "cwd": request["folder"], "start_new_session": True}
@@ -150,8 +161,9 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read a request from standard input and write the verdict, both JSON; none without asserts, as
-    any answer would pass.
+    """Read a request from standard input and write the verdict, both JSON.
+
+    Raises SystemExit, without a verdict, where Python leaves asserts out, as any answer would pass.
     """
     if sys.flags.optimize:
         sys.exit("this Python leaves asserts out, and the tests are asserts")

@@ -20,8 +20,7 @@ _WARM_UP_TOKENS = 16
 def measure_problem(
     decoder: Decoder, problem: Problem, config: BenchConfig, first: int
 ) -> dict[str, Any]:
-    """Decode one problem with every setting, config.turns times in turn; returns its entry in a
-    worker document.
+    """Decode one problem with every setting, config.turns times in turn.
 
     Noise of the machine hits all settings alike, because they take turns.
 
@@ -30,6 +29,12 @@ def measure_problem(
         problem: the prompt, and what ends the answer beside the model's own end.
         config: what is measured.
         first: how many settings to go on from the first one; that one begins.
+
+    Returns:
+        The problem's entry in a worker document.
+
+    Raises:
+        InputError: for a prompt and settings that don't fit the model.
     """
     settings = config.settings
     plain = config.plain(
@@ -43,7 +48,7 @@ def measure_problem(
         setting = settings[(place + first) % len(settings)]
         run = transformers_generate if setting == TRANSFORMERS else Decoder.generate
         with warnings.catch_warnings():
-            # k beyond the trained depth: said once, when the run starts
+            # That k is beyond the trained depth is said once, when the run starts.
             warnings.simplefilter("ignore")
             out = run(decoder, list(problem.prompt_ids), setting.of(plain))
         runs[setting].append(run_record(setting, out))
@@ -56,7 +61,7 @@ def measure_problem(
 
 
 def run_record(setting: Setting, out: Generation) -> dict[str, Any]:
-    """What a worker document keeps of one generation."""
+    """Collect what a worker document keeps of one generation."""
     histogram = [0] * (len(out.proposed_by_depth) + 1)
     for accepted in out.accepted_lengths:
         histogram[accepted] += 1
@@ -79,7 +84,7 @@ def run_record(setting: Setting, out: Generation) -> dict[str, Any]:
 
 
 def _of_turns(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run of the median time, and the outputs of all."""
+    """Merge a setting's turns: the run of the median time, and the outputs of all."""
     median = sorted(runs, key=seconds_of)[(len(runs) - 1) // 2]
     return {**median, "outputs_sha256": [sha for run in runs for sha in run["outputs_sha256"]]}
 

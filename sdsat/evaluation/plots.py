@@ -21,11 +21,12 @@ _AGAINST_K = {
 
 
 def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw tokens/s, speed-up and acceptance rate against k, and acceptance by depth; returns the
-    files.
+    """Draw tokens/s, speed-up and acceptance rate against k, and acceptance by depth.
 
     A strategy that was measured at several k is a line that begins at AR, one at a single k a level
     line. Beside the speed-up of two-step stands its bound, (k + 2) / 2.
+
+    Returns the files. Raises InputError, one line, where they can't be written.
     """
     base = next(run for run in summary["runs"] if key_of(run) == AR_KEY)
     drafted = [run for run in summary["runs"] if run["strategy"] in ALL_STRATEGIES]
@@ -40,13 +41,13 @@ def draw(summary: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _title(summary: dict[str, Any]) -> str:
-    """Two lines: what, and on what."""
+    """Write two lines: what, and on what."""
     parts = describe(summary).split(", ")
     return ", ".join(parts[:-2]) + "\n" + ", ".join(parts[-2:])
 
 
 def _lines(drafted: Runs) -> list[Runs]:
-    """The runs of each strategy, with and without lookup apart, by k."""
+    """Split the runs by strategy, with and without lookup apart; each is by k."""
     lines: dict[tuple[str, int], Runs] = {}
     for run in drafted:
         lines.setdefault((run["strategy"], run["lookup"]), []).append(run)
@@ -58,7 +59,18 @@ def _axes_against_k(name: str, title: str) -> Any:
 
 
 def _draw_speed(name: str, base: dict[str, Any], drafted: Runs, title: str, folder: Path) -> Path:
-    """Tokens/s or speed-up: lines begin at AR, k = 0."""
+    """Draw tokens/s or speed-up: lines begin at AR, k = 0.
+
+    Args:
+        name: of the figure, a key of _AGAINST_K.
+        base: the run of AR.
+        drafted: the runs with drafts.
+        title: of the plot.
+        folder: where it goes.
+
+    Returns:
+        The file.
+    """
     figure, axes = _axes_against_k(name, title)
     lines = _lines(drafted)
     for number, runs in enumerate(lines):
@@ -78,11 +90,11 @@ def _draw_speed(name: str, base: dict[str, Any], drafted: Runs, title: str, fold
 
 
 def _draw_rate(drafted: Runs, title: str, folder: Path) -> Path:
-    """The acceptance rate, which AR has not."""
+    """Draw the acceptance rate, which AR has not."""
     figure, axes = _axes_against_k(_RATE, title)
     lines = _lines(drafted)
     for number, measured in enumerate(lines):
-        # no acceptance rate where nothing was drafted
+        # There is no acceptance rate where nothing was drafted.
         runs = [run for run in measured if run[_RATE] is not None]
         if runs and _is_level(runs, lines):
             _draw_level(axes, _RATE, runs[0], number)
@@ -92,7 +104,7 @@ def _draw_rate(drafted: Runs, title: str, folder: Path) -> Path:
 
 
 def _draw_depths(drafted: Runs, title: str, folder: Path) -> Path:
-    """Acceptance at each depth."""
+    """Draw the acceptance at each depth."""
     figure, axes = new_figure(title, "draft depth", "accepted, given it was proposed")
     for run in drafted:
         depths = range(1, len(run["acceptance_by_depth"]) + 1)
@@ -105,17 +117,33 @@ def _draw_depths(drafted: Runs, title: str, folder: Path) -> Path:
 
 
 def _is_level(runs: Runs, lines: list[Runs]) -> bool:
-    """Whether it is a level line: without SATs, or at a single k beside others."""
+    """Tell whether it is a level line: without SATs, or at a single k beside others."""
     return runs[0]["k"] == 0 or (len(runs) == 1 and len(lines) > 1)
 
 
 def _draw_level(axes: Any, name: str, run: dict[str, Any], number: int) -> None:
+    """Draw one run as a level line.
+
+    Args:
+        axes: matplotlib's.
+        name: of the figure.
+        run: what was measured.
+        number: of the colour.
+    """
     label = name_of(key_of(run))
     axes.axhline(run[name], linestyle="--", color=f"C{number}", label=label)
 
 
 def _draw_line(axes: Any, name: str, runs: Runs, strategy: str, number: int) -> None:
-    """Values at each k, with their intervals."""
+    """Draw values at each k, with their intervals.
+
+    Args:
+        axes: matplotlib's.
+        name: of the figure.
+        runs: of one strategy, at several k.
+        strategy: as the legend has it.
+        number: of the colour.
+    """
     ks = [run["k"] for run in runs]
     values = [run[name] for run in runs]
     intervals = np.array([run[f"{name}_ci95"] or [run[name]] * 2 for run in runs]).T
@@ -132,6 +160,17 @@ def _draw_line(axes: Any, name: str, runs: Runs, strategy: str, number: int) -> 
 
 
 def _finish(figure: Any, axes: Any, name: str, folder: Path) -> Path:
+    """Save a plot with its legend.
+
+    Args:
+        figure: matplotlib's.
+        axes: its own.
+        name: of the file, without .png.
+        folder: where it goes.
+
+    Returns:
+        The file.
+    """
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
     return save(figure, folder / f"{name}.png")

@@ -1,5 +1,4 @@
-"""Quality: pass@k on HumanEval of AR and SDSAT side by side, and whether their completions are the
-same.
+"""Quality: pass@k on HumanEval of AR and SDSAT side by side, and whether completions are the same.
 
     sdsat eval smollm2-135m-sdsat --k-list 5 --strategies two-step,auto
 
@@ -34,12 +33,16 @@ _THOUGHT_ENDS = re.compile(
 
 
 def completion(answer: str, chat: bool, thinks: bool = False) -> str:
-    """What follows a problem's prompt in the program that is tested.
+    """Find what follows a problem's prompt in the program that is tested.
 
     A chat answer is the inside of a code fence, and most often repeats the function whole, which
     then replaces the prompt's; a plain continuation ends where its function does: before the first
-    line that is not indented. thinks: the answer begins inside a thought, so that the model opens
-    the fence itself.
+    line that is not indented.
+
+    Args:
+        answer: the text.
+        chat: whether it is a chat answer.
+        thinks: the answer begins inside a thought, so that the model opens the fence itself.
     """
     if chat:
         code = _after_thought(answer) if thinks else _fenced(answer)
@@ -54,19 +57,21 @@ def completion(answer: str, chat: bool, thinks: bool = False) -> str:
 
 
 def _fenced(answer: str) -> str:
-    """The code of an answer whose fence the prompt has opened: up to the next fence, unless that
-    opens it a second time.
+    """Cut out the code of an answer whose fence the prompt has opened.
+
+    It goes up to the next fence, unless that opens it a second time.
     """
     before, fence, after = answer.partition("```")
     if not fence or re.search(r"^([ \t]+\S|def |class |from |import |@)", before, re.MULTILINE):
         return before
-    # no code before it; its line may name the language
+    # There is no code before it; its line may name the language.
     return after.partition("\n")[2].split("```")[0]
 
 
 def _after_thought(answer: str) -> str:
-    """The code of an answer that thinks first: its first fenced block behind the thought, or its
-    last where no end is shown.
+    """Cut out the code of an answer that thinks first.
+
+    That is its first fenced block behind the thought, or its last where no end is shown.
     """
     thought, *answers = _THOUGHT_ENDS.split(answer)
     blocks = re.findall(
@@ -76,11 +81,20 @@ def _after_thought(answer: str) -> str:
 
 
 def evaluate(decoder: Decoder, config: QualityConfig, out: Path | None = None) -> dict[str, Any]:
-    """Answer, test and return the document; with `out` it is rewritten after every problem and an
-    interrupted run resumes.
+    """Answer HumanEval's problems, test the answers and return the document.
 
-    An answer that the sandbox failed to test is tested again by the next run, and its problem is in
-    no figure until then.
+    With `out` it is rewritten after every problem and an interrupted run resumes. An answer that
+    the sandbox failed to test is tested again by the next run, and its problem is in no figure
+    until then.
+
+    Args:
+        decoder: what answers.
+        config: which problems, and how they are answered.
+        out: the record's file; None for a document in memory.
+
+    Raises:
+        InputError: one line, for a record of another run, for settings that don't fit the model,
+            and where answers can't be run.
     """
     with open_record(decoder, config, out, "runs") as document:
         document["sandbox"] = sandbox.walls().name
@@ -138,7 +152,10 @@ def _test_again(problem: dict[str, str], runs: list[dict[str, Any]]) -> bool:
 def _answer(
     decoder: Decoder, problem: dict[str, str], config: QualityConfig
 ) -> list[dict[str, Any]]:
-    """One problem's answers, by every sampling and setting, and the tests' verdict on each."""
+    """Answer one problem by every sampling and setting, with the tests' verdict on each.
+
+    Raises InputError for a model without a tokenizer.
+    """
     model = decoder.model
     tokenizer = model.tokenizer
     require(tokenizer is not None, f"model={model.name}: came without a tokenizer")
@@ -173,11 +190,11 @@ def _answer(
 
 
 def _summarize(problems: list[dict[str, Any]], config: QualityConfig) -> list[dict[str, Any]]:
-    """One row a setting: pass@n for n = 1, 10, 100 and all samples, and how many completions are
-    those of AR.
+    """Make one row a setting: pass@n, and how many completions are those of AR.
 
-    Problems with an answer that the sandbox failed to test (`num_untested`) are left out of what
-    passed, in all rows alike; without others pass@n is None.
+    n is 1, 10, 100 and the number of all samples. Problems with an answer that the sandbox failed
+    to test (`num_untested`) are left out of what passed, in all rows alike; without others pass@n
+    is None.
     """
     return [_setting_summary(problems, setting, config.samples) for setting in config.settings]
 
@@ -213,7 +230,7 @@ def _mean(rates: Any) -> float | None:
 
 
 def quality_table(document: dict[str, Any], title: str) -> Table:
-    """The summary for a terminal."""
+    """Make a table of the summary for a terminal."""
     table = Table(*document["summary"][0], title=title)
     for row in document["summary"]:
         table.add_row(*map(str, row.values()))
@@ -221,7 +238,7 @@ def quality_table(document: dict[str, Any], title: str) -> Table:
 
 
 def closing_line(document: dict[str, Any]) -> str | None:
-    """How many completions of SDSAT are AR's; None where there is nothing but AR."""
+    """Say how many completions of SDSAT are AR's; None where there is nothing but AR."""
     drafted = [row for row in document["summary"] if row["strategy"] != AR.strategy]
     if not drafted:
         return None

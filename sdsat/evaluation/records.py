@@ -1,5 +1,6 @@
-"""Records: JSON documents that say what machine, code and weights they come from, and let an
-interrupted run resume.
+"""Records: JSON documents that say what they come from, and let an interrupted run resume.
+
+They name the machine, the code and the weights.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ _OTHER = "delete it or choose another file"
 
 
 def identity(name: str, model: SatModel | None = None) -> dict[str, str | None]:
-    """Hashes of what figures depend on beside the machine: this package's sources, the base, and
-    the adapter, if `name` is one.
+    """Compute hashes of what figures depend on beside the machine.
+
+    That is this package's sources, the base, and the adapter, if `name` is one.
 
     model: what was loaded by that name. Raises InputError, one line, for a model that isn't there.
     """
@@ -38,8 +40,9 @@ def identity(name: str, model: SatModel | None = None) -> dict[str, str | None]:
 
 
 def environment(decoder: Decoder) -> dict[str, Any]:
-    """Versions, device, row policy, and hashes of code and weights: what a reader needs to compare
-    figures.
+    """Collect versions, device, row policy, and hashes of code and weights.
+
+    That is what a reader needs to compare figures.
     """
     model = decoder.model
     return {
@@ -52,7 +55,7 @@ def environment(decoder: Decoder) -> dict[str, Any]:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A settings dataclass as JSON gives it back: tuples are lists, shares are texts."""
+    """Write a settings dataclass as JSON gives it back: tuples are lists, shares are texts."""
     forms: dict[type, Any] = {tuple: list, Fraction: str}
     return {
         key: forms[type(value)](value) if type(value) in forms else value
@@ -62,8 +65,9 @@ def plain(config: Any) -> dict[str, Any]:
 
 @contextmanager
 def resumed(out: Path, new: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Hold `out`, and yield `new`, or what an interrupted run of a script with the same settings
-    left there in the same environment.
+    """Hold `out`, and yield what an interrupted run left there, or else `new`.
+
+    It was a run of a script with the same settings in the same environment.
 
     Raises InputError, one line, where `out` holds anything else or another run writes to it.
     """
@@ -82,8 +86,9 @@ def resumed(out: Path, new: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def open_record(
     decoder: Decoder, config: Any, out: Path | None, entries: str
 ) -> Iterator[dict[str, Any]]:
-    """Yield the document of a run over HumanEval's problems: new or, where `out` exists, as an
-    interrupted run left it. Holds `out`.
+    """Hold `out`, and yield the document of a run over HumanEval's problems.
+
+    It is new or, where `out` exists, as an interrupted run left it.
 
     Args:
         decoder: what answers.
@@ -110,7 +115,7 @@ def open_record(
 
 
 def _head(decoder: Decoder, config: Any) -> dict[str, Any]:
-    """What a record is known by."""
+    """Collect what a record is known by."""
     model = decoder.model
     return {
         "schema_version": RECORD_VERSION,
@@ -128,7 +133,17 @@ def _head(decoder: Decoder, config: Any) -> dict[str, Any]:
 def _check_record(
     place: Place, document: dict[str, Any], head: dict[str, Any], entries: str
 ) -> None:
-    """Refuse a record that this run can't go on from."""
+    """Refuse a record that this run can't go on from.
+
+    Args:
+        place: of the record.
+        document: the record.
+        head: of this run.
+        entries: the key under which a problem has its list of results.
+
+    Raises:
+        InputError: one line, with the reason.
+    """
     version = document.get("schema_version")
     place.require(
         version in (RECORD_VERSION, None),
@@ -142,7 +157,7 @@ def _check_record(
 
 
 def _is_record(document: dict[str, Any], entries: str) -> bool:
-    """Whether it has all that an interrupted run goes on from."""
+    """Tell whether a document has all that an interrupted run goes on from."""
     problems = document.get("problems")
     parts = all(isinstance(document.get(part), dict) for part in ("environment", "settings"))
     if not parts or not isinstance(problems, list) or document.get("schema_version") is None:
@@ -156,12 +171,12 @@ def _is_record(document: dict[str, Any], entries: str) -> bool:
 
 
 def results_place(folder: Path) -> Place:
-    """A results folder, with a document for each worker."""
+    """Name a results folder, with a document for each worker."""
     return Place.folder(folder, f"results folder {folder}")
 
 
 def recorded_settings(config: BenchConfig) -> dict[str, Any]:
-    """What a worker document keeps of the settings, and a folder is known by."""
+    """Collect what a worker document keeps of the settings, and a folder is known by."""
     settings = plain(config)
     settings.pop("data_limit")
     if config.method == "greedy":
@@ -170,7 +185,7 @@ def recorded_settings(config: BenchConfig) -> dict[str, Any]:
 
 
 def finished_problems(folder: Path, config: BenchConfig) -> list[dict[str, Any]]:
-    """The problems that a results folder holds already.
+    """Read the problems that a results folder holds already.
 
     Raises InputError, one line, for a folder of other settings, or of figures of other code or
     weights.
@@ -194,7 +209,7 @@ def finished_problems(folder: Path, config: BenchConfig) -> list[dict[str, Any]]
 def open_worker_document(
     folder: Path, label: str, config: BenchConfig, found: dict[str, Any]
 ) -> dict[str, Any]:
-    """A new worker document, or the one that an earlier run left.
+    """Make a new worker document, or read the one that an earlier run left.
 
     Args:
         folder: of the results, which the parent process holds.

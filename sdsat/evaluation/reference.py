@@ -1,5 +1,6 @@
-"""The outside reference: transformers' own greedy `generate` on the same weights, with none of this
-package's code in it.
+"""The outside reference: transformers' own greedy `generate` on the same weights.
+
+None of this package's code is in it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,16 @@ def transformers_generate(
 
     Ours are set aside for the duration.
 
-    Of the config only max_new_tokens, stop_ids and stop_strings are used. All seconds are in
-    decode_seconds.
+    Args:
+        decoder: of the model.
+        prompt_ids: token ids.
+        config: of which only max_new_tokens, stop_ids and stop_strings are used.
+
+    Returns:
+        The generation; all seconds are in decode_seconds.
+
+    Raises:
+        InputError: for a sampling that is not greedy.
     """
     require(
         config.sampling.greedy, "transformers_generate: greedy only, its random numbers are its own"
@@ -38,7 +47,7 @@ def transformers_generate(
     model = decoder.model
     tokens = torch.tensor([prompt_ids], device=model.device)
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
-    # sdpa would leave Gemma 2's caps out
+    # Here sdpa would leave Gemma 2's caps out.
     plain = "eager" if capped else "sdpa"
     tokenizer = model.tokenizer if config.stop_strings else None
     with decoder.engine.set_aside(), model.set_aside(plain):

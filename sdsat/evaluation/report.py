@@ -41,7 +41,7 @@ CAPTION = (
 
 
 def with_interval(value: float | None, interval: list[float] | None, digits: int = 2) -> str:
-    """'1.57 [1.47, 1.68]'; empty for no value."""
+    """Write '1.57 [1.47, 1.68]'; empty for no value."""
     if value is None:
         return ""
     return f"{value:.{digits}f}" + (
@@ -50,7 +50,7 @@ def with_interval(value: float | None, interval: list[float] | None, digits: int
 
 
 def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table of a summary, one tuple of cells a run, under `_COLUMNS`."""
+    """List a summary's cells, one tuple a run, under `_COLUMNS`."""
     rows: list[tuple[str, ...]] = []
     for run in summary["runs"]:
         rate = run["acceptance_rate"]
@@ -72,7 +72,7 @@ def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def rich_table(summary: dict[str, Any]) -> Table:
-    """The table for a terminal."""
+    """Make the table for a terminal."""
     table = Table(
         *_COLUMNS,
         title=describe(summary),
@@ -86,16 +86,16 @@ def rich_table(summary: dict[str, Any]) -> Table:
 
 
 def markdown_table(summary: dict[str, Any]) -> str:
-    """The same table and caption for a README."""
+    """Write the same table and caption for a README."""
     lines = [_COLUMNS, ("---",) * len(_COLUMNS), *table_rows(summary)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{CAPTION}\n"
 
 
 def report(folder: Path) -> dict[str, Any]:
-    """Merge a results folder's worker documents, write `summary.json`, draw the plots and return
-    the summary.
+    """Merge a results folder's worker documents, write `summary.json` and draw the plots.
 
-    Raises InputError, one line, where there are none, or where a file can't be read or written.
+    Returns the summary. Raises InputError, one line, where there are no such documents, or where a
+    file can't be read or written.
     """
     require(folder.is_dir(), f"results folder {folder}: no such folder")
     documents = read_workers(folder)

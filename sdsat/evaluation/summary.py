@@ -24,7 +24,7 @@ _ORDER = ("transformers", "ar", *ALL_STRATEGIES)
 
 
 def read_workers(folder: Path) -> list[dict[str, Any]]:
-    """The worker documents of a results folder.
+    """Read the worker documents of a results folder.
 
     Raises InputError for a damaged file or another schema.
     """
@@ -45,17 +45,17 @@ def read_workers(folder: Path) -> list[dict[str, Any]]:
 
 
 def seconds_of(run: dict[str, Any]) -> float:
-    """Prefill and decoding together."""
+    """Add the seconds of prefill and decoding."""
     return float(run["prefill_seconds"] + run["decode_seconds"])
 
 
 def key_of(run: dict[str, Any]) -> Key:
-    """What tells a run of a problem from its others."""
+    """Name what tells a run of a problem from its others."""
     return run["strategy"], run["k"], run["lookup"]
 
 
 def name_of(key: Key) -> str:
-    """As a plot's legend has it."""
+    """Name a run as a plot's legend has it."""
     strategy, k, lookup = key
     if lookup and not k:
         return f"{strategy}, {lookup} tokens, no SATs"
@@ -63,22 +63,23 @@ def name_of(key: Key) -> str:
 
 
 def run_of(problem: dict[str, Any], key: Key) -> dict[str, Any]:
-    """The run of a problem with this strategy, k and lookup."""
+    """Find the run of a problem with this strategy, k and lookup."""
     return next(run for run in problem["runs"] if key_of(run) == key)
 
 
 def interval(rows: Rows, statistic: Callable[[Rows], np.ndarray]) -> list[float] | None:
-    """95 % interval of `statistic` over problems like these: scipy's BCa bootstrap; None for a
-    single problem.
+    """Compute the 95 % interval of `statistic` over problems like these.
 
-    It covers the choice of problems. What a repetition on the same machine would change is in it
-    only as far as it differs from problem to problem. statistic: sums [..., columns] over problems
-    -> [...].
+    By scipy's BCa bootstrap; None for a single problem. It covers the choice of problems. What a
+    repetition on the same machine would change is in it only as far as it differs from problem to
+    problem.
+
+    rows: [problems, columns]. statistic: sums [..., columns] over problems -> [...].
     """
     if len(rows) < 2:
         return None
     without_one = statistic(rows.sum(0) - rows)
-    # all problems say the same: nothing to draw from
+    # Where all problems say the same there is nothing to draw from.
     if np.ptp(without_one) <= 1e-9 * np.abs(without_one).max():
         low = high = float(statistic(rows.sum(0)))
     else:
@@ -96,13 +97,14 @@ def interval(rows: Rows, statistic: Callable[[Rows], np.ndarray]) -> list[float]
 
 
 def ratio(sums: Rows) -> np.ndarray:
-    """sums [..., 2]: the first over the second -> [...]."""
+    """Divide sums [..., 2], the first by the second -> [...]."""
     return sums[..., 0] / np.maximum(sums[..., 1], 1e-9)
 
 
 def speedup(sums: Rows) -> np.ndarray:
-    """sums [..., 4]: tokens and seconds of a strategy, and of the one that it is compared with ->
-    [...].
+    """Compute a strategy's speed-up [...].
+
+    sums: [..., 4] tokens and seconds of it, and of the one that it is compared with.
     """
     return sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3])
 
@@ -114,21 +116,21 @@ class _Counts:
         self._columns = {name: np.array(column, float) for name, column in columns.items()}
 
     def total(self, name: str) -> float:
-        """The sum over the problems."""
+        """Add up what was counted over the problems."""
         return float(self._columns[name].sum())
 
     def rows(self, *names: str) -> Rows:
-        """[problems, names]."""
+        """Return [problems, names] what was counted."""
         return np.stack([self._columns[name] for name in names]).T
 
 
 def _by_depth(runs: list[dict[str, Any]], name: str) -> np.ndarray:
-    """[problems, depth] of a run's list with one number a depth."""
+    """Return [problems, depth] of a run's list with one number a depth."""
     return np.array([run[name] for run in runs]).reshape(len(runs), -1)
 
 
 def _drafting(counts: _Counts, loops: float, verified: float) -> dict[str, Any]:
-    """Figures of acceptance; None each where nothing was drafted.
+    """Compute figures of acceptance; None each where nothing was drafted.
 
     loops: passes that verified drafts. verified: tokens that these emitted.
     """
@@ -149,7 +151,10 @@ def _drafting(counts: _Counts, loops: float, verified: float) -> dict[str, Any]:
 def _run_summary(
     problems: list[dict[str, Any]], key: Key, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """One object of `runs`: what was measured for one strategy, k and lookup, over the problems."""
+    """Make one object of `runs`, over the problems.
+
+    It says what was measured for one strategy, k and lookup.
+    """
     strategy, k, lookup = key
     runs = [run_of(problem, key) for problem in problems]
     plain = [run_of(problem, AR_KEY) for problem in problems]
@@ -171,7 +176,7 @@ def _run_summary(
     rounded = sum(run["num_rounded_passes"] for run in runs)
     prefill_seconds = sum(run["prefill_seconds"] for run in runs)
     compared = counts.rows("tokens", "seconds", "ar_tokens", "ar_seconds")
-    # a pass that verifies nothing makes one token, one in 8 bits none
+    # A pass that verifies nothing makes one token, one in 8 bits none.
     drafting = _drafting(counts, loops, tokens - (passes - rounded - loops))
     pairs = zip(accepted.sum(0), proposed.sum(0), strict=True)
     return {
@@ -205,7 +210,7 @@ def _run_summary(
 
 
 def _identical(run: dict[str, Any], plain: dict[str, Any]) -> bool:
-    """Whether every turn's output is that of every turn of AR."""
+    """Tell whether every turn's output is that of every turn of AR."""
     return len({*run["outputs_sha256"], *plain["outputs_sha256"]}) == 1
 
 
@@ -228,7 +233,7 @@ def summarize(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """One line that says what was measured, on what."""
+    """Say in one line what was measured, on what."""
     settings = summary["settings"]
     environment = summary["environment"]
     method = (

@@ -62,9 +62,12 @@ _STRATEGIES = Option(
 class Setting(NamedTuple):
     """One way to decode.
 
-    strategy: one of config.ALL_STRATEGIES, or a baseline that drafts nothing: 'ar', plain decoding,
-    and 'transformers', the outside reference. k: SATs a group. lookup: tokens to look up; None: as
-    the strategy has it. tree: as the command line has it.
+    Attributes:
+        strategy: one of config.ALL_STRATEGIES, or a baseline that drafts nothing: 'ar', plain
+            decoding, and 'transformers', the outside reference.
+        k: SATs a group.
+        lookup: tokens to look up; None: as the strategy has it.
+        tree: as the command line has it.
     """
 
     strategy: str
@@ -78,7 +81,10 @@ class Setting(NamedTuple):
         return self not in (AR, TRANSFORMERS)
 
     def of(self, plain: DecodeConfig) -> DecodeConfig:
-        """The settings of a generation: `plain` (Sweep.plain), with what this one drafts by."""
+        """Make the settings of a generation: `plain` (Sweep.plain), with what this one drafts by.
+
+        Raises InputError for what can't be decoded with.
+        """
         from sdsat.method.tree import parse_tree
 
         if not self.drafts:
@@ -95,7 +101,10 @@ TRANSFORMERS = Setting("transformers", lookup=0)
 class Asked:
     """Which problems are answered, how they are asked, and how long an answer may be.
 
-    data_limit: see datasets.limited. template_options: see prompts.encode.
+    Attributes:
+        data_limit: see `tasks.datasets.limited`.
+        max_new_tokens: tokens of an answer at most.
+        template_options: see `tasks.prompts.encode`.
     """
 
     data_limit: Limit = option(None, _DATA_LIMIT)
@@ -113,13 +122,16 @@ class Asked:
         stop_ids: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
     ) -> DecodeConfig:
-        """Plain decoding of a problem.
+        """Make the settings of plain decoding of a problem.
 
         Args:
             sampling: of which the problem has its own form; None for greedy.
             task_id: of the problem.
             stop_ids: token ids that end the answer.
             stop_strings: texts that end it.
+
+        Raises:
+            InputError: for ends that are no token ids or no texts.
         """
         own = (sampling or SamplingConfig()).of_problem(task_id)
         return DecodeConfig(
@@ -135,7 +147,11 @@ class Asked:
 class Sweep(Asked):
     """Every strategy at every k, and with every tree; AR is always among them.
 
-    top_k, top_p: for temperatures above 0.
+    Attributes:
+        k_list: values of k.
+        strategies: of config.ALL_STRATEGIES.
+        top_k: for temperatures above 0.
+        top_p: for temperatures above 0.
     """
 
     k_list: tuple[int, ...] = option((5,), _K_LIST)
@@ -144,7 +160,10 @@ class Sweep(Asked):
     top_p: float = option(0.95)
 
     def __post_init__(self) -> None:
-        """Refuse what can't be decoded with, in one line, before a model is loaded."""
+        """Refuse what can't be decoded with, in one line, before a model is loaded.
+
+        Raises InputError.
+        """
         from sdsat.method.tree import make_tree, parse_tree
 
         super().__post_init__()
@@ -200,17 +219,29 @@ class Sweep(Asked):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(Sweep, CheckpointConfig):
-    """What is measured. Everything but data_limit must be the same for a results folder to be
-    resumed.
+    """What is measured.
 
-    method: 'greedy' or 'nucleus'; temperature, top_k and top_p hold for nucleus only. seed: each
-    problem has its own form of it.
-    k_list: AR (0) is always among them. strategies: each at every k, but `auto` once, with the
-    largest, beside what it is made of: 'lookup' alone, and itself without lookup.
-    lookup: how many tokens 'auto' and 'lookup' look up in the text so far; 0: 'auto' only without.
-    dataset: see datasets.read_tasks; source: what that returns, entered by `bench`.
-    with_generate: also time transformers' own greedy `generate` on the same weights. turns: how
-    often each is measured on each problem, of which the run of the median time counts.
+    Everything but data_limit must be the same for a results folder to be resumed.
+
+    Attributes:
+        model: hub id, directory or embedded name.
+        method: 'greedy' or 'nucleus'; temperature, top_k and top_p hold for nucleus only.
+        k_list: AR (0) is always among them.
+        strategies: each at every k, but `auto` once, with the largest, beside what it is made of:
+            'lookup' alone, and itself without lookup.
+        tree: 'auto', 'chain', 'paper' or a branching list, as the command line has it.
+        temperature: for nucleus, a positive number.
+        seed: each problem has its own form of it.
+        dataset: see `tasks.datasets.read_tasks`.
+        data_limit: see `tasks.datasets.limited`.
+        max_new_tokens: tokens of an answer at most.
+        dtype: of the weights.
+        with_generate: also time transformers' own greedy `generate` on the same weights.
+        source: what `tasks.datasets.read_tasks` returns as such, entered by `bench`.
+        lookup: how many tokens 'auto' and 'lookup' look up in the text so far; 0: 'auto' only
+            without.
+        turns: how often each is measured on each problem, of which the run of the median time
+            counts.
     """
 
     model: str = field(kw_only=False)
@@ -277,11 +308,13 @@ class BenchConfig(Sweep, CheckpointConfig):
 
     @property
     def sampling(self) -> SamplingConfig:
+        """How tokens are chosen: the one way."""
         (sampling,) = self.samplings
         return sampling
 
     @property
     def samplings(self) -> list[SamplingConfig]:
+        """How tokens are chosen: one way alone."""
         return self._samplings([0 if self.method == "greedy" else self.temperature], [self.seed])
 
     @property
@@ -293,8 +326,9 @@ class BenchConfig(Sweep, CheckpointConfig):
 
     @property
     def folder(self) -> str:
-        """Where the results go below the results folder: <model>/<greedy | nucleus_t1.0>[_<data set
-        other than HumanEval>].
+        """Where the results go below the results folder.
+
+        <model>/<greedy | nucleus_t1.0>[_<data set other than HumanEval>].
         """
         method = "greedy" if self.method == "greedy" else f"nucleus_t{self.temperature}"
         dataset = "" if self.dataset == HUMANEVAL else f"_{Path(self.dataset).stem}"
@@ -302,8 +336,9 @@ class BenchConfig(Sweep, CheckpointConfig):
 
 
 def paper_settings(method: str, dataset: str) -> dict[str, Any]:
-    """What the paper measures (arXiv 2403.18647), as fields of BenchConfig; weights in their own
-    dtype.
+    """Return what the paper measures (arXiv 2403.18647), as fields of BenchConfig.
+
+    Weights are in their own dtype.
     """
     from sdsat.method.tree import PAPER_WIDTHS
 
@@ -326,11 +361,20 @@ def paper_settings(method: str, dataset: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(Sweep):
-    """What is compared: every strategy, k and tree, greedy where temperatures holds 0, else every
-    temperature with every seed, of which each problem has its own form.
+    """What is compared: every strategy, k and tree with every sampling.
 
-    strategies: () for all that the model has SATs and an engine for; 'lookup' is compared once, for
-    it has neither k nor tree.
+    Greedy where temperatures holds 0, else every temperature with every seed, of which each problem
+    has its own form.
+
+    Attributes:
+        k_list: values of k.
+        strategies: () for all that the model has SATs and an engine for; 'lookup' is compared once,
+            for it has neither k nor tree.
+        trees: as the command line has them.
+        temperatures: 0 is greedy, and compared with transformers too.
+        seeds: for temperatures above 0.
+        data_limit: see `tasks.datasets.limited`.
+        max_new_tokens: tokens of an answer at most.
     """
 
     k_list: tuple[int, ...] = option((1, 3, 5, 7), _K_LIST)
@@ -362,13 +406,21 @@ class VerifyConfig(Sweep):
 
     @property
     def samplings(self) -> list[SamplingConfig]:
+        """How tokens are chosen, in turn."""
         return self._samplings(self.temperatures, self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityConfig(Sweep):
-    """Each problem is answered `samples` times by AR and by every strategy and k: greedy once, or
-    sampled with seeds 0, 1, ..., of which each problem has its own form.
+    """What is answered and tested: each problem `samples` times by AR and by every strategy and k.
+
+    Greedy once, or sampled with seeds 0, 1, ..., of which each problem has its own form.
+
+    Attributes:
+        k_list: AR (0) is always among them.
+        tree: as the command line has it.
+        temperature: 0 for greedy.
+        samples: answers to each problem; 1 for greedy.
     """
 
     k_list: tuple[int, ...] = option(
@@ -396,6 +448,7 @@ class QualityConfig(Sweep):
 
     @property
     def samplings(self) -> list[SamplingConfig]:
+        """How tokens are chosen, in turn."""
         return self._samplings([self.temperature], range(self.samples))
 
 
@@ -403,8 +456,11 @@ class QualityConfig(Sweep):
 class InspectConfig(Asked):
     """Which answers are inspected; they are drafted by the paper's strategy with the trained k.
 
-    text: .jsonl with the texts `prompt` and `completion` in every line; None: HumanEval.
-    anchors: places of each answer at which drafts are evaluated.
+    Attributes:
+        text: .jsonl with the texts `prompt` and `completion` in every line; None: HumanEval.
+        data_limit: see `tasks.datasets.limited`.
+        max_new_tokens: tokens of an answer at most.
+        anchors: places of each answer at which drafts are evaluated.
     """
 
     text: Path | None = option(None, ".jsonl with prompt and completion. Default: HumanEval.")

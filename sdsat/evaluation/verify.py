@@ -1,5 +1,4 @@
-"""The exactness audit: AR against SDSAT over benchmark problems, and AR against transformers' own
-`generate`.
+"""The exactness audit: AR against SDSAT, and against transformers' own `generate`, on problems.
 
     sdsat verify smollm2-135m-sdsat --dtype float32 --k-list 1,3,5,7 --data-limit 40
 
@@ -51,12 +50,20 @@ _COLUMNS = (
 def first_divergence(
     decoder: Decoder, prompt_ids: list[int], ar: list[int], other: list[int], config: DecodeConfig
 ) -> dict[str, Any] | None:
-    """Where two outputs first differ, and by how much AR preferred its own token there; None when
-    they are equal.
+    """Find where two outputs first differ, and by how much AR preferred its own token there.
 
-    ar_margin, in logits: greedy, how far AR's token was ahead; sampling, by how much the two must
-    move towards each other for AR to choose the other token, its noise and filters included. None
-    where one output ends inside the other.
+    Args:
+        decoder: what decoded.
+        prompt_ids: of both.
+        ar: token ids of AR's output.
+        other: token ids of the other one.
+        config: of whose sampling both are.
+
+    Returns:
+        None when they are equal, else {index, ar_token, token, ar_margin}. ar_margin, in logits:
+        greedy, how far AR's token was ahead; sampling, by how much the two must move towards each
+        other for AR to choose the other token, its noise and filters included. It is None, as the
+        tokens are, where one output ends inside the other.
     """
     if ar == other:
         return None
@@ -81,8 +88,19 @@ def first_divergence(
 def sampled_margin(
     logits: Tensor, ours: int, theirs: int, index: int, sampling: SamplingConfig
 ) -> float:
-    """The smallest shift, half of it down for `ours` and half up for `theirs`, at which `theirs` is
-    chosen; by bisection.
+    """Find the smallest shift at which `theirs` is chosen, by bisection.
+
+    Half of it moves `ours` down, and half of it `theirs` up.
+
+    Args:
+        logits: [V].
+        ours: the token that is chosen without a shift.
+        theirs: the other one.
+        index: emitted index of the token.
+        sampling: how it is chosen.
+
+    Returns:
+        The shift, in logits.
     """
     at = torch.tensor([index], device=logits.device)
 
@@ -101,8 +119,18 @@ def sampled_margin(
 
 
 def verify(decoder: Decoder, config: VerifyConfig, out: Path | None = None) -> dict[str, Any]:
-    """Compare and return the document; with `out` it is rewritten after every problem and an
-    interrupted run resumes.
+    """Compare outputs on problems and return the document.
+
+    With `out` it is rewritten after every problem and an interrupted run resumes.
+
+    Args:
+        decoder: what decodes.
+        config: what is compared, on which problems.
+        out: the record's file; None for a document in memory.
+
+    Raises:
+        InputError: one line, for a record of another run, and for settings that don't fit the
+            model.
     """
     model = decoder.model
     dtype = str(model.dtype).removeprefix("torch.")
@@ -122,8 +150,9 @@ def verify(decoder: Decoder, config: VerifyConfig, out: Path | None = None) -> d
 
 
 def divergences(document: dict[str, Any], tokenizer: Any) -> Iterator[str]:
-    """A line for each first divergence of an audit: where, both tokens, AR's margin and whether
-    rounding explains it.
+    """Write a line for each first divergence of an audit.
+
+    It says where, both tokens, AR's margin and whether rounding explains it.
     """
     dtype = document["settings"]["dtype"]
     for problem in document["problems"]:
@@ -133,6 +162,14 @@ def divergences(document: dict[str, Any], tokenizer: Any) -> Iterator[str]:
 
 
 def _divergence_line(task_id: str, dtype: str, comparison: dict[str, Any], tokenizer: Any) -> str:
+    """Write the line of one divergence.
+
+    Args:
+        task_id: of the problem.
+        dtype: of the weights.
+        comparison: an entry of the document, with a divergence.
+        tokenizer: of the model.
+    """
     found = comparison["divergence"]
     seed = "" if comparison["seed"] is None else f" seed {comparison['seed']}"
     drafts = f" k={comparison['k']} {comparison['tree']}" if comparison["k"] else ""
@@ -152,7 +189,7 @@ def _divergence_line(task_id: str, dtype: str, comparison: dict[str, Any], token
 
 
 def audit_rows(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The summaries of audits in several dtypes, one after the other: a row a compared setting."""
+    """List the summaries of audits in several dtypes, one after the other: a row a setting."""
     return [
         {"dtype": document["settings"]["dtype"], **row}
         for document in documents
@@ -161,7 +198,7 @@ def audit_rows(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def audit_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """The rows of `audit_rows` for a terminal."""
+    """Make a table of the rows of `audit_rows` for a terminal."""
     table = Table(*_COLUMNS, title=title)
     for row in rows:
         share = row["identical"] / row["num_problems"]
@@ -176,7 +213,7 @@ def audit_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
 
 
 def closing_line(rows: Sequence[dict[str, Any]]) -> str:
-    """How many outputs of SDSAT are AR's."""
+    """Say how many outputs of SDSAT are AR's."""
     ours = [row for row in rows if row["against"] != TRANSFORMERS.strategy]
     same = sum(row["identical"] for row in ours)
     count = sum(row["num_problems"] for row in ours)
@@ -184,7 +221,7 @@ def closing_line(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _compare(decoder: Decoder, problem: Problem, config: VerifyConfig) -> list[dict[str, Any]]:
-    """Every sampling's comparisons on one problem."""
+    """Make every sampling's comparisons on one problem."""
     prompt_ids = list(problem.prompt_ids)
     ar_setting, *drafting = config.settings
     comparisons = list[dict[str, Any]]()
@@ -201,7 +238,7 @@ def _compare(decoder: Decoder, problem: Problem, config: VerifyConfig) -> list[d
         for setting in drafting:
             decode = decoder.resolved(setting.of(plain))
             with warnings.catch_warnings():
-                # depth beyond the trained one changes speed, not the output
+                # Depth beyond the trained one changes speed, not the output.
                 warnings.simplefilter("ignore")
                 tokens = decoder.generate(prompt_ids, decode).token_ids
             tree = decode.tree_name if setting.k else None
@@ -212,8 +249,9 @@ def _compare(decoder: Decoder, problem: Problem, config: VerifyConfig) -> list[d
 
 
 def _summarize(problems: list[dict[str, Any]], dtype: str) -> list[dict[str, Any]]:
-    """One row for each compared setting: how many problems are identical, and the largest margin at
-    a first divergence.
+    """Make one row for each compared setting.
+
+    It says how many problems are identical, and the largest margin at a first divergence.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for comparison in (c for problem in problems for c in problem["comparisons"]):

@@ -36,7 +36,7 @@ _PROMPT_TOKENS = 1024  # of a long prompt: what memory is left for beside the ne
 
 
 def context_length(config: BenchConfig) -> int:
-    """Positions of the cache that a worker needs memory for."""
+    """Count the positions of the cache that a worker needs memory for."""
     return _PROMPT_TOKENS + config.max_new_tokens
 
 
@@ -84,8 +84,9 @@ def run_workers(
 
 
 def labels(devices: list[str]) -> list[str]:
-    """One distinct name a worker: cpu, 0, 0+1, ...; a device that is named twice gets cpu and
-    cpu.1.
+    """Name the workers, each with a name of its own: cpu, 0, 0+1, ...
+
+    A device that is named twice gets cpu and cpu.1.
     """
     earlier = [devices[:number].count(device) for number, device in enumerate(devices)]
     return [
@@ -99,7 +100,10 @@ def _attend(
     folder: Path,
     on_problem: Callable[[dict[str, Any]], None],
 ) -> list[str]:
-    """Take in what the workers send until all have ended; removes those from `workers`."""
+    """Take in what the workers send until all have ended; removes those from `workers`.
+
+    Raises InputError where none of them could go on.
+    """
     started = len(workers)
     dead: list[str] = []
     refused: dict[str, str] = {}  # a line a worker that could not go on, by its name
@@ -129,7 +133,7 @@ def _attend(
 
 
 def obituary(label: str, code: int, log: Path) -> str:
-    """worker 0 (exit code 1, the last line of its log; log: FILE)."""
+    """Write 'worker 0 (exit code 1, the last line of its log; log: FILE)'."""
     lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), "") if code > 0 else ""
     return f"worker {label} (exit code {code}{', ' if last else ''}{last}; log: {log})"
@@ -138,10 +142,18 @@ def obituary(label: str, code: int, log: Path) -> str:
 def _worker(
     config: BenchConfig, device: str, label: str, todo: list[Task], folder: Path, pipe: Connection
 ) -> None:
-    """A worker process: load, warm up, measure its problems.
+    """Be a worker process: load, warm up, measure the problems.
 
     Sends ('problem', the entry of a finished one), ('warning', a line) and ('error', a line); all
     that it prints goes to its log.
+
+    Args:
+        config: what is measured.
+        device: of the model.
+        label: of the worker.
+        todo: its problems.
+        folder: of the results.
+        pipe: where it sends.
     """
     heed_interrupts()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -163,7 +175,19 @@ def _worker(
 def _measure_share(
     config: BenchConfig, device: str, label: str, todo: list[Task], folder: Path, pipe: Connection
 ) -> None:
-    """Measure a worker's problems, and keep and send each one's entry."""
+    """Measure a worker's problems, and keep and send each one's entry.
+
+    Args:
+        config: what is measured.
+        device: of the model.
+        label: of the worker.
+        todo: its problems.
+        folder: of the results.
+        pipe: where entries are sent.
+
+    Raises:
+        InputError: for a model, settings or problems that don't fit together.
+    """
     decoder = Decoder.load(
         config.model,
         config.dtype,
@@ -194,15 +218,18 @@ def _measure_share(
 
 
 def heed_interrupts() -> None:
-    """An interrupt ends this process at once; not where the run itself ignores them, as one in a
-    script's background does.
+    """Have an interrupt end this process at once.
+
+    Not where the run itself ignores them, as one in a script's background does.
     """
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed must not go on writing into a folder that the next run takes
+    """End this process when its parent does.
+
+    A worker whose parent was killed must not go on writing into a folder that the next run takes
     for its own.
     """
     parent = multiprocessing.parent_process()
@@ -212,13 +239,14 @@ def _end_with_parent() -> None:
 
 
 def log_file(folder: Path, label: str) -> Path:
-    """Where a worker prints."""
+    """Name the file into which a worker prints."""
     return folder / f"worker_{label}.log"
 
 
 def log_to(file: Path, title: str) -> None:
-    """From here on this process prints into `file`, behind what is there; crashes in native code,
-    too, leave their trace.
+    """Have this process print into `file` from here on, behind what is there.
+
+    Crashes in native code, too, leave their trace.
 
     Raises InputError, one line, where it can't be written.
     """
@@ -234,8 +262,9 @@ def log_to(file: Path, title: str) -> None:
 
 
 def aside(function: Callable[..., None], *arguments: Any) -> None:
-    """Call in a process of its own, which takes with it what it holds of the GPUs; raises what the
-    function raises.
+    """Call in a process of its own, which takes with it what it holds of the GPUs.
+
+    Raises what the function raises.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, heed_interrupts) as pool:

@@ -1,10 +1,9 @@
-"""Self-distillation: the model's own answers to prompts, as token shards with a manifest, and
-reading them for training.
+"""Self-distillation: the model's own answers to prompts, as token shards with a manifest.
 
     sdsat distill --out runs/data --source path/to/python/packages
 
 The model's own answers, because acceptance is measured against the model's own output. A shard is a
-few MB of tokens.
+few MB of tokens; shards.py reads them for training.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from sdsat.training.shards import _write_manifest, _write_shard
 
 GREEDY = SamplingConfig()
 _SINCE = ("base_sha256", "dtype", "stop_ids")  # what the first manifests do not have
-# what they were made with
+# What they were made with.
 _BEFORE: dict[str, Any] = {"answers": 1, "kinds": COMPLETE, "avoid": [], "template_options": []}
 
 
@@ -42,11 +41,25 @@ def answer_batch(
     batch_size: int,
     seed: int,
 ) -> Iterator[tuple[int, list[int]]]:
-    """The answers to prompts[i] for i in todo: (i, answer ids with the stop id), in the order in
-    which they end.
+    """Answer prompts[i] for i in todo.
 
     Prompt i is answered by AR at temperatures[i], with the paper's top-p 0.95 and top-k 10 where
     that is not 0, and a seed of its own: the answer doesn't depend on what is answered beside it.
+
+    Args:
+        decoder: what answers.
+        prompts: token ids.
+        todo: which of them.
+        temperatures: one a prompt.
+        max_new_tokens: tokens of an answer at most.
+        batch_size: answers at once.
+        seed: of which each answer has its own form.
+
+    Yields:
+        (i, answer ids with the stop id), in the order in which the answers end.
+
+    Raises:
+        InputError: for prompts and settings that don't fit the model.
     """
     configs = []
     stop_ids = decoder.model.stop_ids
@@ -65,11 +78,10 @@ def answer_batch(
 def distill(
     decoder: Decoder, sources: list[str], out: Path, config: DistillConfig | None = None
 ) -> dict[str, Any]:
-    """Write the model's own answers to prompts from `sources` (prompts.py) as token shards; resumes
-    at the first missing shard.
+    """Write the model's own answers to prompts from `sources` (tasks/prompts.py) as token shards.
 
-    The answers to a prompt follow each other and share its pass. Under `accelerate launch` every
-    process writes its own part of the shards.
+    It resumes at the first missing shard. The answers to a prompt follow each other and share its
+    pass. Under `accelerate launch` every process writes its own part of the shards.
 
     Args:
         decoder: what answers.
@@ -124,7 +136,7 @@ def distill(
 
 
 def _settings(model: SatModel, config: DistillConfig) -> dict[str, Any]:
-    """What the answers depend on beside the prompts."""
+    """Collect what the answers depend on beside the prompts."""
     return {
         "model": model.name,
         "base_sha256": base_hash(model.name, model.lm),
@@ -150,7 +162,16 @@ def _write_answers(
     config: DistillConfig,
     processes: PartialState,
 ) -> None:
-    """Make this process's part of the shards that are missing, and keep the manifest's list."""
+    """Make this process's part of the shards that are missing, and keep the manifest's list.
+
+    Args:
+        decoder: what answers.
+        prompts: token ids, one an answer.
+        out: folder of the shards.
+        manifest: whose list of shards is kept.
+        config: how prompts are answered.
+        processes: of this run.
+    """
     size = config.shard_size
     shards = [range(n, min(n + size, len(prompts))) for n in range(0, len(prompts), size)]
     files = [out / f"shard_{number:05d}.safetensors" for number in range(len(shards))]
@@ -186,8 +207,9 @@ def _write_answers(
 
 
 def _temperatures(count: int, config: DistillConfig) -> list[float]:
-    """Of each of `count` answers: prompts take the temperatures in turn, and a prompt's next answer
-    the one after its last.
+    """Choose the temperature of each of `count` answers.
+
+    Prompts take the temperatures in turn, and a prompt's next answer the one after its last.
     """
     levels = config.temperatures
     turns = (sum(divmod(i, config.answers)) for i in range(count))
@@ -195,7 +217,10 @@ def _temperatures(count: int, config: DistillConfig) -> list[float]:
 
 
 def _check_shards(place: Place, settings: dict[str, Any]) -> None:
-    """Refuse to go on in a folder whose shards were made with other settings."""
+    """Refuse to go on in a folder whose shards were made with other settings.
+
+    Raises InputError, one line.
+    """
     manifest = place.read(
         place.path / "manifest.json",
         ("settings",),

@@ -22,22 +22,31 @@ def evaluate(
     device: torch.device,
     anchors: int = 16,
 ) -> dict[str, Any]:
-    """How good drafts are on given answers, at `anchors` random places of each: lists hold one
-    number a depth, 1..k.
+    """Measure how good drafts are on given answers, at `anchors` random places of each.
 
-    predict: the logits [M, V] of a batch's labelled SAT rows.
-    accuracy_by_depth: how often SAT i's best token is the one that followed. confidence_by_depth:
-    the probability that it gives its best token, on average; calibration_error_by_depth: how far
-    the two are apart, on average over tenths of confidence. lost_by_depth: share of places where a
-    chain breaks at this depth. accepted_per_loop: accepted drafts of a chain of k. `predictions`:
-    how many SATs these figures rest on.
+    Args:
+        predict: the logits [M, V] of a batch's labelled SAT rows.
+        sequences: prompts with their answers.
+        k: depth of the drafts.
+        device: on which batches are made.
+        anchors: places of each answer.
+
+    Returns:
+        Figures, of which lists hold one number a depth, 1..k. accuracy_by_depth: how often SAT i's
+        best token is the one that followed. confidence_by_depth: the probability that it gives its
+        best token, on average; calibration_error_by_depth: how far the two are apart, on average
+        over tenths of confidence. lost_by_depth: share of places where a chain breaks at this
+        depth. accepted_per_loop: accepted drafts of a chain of k. predictions: how many SATs these
+        figures rest on.
+
+    Raises:
+        InputError: for answers of less than two tokens, and for logits that are not finite.
     """
     hits: list[Tensor] = []
     confidences: list[Tensor] = []
     depths: list[Tensor] = []
-    first_misses: list[
-        Tensor
-    ] = []  # for each group, the depth after which nothing is accepted: 0..its length
+    # For each group, the depth after which nothing is accepted: 0..its length.
+    first_misses: list[Tensor] = []
     lengths: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
     for sequence in sequences:
@@ -86,9 +95,18 @@ def standard_loss(
     sequences: ListOf[Sequence],
     device: torch.device,
 ) -> float:
-    """Mean cross-entropy in nats of the answers' standard tokens: what full mode must not spoil.
+    """Compute the mean cross-entropy, in nats, of the answers' standard tokens.
 
-    forward: see `joint_logits`.
+    That is what full mode must not spoil.
+
+    Args:
+        forward: see `joint_logits`.
+        sat_token_id: of the SAT.
+        sequences: prompts with their answers.
+        device: on which batches are made.
+
+    Raises:
+        InputError: for a loss that is not finite.
     """
     total = 0.0
     count = 0
@@ -105,8 +123,9 @@ def standard_loss(
 
 
 def _calibration_error(hit: Tensor, confidence: Tensor) -> Tensor:
-    """Mean distance of confidence and accuracy over ten bins of confidence, by their sizes (arXiv
-    1706.04599).
+    """Average the distance of confidence and accuracy over ten bins of confidence.
+
+    Bins count by their sizes (arXiv 1706.04599).
     """
     if not len(hit):
         return torch.tensor(0.0)

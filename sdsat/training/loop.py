@@ -36,7 +36,7 @@ from sdsat.training.shards import Sequence, hold_out, sequences_sha256
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to zero at the last step."""
+    """Compute a step's learning rate: linear warm-up, then a cosine to zero at the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -44,8 +44,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _epoch_order(data: list[Sequence], seed: int) -> list[int]:
-    """A shuffle in which every 32 neighbours are sorted by length: a batch holds like lengths and
-    pads little.
+    """Shuffle so that every 32 neighbours are sorted by length.
+
+    So a batch holds like lengths and pads little.
     """
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     return [
@@ -63,11 +64,19 @@ def _batches_of_step(
     rank: int,
     world: int,
 ) -> list[SatBatch]:
-    """This process's micro-batches of a step.
+    """Make this process's micro-batches of a step.
 
     The sequences of a step and their anchors are functions of (seed, step) alone, however many
     processes and micro-batches share them, so that a resumed run sees what it would have seen, and
     a wider one the same.
+
+    Args:
+        data: to train on.
+        order: of an epoch by its number, as indices of `data`.
+        config: the settings.
+        step: its number, from 0.
+        rank: of this process.
+        world: how many processes there are.
     """
     size = config.batch_size
     batches = []
@@ -84,12 +93,20 @@ def _batches_of_step(
 
 
 def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig) -> None:
-    """Train, and write the result with train_log.jsonl and training.png to `out`; a killed run
-    resumes from there.
+    """Train, and write the result with train_log.jsonl and training.png to `out`.
 
-    Runs as it is in several processes: each takes its own part of every step, and gradients are
-    averaged. Raises InputError for data of another vocabulary, for a folder that holds another run
-    or has one now, and for a loss that is not finite.
+    A killed run resumes from there. Runs as it is in several processes: each takes its own part of
+    every step, and gradients are averaged.
+
+    Args:
+        model: what is trained, or the base of the adapter that is.
+        data: some of it is held out, to evaluate on.
+        out: folder of the result.
+        config: the settings.
+
+    Raises:
+        InputError: for data of another vocabulary, for a folder that holds another run or has one
+            now, and for a loss that is not finite.
     """
     vocabulary = model.vocabulary
     largest = max((int(s.ids.max()) for s in data), default=0)
@@ -122,8 +139,9 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
 
 
 def _origins(model: SatModel, config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """What a run's numbers come from, beside its settings and data: a run goes on only where this
-    is the same.
+    """Collect what a run's numbers come from, beside its settings and data.
+
+    A run goes on only where this is the same.
     """
     return {
         "model": model.name,
@@ -150,7 +168,7 @@ class _Run:
 
     @property
     def folder(self) -> Path:
-        """Of the state's checkpoint."""
+        """The folder of the state's checkpoint."""
         return self.out / f"checkpoint_{self.state['step']}"
 
     def start(self) -> None:
@@ -170,14 +188,16 @@ class _Run:
             ]
 
     def go_on(self) -> None:
-        """Take all steps that are left, with an evaluation and a checkpoint every `eval_every` and
-        after the last.
+        """Take all steps that are left.
+
+        An evaluation and a checkpoint follow every `eval_every` and the last.
         """
         config = self.config
         state = self.state
         rank = self.accelerator.process_index
         world = self.accelerator.num_processes
-        order = lru_cache(maxsize=2)(  # a step may touch two epochs
+        # A step may touch two epochs.
+        order = lru_cache(maxsize=2)(
             lambda epoch: _epoch_order(self.data, config.seed * 1_000_003 + epoch)
         )
         quiet = not self.accelerator.is_local_main_process
@@ -210,11 +230,10 @@ class _Run:
                 self.checkpoint()
 
     def step(self, step: int, batches: list[SatBatch]) -> tuple[dict[str, float], int]:
-        """One step on this process's micro-batches: (figures for the log, SAT predictions of all
-        processes).
+        """Take one step on this process's micro-batches.
 
-        Raises InputError for a loss or a gradient that is not finite, before it reaches the
-        weights.
+        Returns (figures for the log, SAT predictions of all processes). Raises InputError for a
+        loss or a gradient that is not finite, before it reaches the weights.
         """
         mode = self.mode
         accelerator = self.accelerator
@@ -247,8 +266,9 @@ class _Run:
         )
 
     def checkpoint(self) -> None:
-        """Write `checkpoint_<step>`, whose state.json comes last and makes it valid; then drop
-        older ones.
+        """Write `checkpoint_<step>`, then drop older ones.
+
+        Its state.json comes last and makes it valid.
         """
         folder = self.folder
         folder.mkdir(exist_ok=True)
@@ -256,9 +276,8 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             log = self.state["log"]
-            with replacing(
-                self.out / "train_log.jsonl"
-            ) as part:  # before state.json: after the last step nobody writes it again
+            # Before state.json: after the last step nobody writes it again.
+            with replacing(self.out / "train_log.jsonl") as part:
                 part.write_text("".join(json.dumps(line) + "\n" for line in log))
             plot_training(log, self.out / "training.png")
             write_json(folder / "state.json", {**self.state, "config": asdict(self.config)})
@@ -266,8 +285,9 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def drop_others(self) -> None:
-        """Delete all checkpoints but the state's own: older ones, and one that a killed run was
-        writing.
+        """Delete all checkpoints but the state's own.
+
+        These are older ones, and one that a killed run was writing.
         """
         if self.accelerator.is_main_process:
             for other in self.out.glob("checkpoint_*"):
@@ -276,11 +296,13 @@ class _Run:
 
 
 def _begin(place: Place, config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
-    """The state to start from: of the latest checkpoint there, of a run with these settings (but
-    for `steps`) and facts.
+    """Find the state to start from: that of the latest checkpoint there.
 
-    With other steps the schedule goes on as if they had been asked for from the start. A run that
-    has done all its steps goes straight to saving its result.
+    It must be of a run with these settings (but for `steps`) and facts. With other steps the
+    schedule goes on as if they had been asked for from the start. A run that has done all its steps
+    goes straight to saving its result.
+
+    Raises InputError, one line, for any other run.
     """
     reason = "a checkpoint there is not one of this program; choose another folder"
     states = []

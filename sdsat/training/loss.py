@@ -34,11 +34,16 @@ IGNORED = -100  # label of a row that only pads
 class SatBatch:
     """B sequences of L standard tokens with R SAT rows each.
 
-    tokens: [B, L] standard tokens, right-padded with 0. standard: [B, L] the token after each,
-    IGNORED outside the answer.
-    anchor, depth, label: [B, R]; row r is SAT `depth` (1..k) of the group after position `anchor`,
-    and learns token tokens[anchor + depth + 1]. A group's rows are adjacent, depth ascending.
-    Padding rows have depth 0 and label IGNORED.
+    Row r is SAT `depth` of the group after position `anchor`, and learns token tokens[anchor +
+    depth + 1]. A group's rows are adjacent, depth ascending. Padding rows have depth 0 and label
+    IGNORED.
+
+    Attributes:
+        tokens: [B, L] standard tokens, right-padded with 0.
+        standard: [B, L] the token after each, IGNORED outside the answer.
+        anchor: [B, R] the position after which the row's group stands.
+        depth: [B, R] 1..k.
+        label: [B, R] the token to learn.
     """
 
     tokens: Tensor
@@ -48,6 +53,7 @@ class SatBatch:
     label: Tensor
 
     def to(self, device: torch.device) -> SatBatch:
+        """Move all tensors to a device."""
         return SatBatch(*(tensor.to(device) for tensor in vars(self).values()))
 
     @property
@@ -57,12 +63,13 @@ class SatBatch:
 
     @property
     def num_standard(self) -> int:
-        """How many standard tokens are learned in full mode."""
+        """The number of standard tokens that are learned in full mode."""
         return int((self.standard != IGNORED).sum())
 
     def weights(self, decay: float) -> Tensor:
-        """[M] loss weights of the labelled rows, each depth's `decay` times that of the depth
-        before.
+        """Compute [M] loss weights of the labelled rows.
+
+        Each depth's is `decay` times that of the depth before.
         """
         return decay ** (self.depth[self.label != IGNORED] - 1).double()
 
@@ -74,8 +81,14 @@ def sat_batch(
     keep: float,
     generators: ListOf[torch.Generator],
 ) -> SatBatch:
-    """Sample anchors among the answer's positions and a group length for each; every sequence has
-    its own random numbers.
+    """Sample anchors among the answer's positions and a group length for each.
+
+    Args:
+        sequences: B of them.
+        k: SATs a group at most.
+        anchors: groups a sequence at most.
+        keep: with this probability a group goes one deeper.
+        generators: one a sequence, which has its own random numbers.
     """
     rows_of: list[list[tuple[int, int, int]]] = []
     for sequence, generator in zip(sequences, generators, strict=True):
@@ -108,18 +121,19 @@ def sat_batch(
 
 
 def sat_mask(batch: SatBatch) -> Tensor:
-    """[B, 1, R, L + R] bool: a SAT sees the standard tokens up to its anchor and the SATs of its
-    group up to itself.
+    """Make the mask of SATs, [B, 1, R, L + R] bool.
 
-    L = 4, groups of 2 after anchors 0 and 2:   1 0 0 0 | 1
-                                                1 0 0 0 | 1 1
-                                                1 1 1 0 |     1
-                                                1 1 1 0 |     1 1
+    A SAT sees the standard tokens up to its anchor and the SATs of its group up to itself.
+
+        L = 4, groups of 2 after anchors 0 and 2:   1 0 0 0 | 1
+                                                    1 0 0 0 | 1 1
+                                                    1 1 1 0 |     1
+                                                    1 1 1 0 |     1 1
     """
     columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     standard = columns <= batch.anchor[..., None]
     rows = torch.arange(batch.depth.shape[1], device=batch.tokens.device)
-    # first row of each row's group: groups are contiguous
+    # The first row of each row's group: groups are contiguous.
     start = rows - (batch.depth - 1).clamp(min=0)
     own = (start[..., None] <= rows) & (rows <= rows[:, None])
     return torch.cat([standard, own], dim=-1)[:, None]
@@ -127,7 +141,9 @@ def sat_mask(batch: SatBatch) -> Tensor:
 
 @in_use()
 def sat_states(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
-    """The last hidden states of SATs and base. Gradients reach the model's adapter only.
+    """Compute the last hidden states of SATs and base.
+
+    Gradients reach the model's adapter only.
 
     Returns (states [M, D] of the M labelled SAT rows of the batch, row by row; states [B, L, D] of
     the standard tokens, of which the one at t predicts token t + 1).
@@ -153,7 +169,17 @@ def sat_states(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
 def _ranked(
     model: SatModel, states: Tensor, logits: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(ids [M, C], scores [M, C]) of the best tokens of M SATs, as the draft head ranks them."""
+    """Rank the best tokens of M SATs as the draft head does.
+
+    Args:
+        model: with a head.
+        states: [M, D] of the SATs.
+        logits: [M, V] of the SATs.
+        before: [M] the token before each.
+
+    Returns:
+        (ids [M, C], scores [M, C]).
+    """
     assert model.head is not None
     scores, ids = logits.topk(min(SHORTLIST, logits.shape[-1]))
     rows = model.output_rows(ids)
@@ -161,11 +187,10 @@ def _ranked(
 
 
 def predict(model: SatModel, batch: SatBatch) -> Tensor:
-    """[M, V] logits of the labelled SAT rows, as decoding would have them where all drafts before
-    are right.
+    """Compute [M, V] logits of the labelled SAT rows.
 
-    A draft head shares the probability of a SAT's shortlist out anew among its tokens; the others
-    keep theirs.
+    They are as decoding would have them where all drafts before are right. A draft head shares the
+    probability of a SAT's shortlist out anew among its tokens; the others keep theirs.
     """
     states, _ = sat_states(model, batch)
     logits = model.logits(states)
@@ -177,14 +202,20 @@ def predict(model: SatModel, batch: SatBatch) -> Tensor:
 
 
 def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float = 1.0) -> Tensor:
-    """Summed loss of all labelled rows: divide it by the sum of `batch.weights(decay)`.
+    """Sum the loss of all labelled rows: divide it by the sum of `batch.weights(decay)`.
 
     Gradients reach the model's adapter only.
 
     A SAT's loss is its cross-entropy with the token that followed (hard labels), or with the base's
-    own distribution at that place (distillation, arXiv 1503.02531); soft: the share of the latter,
-    0 to 1. A draft head adds its own cross-entropy with the token that followed, over the
-    candidates it ranks, where that token is among them.
+    own distribution at that place (distillation, arXiv 1503.02531). A draft head adds its own
+    cross-entropy with the token that followed, over the candidates it ranks, where that token is
+    among them.
+
+    Args:
+        model: with SATs.
+        batch: what is learned.
+        soft: the share of the base's own distribution, 0 to 1.
+        decay: loss weight of a depth relative to the one before.
     """
     states, base = sat_states(model, batch)
     logits = model.logits(states)
@@ -206,7 +237,7 @@ def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float =
 def joint_logits(
     forward: Callable[..., Any], sat_token_id: int, batch: SatBatch
 ) -> tuple[Tensor, Tensor]:
-    """Full mode: standard tokens and SATs in one pass of a causal LM whose weights all train.
+    """Run standard tokens and SATs in one pass of a causal LM whose weights all train (full mode).
 
     forward: the LM, or accelerate's wrapper of it. Returns (logits [M, V] of the labelled SAT rows,
     logits [B, L, V] of the standard tokens, which no SAT can influence).
@@ -235,8 +266,18 @@ def joint_loss(
     soft: float = 0.0,
     decay: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Full mode: (summed loss of the SATs, as `sat_loss`; summed cross-entropy of the answer's
-    standard tokens).
+    """Sum the losses of SATs and standard tokens in one pass (full mode).
+
+    Args:
+        forward: see `joint_logits`.
+        sat_token_id: of the SAT.
+        batch: what is learned.
+        soft: as of `sat_loss`.
+        decay: as of `sat_loss`.
+
+    Returns:
+        (summed loss of the SATs, as `sat_loss`; summed cross-entropy of the answer's standard
+        tokens).
     """
     logits, standard = joint_logits(forward, sat_token_id, batch)
     wide = torch.promote_types(standard.dtype, torch.float32)
@@ -258,9 +299,14 @@ def _weighted(
     decay: float,
     teacher: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The SATs' summed loss.
+    """Sum the SATs' loss.
 
-    logits: [M, V]; teacher: (rows [U], columns [U]) of standard tokens -> their logits [U, V].
+    Args:
+        logits: [M, V] of the labelled SAT rows.
+        batch: what is learned.
+        soft: as of `sat_loss`.
+        decay: as of `sat_loss`.
+        teacher: (rows [U], columns [U]) of standard tokens -> their logits [U, V].
     """
     labelled = batch.label != IGNORED
     label = batch.label[labelled]
@@ -271,7 +317,7 @@ def _weighted(
         sequence = torch.arange(batch.tokens.shape[0], device=batch.tokens.device)[
             :, None
         ].expand_as(batch.anchor)
-        # where the base predicts the same token
+        # Where the base predicts the same token.
         place = torch.stack([sequence, batch.anchor + batch.depth])[:, labelled]
         (rows, columns), index = place.unique(dim=1, return_inverse=True)
         with torch.no_grad():
@@ -283,11 +329,10 @@ def _weighted(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """-log softmax(logits)[label] [M] in float32 or wider, logits [M, V]: a block of rows at a
-    time, with its gradient.
+    """-log softmax(logits)[label] [M] in float32 or wider, logits [M, V], with its gradient.
 
-    As torch's own, but without copies of all logits in float32, forward and back: on a CPU a
-    seventh of a training step.
+    It is computed a block of rows at a time. As torch's own, but without copies of all logits in
+    float32, forward and back: on a CPU a seventh of a training step.
     """
 
     BLOCK = 16
@@ -312,6 +357,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _require_finite(values: Tensor) -> None:
+    """Refuse values that are NaN or infinite; raises InputError."""
     message = (
         "logits: not finite (NaN or infinite) on the given answers; expected a base whose "
         "weights are finite, and a lower lr"

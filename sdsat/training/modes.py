@@ -1,5 +1,4 @@
-"""What training changes: an adapter on a frozen base, or (the paper's way) all weights of the
-model.
+"""What training changes: an adapter on a frozen base, or (the paper's way) all its weights.
 
 A mode owns the weights that train, and says what a batch's loss is, how to store them on the way,
 and how to save the result.
@@ -29,21 +28,28 @@ from sdsat.training.shards import Sequence
 
 
 class Mode(Protocol):
-    """The training loop's view of what trains."""
+    """The training loop's view of what trains.
+
+    Attributes:
+        optimizer: torch's, of the weights that train.
+    """
 
     optimizer: Any
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """List the weights that train."""
 
     def weight(self, batch: SatBatch) -> float:
-        """What the summed losses of a step are divided by, this batch's part."""
+        """Compute this batch's part of what the summed losses of a step are divided by."""
 
     def loss(self, batch: SatBatch) -> Tensor:
-        """Summed, weighted loss of a batch."""
+        """Sum the weighted loss of a batch."""
 
     def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
-        """The figures of a log entry: draft quality on held-out answers, and what else this mode
-        may change.
+        """Compute the figures of a log entry.
+
+        They are draft quality on held-out answers, and what else this mode may change. Raises
+        InputError for figures that are not finite.
         """
 
     def average_gradients(self) -> None:
@@ -55,14 +61,19 @@ class Mode(Protocol):
     def store(self, folder: Path) -> None:
         """Write weights and optimiser into `folder`."""
 
-    def restore(self, folder: Path) -> None: ...
+    def restore(self, folder: Path) -> None:
+        """Read what `store` has written."""
 
     def save(self, out: Path, training: dict[str, Any]) -> None:
         """Write the result, which `sdsat.load(out)` takes."""
 
 
 class AdapterMode:
-    """SAT embedding and gated low-rank updates in float32; the base stays as it is, to the bit."""
+    """SAT embedding and gated low-rank updates in float32; the base stays as it is, to the bit.
+
+    Raises InputError for a model that has SATs already, and for an adapter to start from that is of
+    another kind.
+    """
 
     everywhere = False
 
@@ -75,7 +86,7 @@ class AdapterMode:
         sat = SatConfig(vocabulary, config.k)
         targets = tuple(name.strip() for name in config.targets.split(","))
         sample = sample_weights(model.lm)
-        # found from any folder
+        # So that it is found from any folder.
         base = str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name
         head = 0 if self.everywhere else config.head
         settings = AdapterConfig(
@@ -120,25 +131,31 @@ class AdapterMode:
         self.optimizer: Any = adam(self.adapter.parameters(), config)
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """See Mode.parameters."""
         return self.adapter.parameters()
 
     def weight(self, batch: SatBatch) -> float:
+        """See Mode.weight."""
         return batch.weights(self.config.decay).sum().item()
 
     def loss(self, batch: SatBatch) -> Tensor:
+        """See Mode.loss."""
         return sat_loss(self.model, batch, self.config.soft, self.config.decay)
 
     def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+        """See Mode.evaluate."""
         return evaluate(partial(predict, self.model), held_out, self.config.k, self.model.device)
 
     def average_gradients(self) -> None:
+        """See Mode.average_gradients."""
         for parameter in self.adapter.parameters():
             parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def before_update(self, step: int) -> None:
-        pass
+        """See Mode.before_update; here all trains at once."""
 
     def store(self, folder: Path) -> None:
+        """See Mode.store."""
         if self.accelerator.is_main_process:
             content = {
                 "adapter": self.adapter.state_dict(),
@@ -147,11 +164,13 @@ class AdapterMode:
             torch.save(content, folder / "state.pt")
 
     def restore(self, folder: Path) -> None:
+        """See Mode.restore."""
         saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         self.adapter.load_state_dict(saved["adapter"])
         self.optimizer.load_state_dict(saved["optimizer"])
 
     def save(self, out: Path, training: dict[str, Any]) -> None:
+        """See Mode.save."""
         self.adapter.config = replace(self.adapter.config, training=training)
         if self.accelerator.is_main_process:
             self.adapter.save(out)
@@ -159,12 +178,11 @@ class AdapterMode:
 
 
 class EverywhereMode(AdapterMode):
-    """The same updates on every row of a draft pass, standard tokens' too: what a server can merge
-    into a draft copy.
+    """The same updates on every row of a draft pass, which a server can merge into a draft copy.
 
-    A server's draft model is one set of weights, so it can't tell SATs from standard tokens, as a
-    gated adapter does. Its keys and values are its own, and so is its guess at the last true token:
-    both learn here, as in full mode.
+    They act on standard tokens' rows too. A server's draft model is one set of weights, so it can't
+    tell SATs from standard tokens, as a gated adapter does. Its keys and values are its own, and so
+    is its guess at the last true token: both learn here, as in full mode.
     """
 
     everywhere = True
@@ -175,15 +193,18 @@ class EverywhereMode(AdapterMode):
         self.token_id = self.adapter.config.sat.token_id
 
     def weight(self, batch: SatBatch) -> float:
+        """See Mode.weight; standard tokens count too."""
         return super().weight(batch) + self.config.standard * batch.num_standard
 
     def loss(self, batch: SatBatch) -> Tensor:
+        """See Mode.loss."""
         sats, standard = joint_loss(
             self.lm, self.token_id, batch, self.config.soft, self.config.decay
         )
         return sats + self.config.standard * standard
 
     def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+        """See Mode.evaluate."""
         return _evaluate_jointly(self.lm, self.token_id, held_out, self.config.k, self.model.device)
 
 
@@ -204,20 +225,27 @@ class _Updated(nn.Module):
 def _evaluate_jointly(
     lm: Callable[..., Any], token_id: int, held_out: list[Sequence], k: int, device: torch.device
 ) -> dict[str, Any]:
-    """Draft quality, and the loss of standard tokens, of a causal LM that computes both in one
-    pass.
+    """Compute draft quality and standard tokens' loss of an LM that has both in one pass.
+
+    Args:
+        lm: a causal LM, as `joint_logits` takes it.
+        token_id: of the SAT.
+        held_out: prompts with their answers.
+        k: depth of the drafts.
+        device: on which batches are made.
     """
     drafts = evaluate(lambda batch: joint_logits(lm, token_id, batch)[0], held_out, k, device)
     return {**drafts, "standard_loss": standard_loss(lm, token_id, held_out, device)}
 
 
 class FullMode:
-    """All weights, on standard tokens and SATs alike (paper, section 3.1); the result is an
-    ordinary HF checkpoint.
+    """All weights, on standard tokens and SATs alike (paper, section 3.1).
 
-    The SAT is a new last row of the embedding, unless the model has one. Under FSDP or DDP the
-    model is wrapped by accelerate; master weights are float32 and passes run in bfloat16 where
-    `accelerate launch --mixed_precision bf16` says so.
+    The result is an ordinary HF checkpoint. The SAT is a new last row of the embedding, unless the
+    model has one. Under FSDP or DDP the model is wrapped by accelerate; master weights are float32
+    and passes run in bfloat16 where `accelerate launch --mixed_precision bf16` says so.
+
+    Raises InputError for a model and settings that can't be trained so.
     """
 
     def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
@@ -250,15 +278,18 @@ class FullMode:
         self.lm, self.optimizer = accelerator.prepare(lm, adam(lm.parameters(), config))
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """See Mode.parameters."""
         return self.lm.parameters()
 
     def weight(self, batch: SatBatch) -> float:
+        """See Mode.weight; standard tokens count too."""
         return (
             batch.weights(self.config.decay).sum().item()
             + self.config.standard * batch.num_standard
         )
 
     def loss(self, batch: SatBatch) -> Tensor:
+        """See Mode.loss."""
         with self.accelerator.autocast():
             sats, standard = joint_loss(
                 self.lm, self.sat.token_id, batch, self.config.soft, self.config.decay
@@ -266,16 +297,17 @@ class FullMode:
         return sats + self.config.standard * standard
 
     def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+        """See Mode.evaluate."""
         with self.accelerator.autocast():
             return _evaluate_jointly(
                 self.lm, self.sat.token_id, held_out, self.config.k, self.accelerator.device
             )
 
     def average_gradients(self) -> None:
-        pass  # the wrapper has done it
+        """See Mode.average_gradients; the wrapper has done it."""
 
     def before_update(self, step: int) -> None:
-        """The two-stage variant: first the SAT's embedding alone, then everything."""
+        """Train the SAT's embedding alone first, then everything: the two-stage variant."""
         if step >= self.config.embedding_steps:
             return
         embedding = self.accelerator.unwrap_model(self.lm).get_input_embeddings().weight
@@ -287,12 +319,15 @@ class FullMode:
                 parameter.grad.zero_()[self.sat.token_id] = row
 
     def store(self, folder: Path) -> None:
+        """See Mode.store."""
         self.accelerator.save_state(str(folder))
 
     def restore(self, folder: Path) -> None:
+        """See Mode.restore."""
         self.accelerator.load_state(str(folder))
 
     def save(self, out: Path, training: dict[str, Any]) -> None:
+        """See Mode.save."""
         lm = self.accelerator.unwrap_model(self.lm)
         lm.config.sdsat = {"sat_token_id": self.sat.token_id, "k": self.sat.k, "training": training}
         weights = {
@@ -331,6 +366,7 @@ MODES: dict[str, Any] = {"adapter": AdapterMode, "everywhere": EverywhereMode, "
 
 
 def adam(parameters: Iterator[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """Make the optimiser of these weights."""
     return torch.optim.AdamW(
         parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )

@@ -51,6 +51,10 @@ def _write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]])
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
+    """Read a shard's tensors.
+
+    Raises InputError, one line, for a damaged one.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -63,8 +67,11 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
 class Sequence:
     """One training sequence: token ids, and how many of them are the prompt.
 
-    source: names the text that it was cut from, where others may be of the same; None where only
-    the prompt says what is alike.
+    Attributes:
+        ids: [N] token ids.
+        prompt_length: tokens of the prompt.
+        source: names the text that it was cut from, where others may be of the same; None where
+            only the prompt says what is alike.
     """
 
     ids: Tensor
@@ -73,8 +80,9 @@ class Sequence:
 
 
 def sequences_sha256(sequences: list[Sequence]) -> str:
-    """The hash of training data: of all tokens, of where each sequence and its prompt end, and of
-    what belongs together.
+    """Compute the hash of training data.
+
+    It is of all tokens, of where each sequence and its prompt end, and of what belongs together.
     """
     digest = hashlib.sha256()
     for s in sequences:
@@ -85,8 +93,9 @@ def sequences_sha256(sequences: list[Sequence]) -> str:
 
 
 def hold_out(sequences: list[Sequence], count: int) -> tuple[list[Sequence], list[Sequence]]:
-    """The first `count` sequences, to evaluate on, and those to train on: of other texts, and
-    answers to other prompts.
+    """Split off the first `count` sequences, to evaluate on, from those to train on.
+
+    The latter are of other texts, and answers to other prompts.
 
     Raises InputError where none are left.
     """
@@ -114,12 +123,14 @@ def hold_out(sequences: list[Sequence], count: int) -> tuple[list[Sequence], lis
 def read_sequences(
     path: Path, tokenizer: PreTrainedTokenizerBase | None, length: int = 512
 ) -> list[Sequence]:
-    """Training data: a folder of shards, or plain text or code, a file or all .py, .md and .txt
-    files of a folder.
+    """Read training data: a folder of shards, or plain text or code.
 
-    Text is cut into sequences of `length` tokens; files that overlap HumanEval are left out, with a
-    warning that counts them. A file's sequences stay together, so that the first ones, which are
-    held out, are of few files, and these cost training little.
+    That is a file, or all .py, .md and .txt files of a folder. Text is cut into sequences of
+    `length` tokens; files that overlap HumanEval are left out, with a warning that counts them. A
+    file's sequences stay together, so that the first ones, which are held out, are of few files,
+    and these cost training little.
+
+    Raises InputError, one line, where there are none or one can't be read.
     """
     if path.is_dir() and list(path.glob("shard_*.safetensors")):
         return read_shards(path)
@@ -165,11 +176,10 @@ def read_sequences(
 
 
 def _in_held_out_order(texts: list[list[Sequence]]) -> list[Sequence]:
-    """Texts in an order whose beginning can be held out: any of usual size first, as they come in a
-    shuffle, then by size.
+    """Put texts into an order whose beginning can be held out.
 
-    A single text has no other to be told from: its beginning is held out, and the rest of it is
-    trained on.
+    Any of usual size come first, as they come in a shuffle, then the rest by size. A single text
+    has no other to be told from: its beginning is held out, and the rest of it is trained on.
     """
     if len(texts) == 1:
         return [replace(s, source=None) for s in texts[0]]
@@ -180,7 +190,10 @@ def _in_held_out_order(texts: list[list[Sequence]]) -> list[Sequence]:
 
 
 def read_shards(folder: Path) -> list[Sequence]:
-    """All sequences of a folder written by `distill`, in order."""
+    """Read all sequences of a folder written by `distill`, in order.
+
+    Raises InputError, one line, where there are none or a shard is damaged.
+    """
     files = sorted(folder.glob("shard_*.safetensors"))
     require(
         len(files) > 0,
