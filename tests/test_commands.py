@@ -784,13 +784,22 @@ def test_workers_that_cannot_fit_together_are_refused_before_one_starts(
     assert code == 2 and "GPUS=cpu,: one is empty" in last_line(errors)
 
 
-def test_memory_that_ran_out_is_one_line(command, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "CUDA out of memory."),
+        (RuntimeError("[..] DefaultCPUAllocator: can't allocate\nMore"), "[..] DefaultCPU"),
+        (MemoryError(), "out of memory"),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_memory_that_ran_out_is_one_line(command, monkeypatch, error, line):
     def load(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+        raise error
 
     monkeypatch.setattr(Decoder, "load", load)
     code, _, errors = command("verify", "TINY")
-    assert (code, errors.strip()) == (1, "error: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert code == 1 and errors.count("\n") == 1 and errors.startswith(f"error: {line}")
 
 
 def test_eval_shows_that_completions_are_the_same_and_resumes(command, tmp_path):

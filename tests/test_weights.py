@@ -397,6 +397,22 @@ def test_a_forward_that_is_not_the_weights_is_honoured(folders, strange, when):
             NativeWeights(SatModel(lm, None, "tiny"), int8)
 
 
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+@pytest.mark.parametrize("renewed", [False, True])
+def test_weights_that_change_while_a_batch_is_decoded_end_it(folders, engine, renewed):
+    """Its other outputs would be of neither model."""
+    lm = prepared(folders, engine)
+    outs = lm.sdsat.iterate_batch([PROMPT] * 3, DecodeConfig(2, 6), batch_size=2)
+    next(outs)
+    with torch.no_grad():
+        lm.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    if renewed:
+        lm.sdsat.generate(PROMPT, DecodeConfig(2, 6))
+    next(outs)  # ended in the same pass as the first
+    with one_line_error("its weights or modules changed while outputs of a batch"):
+        next(outs)
+
+
 def test_a_model_with_fewer_layers_than_its_config_says(folders):
     def drop(lm):
         lm.model.layers = lm.model.layers[:2]

@@ -52,9 +52,11 @@ def run_app(application: typer.Typer) -> None:
     except SystemExit as error:
         code = _fail(error.code, 1) if isinstance(error.code, str) else error.code
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+        # torch's own kind, which may not be imported; on a CPU it says so in words alone.
+        gone = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+        if not gone and not isinstance(error, MemoryError):
             raise
-        code = _fail(str(error).splitlines()[0], 1)
+        code = _fail((str(error) or "out of memory").splitlines()[0], 1)
     sys.exit(code)
 
 

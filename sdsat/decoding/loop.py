@@ -374,9 +374,11 @@ class Decoder:
                 for n, each in zip(numbers, held, strict=True)
             ]
 
+        engine = self.engine
         while waiting or live:
             free = size - len(live)
             with self.lock.held():
+                self._refuse_change(engine)
                 # Several prompts are read in one pass where that can be.
                 if waiting and 16 * free >= size:
                     count = min(free, len(waiting))
@@ -390,6 +392,16 @@ class Decoder:
                 live.remove(sequence)
                 caches.leave(sequence.cache)
                 yield sequence.number, sequence.out
+                if self._made_of is not None and not self._made_of.holds():
+                    self.renew()  # which the next step sees
+
+    def _refuse_change(self, engine: Engine) -> None:
+        """Refuse to go on with sequences whose keys and values another engine has made."""
+        require(
+            self._engine is engine,
+            f"model {self.model.name}: its weights or modules changed while outputs of a batch "
+            "were still to come; expected them to stay until the last one is there",
+        )
 
     def _prefill(
         self, caches: BatchCaches, prompts: list[list[int]], slots: list[int]

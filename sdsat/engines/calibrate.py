@@ -7,7 +7,9 @@ import json
 import statistics
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,24 +111,39 @@ def measured_costs(engine: Engine, anew: bool = False) -> CostCurve:
     found = _circumstances(engine)
     name = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16] + ".json"
     curve = None if anew else _read(name)
-    try:
-        if curve is None:
-            with creating("costs") as folder:
-                curve = (None if anew else _read(name)) or measure_costs(engine)
+    if curve is None:
+        with ExitStack() as stack:
+            folder = _locked_folder(stack)
+            curve = (None if anew else _read(name)) or measure_costs(engine)
+            if folder is not None:
                 _write(folder, name, curve, found)
+    return replace(curve, measured=True)
+
+
+def _locked_folder(stack: ExitStack) -> Path | None:
+    """The cache folder, locked until `stack` ends; None, and a warning, where it can't be used."""
+    try:
+        return stack.enter_context(creating("costs"))
     except (InputError, OSError) as error:
-        warnings.warn(
-            f"what a pass costs is measured in every process: it cannot be kept ({error})",
-            stacklevel=2,
-        )
-    return replace(curve or measure_costs(engine), measured=True)
+        _warn(error)
+        return None
 
 
-def _write(folder: Any, name: str, curve: CostCurve, found: dict[str, Any]) -> None:
+def _warn(error: Exception) -> None:
+    warnings.warn(
+        f"what a pass costs is measured in every process: it cannot be kept ({error})",
+        stacklevel=2,
+    )
+
+
+def _write(folder: Path, name: str, curve: CostCurve, found: dict[str, Any]) -> None:
     content = {key: value for key, value in asdict(curve).items() if key != "measured"}
     document = {"counts": COUNTS, "contexts": CONTEXTS, "curve": content, "environment": found}
-    make_folder(folder / "costs")
-    write_json(folder / "costs" / name, document)
+    try:
+        make_folder(folder / "costs")
+        write_json(folder / "costs" / name, document)
+    except (InputError, OSError) as error:
+        _warn(error)
 
 
 def _circumstances(engine: Engine) -> dict[str, Any]:
