@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the default model's adapter from nothing: fetch open-source Python packages, let the base answer their documented
-# functions, train on the answers. Resumable at any point: run it again. How the shipped adapter was made: docs/training.md.
+# functions, train on the answers. Resumable at any point: run it again. How the shipped adapter was made: dev/LOG.md.
 #
 #   bash scripts/train_default.sh [OUT]      OUT: working folder, default runs/default
 #   LIMIT=3072 STEPS=2850 bash scripts/train_default.sh

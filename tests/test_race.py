@@ -79,8 +79,7 @@ def test_green_is_what_was_drafted():
     assert not any(green for _, green, _ in picture.spans(0))
     assert list(picture.spans(1)) == [
         ("def", False, 0),
-        (" f", True, 0),
-        ("(x", True, 0),
+        (" f(x", True, 0),
         (")", False, 1),
     ]
 
@@ -133,7 +132,22 @@ def test_any_text_makes_a_picture(pieces):
     want = text.replace("\r", "").replace("\n", "").replace("\t", "    ")
     want = "".join(character if parses(character) else "\ufffd" for character in want)
     assert "".join(picture.lines(0)) == want
-    assert all(cell_len(line) <= COLUMNS for line in picture.lines(0))
+    assert all(cell_len(line.rstrip(" ")) <= COLUMNS for line in picture.lines(0))
+
+
+def test_lines_end_between_words():
+    words = "the quick brown fox jumps over the lazy dog " * 4
+    lines = Picture(race_svg([lane((1.0, [(words, False)]))], "tiny")).lines(0)
+    assert "".join(lines) == words
+    assert all(line.endswith(" ") for line in lines)
+    assert all(len(line) + len("quick ") > COLUMNS for line in lines[:-1])
+
+
+def test_what_is_too_long_for_its_place_is_cut():
+    picture = Picture(
+        race_svg([lane((1.0, [("a", False)]), title="t" * 61, figures="f" * 60)], "tiny")
+    )
+    assert "t" * 59 + "\u2026" in picture.texts and "f" * 60 in picture.texts
 
 
 def test_the_clock_stands_still_while_text_is_shown(monkeypatch):

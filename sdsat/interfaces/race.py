@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from itertools import groupby
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 
 COLUMNS = 60  # columns of a line before it wraps
 COLUMN = 7.83  # px; the widest of the fonts below
@@ -87,6 +88,7 @@ def race_svg(lanes: Sequence[Lane], title: str) -> str:
     width = len(lanes) * (panel_width + MARGIN) + MARGIN
     height = panel_height + 3 * MARGIN + 2 * LINE
     pace = "as fast as it ran" if slow_motion == 1 else f"{slow_motion} times slower than it ran"
+    room = len(lanes) * COLUMNS
     notes = (title, f"Recorded, shown {pace}. Green: accepted drafts.")
     rules = list[str]()
     drawn = list[str]()
@@ -96,10 +98,10 @@ def race_svg(lanes: Sequence[Lane], title: str) -> str:
         drawn += _panel(lane, number, lines, left, panel_width, panel_height)
     for row, note in enumerate(notes):
         y = panel_height + 2.4 * MARGIN + row * LINE
-        drawn.append(f'<text class="note" x="{2 * MARGIN}" y="{y:.1f}">{_escaped(note)}</text>')
+        drawn.append(f'<text class="note" x="{2 * MARGIN}" y="{y:.1f}">{_shown(note, room)}</text>')
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'role="img" aria-label="{_escaped(title)}">'
+        f'role="img" aria-label="{escape(_readable(title))}">'
     )
     style = f"<style>{STYLE}{''.join(rules)}</style>"
     page = f'<rect class="page" width="{width:.0f}" height="{height:.0f}" rx="8"/>'
@@ -151,9 +153,9 @@ def _panel(
     x = f'x="{left + MARGIN:.1f}"'
     size = f'x="{left:.1f}" y="{MARGIN}" width="{width:.1f}" height="{height:.1f}" rx="6"'
     yield f'<rect class="panel" {size}/>'
-    yield f'<text class="title" {x} y="{MARGIN + 24}">{_escaped(lane.title)}</text>'
+    yield f'<text class="title" {x} y="{MARGIN + 24}">{_shown(lane.title, COLUMNS)}</text>'
     last = f"lane{number}pass{len(lane.passes) - 1}"
-    yield f'<text class="note {last}" {x} y="{MARGIN + 43}">{_escaped(lane.figures)}</text>'
+    yield f'<text class="note {last}" {x} y="{MARGIN + 43}">{_shown(lane.figures, COLUMNS)}</text>'
     drafts = any(accepted for one in lane.passes for _, accepted in one.pieces)
     size = f'{x} y="{MARGIN + 52}" width="{width - 2 * MARGIN:.1f}" height="5" rx="2.5"'
     yield f'<rect class="track" {size}/>'
@@ -161,7 +163,7 @@ def _panel(
     for row, pieces in enumerate(lines):
         spans = "".join(
             f'<tspan class="lane{number}pass{piece.number}{" accepted" * piece.accepted}">'
-            f"{_escaped(piece.text)}</tspan>"
+            f"{escape(piece.text)}</tspan>"
             for piece in pieces
         )
         y = MARGIN + HEADER + row * LINE
@@ -169,25 +171,45 @@ def _panel(
 
 
 def _lines(lane: Lane) -> list[list[_Piece]]:
-    """Break the lane's text into lines of at most COLUMNS columns."""
+    """Break the lane's text into lines of at most COLUMNS columns, after words if possible."""
+    marks = [
+        _Piece(character, accepted, number)
+        for number, one in enumerate(lane.passes)
+        for text, accepted in one.pieces
+        for character in _readable(text.replace("\r", "").replace("\t", "    "))
+    ]
     lines: list[list[_Piece]] = [[]]
-    column = 0
-    for number, one in enumerate(lane.passes):
-        for text, accepted in one.pieces:
-            part = ""
-            for character in text.replace("\r", "").replace("\t", "    "):
-                if character == "\n" or column + cell_len(character) > COLUMNS:
-                    lines[-1] += [_Piece(part, accepted, number)] * bool(part)
-                    lines.append([])
-                    part = ""
-                    column = 0
-                if character != "\n":
-                    part += character
-                    column += cell_len(character)
-            lines[-1] += [_Piece(part, accepted, number)] * bool(part)
-    return lines
+    for mark in marks:
+        line = lines[-1]
+        if mark.text == "\n":
+            lines.append([])
+            continue
+        width = sum(cell_len(one.text) for one in line) + cell_len(mark.text)
+        if width > COLUMNS and mark.text != " ":  # a space may hang over
+            ends = [place for place, one in enumerate(line, 1) if one.text == " "]
+            end = ends[-1] if ends else len(line)
+            lines[-1] = line[:end]
+            lines.append(line[end:])
+        lines[-1].append(mark)
+    return [[_joined(list(group)) for _, group in groupby(line, _origin)] for line in lines]
 
 
-def _escaped(text: str) -> str:
-    """Write `text` in XML, which has no control characters, whatever a model writes."""
-    return escape(NOT_IN_XML.sub("\ufffd", text))
+def _origin(piece: _Piece) -> tuple[bool, int]:
+    return piece.accepted, piece.number
+
+
+def _joined(pieces: list[_Piece]) -> _Piece:
+    """Join pieces of one origin."""
+    return replace(pieces[0], text="".join(piece.text for piece in pieces))
+
+
+def _shown(text: str, columns: int) -> str:
+    """Write `text` in XML: whole where it fits, else its beginning and an ellipsis."""
+    text = _readable(text)
+    fits = cell_len(text) <= columns
+    return escape(text if fits else f"{set_cell_size(text, columns - 1)}\u2026")
+
+
+def _readable(text: str) -> str:
+    """Replace what XML cannot hold, whatever a model writes."""
+    return NOT_IN_XML.sub("\ufffd", text)

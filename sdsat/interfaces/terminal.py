@@ -279,11 +279,11 @@ def generate_in_terminal(
     if compare:
         sides = (
             _lane("Plain decoding (AR)", ar, "", new_stream()),
-            _lane(f"SDSAT: {_how(decode)}", run, f": {ratio}, {same}", new_stream()),
+            _lane(f"SDSAT: {_how(decode)}", run, f": {ratio}", new_stream()),
         )
         where = machine(model.devices, model.dtype, decoder.engine.name)["device_name"]
         dtype = str(model.dtype).removeprefix("torch.")
-        picture = race_svg(sides, f"{model.name}, {dtype}, {where}")
+        picture = race_svg(sides, f"{model.name}, {dtype}, {where}: {same}")
     else:
         title = f"sdsat generate: accepted drafts in green ({model.name}, {_how(decode)})"
         picture = console.export_svg(title=title)
