@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SatConfig, TrainConfig
+from sdsat.decoding.loop import Decoder
 from sdsat.models.adapter import read_config
 from sdsat.models.loading import load
 from sdsat.models.sat_model import SatModel
@@ -215,11 +216,11 @@ def test_full_mode_makes_an_ordinary_checkpoint(tmp_path, tied):
     )
     train(SatModel(lm, tokenizer, "tiny"), data, tmp_path, config)
     assert lines_of(tmp_path)[-1]["accepted_per_loop"] > 2.5
-    model = load(str(tmp_path), "float32", "cpu")
-    assert model.sat == SatConfig(VOCAB, 3)
-    assert model.vocabulary == VOCAB + 1
+    decoder = Decoder.load(str(tmp_path), "float32", "cpu")
+    assert decoder.model.sat == SatConfig(VOCAB, 3)
+    assert decoder.model.vocabulary == VOCAB + 1
     prompt = (torch.arange(10) % 6 + 2).tolist()
-    ar, drafted = (model.generate(prompt, DecodeConfig(k, 24)) for k in (0, 3))
+    ar, drafted = (decoder.generate(prompt, DecodeConfig(k, 24)) for k in (0, 3))
     assert drafted.token_ids == ar.token_ids
     assert drafted.accepted_per_loop > 1.5
     assert (
