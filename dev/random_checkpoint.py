@@ -18,7 +18,7 @@ from typing import Annotated
 
 import sentencepiece
 import typer
-from projection import SAT_ID, SHAPES, VOCABULARY, make_model
+from projection import SAT_ID, SHAPES, VOCABULARY, make_decoder
 
 from sdsat.cli.options import Device
 from sdsat.cli.program import run
@@ -85,7 +85,7 @@ def main(
     """Make FOLDER, whole or not at all."""
     require(shape in SHAPES, f"--shape={shape}: expected one of {', '.join(SHAPES)}")
     require(not folder.exists(), f"folder={folder}: there already; delete it or choose another")
-    lm = make_model(shape, pick_devices(device)[0]).model
+    lm = make_decoder(shape, pick_devices(device)[0]).model.lm
     lm.config.sdsat = {"sat_token_id": SAT_ID, "k": K[shape]}
     part = folder.with_name(folder.name + ".part")
     lm.save_pretrained(part)

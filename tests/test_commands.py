@@ -259,7 +259,7 @@ def test_a_new_users_path_as_the_readme_has_it(command, measure, tmp_path):
         for i in range(60)
     )
     (tmp_path / "code" / "functions.py").write_text("".join(functions))
-    readme = (ROOT / "README.md").read_text().split("three commands:\n\n")[1].split("\n\n")[0]
+    readme = (ROOT / "README.md").read_text().split("## Train your own\n\n")[1].split("\n\n")[0]
     commands = [
         line.split() for line in readme.replace("MODEL", str(tmp_path / "qwen")).splitlines()
     ]

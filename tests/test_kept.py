@@ -52,7 +52,7 @@ def test_a_library_is_built_once_and_used_where_nothing_can_be_written(cache):
     assert quietly(build, "another") == 2
     for folder in (cache / "native", cache):
         folder.chmod(0o500)
-    (cache / "weights.lock").chmod(0o400)
+    (cache / "native.lock").chmod(0o400)
     assert quietly(build) == 1 and build.count == 2
     cache.chmod(0o700)
 

@@ -356,7 +356,7 @@ def test_no_network(walled):
 
 def test_no_sockets_where_the_system_gives_no_namespace():
     script = (
-        "from sdsat import candidate; candidate.refuse_sockets()\n"
+        "from sdsat.evaluation import candidate; candidate.refuse_sockets()\n"
         "import socket, _socket, http.client, ssl\n"
         "connect = lambda: socket.create_connection(('127.0.0.1', 9))\n"
         "for make in (socket.socket, _socket.socket, ssl.SSLSocket, connect, "

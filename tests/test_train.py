@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SatConfig, TrainConfig
+from sdsat.decoding.loop import Decoder
 from sdsat.models.adapter import read_config
 from sdsat.models.loading import load
 from sdsat.models.sat_model import SatModel
@@ -219,7 +220,8 @@ def test_full_mode_makes_an_ordinary_checkpoint(tmp_path, tied):
     assert model.sat == SatConfig(VOCAB, 3)
     assert model.vocabulary == VOCAB + 1
     prompt = (torch.arange(10) % 6 + 2).tolist()
-    ar, drafted = (model.generate(prompt, DecodeConfig(k, 24)) for k in (0, 3))
+    decoder = Decoder(model)
+    ar, drafted = (decoder.generate(prompt, DecodeConfig(k, 24)) for k in (0, 3))
     assert drafted.token_ids == ar.token_ids
     assert drafted.accepted_per_loop > 1.5
     assert (
