@@ -12,7 +12,7 @@ results="$RESULTS_DIR/$model"
 python "$SDSAT_ROOT/scripts/pass_cost.py" "$model" --out "$results/passes_bfloat16.json"
 python "$SDSAT_ROOT/scripts/pass_cost.py" "$model" --busy 1 --out "$results/passes_busy.json"
 python "$SDSAT_ROOT/scripts/profile_passes.py" "$model" --out "$results/profile.json"
-export STRATEGIES=two-step,rounded,one-pass,auto K_LIST=0,3,5,7 TURNS=3
+export STRATEGIES=two-step,rounded,one-pass,auto K_LIST=0,3,5,7 TURNS="${TURNS:-3}"
 DATA_LIMIT="${DATA_LIMIT:-16}" sdsat bench greedy "$model" cpu --with-generate
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 1.0
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 0.2

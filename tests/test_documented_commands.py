@@ -31,9 +31,7 @@ SMALL = {
     "eval": "--data-limit 1 --max-new-tokens 4",
     "generate": "--max-new-tokens 8 --device cpu",
     "inspect": "--data-limit 1 --max-new-tokens 6",
-    "train": (
-        "--steps 2 --eval-every 1 --held-out 2 --anchors 2 --batch-size 1 --rank 4 --dtype float32"
-    ),
+    "train": ("--steps 2 --eval-every 1 --held-out 2 --anchors 2 --batch-size 1 --dtype float32"),
     "verify": "--data-limit 1 --max-new-tokens 6",
     "batch_throughput": "--sizes 1,2 --prompts 2 --max-new-tokens 4 --dtype float32 --device cpu",
     "pass_cost": "--dtype float32 --device cpu --turns 2",
@@ -170,6 +168,8 @@ def once(function):
 def run(patch, program, arguments):
     """As `sdsat program arguments` or `python scripts/program.py ..`, with what SMALL adds."""
     arguments = [*arguments, *SMALL.get(program, "").split()]
+    if program == "train" and "full" not in arguments:
+        arguments += ["--rank", "4"]  # full mode has no rank
     patch.setenv("OMP_NUM_THREADS", "1")
     patch.setattr(sys, "argv", ["sdsat", program, *arguments])
     main = cli.main

@@ -216,10 +216,11 @@ def test_full_mode_makes_an_ordinary_checkpoint(tmp_path, tied):
     )
     train(SatModel(lm, tokenizer, "tiny"), data, tmp_path, config)
     assert lines_of(tmp_path)[-1]["accepted_per_loop"] > 2.5
-    decoder = Decoder.load(str(tmp_path), "float32", "cpu")
-    assert decoder.model.sat == SatConfig(VOCAB, 3)
-    assert decoder.model.vocabulary == VOCAB + 1
+    model = load(str(tmp_path), "float32", "cpu")
+    assert model.sat == SatConfig(VOCAB, 3)
+    assert model.vocabulary == VOCAB + 1
     prompt = (torch.arange(10) % 6 + 2).tolist()
+    decoder = Decoder(model)
     ar, drafted = (decoder.generate(prompt, DecodeConfig(k, 24)) for k in (0, 3))
     assert drafted.token_ids == ar.token_ids
     assert drafted.accepted_per_loop > 1.5

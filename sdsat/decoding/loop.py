@@ -465,8 +465,10 @@ class Decoder:
         began = time.perf_counter()
         context = _mean_context(live)
         # Plan: which drafts are worth their rows, and after which of them SATs draft on.
-        inputs = [sequence.pass_input() for sequence in live]
+        for sequence in live:
+            sequence.plan_pass()
         # Pass: x, drafts and SATs of all sequences at once. Nothing is kept in the caches yet.
+        inputs = [sequence.pass_input() for sequence in live]
         result = PassResult(self.engine, live, inputs, self.engine.forward(inputs))
         found = []
         for number, sequence in enumerate(live):

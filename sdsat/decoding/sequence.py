@@ -175,13 +175,13 @@ class Sequence:
         """Add to the drafts those that the text so far suggests."""
         return drafts.with_chain(self.lookup.drafts(), LOOKED_UP) if self.lookup else drafts
 
-    def pass_input(self) -> PassInput:
-        """Make what the coming pass has of this sequence.
-
-        It is the drafts that the plan for the pass keeps, and SATs.
-        """
+    def plan_pass(self) -> None:
+        """Have the coming pass planned, and keep of the drafts what it verifies."""
         self.plan = self.planner.plan(self.drafts, self.left, self.context)
         self.drafts = self.drafts.kept(self.plan.nodes)
+
+    def pass_input(self) -> PassInput:
+        """Make what the coming pass has of this sequence: its drafts, and its plan's SATs."""
         return PassInput(self.cache, self.drafts.tokens, self.drafts.tree, self.plan.groups)
 
     def accept(

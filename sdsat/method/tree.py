@@ -1,8 +1,8 @@
 r"""Draft trees: which drafts are verified together, and which tree nodes each one may attend to.
 
-Node 0 is the root, the true token y0; a node at depth i >= 1 holds one candidate of SAT i. Since
-SAT i predicts a position and not a path, all nodes of a depth draw from the same candidate list,
-and a node is a (parent, rank) pair.
+Node 0 is the root, x, the last true token; a node at depth i >= 1 holds one candidate of SAT i. A
+SAT predicts a position and not a path: without a draft head all nodes of a depth have the same
+candidates; with one they are ranked anew for every parent. So a node is a (parent, rank) pair.
 
     branching 2,1:      0            nodes    0 1 2 3 4        ancestors   0 1 2 3 4
                       /   \          parents  . 0 1 0 3              0     1
@@ -42,8 +42,8 @@ PAPER_WIDTHS = {
 class DraftTree:
     """A tree of N nodes, node 0 its root.
 
-    parents[j] < j is the parent of node j (-1 for the root), ranks[j] its place in its depth's
-    candidate list.
+    parents[j] < j is the parent of node j (-1 for the root), ranks[j] its place among
+    its parent's candidates, 0 the best.
     """
 
     parents: tuple[int, ...]

@@ -2,11 +2,10 @@
 
 It does what transformers' modules do, with the same weights and the same rounding between
 operations, but reads every weight once at the memory's pace and leaves no work between two layers
-to Python: a pass of one token of the default model takes a fifth of the time. A row's result has
-the same bits whatever its pass looks like: forward.h says why. The library is compiled at first use
-(a C++ compiler; some seconds) and kept in the cache folder; without a compiler, on a GPU, and for
-sizes that it was not written for, passes go through transformers' modules
-(sdsat/engines/transformers.py).
+to Python. A row's result has the same bits whatever its pass looks like: forward.h says why. The
+library is compiled at first use (a C++ compiler; some seconds) and kept in the cache folder;
+without a compiler, on a GPU, and for sizes that it was not written for, passes go through
+transformers' modules (sdsat/engines/transformers.py).
 """
 
 from __future__ import annotations

@@ -66,26 +66,29 @@ static inline void add_products(f32x (&sums)[R][C], Weight weight, GetInput inpu
 static inline f32x plus_product(f32x sum, f32x w, f32x x) { return sum + w * x; }
 
 // One step of inner products: vectors of weights lie `apart` from each other, rows of inputs `ld`.
+// Lambdas stand where they are used: GCC keeps in memory what those with a name refer to.
 template <int R, int C>
 static inline void add_step(f32x (&sums)[R][C], const float* w, int64_t apart, const float* x,
                             int64_t ld) {
-  auto weight = [&](int c) { return load(w + c * apart); };
-  add_products(sums, weight, [&](int r) { return broadcast(x[r * ld]); }, plus_product);
+  add_products(
+      sums, [&](int c) { return load(w + c * apart); },
+      [&](int r) { return broadcast(x[r * ld]); }, plus_product);
 }
 
 #ifdef __AVX512BF16__
 template <int R, int C>
 static inline void add_step(f32x (&sums)[R][C], const bf16* w, int64_t apart, const bf16* x,
                             int64_t ld) {
-  auto weight = [&](int c) { return _mm512_loadu_si512(w + c * apart); };
   auto pair = [&](int r) {
     int32_t bits;
     memcpy(&bits, x + r * ld, sizeof bits);
     return _mm512_set1_epi32(bits);
   };
-  add_products(sums, weight, pair, [](f32x sum, __m512i w, __m512i x) {
-    return (f32x)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
-  });
+  add_products(
+      sums, [&](int c) { return _mm512_loadu_si512(w + c * apart); }, pair,
+      [](f32x sum, __m512i w, __m512i x) {
+        return (f32x)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+      });
 }
 #else
 template <int R, int C>
@@ -96,11 +99,13 @@ static inline void add_step(f32x (&sums)[R][C], const bf16* w, int64_t apart, co
     memcpy(&v, w + c * apart, sizeof v);
     return v;
   };
-  auto first = [&](int c) { return as_f32(pairs(c) << BF16_SHIFT); };
-  auto second = [&](int c) { return as_f32(pairs(c) & BF16_MASK); };
-  add_products(sums, first, [&](int r) { return broadcast(x[r * ld]); }, plus_product);
+  add_products(
+      sums, [&](int c) { return as_f32(pairs(c) << BF16_SHIFT); },
+      [&](int r) { return broadcast(x[r * ld]); }, plus_product);
   asm("" : "+r"(w));  // read the pairs again: there are too few registers to keep them
-  add_products(sums, second, [&](int r) { return broadcast(x[r * ld + 1]); }, plus_product);
+  add_products(
+      sums, [&](int c) { return as_f32(pairs(c) & BF16_MASK); },
+      [&](int r) { return broadcast(x[r * ld + 1]); }, plus_product);
 }
 #endif
 
@@ -119,10 +124,10 @@ struct Prefetch {
   }
 };
 
-// y [R, BLOCK] = x [R, size] . w, one block of outputs.
+// y [R, BLOCK] = x [R, size] . w, one block of outputs. Within its caller it would lack registers.
 template <class T, int R>
-static inline void multiply_tile(const Input<T>* x, int64_t size, const T* w, Prefetch ahead,
-                                 float* y) {
+static __attribute__((noinline)) void multiply_tile(const Input<T>* x, int64_t size, const T* w,
+                                                    Prefetch ahead, float* y) {
   constexpr int S = STEP<T>;
   f32x sums[R][2] = {};
   for (int i = 0; i < size; i += S, w += BLOCK * S) {

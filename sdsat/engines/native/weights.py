@@ -25,7 +25,7 @@ from sdsat.models.sat_model import SatModel
 from sdsat.models.weights import strange_part
 
 # The engine has all that their modules in transformers compute, and no more.
-_FORMS = ("llama", "mistral", "qwen2", "qwen3")
+FORMS = ("llama", "mistral", "qwen2", "qwen3")
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Sizes of linear layers are multiples of this: whole blocks (kernels.h) on any processor.
@@ -74,7 +74,7 @@ class NativeWeights:
         lm = model.lm
         config = model.config
         base = lm.base_model
-        if config.model_type not in _FORMS:
+        if config.model_type not in FORMS:
             raise Unavailable(f"architecture {config.model_type}")
         window = sliding_window(config)
         if window is not None and window < model.max_context:
