@@ -11,5 +11,6 @@ python -m pip install -q --disable-pip-version-check --root-user-action=ignore -
 ruff format --check .
 ruff check .
 mypy
-# One process a core, one thread a process: many small models.
-OMP_NUM_THREADS=1 python -m pytest -q -n "$(nproc 2>/dev/null || echo 2)" --dist loadgroup "$@"
+# One process a core, one thread a process: many small models. Neighbours share a process, and with
+# it what a module makes once; whoever is done takes over from the others.
+OMP_NUM_THREADS=1 python -m pytest -q -n "$(nproc 2>/dev/null || echo 2)" --dist worksteal "$@"

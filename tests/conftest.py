@@ -1,5 +1,6 @@
 """Small random models: exact oracles that need no download."""
 
+import copy
 import multiprocessing
 import os
 import shutil
@@ -28,9 +29,14 @@ from sdsat.training.shards import Sequence
 VOCAB = 64
 
 
+_LLAMAS = {}
+
+
 def tiny_llama(dtype=torch.float64, vocab=VOCAB, seed=0, **overrides):
     """A random two-layer Llama with grouped queries; weights large enough that its next tokens
     vary.
+
+    Small ones are made once and then copied, which is quicker; random numbers go on as after that.
     """
     settings = dict(
         vocab_size=vocab,
@@ -44,15 +50,18 @@ def tiny_llama(dtype=torch.float64, vocab=VOCAB, seed=0, **overrides):
         eos_token_id=None,
         bos_token_id=1,
     )
+    settings |= overrides
+    key = repr((dtype, seed, settings))
+    if key in _LLAMAS:
+        lm, state = _LLAMAS[key]
+        torch.set_rng_state(state)
+        return copy.deepcopy(lm)
     torch.manual_seed(seed)
-    model = (
-        LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
-        .to(dtype)
-        .eval()
-        .requires_grad_(False)
-    )
-    model.set_attn_implementation(attention.NAME)
-    return model
+    lm = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype).eval().requires_grad_(False)
+    lm.set_attn_implementation(attention.NAME)
+    if lm.num_parameters() < 10**6:
+        _LLAMAS[key] = copy.deepcopy(lm), torch.get_rng_state()
+    return lm
 
 
 def with_adapter(lm, **settings):

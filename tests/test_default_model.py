@@ -11,8 +11,6 @@ from sdsat.models import adapter as adapters
 from sdsat.models import embedded
 from sdsat.tasks.prompts import humaneval
 
-pytestmark = pytest.mark.xdist_group("default_model")  # one process loads it once
-
 
 @pytest.fixture(scope="module")
 def decoder():

@@ -9,6 +9,7 @@ its warpers and its loop judge ours.
 import runpy
 import string
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -175,11 +176,17 @@ GREEDY = {
 }
 
 
+@cache
+def plain_output(lm):
+    """The output without settings."""
+    return plainly(lm)[0, len(PROMPT) :].tolist()
+
+
 def made(settings, lm):
     """The settings with objects of their own, and with ends that will come up."""
     settings = dict(settings)
     if "found" in settings.values():
-        new = plainly(lm)[0, len(PROMPT) :].tolist()
+        new = plain_output(lm)
         # of all tokens the one that comes up last for the first time
         last = max(set(new), key=new.index)
         if settings.get("eos_token_id"):

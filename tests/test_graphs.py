@@ -79,10 +79,12 @@ def test_many_generations_on_one_cache_equal_those_without_graphs(capture, head)
     decoder.costs = CostCurve(
         *([[1 + n / 8 for n in COUNTS] for _ in CONTEXTS] for _ in range(2)), 0.01
     )
+    # recording tensor operations takes long, and so does running what was recorded
+    configs, prompts = (CONFIGS[::2], PROMPTS[:2]) if capture is traced else (CONFIGS, PROMPTS)
     for sampling in (SamplingConfig(), NUCLEUS):
-        for prompt in PROMPTS:
+        for prompt in prompts:
             want = plain.generate(prompt, config(sampling=sampling)).token_ids
-            for settings in CONFIGS:
+            for settings in configs:
                 assert (
                     decoder.generate(prompt, config(sampling=sampling, **settings)).token_ids
                     == want

@@ -67,6 +67,26 @@ def assert_close(one, two, **tolerance):
         torch.testing.assert_close(two[name], tensor, **tolerance)
 
 
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch):
+    """Half of such a short run would be drawing; test_commands.py has a picture drawn."""
+    monkeypatch.setattr(training, "plot_training", lambda log, path: path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """mode -> (folder, weights) of a run that nothing interrupted."""
+    runs = {}
+
+    def run(mode):
+        if mode not in runs:
+            folder = tmp_path_factory.mktemp("whole")
+            runs[mode] = folder, train_tiny(folder, mode=mode)
+        return runs[mode]
+
+    return run
+
+
 MODES = pytest.mark.parametrize("mode", ["adapter", "everywhere", "full"])
 FILES = {
     "adapter": "adapter_model.safetensors",
@@ -76,8 +96,8 @@ FILES = {
 
 
 @MODES
-def test_killed_training_resumes_exactly(tmp_path, monkeypatch, mode):
-    whole = train_tiny(tmp_path / "whole", mode=mode)
+def test_killed_training_resumes_exactly(tmp_path, monkeypatch, whole, mode):
+    folder, weights = whole(mode)
     steps = []
     name = "sat_loss" if mode == "adapter" else "joint_loss"
 
@@ -92,10 +112,9 @@ def test_killed_training_resumes_exactly(tmp_path, monkeypatch, mode):
         train_tiny(tmp_path / "killed", mode=mode)
     monkeypatch.undo()
     (tmp_path / "killed" / "checkpoint_4").mkdir()  # a checkpoint that was being written
-    assert_close(whole, train_tiny(tmp_path / "killed", mode=mode), rtol=0, atol=0)
-    assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
-    saved = [(tmp_path / folder / FILES[mode]).read_bytes() for folder in ("killed", "whole")]
-    assert saved[0] == saved[1]
+    assert_close(weights, train_tiny(tmp_path / "killed", mode=mode), rtol=0, atol=0)
+    assert lines_of(tmp_path / "killed") == lines_of(folder)
+    assert (tmp_path / "killed" / FILES[mode]).read_bytes() == (folder / FILES[mode]).read_bytes()
 
 
 @MODES
@@ -436,9 +455,8 @@ def strict_json(text):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @MODES
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, mode, what):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, whole, mode, what):
     """In step 4; from the checkpoint of step 2 the run goes on as if nothing had been."""
-    whole = train_tiny(tmp_path / "whole", mode=mode)
     steps = []
     name = "sat_loss" if mode == "adapter" else "joint_loss"
 
@@ -463,7 +481,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, mode, wh
         (out / "checkpoint_2" / "state.json").read_text(),
     ]:
         strict_json(line)
-    assert_close(whole, train_tiny(out, mode=mode), rtol=0, atol=0)
+    assert_close(whole(mode)[1], train_tiny(out, mode=mode), rtol=0, atol=0)
 
 
 @MODES
@@ -483,8 +501,7 @@ def test_a_base_that_is_not_finite_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["before its checkpoint is valid", "after"])
-def test_a_run_killed_at_its_last_checkpoint_has_its_whole_log(tmp_path, monkeypatch, stage):
-    train_tiny(tmp_path / "whole")
+def test_a_run_killed_at_its_last_checkpoint_has_its_whole_log(tmp_path, monkeypatch, whole, stage):
     write_json = training.write_json
     remove = training.shutil.rmtree
 
@@ -506,7 +523,7 @@ def test_a_run_killed_at_its_last_checkpoint_has_its_whole_log(tmp_path, monkeyp
         train_tiny(tmp_path / "killed")
     monkeypatch.undo()
     train_tiny(tmp_path / "killed", eval_every=2)
-    assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
+    assert lines_of(tmp_path / "killed") == lines_of(whole("adapter")[0])
 
 
 def test_a_model_killed_while_saving_is_no_mixture(tmp_path, monkeypatch):
@@ -552,11 +569,12 @@ def test_training_threads_do_not_spin():
     told = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     environment = {key: value for key, value in os.environ.items() if key not in told}
     environment["OMP_DISPLAY_ENV"] = "true"
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    lines = [line for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line]
-    if not lines:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        line = next((line for line in process.stderr if "OMP_WAIT_POLICY" in line), None)
+        process.kill()  # as soon as torch is imported
+    if line is None:
         pytest.skip("this build of torch has an OpenMP that does not show its settings")
-    assert lines[0].split("'")[1] == "PASSIVE"
+    assert line.split("'")[1] == "PASSIVE"
 
 
 @pytest.mark.parametrize(("given", "policy"), [(None, "PASSIVE"), ("active", "active")])
@@ -571,9 +589,9 @@ def test_what_the_caller_told_threads_stays(monkeypatch, given, policy):
 
 
 @MODES
-def test_a_full_disk_is_one_line_and_the_run_resumes(tmp_path, mode):
+def test_a_full_disk_is_one_line_and_the_run_resumes(tmp_path, whole, mode):
     """A file may not grow beyond 10 kB for a while, where weights are larger."""
-    whole = train_tiny(tmp_path / "whole", mode=mode)
+    weights = whole(mode)[1]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
@@ -582,7 +600,7 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(tmp_path, mode):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "full" / FILES[mode]).exists()
-    assert_close(whole, train_tiny(tmp_path / "full", mode=mode), rtol=0, atol=0)
+    assert_close(weights, train_tiny(tmp_path / "full", mode=mode), rtol=0, atol=0)
 
 
 @MODES
