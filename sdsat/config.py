@@ -213,7 +213,9 @@ def option(default: Any, about: str | Option | None = None, **further: Any) -> A
 
 # Options of several settings.
 TREE = Option(
-    "Draft tree: auto, chain, paper, or a branching list such as 2,1,1.", env="TREE", text=WORD
+    "Draft tree: auto, grown, chain, paper, or a branching list such as 2,1,1.",
+    env="TREE",
+    text=WORD,
 )
 MAX_NEW_TOKENS = Option(env="MAX_NEW_TOKENS")
 SEED = Option(env="SEED")
@@ -353,8 +355,9 @@ class DecodeConfig:
             plain autoregressive decoding by the same loop, one token a pass, but for strategy
             'lookup', which has no SATs.
         max_new_tokens: tokens of the output at most.
-        tree: 'chain', 'paper' (the paper's sampling trees, k = 5, 7, 9, 11, 13) or a branching list
-            with one width a depth; 'auto': see `decoding.resolve.resolved`.
+        tree: 'grown' (where drafts are likeliest), 'chain', 'paper' (the paper's sampling trees,
+            k = 5, 7, 9, 11, 13) or a branching list with one width a depth; 'auto': see
+            `decoding.resolve.resolved`.
         sampling: how the next token is chosen.
         stop_ids: token ids that end the output; the id itself is kept as the last token, as
             `transformers` does.
@@ -483,7 +486,7 @@ def _tree(tree: Any) -> str | tuple[int, ...]:
     """
     if isinstance(tree, str):
         return tree
-    expected = "'auto', 'chain', 'paper' or widths such as (2, 1, 1)"
+    expected = "'auto', 'grown', 'chain', 'paper' or widths such as (2, 1, 1)"
     widths = several("tree", tree, expected)
     good = all(_is(numbers.Integral, width) and width >= 1 for width in widths)
     require(good and len(widths) > 0, f"tree={tree!r}: expected {expected}, every width 1 or more")

@@ -81,6 +81,8 @@ def main():
             chain = make_tree("chain", 3)
             drafts = engine.draft(x[:1], states[4:], logits[4:], 1, chain, sampling)
             assert drafts.device == model.device
+            drafts = engine.grow(x[:1], states[4:], logits[4:], 1, 16, sampling)
+            assert drafts.device == model.device
         cache.commit((0, 2))
         cache.row_slots = torch.arange(7, device=model.device)  # as graphs name their slots
         engine.forward([PassInput(cache, [0] * 4, tree, groups)])

@@ -21,7 +21,7 @@ TARGETS = (
     ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     ("v_proj", "down_proj"),
 )
-TREES = ("chain", (2, 2, 1), (5, 3), (3, 1, 4), (1, 2, 2, 2))
+TREES = ("chain", "grown", (2, 2, 1), (5, 3), (3, 1, 4), (1, 2, 2, 2))
 WIDE = ((65,), (74,))  # wider than the shortlist of a SAT
 ROWS = [[1 + n / 100 for n in COUNTS]] * 2  # seconds: drafts cost little, and `auto` drafts a lot
 COSTS = CostCurve(ROWS, ROWS, 0.0, [[0.5 + n / 100 for n in COUNTS]] * 2)
@@ -89,6 +89,7 @@ def choices(rng: random.Random) -> None:
     tree = make_tree((5, 2), 2)
     states = torch.zeros(2, engine.exact.struct.hidden, dtype=dtype)
     engine.draft(torch.tensor([1]), states, sats, 0, tree, sampling, shortlist=64)
+    engine.grow(torch.tensor([1]), states, sats, 0, rng.choice([1, 2, 16, 90]), sampling)
 
 
 if __name__ == "__main__":

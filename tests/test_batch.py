@@ -76,7 +76,7 @@ def assert_as_alone(decoder, prompts, configs, **options):
     ids=str,
 )
 def test_each_row_equals_that_row_alone(engine, strategy, sampling):
-    for k, tree, lookup, size in ((K, "chain", 0, 5), (3, (2, 2, 1), 5, 2)):
+    for k, tree, lookup, size in ((K, "chain", 0, 5), (3, (2, 2, 1), 5, 2), (K, "grown", 0, 3)):
         budget = 24 if strategy == "one-pass" else None
         config = drafted(strategy, k, lookup, 12, tree, sampling, stop_ids=(9,), budget=budget)
         configs = [replace(config, max_new_tokens=8 + 3 * i) for i in range(len(PROMPTS))]
@@ -95,7 +95,7 @@ def requests(draw, engine):
         draw(st.integers(0, K)),
         draw(st.sampled_from([0, 4])),
         draw(st.integers(1, 14)),
-        draw(st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple)),
+        draw(st.just("grown") | st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple)),
         sampling,
         tuple(draw(st.sets(st.integers(0, VOCAB - 1), max_size=2))),
         ("ab",) if draw(st.booleans()) else (),

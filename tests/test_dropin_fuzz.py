@@ -126,7 +126,7 @@ NEVER = {
 ARGUMENTS = ("past_key_values",)  # of `generate`, and none of GenerationConfig's
 DRAFTING = {
     "strategy": lambda rng: rng.choice(["two-step", "one-pass", "auto", "auto", "lookup"]),
-    "tree": lambda rng: rng.choice(["auto", "chain", "2,2,1", (3, 1)]),
+    "tree": lambda rng: rng.choice(["auto", "chain", "grown", "2,2,1", (3, 1)]),
     "budget": lambda rng: rng.randint(2, 20),
 }
 

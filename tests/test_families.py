@@ -126,6 +126,7 @@ RUNS = [
     (3, (2, 2, 1), "one-pass"),
     (3, "chain", "auto"),
     (3, (2, 2, 1), "auto"),
+    (3, "grown", "auto"),
 ]
 # `auto` drafts a lot
 COSTS = CostCurve([[1e-3 * n + 1 for n in COUNTS]] * 2, [[1e-3 * n + 1 for n in COUNTS]] * 2, 0.0)

@@ -27,7 +27,7 @@ CONFIGS = (
     ),
     *(
         dict(k=k, strategy="one-pass", budget=24, tree=tree)
-        for k, tree in ((3, "chain"), (5, "chain"), (3, (2, 1, 1)))
+        for k, tree in ((3, "chain"), (5, "grown"), (3, (2, 1, 1)))
     ),
     dict(k=4, strategy="auto"),
     dict(k=3, lookup=6),

@@ -641,9 +641,7 @@ def candidate_trees(draw):
     return DraftTree(tuple(parents), tuple(ranks))
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    tree=candidate_trees(),
+DRAFTING = dict(
     head=st.sampled_from([0, 7, 40]),
     sampling=st.sampled_from(
         [
@@ -656,28 +654,44 @@ def candidate_trees(draw):
     shortlist=st.sampled_from([12, 64]),
     seed=st.integers(0, 99),
 )
-def test_drafts_are_those_of_the_torch_code(tree, head, sampling, shortlist, seed):
-    decoder = decoder_with("llama", FLOAT, ("v_proj",), head)
+
+
+def both_drafted(draft, decoder, depth, shape, sampling, shortlist, seed):
+    """What C++ and torch draft with the same SATs."""
     generator = torch.Generator().manual_seed(seed)
     # flat, so that top-p leaves three tokens
-    states = 0.3 * torch.randn(max(tree.depths), 64, generator=generator)
-    given_ = (
-        torch.tensor([seed % VOCAB]),
-        states,
-        decoder.model.lm.get_output_embeddings()(states),
-        3,
-        tree,
-        sampling,
-    )
+    states = 0.3 * torch.randn(depth, 64, generator=generator)
+    logits = decoder.model.lm.get_output_embeddings()(states)
+    x = torch.tensor([seed % VOCAB])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "SHORTLIST", shortlist)
-        (tokens, likely), (want_tokens, want_likely) = (
-            decoder.engine.draft(*given_),
-            without_native(decoder).engine.draft(*given_),
-        )
+        return [
+            getattr(each.engine, draft)(x, states, logits, 3, shape, sampling)
+            for each in (decoder, without_native(decoder))
+        ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(tree=candidate_trees(), **DRAFTING)
+def test_drafts_are_those_of_the_torch_code(tree, head, sampling, shortlist, seed):
+    decoder = decoder_with("llama", FLOAT, ("v_proj",), head)
+    given_ = (decoder, max(tree.depths), tree, sampling, shortlist, seed)
+    (tokens, likely), (want_tokens, want_likely) = both_drafted("draft", *given_)
     assert tokens.tolist() == want_tokens.tolist()
     torch.testing.assert_close(likely, want_likely, rtol=1e-4, atol=1e-4)
     assert tokens[0] == seed % VOCAB and likely[0] == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(depth=st.integers(1, 4), nodes=st.integers(1, 90), **DRAFTING)
+def test_grown_trees_are_those_of_the_torch_code(depth, nodes, head, sampling, shortlist, seed):
+    decoder = decoder_with("llama", FLOAT, ("v_proj",), head)
+    found, want = both_drafted("grow", decoder, depth, nodes, sampling, shortlist, seed)
+    count = int((want[3] > 0).sum())
+    assert count == (found[3] > 0).sum() and (found[3, count:] == 0).all()
+    assert found[:3, :count].tolist() == want[:3, :count].tolist()
+    torch.testing.assert_close(found[3, :count], want[3, :count], rtol=1e-4, atol=1e-4)
+    assert found[:, 0].tolist() == [-1, 0, seed % VOCAB, 1]
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "transformers"])
@@ -844,10 +858,14 @@ def test_drafts_that_it_refuses(message, monkeypatch):
         index=0,
         tree=CHAIN,
     )
+    engine = decoder_with("llama", FLOAT, ("v_proj",), 40).engine
+    given_ = {**given_, **DRAFTS[message]}
     with one_line_error(message):
-        decoder_with("llama", FLOAT, ("v_proj",), 40).engine.draft(
-            **{**given_, **DRAFTS[message]}, sampling=SamplingConfig()
-        )
+        engine.draft(**given_, sampling=SamplingConfig())
+    if "tree" not in message and "shortlist" not in message:
+        several = ("x", "states", "logits", "index")
+        with one_line_error(message):
+            engine.grow(*(given_[name] for name in several), 5, SamplingConfig())
 
 
 # ---- where it can't be had ----

@@ -20,7 +20,7 @@ from sdsat.config import SamplingConfig
 from sdsat.decoding.sequence import Chooser, Drafted, Sequence
 from sdsat.engines.base import Engine, PassInput
 from sdsat.method.sampling import as_seed
-from sdsat.method.tree import DraftTree, make_tree
+from sdsat.method.tree import GROWN, GROWN_NODES, DraftTree, laid_out, make_tree
 
 
 @lru_cache(maxsize=256)
@@ -86,8 +86,7 @@ class PassResult:
         if node not in self._places[number]:
             return None
         tree, found = self._draft(number, node)
-        tokens, likely = found.tolist()
-        return Drafted(tree, [int(token) for token in tokens], likely)
+        return _drafted(tree, found.tolist())
 
     def _read_once(self, largest: Tensor) -> None:
         """Draft at every group, and read everything in one go."""
@@ -98,29 +97,32 @@ class PassResult:
         self._engine.model.check_finite(next(read))
         self.own = self._split(read)
         self._read = {}
-        for key, (tree, _) in found.items():
-            tokens = [int(token) for token in islice(read, len(tree))]
-            self._read[key] = Drafted(tree, tokens, list(islice(read, len(tree))))
+        for key, (tree, part) in found.items():
+            rows = [list(islice(read, part.shape[1])) for _ in part]
+            self._read[key] = _drafted(tree, rows)
 
     def _split(self, tokens: Iterator[float]) -> list[list[int]]:
         """Take the next tokens of an iterator, node by node, sequence by sequence."""
         return [[int(token) for token in islice(tokens, len(part.tokens))] for part in self._inputs]
 
-    def _draft(self, number: int, node: int) -> tuple[DraftTree, Tensor]:
+    def _draft(self, number: int, node: int) -> tuple[DraftTree | None, Tensor]:
         """Draft with the SATs at a node of a sequence.
 
-        Returns the tree, and [2, N] tokens and how likely they are.
+        Returns the tree and what `Engine.draft` finds, or None and what `Engine.grow` does.
         """
         sequence = self._sequences[number]
         row, sats = self._places[number][node]
         config = sequence.config
-        tree = _truncated(config.tree, config.num_sats, sats.stop - sats.start)
         index = sequence.emitted + self._inputs[number].tree.depths[node] + 1
         x = self._targets[row : row + 1].clamp_min(
             0
         )  # -1 off the walk: those drafts are never read
         states = self._states[sats]
         logits = self._logits[sats]
+        if config.tree == GROWN:
+            nodes = GROWN_NODES
+            return None, self._engine.grow(x, states, logits, index, nodes, config.sampling)
+        tree = _truncated(config.tree, config.num_sats, len(states))
         return tree, self._engine.draft(x, states, logits, index, tree, config.sampling)
 
     def _choose(self, logits: Tensor) -> Tensor:
@@ -168,6 +170,18 @@ class PassResult:
             targets.append(chosen)
             row += len(part.tokens)
         return torch.cat(targets)
+
+
+def _drafted(tree: DraftTree | None, found: list[list[float]]) -> Drafted:
+    """Make drafts of what `Engine.draft` finds for a tree, or without one `Engine.grow`."""
+    *shape, tokens, likely = found
+    if tree is None:
+        count = sum(chance > 0 for chance in likely)
+        parents, ranks = ([int(number) for number in part[:count]] for part in shape)
+        tree, order = laid_out(parents, ranks)
+        tokens = [tokens[node] for node in order]
+        likely = [likely[node] for node in order]
+    return Drafted(tree, [int(token) for token in tokens], likely)
 
 
 def _places_of(inputs: ListOf[PassInput]) -> list[dict[int, tuple[int, slice]]]:

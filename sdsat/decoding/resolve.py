@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
-from sdsat.config import LOOKUP, MAX_TRAINED_K, STRATEGY, DecodeConfig, require
+from sdsat.config import LOOKUP, STRATEGY, DecodeConfig, require
 from sdsat.engines.base import Engine
-from sdsat.method.tree import make_tree
+from sdsat.method.tree import GROWN, make_tree
 from sdsat.models.sat_model import SatModel
 
 
@@ -28,9 +28,9 @@ def resolved(engine: Engine, config: DecodeConfig) -> DecodeConfig:
     """Choose all that the settings leave open, for this model and engine.
 
     k None: what the SATs were trained for. lookup None: NUM_LOOKUP for 'lookup' and, with SATs,
-    'auto'; else none, so that AR has nothing but the model's own tokens. tree 'auto': 2,2,1 for
-    strategy 'auto' on an engine whose trees have AR's bits, and it verifies of them what pays; else
-    a chain. Settings that are resolved stay as they are.
+    'auto'; else none, so that AR has nothing but the model's own tokens. tree 'auto': 'grown'
+    for strategy 'auto' on an engine whose trees have AR's bits, and it verifies of them what pays;
+    else a chain. Settings that are resolved stay as they are.
 
     Raises InputError where SATs are wanted of a model that has none.
     """
@@ -50,8 +50,8 @@ def resolved(engine: Engine, config: DecodeConfig) -> DecodeConfig:
     if lookup is None:
         lookup = config.kind.lookup if k > 0 or not config.kind.sats else 0
     if tree == "auto":
-        wide = config.kind.wide and engine.exact_trees and 0 < k <= MAX_TRAINED_K
-        tree = (2, 2, 1) if wide else "chain"
+        wide = config.kind.wide and engine.exact_trees and k > 0
+        tree = GROWN if wide else "chain"
     return replace(config, k=k, lookup=lookup, tree=tree)
 
 
@@ -93,7 +93,8 @@ def checked(engine: Engine, prompt_ids: list[int], config: DecodeConfig) -> Deco
         f"strategy={config.strategy}: {model.name} runs through transformers' modules here, which "
         "have no 8 bits; expected another",
     )
-    width = make_tree(config.tree, config.num_sats).width
-    too_wide = f"tree={config.tree}: {width} candidates, but the vocabulary has {size} tokens"
-    require(width < size, too_wide)
+    if config.tree != GROWN:
+        width = make_tree(config.tree, config.num_sats).width
+        too_wide = f"tree={config.tree}: {width} candidates, but the vocabulary has {size} tokens"
+        require(width < size, too_wide)
     return config

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sdsat.config import SamplingConfig
-from sdsat.engines.drafting import draft_tokens
+from sdsat.engines.drafting import draft_tokens, grow_tokens
 from sdsat.method.layout import SatGroup
 from sdsat.method.sampling import choose
 from sdsat.method.tree import DraftTree, make_tree
@@ -226,6 +226,18 @@ class Engine(ABC):
     ) -> Tensor:
         """Draft with the SATs of one group: see `drafting.draft_tokens`."""
         return draft_tokens(self.model, self.largest, x, states, logits, index, tree, sampling)
+
+    def grow(
+        self,
+        x: Tensor,
+        states: Tensor,
+        logits: Tensor,
+        index: int,
+        nodes: int,
+        sampling: SamplingConfig,
+    ) -> Tensor:
+        """Draft a tree that grows where it is likeliest: see `drafting.grow_tokens`."""
+        return grow_tokens(self.model, self.largest, x, states, logits, index, nodes, sampling)
 
     @cached_property
     def row_policy(self) -> RowPolicy:

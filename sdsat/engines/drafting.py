@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdsat.config import SamplingConfig
-from sdsat.method.sampling import choose_columns
+from sdsat.method.sampling import candidates
 from sdsat.method.tree import DraftTree
 from sdsat.models.head import SHORTLIST
 from sdsat.models.sat_model import SatModel
@@ -17,9 +17,12 @@ from sdsat.models.sat_model import SatModel
 Largest = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # see engines.base.Engine.largest
 
 
-def shortlist_of(tree: DraftTree, vocabulary: int) -> int:
-    """Return how many of a SAT's best tokens are looked at, at least the width of the tree."""
-    return min(max(SHORTLIST, tree.width), vocabulary)
+def shortlist_of(width: int, vocabulary: int) -> int:
+    """Return how many of a SAT's best tokens are looked at.
+
+    width: candidates of a node at most.
+    """
+    return min(max(SHORTLIST, width), vocabulary)
 
 
 @lru_cache(maxsize=256)
@@ -68,21 +71,119 @@ def draft_tokens(
         sampling: how candidates are drawn, with the noise of their emitted positions.
 
     Returns:
-        [2, N] float64: the tokens of the tree's nodes, and how likely each seems given its parent:
-        its share among the best tokens of its SAT that are looked at.
+        [2, N] float64: the tokens of the tree's nodes, and how likely each seems given its parent,
+        by the best tokens of its SAT that are looked at (`method.sampling.candidates`).
     """
-    scores, ids = largest(logits, shortlist_of(tree, logits.shape[-1]))
-    head = model.head
-    rows = model.output_rows(ids).to(states.dtype) if head else None  # [k, C, D]
+    sats = _Sats(model, largest, states, logits, index, tree.width, sampling)
     tokens = x.repeat(len(tree))
     likely = torch.ones(len(tree), dtype=torch.float64, device=x.device)
     for i, (parents, nodes, places, ranks, width) in enumerate(_levels(tree, x.device)):
-        given = scores[i].expand(len(parents), -1)
-        if head is not None and rows is not None:
-            before = model.embed_standard(tokens[parents])
-            given = head.rerank(given, states[i].expand_as(before), before, rows[i : i + 1])
-        at = torch.full((len(parents),), index + i, device=x.device)
-        columns = choose_columns(given, at, sampling, width, ids[i])
-        tokens[nodes] = ids[i][columns][places, ranks]
-        likely[nodes] = given.double().softmax(-1).gather(-1, columns)[places, ranks]
+        found, shares = sats.candidates(i, tokens[parents], width)
+        tokens[nodes] = found[places, ranks]
+        likely[nodes] = shares[places, ranks]
     return torch.stack([tokens.double(), likely])
+
+
+def grow_tokens(
+    model: SatModel,
+    largest: Largest,
+    x: Tensor,
+    states: Tensor,
+    logits: Tensor,
+    index: int,
+    nodes: int,
+    sampling: SamplingConfig,
+) -> Tensor:
+    """Grow a tree below x: of all that could be drafted, the likeliest nodes.
+
+    They are the likeliest by the product of confidences from the root on, which is never above
+    their parents'. So no more nodes of a depth than there are of all need be looked at. The host
+    reads nothing.
+
+    Args:
+        model: as of `draft_tokens`.
+        largest: as of `draft_tokens`.
+        x: as of `draft_tokens`.
+        states: as of `draft_tokens`.
+        logits: as of `draft_tokens`.
+        index: as of `draft_tokens`.
+        nodes: N, how many, the root included.
+        sampling: as of `draft_tokens`.
+
+    Returns:
+        [4, N] float64, likeliest first: parents (-1 for the root), ranks among the parents'
+        candidates, tokens, and how likely each seems given its parent; 0 where there are no more.
+    """
+    width = min(nodes - 1, logits.shape[-1])
+    sats = _Sats(model, largest, states, logits, index, width, sampling)
+    none = torch.zeros_like(x)
+    above = none  # the numbers of a depth's nodes, in the order in which they were found
+    one = torch.ones(1, dtype=torch.float64, device=x.device)
+    found = [(none, none, x, one, one)]  # by depth: parents, ranks, tokens, likely, through
+    count = 1
+    for i in range(len(states) if width else 0):
+        _, _, before, _, through = found[-1]
+        tokens, likely = sats.candidates(i, before, width)
+        reached, best = _likeliest((through[:, None] * likely).flatten(), nodes - 1)
+        taken = (tokens.flatten()[best], likely.flatten()[best], reached)
+        found.append((above[best // width], best % width, *taken))
+        above = torch.arange(count, count + len(best), device=x.device)
+        count += len(best)
+    parents, ranks, tokens, likely, through = (torch.cat(part) for part in zip(*found, strict=True))
+    through, kept = _likeliest(through, nodes)
+    places = torch.empty_like(parents)  # of all that was found, among what is kept
+    places[kept] = torch.arange(len(kept), device=x.device)
+    parents = places[parents[kept]]
+    parents[0] = -1
+    numbers = torch.stack([parents, ranks[kept], tokens[kept]]).double()
+    return torch.cat([numbers, (likely[kept] * (through > 0))[None]])
+
+
+def _likeliest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Find the largest values and their places; of equals those before come first."""
+    values, places = values.sort(descending=True, stable=True)
+    return values[:count], places[:count]
+
+
+class _Sats:
+    """The candidates of one group's SATs, which the draft head ranks by the token before them."""
+
+    def __init__(
+        self,
+        model: SatModel,
+        largest: Largest,
+        states: Tensor,
+        logits: Tensor,
+        index: int,
+        width: int,
+        sampling: SamplingConfig,
+    ):
+        """Make the shortlist of each SAT.
+
+        Args:
+            model: whose head and embeddings.
+            largest: finds the largest logits.
+            states: [k, D] last hidden states.
+            logits: [k, V].
+            index: emitted index of what the first SAT drafts.
+            width: candidates of a node at most.
+            sampling: how candidates are drawn.
+        """
+        self.model = model
+        self.states = states
+        self.scores, self.ids = largest(logits, shortlist_of(width, logits.shape[-1]))
+        self.rows = model.output_rows(self.ids).to(states.dtype) if model.head else None
+        self.index = index
+        self.sampling = sampling
+
+    def candidates(self, i: int, before: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Find the best tokens [P, width] of SAT i after each of `before` [P], and how likely."""
+        given = self.scores[i].expand(len(before), -1)
+        head = self.model.head
+        if head is not None and self.rows is not None:
+            embedded = self.model.embed_standard(before)
+            states = self.states[i].expand_as(embedded)
+            given = head.rerank(given, states, embedded, self.rows[i : i + 1])
+        at = torch.full((len(before),), self.index + i, device=before.device)
+        columns, likely = candidates(given, at, self.sampling, width, self.ids[i])
+        return self.ids[i][columns], likely

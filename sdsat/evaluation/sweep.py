@@ -164,7 +164,7 @@ class Sweep(Asked):
 
         Raises InputError.
         """
-        from sdsat.method.tree import make_tree, parse_tree
+        from sdsat.method.tree import GROWN, make_tree, parse_tree
 
         super().__post_init__()
         SamplingConfig(0, self.top_k, self.top_p)
@@ -177,7 +177,7 @@ class Sweep(Asked):
             parse_tree(tree)
         for setting in self.settings:
             decode = setting.of(self.plain())
-            if decode.k:
+            if decode.k and decode.tree != GROWN:
                 make_tree(decode.tree, decode.k)
 
     @property
@@ -229,7 +229,7 @@ class BenchConfig(Sweep, CheckpointConfig):
         k_list: AR (0) is always among them.
         strategies: each at every k, but `auto` once, with the largest, beside what it is made of:
             'lookup' alone, and itself without lookup.
-        tree: 'auto', 'chain', 'paper' or a branching list, as the command line has it.
+        tree: 'auto', 'grown', 'chain', 'paper' or a branching list, as the command line has it.
         temperature: for nucleus, a positive number.
         seed: each problem has its own form of it.
         dataset: see `tasks.datasets.read_tasks`.
@@ -252,7 +252,7 @@ class BenchConfig(Sweep, CheckpointConfig):
     )
     tree: str = option(
         "auto",
-        "auto, chain, paper, or a branching list such as 2,1,1.",
+        "auto, grown, chain, paper, or a branching list such as 2,1,1.",
         env="TREE",
         text=WORD,
         is_open=True,

@@ -171,12 +171,53 @@ def choose_columns(
             if width == 1
             else logits.topk(width, dim=-1).indices
         )
-    columns, scores = support(logits, sampling, at_least=width)
-    tokens = columns if ids is None else ids.expand_as(logits).gather(-1, columns)
-    score = scores.double() + gumbel_noise(sampling.seed if seeds is None else seeds, index, tokens)
+    columns, score = _noisy(logits, index, sampling, width, ids, seeds)
     return columns.gather(
         -1, score.argmax(-1, keepdim=True) if width == 1 else score.topk(width, dim=-1).indices
     )
+
+
+def _noisy(
+    logits: Tensor,
+    index: Tensor,
+    sampling: SamplingConfig,
+    width: int,
+    ids: Tensor | None,
+    seeds: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Find columns [N, C], `width` at least, and log p + g_t of each; see `choose_columns`."""
+    columns, scores = support(logits, sampling, at_least=width)
+    tokens = columns if ids is None else ids.expand_as(logits).gather(-1, columns)
+    noise = gumbel_noise(sampling.seed if seeds is None else seeds, index, tokens)
+    return columns, scores.double() + noise
+
+
+def candidates(
+    logits: Tensor, index: Tensor, sampling: SamplingConfig, width: int, ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Choose columns as `choose_columns`, and say how likely each seems the model's own choice.
+
+    That is its share by what it was chosen by, noise included: the model draws with the same noise,
+    and so a token that the noise favours is likelier than its probability says. At temperature 0 it
+    is the token's probability.
+
+    Args:
+        logits: [N, C] by a SAT.
+        index: [N] emitted index of each row.
+        sampling: how.
+        width: how many tokens of each row.
+        ids: [C] the tokens that the columns stand for.
+
+    Returns:
+        Columns and shares, [N, width] each, best first; no share for what the filters drop.
+    """
+    if sampling.greedy:
+        columns = choose_columns(logits, index, sampling, width)
+        return columns, logits.double().softmax(-1).gather(-1, columns)
+    columns, score = _noisy(logits, index, sampling, width, ids)
+    order = score.topk(width, dim=-1).indices
+    shares = (sampling.temperature * score).softmax(-1).gather(-1, order)
+    return columns.gather(-1, order), shares
 
 
 def choose(

@@ -11,6 +11,9 @@ candidates; with one they are ranked anew for every parent. So a node is a (pare
                      2     4                                         3     1     1
                                                                      4     1     1 1
 
+A tree's shape is given, or it grows (GROWN): of all nodes those are drafted for which the product
+of confidences, from the root on, is highest (as in EAGLE-2, arXiv 2406.16858).
+
 The path of first candidates is laid out first and contiguously: where rounding depends on the cache
 slot, the likeliest path is then the one that AR would have computed. The order is topological:
 parents come before children.
@@ -18,6 +21,7 @@ parents come before children.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -25,6 +29,10 @@ import torch
 from torch import Tensor
 
 from sdsat.config import MAX_ROWS, InputError, require
+
+# The tree that grows, and its nodes at most.
+GROWN = "grown"
+GROWN_NODES = 16
 
 # Nodes per depth of the paper's sampling trees (28, 36, 46, 60 and 76 nodes). The totals, the first
 # three depths and the narrow ends are the paper's program's; how the middle narrows isn't known to
@@ -118,6 +126,32 @@ class DraftTree:
             path.append(matches[0])
 
 
+def laid_out(parents: Sequence[int], ranks: Sequence[int]) -> tuple[DraftTree, list[int]]:
+    """Lay out a tree of nodes that are given likeliest first.
+
+    It goes depth-first and to the likelier child first, so that the likeliest path leads.
+
+    Args:
+        parents: of each node, as a number in the given order; -1 for the root, which is the first.
+        ranks: of each node among its parent's candidates.
+
+    Returns:
+        The tree, and for each of its nodes the number that it was given by.
+    """
+    children: list[list[int]] = [[] for _ in parents]
+    for node, parent in enumerate(parents[1:], 1):
+        children[parent].append(node)
+    order = list[int]()
+    waiting = [0]
+    while waiting:
+        node = waiting.pop()
+        order.append(node)
+        waiting += reversed(children[node])
+    place = {node: i for i, node in enumerate(order)}
+    above = (-1, *(place[parents[node]] for node in order[1:]))
+    return DraftTree(above, tuple(ranks[node] for node in order)), order
+
+
 def _from_levels(levels: list[list[tuple[int, int]]]) -> DraftTree:
     """Lay out levels of (parent's place in the level above, rank) pairs as a tree.
 
@@ -184,7 +218,8 @@ def make_tree(spec: str | tuple[int, ...], k: int) -> DraftTree:
 
     spec: 'chain', 'paper', or a branching list; a list shorter than k ends in a chain. 'auto' is a
     chain here: `resolved` in sdsat/decoding/resolve.py chooses by model. Raises InputError for
-    another spec, for too many nodes, and for a k that the paper has no tree for.
+    another spec, for too many nodes, and for a k that the paper has no tree for; and for 'grown',
+    whose shape is found with its tokens.
     """
     if spec in ("auto", "chain"):
         spec = (1,)
@@ -196,7 +231,7 @@ def make_tree(spec: str | tuple[int, ...], k: int) -> DraftTree:
         return from_widths(PAPER_WIDTHS[k])
     if isinstance(spec, str):
         raise InputError(
-            f"tree={spec!r}: expected 'chain', 'paper' or a branching list such as 2,1,1"
+            f"tree={spec!r}: expected 'grown', 'chain', 'paper' or a branching list such as 2,1,1"
         )
     name = ",".join(map(str, spec))
     require(all(width >= 1 for width in spec), f"tree={name}: every width must be 1 or more")
@@ -211,15 +246,16 @@ def make_tree(spec: str | tuple[int, ...], k: int) -> DraftTree:
 
 
 def parse_tree(text: str) -> str | tuple[int, ...]:
-    """Read 'auto', 'chain', 'paper', or '2,1,1' -> (2, 1, 1).
+    """Read 'auto', 'grown', 'chain', 'paper', or '2,1,1' -> (2, 1, 1).
 
     Raises InputError for any other text.
     """
-    if text in ("auto", "chain", "paper"):
+    if text in ("auto", "chain", "paper", GROWN):
         return text
     try:
         return tuple(int(width) for width in text.split(","))
     except ValueError:
         raise InputError(
-            f"tree={text!r}: expected 'auto', 'chain', 'paper' or a branching list such as 2,1,1"
+            f"tree={text!r}: expected 'auto', 'grown', 'chain', 'paper' or a branching list such "
+            "as 2,1,1"
         ) from None

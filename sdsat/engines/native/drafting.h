@@ -2,10 +2,11 @@
 //
 // The draft head moves a SAT's logits by what the token drafted before it says: moves =
 // outer(silu(inner([norm(state), norm(embedding of that token)]))), and a candidate's score is its
-// logit + its row of the unembedding . moves (models/head.py is the reference). Fast: depth by
-// depth, all nodes of one together, as the head's weights take longer to read than to use; and a
-// shortlist of each SAT's candidates instead of the vocabulary. Exact by itself it need not be:
-// drafts are verified.
+// logit + its row of the unembedding . moves (models/head.py is the reference). Fast: several nodes
+// together, as the head's weights take longer to read than to use; and a shortlist of each SAT's
+// candidates instead of the vocabulary. Exact by itself it need not be: drafts are verified.
+//
+// A tree is given, and filled depth by depth; or it grows where it is likeliest.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -17,17 +18,13 @@
 #include "structs.h"
 #include "threads.h"
 
-// By depth: the nodes that have children, which a SAT's candidates fill.
-static std::vector<std::vector<int>> parents_by_depth(const Drafting& d) {
-  std::vector<std::vector<int>> levels;
-  for (int child = 1; child < d.nodes; child++) {
-    const int node = d.parents[child];
-    levels.resize(std::max<size_t>(levels.size(), d.depths[node] + 1));
-    auto& level = levels[d.depths[node]];
-    if (std::find(level.begin(), level.end(), node) == level.end()) level.push_back(node);
-  }
-  return levels;
-}
+// A node that gets children, and the SAT that guesses them: one row of the draft head.
+struct Place {
+  int node, sat;
+  int64_t token;   // at the node
+  double through;  // how likely the walk passes it, where a tree grows
+};
+using Places = std::vector<Place>;
 
 // What the threads of a draft share.
 template <class T> struct DraftState {
@@ -35,8 +32,7 @@ template <class T> struct DraftState {
   const Drafting& drafting;
   const int inner;  // size of the draft head; 0: there is none
   const int shortlist;
-  const std::vector<std::vector<int>> levels;
-  size_t widest = 0;           // nodes of a level, at most
+  Places places;               // whose candidates are scored together
   std::vector<int64_t> ids;    // [sats, shortlist]: the candidates
   std::vector<float> logits;   // [sats, shortlist]
   std::vector<Input<T>> both;  // [widest, 2 * hidden]: state and token, normed
@@ -44,16 +40,14 @@ template <class T> struct DraftState {
   std::vector<T> ones;                     // [hidden]: the weight of those norms
   std::vector<std::vector<float>> scores;  // [widest][shortlist]
 
-  DraftState(const Model& model, const Drafting& d)
+  // widest: places at most.
+  DraftState(const Model& model, const Drafting& d, size_t widest)
       : model(model), drafting(d),
         inner(model.draft_inner.weight.weight ? model.draft_inner.out : 0), shortlist(d.shortlist),
-        levels(parents_by_depth(d)), ids(d.sats * shortlist), logits(d.sats * shortlist),
-        ones(model.hidden) {
-    for (const auto& level : levels) widest = std::max(widest, level.size());
-    both.resize(widest * 2 * model.hidden);
-    middle.resize(widest * inner);
-    moves.resize(widest * model.hidden);
-    scores.assign(widest, std::vector<float>(shortlist));
+        ids(d.sats * shortlist), logits(d.sats * shortlist), both(widest * 2 * model.hidden),
+        middle(widest * inner), moves(widest * model.hidden), ones(model.hidden),
+        scores(widest, std::vector<float>(shortlist)) {
+    places.reserve(widest);
     for (int i = 0; i < model.hidden; i += LANES) store(ones.data() + i, broadcast(1.f));
   }
 };
@@ -77,17 +71,17 @@ template <class T> static void make_shortlists(DraftState<T>& s, DraftThread& th
   thread.worker.meet();
 }
 
-// moves of each node of a level: what the draft head adds to the SAT's state.
-template <class T> static void apply_head(DraftState<T>& s, DraftThread& thread, int sat) {
+// moves of each place: what the draft head adds to the SAT's state.
+template <class T> static void apply_head(DraftState<T>& s, DraftThread& thread) {
   const Model& m = s.model;
-  const auto& level = s.levels[sat];
-  const int rows = level.size();
+  const int rows = s.places.size();
   const int64_t hidden = m.hidden;
   float* y = thread.y.data();
   thread.worker.each(rows, [&](int r) {
+    const Place& place = s.places[r];
     Input<T>* x = s.both.data() + r * 2 * hidden;
-    const T* state = (const T*)s.drafting.states + sat * hidden;
-    const T* token = (const T*)m.embedding + int64_t(s.drafting.tokens[level[r]]) * hidden;
+    const T* state = (const T*)s.drafting.states + place.sat * hidden;
+    const T* token = (const T*)m.embedding + place.token * hidden;
     rms_norm<T>(state, s.ones.data(), hidden, m.draft_eps, x);
     rms_norm<T>(token, s.ones.data(), hidden, m.draft_eps, x + hidden);
   });
@@ -111,14 +105,15 @@ template <class T> static void apply_head(DraftState<T>& s, DraftThread& thread,
   thread.worker.meet();
 }
 
-// The score of each candidate of a SAT, for each node of its level.
-template <class T> static void score_candidates(DraftState<T>& s, DraftThread& thread, int sat) {
+// The score of each candidate of a place's SAT, for every place.
+template <class T> static void score_candidates(DraftState<T>& s, DraftThread& thread) {
+  if (s.inner) apply_head(s, thread);
   const int64_t hidden = s.model.hidden;
-  const int rows = s.levels[sat].size();
+  const int rows = s.places.size();
   thread.worker.each(s.shortlist, [&](int c) {
-    const int64_t at = int64_t(sat) * s.shortlist + c;
-    const T* row = (const T*)s.model.unembedding + s.ids[at] * hidden;
     for (int r = 0; r < rows; r++) {
+      const int64_t at = int64_t(s.places[r].sat) * s.shortlist + c;
+      const T* row = (const T*)s.model.unembedding + s.ids[at] * hidden;
       f32x total = {};
       for (int i = 0; i < hidden && s.inner; i += LANES)
         total += load(row + i) * load(s.moves.data() + r * hidden + i);
@@ -128,38 +123,165 @@ template <class T> static void score_candidates(DraftState<T>& s, DraftThread& t
   thread.worker.meet();
 }
 
-// The children of a node: of the candidates in order, those of the children's ranks.
+// Put the candidates of a place in order. Returns their ids.
 template <class T>
-static void fill_children(DraftState<T>& s, DraftThread& thread, int sat, int node,
-                          const std::vector<float>& score) {
+static const int64_t* rank_candidates(DraftState<T>& s, DraftThread& thread, int r) {
   const Drafting& d = s.drafting;
+  const int sat = s.places[r].sat;
   const int64_t* ids = s.ids.data() + int64_t(sat) * s.shortlist;
-  thread.ranking.rank(score.data(), ids, Noise(d.seed, d.index + sat), d.sampling, 0);
-  const float best = *std::max_element(score.begin(), score.end());
-  float total = 0;
-  for (int c = 0; c < s.shortlist; c++) total += std::exp(score[c] - best);
-  for (int child = node + 1; child < d.nodes; child++) {
-    if (d.parents[child] != node) continue;
-    const int column = thread.ranking.order[d.ranks[child]];
-    d.tokens[child] = ids[column];
-    d.likely[child] = std::exp(score[column] - best) / total;
+  thread.ranking.rank(s.scores[r].data(), ids, Noise(d.seed, d.index + sat), d.sampling, 0);
+  thread.ranking.weigh(d.sampling);
+  return ids;
+}
+
+// ---- a tree that is given ----
+
+// By depth: the nodes that have children, which a SAT's candidates fill.
+static std::vector<Places> places_by_depth(const Drafting& d) {
+  std::vector<Places> levels;
+  for (int child = 1; child < d.nodes; child++) {
+    const int node = d.parents[child];
+    const int depth = d.depths[node];
+    levels.resize(std::max<size_t>(levels.size(), depth + 1));
+    Places& level = levels[depth];
+    auto same = [&](const Place& place) { return place.node == node; };
+    if (std::none_of(level.begin(), level.end(), same)) level.push_back({node, depth, 0, 1});
   }
+  return levels;
 }
 
 // Fill d.tokens and d.likely of a tree whose root's token is given.
 template <class T> static void draft(const Model& model, const Drafting& d) {
-  DraftState<T> state(model, d);
-  auto make = [&](Worker& worker) { return DraftThread(worker, state.widest, state.shortlist); };
+  const std::vector<Places> levels = places_by_depth(d);
+  size_t widest = 0;
+  for (const Places& level : levels) widest = std::max(widest, level.size());
+  DraftState<T> s(model, d, widest);
+  auto make = [&](Worker& worker) { return DraftThread(worker, widest, s.shortlist); };
   parallel(model.threads, make, [&](DraftThread& thread) {
-    make_shortlists(state, thread);
-    for (size_t sat = 0; sat < state.levels.size(); sat++) {
-      const auto& level = state.levels[sat];
-      if (state.inner) apply_head(state, thread, sat);
-      score_candidates(state, thread, sat);
+    make_shortlists(s, thread);
+    for (const Places& level : levels) {
+      if (!thread.worker.rank) {
+        s.places = level;
+        for (Place& place : s.places) place.token = d.tokens[place.node];
+      }
+      thread.worker.meet();
+      score_candidates(s, thread);
+      // The children of a node: of the candidates in order, those of the children's ranks.
       thread.worker.each(level.size(), [&](int r) {
-        fill_children(state, thread, sat, level[r], state.scores[r]);
+        const int64_t* ids = rank_candidates(s, thread, r);
+        for (int child = level[r].node + 1; child < d.nodes; child++) {
+          if (d.parents[child] != level[r].node) continue;
+          const int column = thread.ranking.order[d.ranks[child]];
+          d.tokens[child] = ids[column];
+          d.likely[child] = thread.ranking.shares[column];
+        }
       });
       thread.worker.meet();
     }
   });
+}
+
+// ---- a tree that grows ----
+
+// The likeliest nodes so far, by the product of confidences from the root on, `most` at most.
+//
+// Of equals those that came first are first, so that parents precede their children, and leave
+// after them. Once each has been asked for its children these are the likeliest of all.
+class Growth {
+ public:
+  struct Node {
+    int parent, rank, depth;
+    int64_t token;
+    double likely, through;  // given its parent; and its ancestors too
+    bool asked;              // for its children
+  };
+
+  Growth(int most, int64_t x) : most(most), nodes(most) {
+    order.reserve(most + 1);
+    nodes[0] = {-1, 0, 0, x, 1, 1, false};
+    order.push_back(0);
+  }
+
+  // The likeliest that can have children and were not asked for them: `count` at most.
+  void ask(int depth, size_t count, Places& places) {
+    places.clear();
+    for (size_t i = 0; i < order.size() && places.size() < count; i++) {
+      Node& node = nodes[order[i]];
+      if (node.asked || node.depth >= depth) continue;
+      node.asked = true;
+      places.push_back({order[i], node.depth, node.token, node.through});
+    }
+  }
+
+  // Take in a child of a place, unless `most` nodes are as likely.
+  void offer(const Place& above, int rank, int64_t token, double likely) {
+    const double through = above.through * likely;
+    const bool full = int(order.size()) == most;
+    if (!(through > (full ? nodes[order.back()].through : 0))) return;
+    const int slot = full ? order.back() : order.size();
+    if (full) order.pop_back();
+    nodes[slot] = {above.node, rank, above.sat + 1, token, likely, through, false};
+    auto precedes = [&](double value, int other) { return value > nodes[other].through; };
+    order.insert(std::upper_bound(order.begin(), order.end(), through, precedes), slot);
+  }
+
+  // Likeliest first; what is lacking has no likelihood.
+  void write(const Drafting& d) const {
+    std::vector<int> place(most);
+    for (size_t i = 0; i < order.size(); i++) {
+      const Node& node = nodes[order[i]];
+      place[order[i]] = i;
+      d.parents[i] = i ? place[node.parent] : -1;
+      d.ranks[i] = node.rank;
+      d.tokens[i] = node.token;
+      d.likely[i] = node.likely;
+    }
+  }
+
+ private:
+  const int most;
+  std::vector<Node> nodes;
+  std::vector<int> order;  // of the nodes, likeliest first
+};
+
+// A candidate for a node, as its parent has it.
+struct Candidate {
+  int64_t token;
+  double likely;
+};
+
+// Grow a tree of d.nodes nodes at most below the token of its root.
+template <class T> static void grow(const Model& model, const Drafting& d) {
+  // Nodes that are asked for children together. More cost less each, but more are asked in vain.
+  constexpr int TOGETHER = 4;
+  const int children = std::min(d.nodes - 1, d.shortlist);  // of a node, at most
+  DraftState<T> s(model, d, TOGETHER);
+  Growth growth(d.nodes, d.tokens[0]);
+  std::vector<Candidate> candidates(TOGETHER * children);
+  auto make = [&](Worker& worker) { return DraftThread(worker, TOGETHER, s.shortlist); };
+  growth.ask(children ? d.sats : 0, TOGETHER, s.places);
+  parallel(model.threads, make, [&](DraftThread& thread) {
+    make_shortlists(s, thread);
+    while (!s.places.empty()) {
+      score_candidates(s, thread);
+      thread.worker.each(s.places.size(), [&](int r) {
+        const int64_t* ids = rank_candidates(s, thread, r);
+        for (int rank = 0; rank < children; rank++) {
+          const int column = thread.ranking.order[rank];
+          candidates[r * children + rank] = {ids[column], thread.ranking.shares[column]};
+        }
+      });
+      thread.worker.meet();
+      if (!thread.worker.rank) {
+        for (size_t r = 0; r < s.places.size(); r++)
+          for (int rank = 0; rank < children; rank++) {
+            const Candidate& found = candidates[r * children + rank];
+            growth.offer(s.places[r], rank, found.token, found.likely);
+          }
+        growth.ask(d.sats, TOGETHER, s.places);
+      }
+      thread.worker.meet();
+    }
+  });
+  growth.write(d);
 }

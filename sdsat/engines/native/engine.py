@@ -223,20 +223,67 @@ class NativeEngine(Engine):
 
         shortlist: how many of a SAT's candidates are looked at; None: `drafting.shortlist_of`.
         """
+        if shortlist is None:
+            shortlist = shortlist_of(tree.width, self.exact.struct.vocabulary)
+        found = torch.empty(2, len(tree), dtype=torch.float64)
+        shape = _shape(tree)
+        self._draft("sdsat_draft", x, states, logits, shortlist, index, sampling, shape, found)
+        return found
+
+    def grow(
+        self,
+        x: Tensor,
+        states: Tensor,
+        logits: Tensor,
+        index: int,
+        nodes: int,
+        sampling: SamplingConfig,
+    ) -> Tensor:
+        """See Engine.grow; in one call."""
+        shortlist = shortlist_of(nodes - 1, self.exact.struct.vocabulary)
+        found = torch.zeros(2, nodes, dtype=torch.float64)
+        shape = (*torch.zeros(2, nodes, dtype=torch.long), None)
+        self._draft("sdsat_grow", x, states, logits, shortlist, index, sampling, shape, found)
+        return torch.cat([torch.stack(shape[:2]).double(), found])
+
+    def _draft(
+        self,
+        function: str,
+        x: Tensor,
+        states: Tensor,
+        logits: Tensor,
+        shortlist: int,
+        index: int,
+        sampling: SamplingConfig,
+        shape: tuple[Tensor | None, ...],
+        found: Tensor,
+    ) -> None:
+        """Have a function of the library draft.
+
+        Args:
+            function: its name.
+            x: as of `draft`.
+            states: as of `draft`.
+            logits: as of `draft`.
+            shortlist: as of `draft`.
+            index: as of `draft`.
+            sampling: as of `draft`.
+            shape: parents, ranks and depths of the tree, [N] each; what is not given is found.
+            found: [2, N], to be filled with tokens and how likely they are.
+
+        Raises:
+            InputError: for tensors that C++ can't read.
+        """
         struct = self.exact.struct
         states = readable("states", states, self.exact.dtype, None, struct.hidden)
         logits = readable("logits", logits, self.exact.dtype, len(states), struct.vocabulary)
-        if shortlist is None:
-            shortlist = shortlist_of(tree, struct.vocabulary)
-        out = torch.empty(2, len(tree), dtype=torch.float64)
-        out[0, 0] = readable("x", x, torch.long, 1)[0]
-        out[1, 0] = 1.0
-        pointers = map(pointer, (states, logits, *_shape(tree), *out))
-        numbers = (len(tree), len(logits), shortlist, index, as_seed(sampling.seed))
+        found[0, 0] = readable("x", x, torch.long, 1)[0]
+        found[1, 0] = 1.0
+        pointers = map(pointer, (states, logits, *shape, *found))
+        numbers = (found.shape[1], len(logits), shortlist, index, as_seed(sampling.seed))
         drafting = Drafting(*pointers, *numbers, Sampling.of(sampling))
         struct.threads = torch.get_num_threads()
-        call("sdsat_draft", byref(struct), byref(drafting), self.exact.is_bf16)
-        return out
+        call(function, byref(struct), byref(drafting), self.exact.is_bf16)
 
 
 @lru_cache(maxsize=256)

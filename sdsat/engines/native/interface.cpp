@@ -52,6 +52,9 @@ static void check_draft(const Model& m, const Drafting& d) {
         "shortlist: expected 1 to the number of logits of a row");
   check(d.tokens[0] >= 0 && d.tokens[0] < m.vocabulary,
         "x: a token that is not in the vocabulary");
+}
+
+static void check_tree(const Drafting& d) {
   check(d.depths[0] == 0, "tree: its root must be at depth 0");
   for (int64_t child = 1; child < d.nodes; child++) {
     const int64_t parent = d.parents[child];
@@ -97,7 +100,15 @@ const char* sdsat_move(const Model* m, const Cache* cache, int64_t length, const
 const char* sdsat_draft(const Model* m, const Drafting* d, int is_bf16) {
   return typed(is_bf16, [&](auto type) {
     check_draft(*m, *d);
+    check_tree(*d);
     draft<decltype(type)>(*m, *d);
+  });
+}
+
+const char* sdsat_grow(const Model* m, const Drafting* d, int is_bf16) {
+  return typed(is_bf16, [&](auto type) {
+    check_draft(*m, *d);
+    grow<decltype(type)>(*m, *d);
   });
 }
 

@@ -89,9 +89,10 @@ static int64_t sample_of_all(const T* x, int64_t size, const Sampling& s, const 
 // Columns of a shortlist, best first, and what it takes to put them in order.
 class Ranking {
  public:
-  std::vector<int> order;  // of the columns, best first
+  std::vector<int> order;     // of the columns, best first
+  std::vector<double> shares;  // of the columns, by `weigh`
 
-  explicit Ranking(int64_t size) : order(size), scaled(size), noisy(size) {}
+  explicit Ranking(int64_t size) : order(size), shares(size), scaled(size), noisy(size) {}
 
   // By score; or by log p + noise among what top-k and top-p leave, and behind them by score.
   //
@@ -110,12 +111,26 @@ class Ranking {
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
       return scaled[a] > scaled[b];
     });
+    kept = size;
     if (!s.temperature) return;
-    const int kept = left(s, total);
+    kept = left(s, total);
     for (int c = 0; c < kept; c++) noisy[order[c]] = scaled[order[c]] + noise(ids[order[c]]);
     std::stable_sort(order.begin(), order.begin() + kept, [&](int a, int b) {
       return noisy[a] > noisy[b];
     });
+  }
+
+  // How likely each column seems the first, after `rank`: its share by what it was ranked by, in
+  // units of scores; none for what the filters drop.
+  void weigh(const Sampling& s) {
+    auto value = [&](int c) { return s.temperature ? s.temperature * noisy[c] : scaled[c]; };
+    std::fill(shares.begin(), shares.end(), 0.0);
+    double total = 0;
+    for (int i = 0; i < kept; i++) {
+      const int c = order[i];
+      total += shares[c] = std::exp(value(c) - value(order[0]));
+    }
+    for (double& share : shares) share /= total;
   }
 
  private:
@@ -138,6 +153,7 @@ class Ranking {
 
   std::vector<float> scaled;
   std::vector<double> noisy;
+  int kept = 0;  // columns that the filters leave
 };
 
 // Tokens that a filter can leave, in order of their ids.

@@ -66,11 +66,12 @@ struct Sampling {
   int64_t top_k;       // 0: all
 };
 
-// A draft tree to fill with tokens, from the states and logits of `sats` SATs.
+// A draft tree to fill with tokens, or to grow, from the states and logits of `sats` SATs.
 struct Drafting {
-  const void *states, *logits;              // [sats, hidden], [sats, vocabulary]
-  const int64_t *parents, *ranks, *depths;  // [nodes]; a rank is among its parent's candidates
-  double *tokens, *likely;                  // [nodes]: what is found, and the draft's probability
+  const void *states, *logits;  // [sats, hidden], [sats, vocabulary]
+  int64_t *parents, *ranks;     // [nodes]; where it grows they are found
+  const int64_t* depths;        // [nodes] of a tree that is given
+  double *tokens, *likely;      // [nodes]: what is found, and the draft's probability
   int64_t nodes, sats;
   int64_t shortlist;  // so many candidates of a SAT are looked at
   int64_t index;      // of the first draft among the emitted tokens, for its noise
