@@ -301,6 +301,8 @@ def fetched(model: Embedded) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
         yield _fetch(model, folder)
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another model's may be beside it
+            folder.parent.rmdir()
 
 
 def _fetch(model: Embedded, folder: Path) -> Path:
