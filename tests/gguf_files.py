@@ -8,8 +8,9 @@ KINDS = gguf.GGMLQuantizationType
 # What a byte-level tokenizer is made of: bytes, merges, and special tokens.
 BYTES = sorted(ByteLevel.alphabet())
 MERGES = ["d e", "de f", "Ġ (", "r e", "re t"]
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"]
-TOKENS = [*BYTES, *(merge.replace(" ", "") for merge in MERGES), *SPECIAL]
+MERGES += ["1 2", "3 4", "12 34", "5 6"]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOKENS = [*BYTES, *(merge.replace(" ", "") for merge in MERGES), *SPECIAL, "<think>"]
 EOS = TOKENS.index("<|im_end|>")
 
 
@@ -45,7 +46,8 @@ def write_gguf(lm, file, kind=KINDS.F32, raw=None, **more):
     writer.add_tokenizer_pre("qwen2")
     tokens = [*TOKENS, *(f"[PAD{i}]" for i in range(len(TOKENS), config.vocab_size))]
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    types = {**dict.fromkeys(SPECIAL, 3), "<think>": 4}
+    writer.add_token_types([types.get(token, 1) for token in tokens])
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(TOKENS.index("<|im_start|>"))
     writer.add_eos_token_id(EOS)

@@ -270,7 +270,7 @@ def base_dir(model: Embedded = SMOLLM2) -> Path:
 
     def convert(target: Path) -> None:
         with fetched(model) as file:
-            gguf.convert(file, target, model.base)
+            gguf.convert(file, target, model.base, as_transformers=True)
 
     return gguf.kept(model.base, convert)
 

@@ -23,13 +23,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sdsat.cache_folder import cache_dir, creating, remembered_sha256
 from sdsat.config import InputError, require
 from sdsat.files import reason
 from sdsat.models.families import check_family
+from sdsat.models.gguf_tokenizer import read_tokenizer
 
 # llama.cpp's name of an architecture: transformers'. Mistral and CodeLlama are `llama` there.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -132,7 +138,7 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def convert(file: Path, target: Path, name: str) -> None:
+def convert(file: Path, target: Path, name: str, as_transformers: bool = False) -> None:
     """Convert a GGUF file to a model directory.
 
     Weights that the file holds as plain numbers keep their dtype; others become bfloat16.
@@ -141,6 +147,7 @@ def convert(file: Path, target: Path, name: str) -> None:
         file: to be read.
         target: the folder to make.
         name: of the model, for messages.
+        as_transformers: take the tokenizer as transformers reads it.
 
     Raises:
         InputError: in one line, for a file that can't be read or is of no supported family.
@@ -164,14 +171,30 @@ def convert(file: Path, target: Path, name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     wanted = _wanted(model, settings, tensors, name)
+    try:
+        tokenizer = (
+            transformers_tokenizer(file, config)
+            if as_transformers
+            else read_tokenizer(lambda key: _value(reader, f"tokenizer.{key}"), name)
+        )
+    except InputError:
+        raise
+    except Exception as error:  # as above
+        said = reason(error)
+        raise InputError(f"model {name}: its tokenizer cannot be read ({said})") from None
     target.mkdir()
     config.architectures = [type(model).__name__]
     config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
-    _save_tokenizer(file, target, config, name)
+    tokenizer.save_pretrained(target)
     heads = (config.num_attention_heads, config.num_key_value_heads)
     permuted = heads if config.model_type == "llama" else None
     _write_weights(target / "model.safetensors", wanted, config.dtype, permuted, name)
+
+
+def _value(reader: gguf.GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
 
 
 def _said(error: Exception) -> str:
@@ -385,16 +408,14 @@ def _in_halves(weight: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def _save_tokenizer(file: Path, target: Path, config: Any, name: str) -> None:
-    """Write the tokenizer as transformers reads it.
+def transformers_tokenizer(file: Path, config: Any) -> PreTrainedTokenizerBase:
+    """Read a file's tokenizer as transformers does.
 
-    Raises InputError where it can't.
+    It is near `read_tokenizer`'s; adapters that were trained with it need it as it is.
     """
-    with tempfile.TemporaryDirectory(dir=target.parent) as alone:  # no other files beside it
+    with tempfile.TemporaryDirectory() as alone:  # no other files beside it
         (Path(alone) / "model.gguf").symlink_to(file.resolve())
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", config=config)
-        except Exception as error:  # as above
-            said = reason(error)
-            raise InputError(f"model {name}: its tokenizer cannot be read ({said})") from None
-    tokenizer.save_pretrained(target)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            alone, gguf_file="model.gguf", config=config
+        )
+    return tokenizer
