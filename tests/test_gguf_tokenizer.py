@@ -22,9 +22,7 @@ def read(**changes):
         "pre": "qwen2",
         "tokens": TOKENS,
         "merges": MERGES,
-        "token_type": [
-            3 if token in SPECIAL else 4 if token == "<think>" else 1 for token in TOKENS
-        ],
+        "token_type": [TYPES.get(token, 1) for token in TOKENS],
         "bos_token_id": FIRST,
         "eos_token_id": END,
         **changes,
