@@ -1,6 +1,6 @@
 """Is one version of the package as fast as another? Both measured in turns, as a ratio.
 
-    python dev/compare_trees.py OLD NEW [--problems N] [--turns N] [--out FILE.json]
+    python dev/compare_trees.py OLD NEW [--problems N] [--turns N] [--only NAME] [--out FILE.json]
 
 OLD and NEW are folders with a checkout each. Every one has a process of its own, which waits while
 the other measures; on each HumanEval problem the two take turns, and who begins alternates.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 WORKER = """
 import json, sys, time
-from sdsat.config import DecodeConfig
+from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.tasks.prompts import humaneval
 from sdsat.decoding.loop import Decoder
 decoder = Decoder.load("smollm2-135m-sdsat", "bfloat16", "cpu")
@@ -27,7 +27,7 @@ generate, model = decoder.generate, decoder.model
 OLD_WORKER = """
 import json, sys, time
 from sdsat import decode, model as models
-from sdsat.config import DecodeConfig
+from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.prompts import humaneval
 model = models.load("smollm2-135m-sdsat", "bfloat16", "cpu")
 generate = lambda *arguments: decode.generate(model, *arguments)
@@ -36,6 +36,7 @@ LOOP = """
 problems = humaneval(model.tokenizer, int(sys.argv[1]))
 for line in sys.stdin:
     number, settings = json.loads(line)
+    settings["sampling"] = SamplingConfig(**settings.get("sampling", {}))
     config = DecodeConfig(**settings, stop_ids=model.stop_ids)
     out = generate(list(problems[number].prompt_ids), config)
     print(json.dumps([out.seconds, out.num_new_tokens, out.num_passes, out.token_ids]), flush=True)
@@ -44,6 +45,9 @@ SETTINGS = {
     "ar": dict(k=0),
     "two-step, k = 5": dict(k=5, strategy="two-step"),
     "auto": dict(k=None, strategy="auto"),
+    "auto, temperature 1.0": dict(
+        k=None, strategy="auto", sampling=dict(temperature=1.0, top_k=10, top_p=0.95)
+    ),
 }
 
 
@@ -76,6 +80,7 @@ def main():
     parser.add_argument("--problems", type=int, default=6)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--only", action="append", choices=SETTINGS, help="all, if not given")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     versions = {
@@ -83,7 +88,8 @@ def main():
         for name, folder in (("old", arguments.old), ("new", arguments.new))
     }
     rows = []
-    for name, settings in SETTINGS.items():
+    for name in arguments.only or SETTINGS:
+        settings = SETTINGS[name]
         asked = {**settings, "max_new_tokens": arguments.max_new_tokens}
         for version in versions.values():
             version.ask(arguments.problems, {**asked, "max_new_tokens": 32})  # not measured
@@ -129,7 +135,7 @@ def main():
             .stdout.split("Model name:")[1]
             .split("\n")[0]
             .strip(),
-            "threads": os.cpu_count(),
+            "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
             "problems": arguments.problems,
             "turns": arguments.turns,
             "max_new_tokens": arguments.max_new_tokens,
