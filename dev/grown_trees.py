@@ -2,21 +2,22 @@
 
     python dev/grown_trees.py collect FOLDER.. --out PLACES.pt [--answers N]
     python dev/grown_trees.py compare PLACES.pt --out FILE.json
-    python dev/grown_trees.py replay --out FILE.json [--problems N]
+    python dev/grown_trees.py replay --out FILE.json [--problems N] [--passes FILE.json]
+    python dev/grown_trees.py drafting --out FILE.json [--turns N]
 
 `collect` has the default model answer requests about functions of the folders' Python code, which
 its adapter must not have been trained on, and keeps what SATs say at places of the answers.
 `compare` drafts there in all ways. As `auto`, it takes of each tree the n likeliest drafts, by
 beliefs that learn from one place to the next, and counts those that the answer goes on with.
 `replay` has `auto` answer HumanEval with each tree, and takes every pass for as long as the cost
-curve says: so it tells trees apart by less than a clock can, and what else runs does no harm. What
-drafting takes is not in it, and given apart.
+curve says: so it tells trees apart by less than a clock can, and what else runs does no harm. The
+curve is this machine's, or that of results of `scripts/pass_cost.py`, which may be another's. What
+more drafting takes in a tree that grows is not in it: `drafting` measures that, in turns.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,10 +37,11 @@ from sdsat.decoding.plan import reach
 from sdsat.engines.base import PassInput
 from sdsat.evaluation.records import environment
 from sdsat.evaluation.summary import interval
-from sdsat.files import write_json
+from sdsat.files import read_json, write_json
+from sdsat.method.costs import COUNTS, CostCurve
 from sdsat.method.drafts import Drafts
 from sdsat.method.layout import SatGroup
-from sdsat.method.tree import DraftTree, make_tree
+from sdsat.method.tree import GROWN, DraftTree, make_tree
 from sdsat.models.head import SHORTLIST
 from sdsat.tasks.prompts import collect_prompts, humaneval
 
@@ -49,6 +51,10 @@ EVERY = 6  # tokens from one place to the next
 FIXED = "2,2,1"
 PLAIN = "2,2,1, likely without noise"  # as it was before trees grew
 NODES = (8, 12, 16, 24)
+WAYS: dict[str, tuple[Any, int]] = {  # trees, and the nodes of those that grow
+    FIXED: ((2, 2, 1), 0),
+    **{f"grown, {nodes} nodes": (GROWN, nodes) for nodes in NODES},
+}
 VERIFIED = (1, 3, 5, 7, 11, 15)
 KEPT = 128  # logits of a SAT, the largest ones
 
@@ -256,44 +262,89 @@ class Replayed(AutoPlanner):
         super().observe_drafting(sats, context, seconds)
 
 
-def drafting_ms(decoder: Decoder, prompt: list[int], tree: Any, nodes: int, sampling: Any) -> float:
-    """Time drafting with the SATs of one pass: the median of many, in milliseconds."""
-    engine = decoder.engine
-    assert decoder.model.sat is not None
-    k = decoder.model.sat.k
-    cache = engine.new_cache(num_slots(len(prompt), k))
-    engine.prefill(cache, torch.tensor(prompt[:-1]))
-    group = SatGroup(0, k)
-    states, logits = engine.forward(
-        [PassInput(cache, prompt[-1:], make_tree("chain", 0), (group,))]
-    )
-    given = (logits[:1].argmax(-1), states[1:], logits[1:], 1)
-    shape = None if tree == "grown" else make_tree(tree, k)
-    times = []
-    for _ in range(100):
-        began = time.perf_counter()
-        if shape is None:
-            passes._drafted(None, engine.grow(*given, nodes, sampling).tolist())
-        else:
-            passes._drafted(shape, engine.draft(*given, shape, sampling).tolist())
-        times.append(1e3 * (time.perf_counter() - began))
-    return round(statistics.median(times), 3)
+def curve_of(file: Path) -> CostCurve:
+    """Make a cost curve of the times of passes that were measured on some machine."""
+    by_context = {part["context"]: part["milliseconds"] for part in read_json(file)["contexts"]}
+
+    def seconds(kind: str) -> list[list[float]]:
+        rows = []
+        for context in (256, 1024):
+            times = {int(count): time for count, time in by_context[context][kind].items()}
+            near = {int(count): time for count, time in by_context[256][kind].items()}
+            # Large passes were measured after few tokens alone.
+            more = times[max(times)] - near[max(times)]
+            full = {count: times.get(count, time + more) for count, time in near.items()}
+            rows.append(np.interp(COUNTS, list(full), list(full.values())) / 1e3)
+        return [row.tolist() for row in rows]
+
+    kinds = ("verify, native", "draft, native", "draft in 8 bits, native")
+    verify, draft, rounded = map(seconds, kinds)
+    return CostCurve(verify, draft, 5e-5, rounded)
 
 
 @app.command()
-def replay(out: Annotated[Path, typer.Option()], problems: int = 12, new_tokens: int = 128) -> None:
+def drafting(out: Annotated[Path, typer.Option()], turns: int = 200) -> None:
+    """Time drafting with the SATs of one pass, each tree in turn."""
+    decoder = Decoder.load("smollm2-135m-sdsat", "bfloat16", "cpu")
+    engine = decoder.engine
+    assert decoder.model.sat is not None
+    k = decoder.model.sat.k
+    prompt = list(humaneval(decoder.model.tokenizer, 1)[0].prompt_ids)
+    rows = []
+    with torch.inference_mode():
+        cache = engine.new_cache(num_slots(len(prompt), k))
+        engine.prefill(cache, torch.tensor(prompt[:-1]))
+        passed = PassInput(cache, prompt[-1:], make_tree("chain", 0), (SatGroup(0, k),))
+        states, logits = engine.forward([passed])
+        given = (logits[:1].argmax(-1), states[1:], logits[1:], 1)
+        for name, sampling in SAMPLINGS.items():
+            times: dict[str, list[float]] = {way: [] for way in WAYS}
+            for _ in range(turns):
+                for way, (tree, nodes) in WAYS.items():
+                    began = time.perf_counter()
+                    if tree == GROWN:
+                        found = engine.grow(*given, nodes, sampling)
+                    else:
+                        tree = make_tree(tree, k)
+                        found = engine.draft(*given, tree, sampling)
+                    passes._drafted(None if nodes else tree, found.tolist())
+                    times[way].append(1e3 * (time.perf_counter() - began))
+            for way, taken in times.items():
+                # Whatever else runs only adds to what drafting takes.
+                quartile = round(float(np.quantile(taken, 0.25)), 3)
+                rows.append({"sampling": name, "drafts": way, "lower_quartile_ms": quartile})
+                print(json.dumps(rows[-1]))
+    write_json(
+        out,
+        {
+            "what": "drafting with the SATs of one pass, the tree's layout included, in turns",
+            "k": k,
+            "turns": turns,
+            "environment": environment(decoder),
+            "rows": rows,
+        },
+    )
+
+
+@app.command()
+def replay(
+    out: Annotated[Path, typer.Option()],
+    problems: int = 12,
+    new_tokens: int = 128,
+    passes_of: Annotated[Path | None, typer.Option("--passes")] = None,
+) -> None:
     """Have `auto` answer problems with each tree, by the cost curve's time."""
     decoder = Decoder.load("smollm2-135m-sdsat", "bfloat16", "cpu")
     prompts = [list(task.prompt_ids) for task in humaneval(decoder.model.tokenizer, problems)]
     strategies.PLANNERS["auto"] = lambda config: Replayed
-    ways: dict[str, tuple[Any, int]] = {FIXED: ((2, 2, 1), 0)}
-    ways |= {f"grown, {nodes} nodes": ("grown", nodes) for nodes in NODES}
+    if passes_of is not None:
+        decoder.costs = curve_of(passes_of)
     curve = decoder.cost_curve()
     rows = []
     for name, sampling in SAMPLINGS.items():
-        found = {way: np.zeros((len(prompts), 3)) for way in ways}  # seconds, passes, tokens
+        found = {way: np.zeros((len(prompts), 3)) for way in WAYS}  # seconds, passes, tokens
         outputs = []
-        for way, (tree, nodes) in ways.items():
+        for way, (tree, nodes) in WAYS.items():
             decoder.planners.clear()
             passes.GROWN_NODES = nodes
             config = DecodeConfig(
@@ -326,7 +377,6 @@ def replay(out: Annotated[Path, typer.Option()], problems: int = 12, new_tokens:
                     "tokens_a_pass": round(tokens / num_passes, 3),
                     "over_fixed": round(float(pair[:, 0].sum() / pair[:, 1].sum()), 4),
                     "interval_95": interval(pair, lambda sums: sums[..., 0] / sums[..., 1]),
-                    "drafting_ms": drafting_ms(decoder, prompts[0], tree, nodes, sampling),
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
@@ -338,6 +388,7 @@ def replay(out: Annotated[Path, typer.Option()], problems: int = 12, new_tokens:
             "problems": len(prompts),
             "new_tokens": new_tokens,
             "costs": asdict(curve),
+            "costs_of": passes_of.name if passes_of else None,
             "environment": environment(decoder),
             "rows": rows,
         },
