@@ -85,9 +85,9 @@ class Acceptance:
     """How likely drafts are right, given that their parents are.
 
     A SAT's draft is judged by its confidence; by its depth where only a group's size is known.
-    First choices are counted apart from others: with sampling's noise they are right more often
-    than their share says, and the others less. Looked-up drafts, and the first one of a pass in 8
-    bits, which is the model's own choice but for rounding, have rates of their own.
+    First choices are counted apart from others: with sampling both are right less often than their
+    share says, but not equally so. Looked-up drafts, and the first one of a pass in 8 bits, which
+    is the model's own choice but for rounding, have rates of their own.
     """
 
     def __init__(self, k: int, by_depth: Sequence[float]) -> None:
