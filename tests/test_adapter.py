@@ -2,20 +2,25 @@
 
 import hashlib
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import adapted, one_line_error, tiny_llama
+from hypothesis import given
+from hypothesis.strategies import booleans, floats, integers, sampled_from
 from safetensors.torch import load_file, save_file
 
 from sdsat.config import SatConfig
 from sdsat.models import adapter as adapters
 from sdsat.models.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, SatAdapter
+from sdsat.models.compact import LARGEST, compacted, restored
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 64, 64, 64]])  # 64 is the SAT
 STANDARD = 5
+QUERY = "down.model/layers/0/self_attn/q_proj"  # one of the tensors
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -144,8 +149,9 @@ def saved(tmp_path):
     lm = tiny_llama(torch.float32)
     model = adapted(lm)
     with torch.no_grad():
-        for parameter in model.adapter.parameters():
-            parameter.copy_(parameter.bfloat16())  # files hold bfloat16
+        held = restored(compacted(dict(model.adapter.named_parameters())))
+        for name, parameter in model.adapter.named_parameters():
+            parameter.copy_(held[name])
     model.adapter.save(tmp_path / "adapter")
     model.adapter.detach()
     return lm, tmp_path / "adapter", model.adapter
@@ -161,6 +167,47 @@ def test_save_and_load_round_trip(saved):
     assert all(torch.equal(state[name], tensor) for name, tensor in adapter.state_dict().items())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert not any(module._forward_hooks for module in lm.modules())
+
+
+@given(
+    rows=integers(1, 9),
+    columns=integers(1, 40),
+    size=floats(1e-30, 1e30),
+    zeros=booleans(),
+    dtype=sampled_from([torch.float32, torch.bfloat16]),
+    seed=integers(0, 99),
+)
+def test_matrices_in_8_bits_are_off_by_half_a_step_at_most(rows, columns, size, zeros, dtype, seed):
+    torch.manual_seed(seed)
+    weight = (size * torch.randn(rows, columns)).to(dtype)
+    weight[0] *= 1 - zeros
+    kept = compacted({"w": weight, "v": weight[0]})
+    assert kept["w"].dtype == torch.int8 and kept["v"].dtype == torch.bfloat16
+    found = restored(kept)
+    assert found.keys() == {"w", "v"}
+    step = weight.double().abs().amax(1, keepdim=True) / LARGEST
+    off = (found["w"].double() - weight.double()).abs()
+    assert (off <= 0.5001 * step).all()
+    assert torch.equal(found["v"], weight[0].bfloat16())
+
+
+def test_an_adapter_saved_in_bfloat16_loads(saved):
+    """As the first ones were."""
+    lm, directory, adapter = saved
+    whole = {name: p.detach().bfloat16() for name, p in adapter.named_parameters()}
+    edit_weights(lambda tensors: (tensors.clear(), tensors.update(whole)))(directory)
+    loaded = dict(adapters.load(lm, directory).named_parameters())
+    assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_stays_none_in_the_file(saved, bad):
+    lm, directory, adapter = saved
+    with torch.no_grad():
+        next(iter(adapter.up.values()))[1, 0] = bad
+    adapter.save(directory)
+    with one_line_error(directory, "NaN or infinite"):
+        adapters.load(lm, directory)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -203,6 +250,7 @@ def cut(name, num_bytes):
     [
         (edit_weights(lambda w: w.pop("sat_embedding")), "sat_embedding is missing"),
         (edit_weights(lambda w: w.update(extra=torch.zeros(2))), "extra is not expected"),
+        (edit_weights(lambda w: w.pop(f"{QUERY}.scale")), f"needs {QUERY}.scale [4]"),
         (
             edit_weights(lambda w: w.update(sat_embedding=torch.zeros(7))),
             "sat_embedding has shape (7,)",

@@ -9,7 +9,7 @@ their logits are bit-identical to the base's (gated LoRA: arXiv 2507.11851).
         model(inputs_embeds=...)
 
 Files: `adapter_config.json` (base, a sample of its weights, SAT settings, rank, training facts, the
-hash of the other file), `adapter_model.safetensors`.
+hash of the other file), `adapter_model.safetensors` (matrices in 8 bits, see compact.py).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch.nn.functional import linear
 
 from sdsat.config import TARGETS, InputError, SatConfig, require
 from sdsat.models import packed
+from sdsat.models.compact import compacted, restored
 from sdsat.models.head import DraftHead
 
 FORMAT = "sdsat-adapter"
@@ -268,13 +269,10 @@ class SatAdapter(nn.Module):
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: p.detach().to("cpu", torch.bfloat16).contiguous()
-            for name, p in self.named_parameters()
-        }
-        content = tensors_to_bytes(weights, metadata={"format": "pt"})
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        content = tensors_to_bytes(compacted(weights), metadata={"format": "pt"})
         self.config = replace(self.config, weights_sha256=hashlib.sha256(content).hexdigest())
-        config = {"format": FORMAT, "format_version": 1, "base_model": self.config.base_model}
+        config = {"format": FORMAT, "format_version": 2, "base_model": self.config.base_model}
         config |= {"sat_token_id": self.config.sat.token_id, "k": self.config.sat.k}
         config |= {
             "rank": self.config.rank,
@@ -433,16 +431,20 @@ def _read_weights(directory: Path, sha256: str | None) -> dict[str, Tensor]:
     where = f"adapter {directory}: {WEIGHTS_FILE}"
     try:
         content = (directory / WEIGHTS_FILE).read_bytes()
-        require(
-            sha256 in (None, hashlib.sha256(content).hexdigest()),
-            (
-                f"{where} is damaged, or not the one that {CONFIG_FILE} was written with; run "
-                "the command that makes it again"
-            ),
-        )
-        return parse_tensors(content)
+        tensors = parse_tensors(content)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{where} is missing or damaged ({error})") from None
+    require(
+        sha256 in (None, hashlib.sha256(content).hexdigest()),
+        (
+            f"{where} is damaged, or not the one that {CONFIG_FILE} was written with; run "
+            "the command that makes it again"
+        ),
+    )
+    try:
+        return restored(tensors)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def load(model: nn.Module, directory: str | Path) -> SatAdapter:
