@@ -18,6 +18,7 @@ from test_families import COSTS, FAMILIES, PROMPT, VOCAB, alone, checkpoint
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama as llama
 
 import sdsat
 from sdsat.config import DecodeConfig, SamplingConfig
@@ -395,6 +396,37 @@ def test_a_forward_that_is_not_the_weights_is_honoured(folders, strange, when):
     for int8 in (False, True):
         with pytest.raises(Unavailable, match=STRANGE[strange].replace("(", r"\(")):
             NativeWeights(SatModel(lm, None, "tiny"), int8)
+
+
+def patch_a_class(monkeypatch):
+    plain = llama.LlamaMLP.forward
+    monkeypatch.setattr(llama.LlamaMLP, "forward", lambda self, x: plain(self, x) * 0.3)
+    return "mlp has the forward test_weights."
+
+
+def patch_a_function(monkeypatch):
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", lambda q, k, *args, **kwargs: (q, k))
+    return "self_attn calls test_weights."
+
+
+@pytest.mark.parametrize("patch", [patch_a_class, patch_a_function], **named)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_forward_that_is_patched_for_all_models_is_honoured(folders, monkeypatch, patch, when):
+    """As Liger's kernels are put in place."""
+    before = plainly(oracle(folders))
+    lm = None
+    if when == "after":
+        lm = prepared(folders)
+        drafting(lm)
+    message = patch(monkeypatch)
+    lm = lm or prepared(folders)
+    want = oracle(folders)
+    assert plainly(want) != before
+    assert_decodes_as(lm, want, "transformers")
+    with one_line_error("engine=native", message):
+        prepared(folders, "native")
+    monkeypatch.undo()
+    assert plainly(lm) == drafting(lm) == before
 
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])

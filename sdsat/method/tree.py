@@ -182,13 +182,13 @@ def from_branching(branching: tuple[int, ...]) -> DraftTree:
     size = 1
     nodes = 1
     for count in branching:
-        levels.append([(parent, rank) for parent in range(size) for rank in range(count)])
-        size *= count
-        nodes += size
+        nodes += size * count
         require(
             nodes <= MAX_ROWS,
             f"tree={branching}: more than {MAX_ROWS} nodes; use fewer or smaller widths",
         )
+        levels.append([(parent, rank) for parent in range(size) for rank in range(count)])
+        size *= count
     return _from_levels(levels)
 
 

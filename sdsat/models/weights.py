@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import inspect
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -84,6 +86,23 @@ def _global_hooks() -> list[Any]:
     return [*_global._global_forward_hooks.values(), *_global._global_forward_pre_hooks.values()]
 
 
+def _forward_of(kind: type[nn.Module]) -> list[Any]:
+    """List a class's forward and the functions that it calls by name, as they are now."""
+    forward = kind.forward
+    names, scope = _called(forward)
+    return [forward, *(scope[name] for name in names if isinstance(scope[name], FunctionType))]
+
+
+@lru_cache(maxsize=1024)
+def _called(forward: Any) -> tuple[list[str], dict[str, Any]]:
+    """Find the names of a function's module that it uses, and the module's names."""
+    inner = inspect.unwrap(forward)
+    if not isinstance(inner, FunctionType):
+        return [], {}
+    scope = inner.__globals__
+    return [name for name in inner.__code__.co_names if name in scope], scope
+
+
 def _facts(roots: list[nn.Module]) -> list[Any]:
     """List numbers and types that change with what is computed, or computed with."""
     facts: list[Any] = [id(hook) for hook in _global_hooks()]
@@ -94,6 +113,7 @@ def _facts(roots: list[nn.Module]) -> list[Any]:
     for module in _walk(roots):
         held = module.__dict__
         facts += (id(module), type(module), id(held.get("forward")), len(held["_modules"]))
+        facts += _forward_of(type(module))
         facts += [held[name] for name in _NUMBERS if name in held]
         if held["_forward_hooks"] or held["_forward_pre_hooks"]:
             facts += map(id, _hooks(module))
@@ -124,14 +144,32 @@ def strange_part(model: PreTrainedModel) -> str | None:
     for name, module in model.named_modules():
         kind = type(module)
         where = name or "the model"
-        if not _from(kind, _MODULES) or not _from(kind.forward, _MODULES):
-            return f"{where} is a {kind.__module__}.{kind.__qualname__}"
+        if not _from(kind, _MODULES):
+            return f"{where} is a {_name(kind)}"
+        if not _from(kind.forward, _MODULES):
+            return f"{where} has the forward {_name(kind.forward)}"
+        if (other := _replaced(kind)) is not None:
+            return f"{where} calls {other}"
         own = vars(module).get("forward")
         if own is not None and not _from(own, _HOOKS):
             return f"{where} has a forward of its own"
         if any(not _from(hook, _HOOKS) for hook in _hooks(module)):
             return f"{where} has a forward hook"
     return _another_form(model)
+
+
+def _replaced(kind: type[nn.Module]) -> str | None:
+    """Name a function that a class of transformers calls and another package made."""
+    if not _from(kind, ("transformers.",)):
+        return None
+    for function in _forward_of(kind):
+        if not _from(function, ("torch.", "transformers.")):
+            return _name(function)
+    return None
+
+
+def _name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
 
 
 def _from(thing: Any, packages: tuple[str, ...]) -> bool:

@@ -187,7 +187,7 @@ class NativeEngine(Engine):
     def largest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See Engine.largest; of equals the lower id comes first."""
         logits = readable("logits", logits, self.exact.dtype, None, None)
-        values = torch.empty(len(logits), count)
+        values = torch.empty(len(logits), count, dtype=torch.float32)
         ids = torch.empty(len(logits), count, dtype=torch.long)
         sizes = (c_int64(len(logits)), c_int64(logits.shape[-1]), c_int64(count))
         x, i, v = (c_void_p(tensor.data_ptr()) for tensor in (logits, ids, values))
