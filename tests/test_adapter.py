@@ -268,6 +268,10 @@ def cut(name, num_bytes):
         (edit_config(k=None), "'k'"),
         (edit_config(k="seven"), CONFIG_FILE),
         (edit_config(base_sample=None), "base_sample"),
+        (edit_config(base_sample={}), "base_sample is empty"),
+        (edit_config(scale=math.nan), "scale=nan"),
+        (edit_config(training={"accuracy_by_depth": [0.5, None]}), "accuracy_by_depth=[0.5, None]"),
+        (edit_config(training={"accuracy_by_depth": [math.nan]}), "accuracy_by_depth=[nan]"),
         (edit_config(format="peft"), "sdsat-adapter"),
     ],
 )

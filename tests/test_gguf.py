@@ -252,6 +252,18 @@ def test_an_unreadable_type_is_named_with_those_that_can_be_read(number, name, t
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
+def test_text_that_is_no_text_is_one_line(tmp_path, cache):
+    """Its architecture, here."""
+
+    def spoil(content):
+        place = content.index(b"general.architecture") + len(b"general.architecture") + 4 + 8
+        content[place] = 0xFF
+
+    file = rewritten(write_gguf(random_model(), tmp_path / "a.gguf"), spoil)
+    with one_line_error(f"model {file}: damaged or cut short"):
+        loading.load(str(file), "float32", "cpu")
+
+
 @pytest.mark.parametrize("share", [0.0001, 0.01, 0.2, 0.5, 0.999])
 def test_a_file_that_was_cut_short_is_said_so(share, tmp_path, cache):
     file = write_gguf(random_model(), tmp_path / "a.gguf")

@@ -622,6 +622,22 @@ def test_of_logits_that_are_no_numbers_ids_of_the_vocabulary_come(dtype, samplin
     assert all(len(set(row)) == 70 for row in engine.largest(rows, 70)[1].tolist())
 
 
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_torchs_default_dtype_changes_nothing(default):
+    """What C++ writes into has a dtype of its own."""
+    decoder = decoder_with("llama", FLOAT)
+    how = [DecodeConfig(k, 12, tree=tree) for k, tree in ((0, "chain"), (3, (3, 2, 1)))]
+    want = [decoder.generate([1, 5, 9], config).token_ids for config in how]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert [decoder.generate([1, 5, 9], config).token_ids for config in how] == want
+        values, _ = decoder.engine.largest(torch.randn(90, VOCAB, dtype=FLOAT), 70)
+        assert values.dtype == FLOAT
+    finally:
+        torch.set_default_dtype(before)
+
+
 @st.composite
 def candidate_trees(draw):
     """Trees of up to four depths in any topological order; the children of a node have the ranks 0,

@@ -216,11 +216,17 @@ def test_report_of_a_strategy_that_never_drafted(documents, tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
+HEAD = {"schema_version": 4, "settings": {}, "environment": {}}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "not a worker document"),
         ("[]", "not a worker document"),
+        ("[" * 100_000, "not a worker document"),
+        (json.dumps(HEAD), "KeyError.*problems"),
+        (json.dumps({**HEAD, "problems": [{"task_id": "a"}]}), "KeyError.*runs"),
         ('{"schema_version": 0, "problems": []}', "schema_version 0, expected 4"),
     ],
 )

@@ -173,6 +173,7 @@ def test_parse_tree_refuses(text):
         ((2, 0, 1), 3, "tree=2,0,1:"),
         ((-1,), 1, "tree=-1:"),
         ((10, 10), 2, "tree=10,10 with k=2"),
+        ((10**15,), 1, "more than 96 nodes"),  # before there are so many
         ("chain", MAX_ROWS, f"{MAX_ROWS} nodes"),
     ],
     ids=str,

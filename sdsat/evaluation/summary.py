@@ -33,7 +33,9 @@ def read_workers(folder: Path) -> list[dict[str, Any]]:
         try:
             document = json.loads(path.read_text())
             version = document["schema_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if version == SCHEMA_VERSION:
+                _check_parts(document)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{path}: not a worker document ({error!r}); delete it to measure its "
                 "problems again"
@@ -42,6 +44,19 @@ def read_workers(folder: Path) -> list[dict[str, Any]]:
         require(version == SCHEMA_VERSION, f"{path}: schema_version {version}, {expected}")
         documents.append(document)
     return documents
+
+
+def _check_parts(document: dict[str, Any]) -> None:
+    """Look for all that is read of a worker document.
+
+    Raises KeyError or TypeError, naming what is missing.
+    """
+    for part in ("settings", "environment"):
+        dict(document[part])
+    for problem in document["problems"]:
+        str(problem["task_id"])
+        for run in problem["runs"]:
+            seconds_of(run), key_of(run), run["outputs_sha256"]
 
 
 def seconds_of(run: dict[str, Any]) -> float:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sdsat.config import MAX_ROWS
-
-if TYPE_CHECKING:
-    pass
 
 COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32)  # rows
 CONTEXTS = (128, 1024)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -376,6 +377,14 @@ def read_config(directory: str | Path) -> AdapterConfig:
                 len(numbers) == 8 and all(isinstance(n, (int, float)) for n in numbers),
                 f"base_sample of {name} is damaged",
             )
+        accuracy = raw["training"].get("accuracy_by_depth", [])
+        require(
+            isinstance(accuracy, list)
+            and all(isinstance(n, (int, float)) and 0 <= n <= 1 for n in accuracy),
+            f"accuracy_by_depth={accuracy}: expected numbers from 0 to 1",
+        )
+        require(math.isfinite(raw["scale"]), f"scale={raw['scale']}: expected a finite number")
+        require(len(raw["base_sample"]) > 0, "base_sample is empty: expected numbers of the base")
         sat = SatConfig(raw["sat_token_id"], raw["k"])
         targets = tuple(raw["targets"])
         rest = {

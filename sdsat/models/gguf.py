@@ -67,6 +67,7 @@ _GIVEN_UP = {
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors'
 _ROPE_FACTORS = "rope_freqs.weight"
+_FORM = 2  # version of what a file is converted to
 PATIENCE_SECONDS = 6 * 3600  # for another process, with a slow connection or a large file
 
 
@@ -84,10 +85,10 @@ def is_gguf(path: str | Path) -> bool:
 def directory(file: str) -> Path:
     """Return the model directory made of a GGUF file, which is converted on the first call.
 
-    Its name in the cache folder is the file's sha256. Raises InputError, one line, for a file that
-    can't be converted, and where the cache folder can't be written to.
+    Its name in the cache folder has the file's sha256. Raises InputError, one line, for a file
+    that can't be converted, and where the cache folder can't be written to.
     """
-    key = f"gguf-{remembered_sha256(Path(file))}"
+    key = f"gguf-{_FORM}-{remembered_sha256(Path(file))}"
     return kept(key, lambda target: convert(Path(file), target, file))
 
 
@@ -155,15 +156,15 @@ def convert(file: Path, target: Path, name: str, as_transformers: bool = False) 
     """
     try:
         reader = gguf.GGUFReader(file)
+        settings = {
+            key: field.contents()
+            for key, field in reader.fields.items()
+            if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
+        }
     except OSError as error:
         raise InputError(f"model {name}: cannot be read ({reason(error)})") from None
     except Exception as error:  # whatever a wrong byte leads to
         raise InputError(f"model {name}: {_said(error)}") from None
-    settings = {
-        key: field.contents()
-        for key, field in reader.fields.items()
-        if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
-    }
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     _check_types(tensors, name)
     config = _config(settings, tensors, name)

@@ -20,9 +20,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from sdsat.config import require
+from sdsat.config import InputError, require
+from sdsat.files import reason
 from sdsat.tasks.datasets import (
     HUMANEVAL,
     INFILLING,
@@ -200,7 +202,15 @@ def thinks_first(tokenizer: PreTrainedTokenizerBase, options: Sequence[str] = ()
 def _chat(tokenizer: PreTrainedTokenizerBase, question: str, options: Sequence[str]) -> str:
     turns = [{"role": "user", "content": question}]
     given = _template_options(tokenizer, options)
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **given)
+    try:
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **given
+        )
+    except TemplateError as error:
+        raise InputError(
+            f"tokenizer: its chat template fails ({reason(error)}); expected one for a single "
+            "question by the user"
+        ) from None
 
 
 def _opens_thought(text: str) -> bool:

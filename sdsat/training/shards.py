@@ -56,8 +56,12 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
     Raises InputError, one line, for a damaged one.
     """
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        shard = load_file(path)
+        parts = shard["tokens"], shard["lengths"], shard["prompt_lengths"]
+        if parts[1].sum() != len(parts[0]) or len(parts[1]) != len(parts[2]) or parts[1].min() < 1:
+            raise ValueError("its lengths do not add up")
+        return shard
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(
             f"{path}: a damaged shard ({error}); delete it and run `sdsat distill` again"
         ) from None
