@@ -27,6 +27,7 @@ from filelock import FileLock
 from sdsat.config import InputError, require
 from sdsat.files import make_folder, reason, replacing, sha256_of
 
+PATIENCE_SECONDS = 6 * 3600  # for another process that fetches or converts a model
 _LOCK_SECONDS = 600  # whoever holds a lock for longer hangs
 _REMEMBER_FROM = 1 << 26  # bytes of a file whose hash is worth remembering
 _SETTLED = 2.0  # seconds after which a file that changes gets another time stamp

@@ -737,6 +737,7 @@ def test_results_of_an_older_schema_or_of_other_settings_are_refused_and_kept(co
         "worker_cpu.json",
         schema_version=SCHEMA_VERSION,
         settings={"max_new_tokens": 12},
+        environment={},
         problems=[],
     )
     code, _, errors = command("bench", "greedy", "TINY", "cpu", "--max-new-tokens", "13")

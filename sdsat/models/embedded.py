@@ -26,11 +26,9 @@ from huggingface_hub import (
 )
 from tqdm import tqdm
 
-from sdsat.cache_folder import cache_dir, creating
+from sdsat.cache_folder import PATIENCE_SECONDS, cache_dir, creating
 from sdsat.config import InputError, require
 from sdsat.files import reason, sha256_of
-from sdsat.models import gguf
-from sdsat.models.adapter import CONFIG_FILE
 
 _ADAPTERS = Path(__file__).parents[1] / "adapters"
 _PROBE_SECONDS = 5  # to find out that the hub can't be reached
@@ -195,7 +193,7 @@ class Embedded:
     @property
     def has_adapter(self) -> bool:
         """Whether the adapter is part of this package."""
-        return (self.adapter / CONFIG_FILE).is_file()
+        return self.adapter.is_dir()
 
 
 SMOLLM2 = Embedded(
@@ -267,6 +265,7 @@ def base_dir(model: Embedded = SMOLLM2) -> Path:
     Several processes may call at once. Raises InputError, one line, where it can be neither found
     nor made.
     """
+    from sdsat.models import gguf  # with torch and transformers, which names alone don't need
 
     def convert(target: Path) -> None:
         with fetched(model) as file:
@@ -294,7 +293,7 @@ def fetched(model: Embedded) -> Iterator[Path]:
         )
         yield own
         return
-    with creating(model.file, seconds=gguf.PATIENCE_SECONDS) as cache:
+    with creating(model.file, seconds=PATIENCE_SECONDS) as cache:
         folder = cache / "downloads" / model.base
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("part-*"):  # of a process that was killed

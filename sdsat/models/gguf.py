@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from sdsat.cache_folder import cache_dir, creating, remembered_sha256
+from sdsat.cache_folder import PATIENCE_SECONDS, cache_dir, creating, remembered_sha256
 from sdsat.config import InputError, require
 from sdsat.files import reason
 from sdsat.models.families import check_family
@@ -68,7 +68,6 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors'
 _ROPE_FACTORS = "rope_freqs.weight"
 _FORM = 2  # version of what a file is converted to
-PATIENCE_SECONDS = 6 * 3600  # for another process, with a slow connection or a large file
 
 
 def is_gguf(path: str | Path) -> bool:

@@ -24,7 +24,7 @@ from sdsat.models.identity import base_hash
 from sdsat.models.sat_model import SatModel
 from sdsat.resume import Place
 from sdsat.tasks.prompts import COMPLETE, collect_prompts, licences, parse_kinds
-from sdsat.training.shards import _write_manifest, _write_shard
+from sdsat.training.shards import write_manifest, write_shard
 
 GREEDY = SamplingConfig()
 _SINCE = ("base_sha256", "dtype", "stop_ids")  # what the first manifests do not have
@@ -184,7 +184,7 @@ def _write_answers(
         total=len(todo), desc="distill", unit="answer", disable=not processes.is_local_main_process
     )
     made: dict[int, list[int]] = {}
-    _write_manifest(manifest_file, manifest, files)
+    write_manifest(manifest_file, manifest, files)
     answers = answer_batch(
         decoder,
         prompts,
@@ -200,10 +200,10 @@ def _write_answers(
         shard = shards[i // size]
         if all(j in made for j in shard):
             own_prompts = [prompts[j] for j in shard]
-            _write_shard(files[i // size], own_prompts, [made.pop(j) for j in shard])
-            _write_manifest(manifest_file, manifest, files)
+            write_shard(files[i // size], own_prompts, [made.pop(j) for j in shard])
+            write_manifest(manifest_file, manifest, files)
     processes.wait_for_everyone()
-    _write_manifest(manifest_file, manifest, files)
+    write_manifest(manifest_file, manifest, files)
 
 
 def _temperatures(count: int, config: DistillConfig) -> list[float]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdsat.config import require
-from sdsat.training.loss import IGNORED, SatBatch, _require_finite, joint_logits, sat_batch
+from sdsat.training.loss import IGNORED, SatBatch, joint_logits, require_finite, sat_batch
 from sdsat.training.shards import Sequence
 
 
@@ -55,7 +55,7 @@ def evaluate(
         if not labelled.any():
             continue
         confidence, best = predict(batch).float().softmax(-1).max(-1)
-        _require_finite(confidence)
+        require_finite(confidence)
         hit = (best == batch.label[labelled]).float().cpu()
         depth = batch.depth[labelled].cpu()
         groups = hit.tensor_split((depth == 1).nonzero()[1:, 0])
@@ -118,7 +118,7 @@ def standard_loss(
             logits[0].float(), labels, ignore_index=IGNORED, reduction="sum"
         ).item()
         count += batch.num_standard
-    _require_finite(torch.tensor(total))
+    require_finite(torch.tensor(total))
     return round(total / count, 4)
 
 

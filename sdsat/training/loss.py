@@ -356,7 +356,7 @@ class _CrossEntropy(torch.autograd.Function):
         return gradients[0].to(gradient.dtype)[:, None] * gradient, None
 
 
-def _require_finite(values: Tensor) -> None:
+def require_finite(values: Tensor) -> None:
     """Refuse values that are NaN or infinite; raises InputError."""
     message = (
         "logits: not finite (NaN or infinite) on the given answers; expected a base whose "

@@ -22,7 +22,7 @@ _TEXT = (".py", ".md", ".txt")
 _USUAL_SIZE = 16  # sequences of a text file
 
 
-def _write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) -> None:
+def write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) -> None:
     """List the shards that are there, with their sizes."""
     manifest["shards"] = []
     for shard in filter(Path.exists, shards):
@@ -37,7 +37,8 @@ def _write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) ->
     write_json(file, manifest)
 
 
-def _write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]]) -> None:
+def write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]]) -> None:
+    """Write a shard of prompts and their answers, in token ids, whole or not at all."""
     sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     tensors = {
         "tokens": torch.tensor(
@@ -61,7 +62,7 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
         if parts[1].sum() != len(parts[0]) or len(parts[1]) != len(parts[2]) or parts[1].min() < 1:
             raise ValueError("its lengths do not add up")
         return shard
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{path}: a damaged shard ({error}); delete it and run `sdsat distill` again"
         ) from None
