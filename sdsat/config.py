@@ -641,7 +641,8 @@ class TrainConfig:
         checkpointing: gradients by recomputation; only for 'full'.
         held_out: sequences to evaluate on, never trained on.
         seed: of the start, the order and the anchors.
-        eval_every: steps between evaluations, and between checkpoints.
+        eval_every: steps between evaluations, each with a checkpoint.
+        checkpoint_every: steps between checkpoints; None: `eval_every`.
     """
 
     steps: int = option(2000)
@@ -675,6 +676,7 @@ class TrainConfig:
     held_out: int = option(48, "Sequences to evaluate on, never trained on.")
     seed: int = option(0, SEED)
     eval_every: int = option(200)
+    checkpoint_every: int = option(None, "Steps between checkpoints. Default: --eval-every.")
 
     def __post_init__(self) -> None:
         for name in (
@@ -692,6 +694,9 @@ class TrainConfig:
             whole(name, getattr(self, name), "0 or more, a whole number", 0)
         if self.lr is None:
             _keep(self, lr=2e-5 if self.mode == "full" else 1e-3)
+        if self.checkpoint_every is None:
+            _keep(self, checkpoint_every=self.eval_every)
+        whole("checkpoint_every", self.checkpoint_every, "1 or more, a whole number", 1)
         whole("head", self.head, "0 (none) or a positive size", 0)
         whole("k", self.k, f"a whole number from 1 to {MAX_TRAINED_K}", 1, MAX_TRAINED_K)
         whole("seed", self.seed, "a whole number")

@@ -522,6 +522,30 @@ def test_a_run_killed_at_its_last_checkpoint_has_its_whole_log(tmp_path, monkeyp
     assert lines_of(tmp_path / "killed") == lines_of(whole("adapter")[0])
 
 
+def test_an_interrupted_run_goes_on_between_evaluations(tmp_path, monkeypatch):
+    """From the latest checkpoint, and ends where an uninterrupted run does."""
+    settings = dict(steps=6, eval_every=4, checkpoint_every=1)
+    want = train_tiny(tmp_path / "whole", **settings)
+    step = training._Run.step
+
+    def killed(run, number, batches):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(run, number, batches)
+
+    monkeypatch.setattr(training._Run, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path / "killed", **settings)
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint_*")] == ["checkpoint_3"]
+    taken = []
+    monkeypatch.setattr(
+        training._Run, "step", lambda run, n, batches: taken.append(n) or step(run, n, batches)
+    )
+    assert_close(train_tiny(tmp_path / "killed", **settings), want, rtol=0, atol=0)
+    assert taken == [3, 4, 5]
+    assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
+
+
 def test_a_model_killed_while_saving_is_no_mixture(tmp_path, monkeypatch):
     """Full mode saves over an earlier result, and is killed before it puts each of its files in
     place, in turn.

@@ -190,7 +190,8 @@ class _Run:
     def go_on(self) -> None:
         """Take all steps that are left.
 
-        An evaluation and a checkpoint follow every `eval_every` and the last.
+        An evaluation follows every `eval_every` and the last, and a checkpoint each of these and
+        every `checkpoint_every`.
         """
         config = self.config
         state = self.state
@@ -216,18 +217,20 @@ class _Run:
             state["predictions"] += predictions
             state["seconds"] += time.perf_counter() - began
             bar.set_postfix(loss=f"{figures['loss']:.3f}")
-            if (step + 1) % config.eval_every and step + 1 < config.steps:
-                continue
-            entry = {"step": step + 1, **figures, **self.mode.evaluate(self.held_out)}
-            entry |= {
-                "sat_predictions": state["predictions"],
-                "seconds": round(state["seconds"], 1),
-            }
-            state["step"], state["log"] = step + 1, [*state["log"], entry]
-            if not quiet:
-                bar.write(json.dumps(entry))
-            with writing(self.out):
-                self.checkpoint()
+            state["step"] = step + 1
+            due = state["step"] == config.steps or state["step"] % config.eval_every == 0
+            if due:
+                entry = {"step": state["step"], **figures, **self.mode.evaluate(self.held_out)}
+                entry |= {
+                    "sat_predictions": state["predictions"],
+                    "seconds": round(state["seconds"], 1),
+                }
+                state["log"] = [*state["log"], entry]
+                if not quiet:
+                    bar.write(json.dumps(entry))
+            if due or state["step"] % config.checkpoint_every == 0:
+                with writing(self.out):
+                    self.checkpoint()
 
     def step(self, step: int, batches: list[SatBatch]) -> tuple[dict[str, float], int]:
         """Take one step on this process's micro-batches.
