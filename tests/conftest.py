@@ -1,6 +1,7 @@
 """Small random models: exact oracles that need no download."""
 
 import copy
+import gc
 import multiprocessing
 import os
 import shutil
@@ -28,6 +29,8 @@ from sdsat.training.shards import Sequence
 
 VOCAB = 64
 
+# What is imported stays; collections needn't walk through a million such objects again and again.
+gc.freeze()
 
 _LLAMAS = {}
 

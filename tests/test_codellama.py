@@ -332,16 +332,14 @@ def test_start_greedy_with_the_papers_settings(start, checkpoint, pieces):
     """Both data sets without being asked for, k = 0..13; outputs are those of transformers'
     generate.
     """
-    folder = start(
-        "greedy", checkpoint, "cpu", DATA_LIMIT="2", MAX_NEW_TOKENS="10", DTYPE="float32"
-    )
+    folder = start("greedy", checkpoint, "cpu", DATA_LIMIT="2", MAX_NEW_TOKENS="6", DTYPE="float32")
     lm = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     drafted = [("two-step", k, 0) for k in range(1, 14)]
     keys = [("ar", 0, 0), ("lookup", 0, 12), *drafted, ("auto", 13, 0), ("auto", 13, 12)]
     prompts = asked(pieces)
 
     def answer(stop_ids, stop_strings=None):
-        settings = dict(max_new_tokens=10, do_sample=False, eos_token_id=stop_ids, pad_token_id=2)
+        settings = dict(max_new_tokens=6, do_sample=False, eos_token_id=stop_ids, pad_token_id=2)
         settings |= dict(
             stop_strings=stop_strings, tokenizer=AutoTokenizer.from_pretrained(checkpoint)
         )
@@ -355,14 +353,14 @@ def test_start_greedy_with_the_papers_settings(start, checkpoint, pieces):
     )
     lines = expect(folder / "greedy_infilling", keys, prompts["infilling"], answer([2, EOT]))
     # the end token ends only lines
-    assert whole["runs"][0]["num_new_tokens"] == 20 > lines["runs"][0]["num_new_tokens"]
+    assert whole["runs"][0]["num_new_tokens"] == 12 > lines["runs"][0]["num_new_tokens"]
     assert whole["settings"]["source"] is None and lines["settings"]["source"]
 
 
 def test_start_nucleus_with_the_papers_settings(start, checkpoint, pieces):
     """The paper's k and trees, half precision as it is stored; outputs are those of seeded AR."""
     names = ("humaneval", "infilling-psm")
-    limits = {"DATA_LIMIT": "2", "MAX_NEW_TOKENS": "10", "STRATEGIES": "two-step"}
+    limits = {"DATA_LIMIT": "2", "MAX_NEW_TOKENS": "6", "STRATEGIES": "two-step"}
     folder = start("nucleus", checkpoint, "cpu", "0.2", DATASET=",".join(names), **limits)
     keys = [("ar", 0, 0), *(("two-step", k, 0) for k in (5, 7, 9, 11, 13))]
     threads = torch.get_num_threads()
@@ -371,7 +369,7 @@ def test_start_nucleus_with_the_papers_settings(start, checkpoint, pieces):
         decoder = Decoder.load(str(checkpoint), "float16", "cpu")
         for name, stop_ids in zip(names, ((2,), (2, EOT)), strict=True):
             sampling = SamplingConfig(0.2, 10, 0.95, 0)
-            decode = DecodeConfig(0, 10, stop_ids=stop_ids)
+            decode = DecodeConfig(0, 6, stop_ids=stop_ids)
 
             def answer(ids, task_id, decode=decode, sampling=sampling):
                 return decoder.generate(

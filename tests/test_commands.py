@@ -266,7 +266,7 @@ def test_a_new_users_path_as_the_readme_has_it(command, measure, tmp_path):
     }
     script, model = commands[2][1:]
     assert script == "start_greedy.sh"
-    code, _, errors = measure("greedy", model=str(tmp_path / model))
+    code, _, errors = measure("greedy", model=str(tmp_path / model), **SHORT)
     assert code == 0, errors
     summary = json.loads((tmp_path / "results/adapter/greedy/summary.json").read_text())
     assert {run["strategy"] for run in summary["runs"]} == {"ar", "lookup", "two-step", "auto"}
