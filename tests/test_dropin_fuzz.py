@@ -272,7 +272,25 @@ def verdict(number, models):
     return "sampled" if settings.get("do_sample") else "greedy"
 
 
+@pytest.fixture
+def one_table(monkeypatch):
+    """A watermark's table of a million numbers, which comes from a constant seed, is drawn once."""
+    made = {}
+
+    def randperm(size, *, generator, device):
+        key = (size, generator.initial_seed(), device)
+        if size < 10**6:
+            return real(size, generator=generator, device=device)
+        if key not in made:
+            made[key] = real(size, generator=generator, device=device)
+        return made[key]
+
+    real = torch.randperm
+    monkeypatch.setattr(torch, "randperm", randperm)
+
+
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("one_table")
 def test_any_settings_give_plain_generates_output_or_are_refused_by_name(models):
     found = Counter(verdict(number, models) for number in range(COUNT))
     assert found["greedy"] > 0.3 * COUNT and found["sampled"] > 0.2 * COUNT, found
