@@ -647,7 +647,7 @@ def test_verify_compares_everything_and_resumes(command, tmp_path):
         "--data-limit",
         "2",
         "--max-new-tokens",
-        "8",
+        "4",
         "--temperature",
         "0,1.0",
         "--seeds",
