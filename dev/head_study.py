@@ -1,0 +1,628 @@
+"""Which draft head chooses best among a SAT's candidates: heads trained on the same cached states.
+
+    python dev/head_study.py cache DATA CACHE           # DATA: shards of `sdsat distill`
+    python dev/head_study.py train CACHE OUT [VARIANT ...]
+    python dev/head_study.py compare OUT FILE.json
+
+The SATs stay as they are, so what a head sees is computed once: a try takes minutes. Every variant
+starts as the shipped head, does what that does at first (what is new is added as zero), and takes
+the same steps on the same groups. A tenth of the answers is held out.
+
+A greedy chain is accepted up to its first wrong token, and all tokens before that are true: what a
+head accepts alone is what it accepts when it is given the true tokens, which is how it is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, pad, rms_norm, silu
+
+from sdsat.cli.program import run_app
+from sdsat.config import require
+from sdsat.environment import commit
+from sdsat.files import replacing, write_json
+from sdsat.models.head import SHORTLIST
+from sdsat.models.loading import load
+from sdsat.training.loss import IGNORED, sat_batch, sat_states
+from sdsat.training.shards import read_shards
+
+K = 7
+MIDDLE = (10, 20)  # layers whose states at x are kept, beside the last
+NODES = 16  # of a tree, without its root
+HELD_EVERY = 11  # no divisor of the cycle of temperatures
+BATCH = 64  # groups a step
+FEATURES = 5  # of `copied`
+
+# What each variant adds to today's head, and how it is trained.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "shipped": {"steps": 0},
+    "today": {},
+    "today, from scratch": {"scratch": True},
+    "depth": {"depth": True},
+    "x": {"x": True, "depth": True},
+    "x and middle": {"x": True, "middle": True, "depth": True},
+    "first token": {"first": True, "depth": True},
+    "neighbours": {"neighbours": True, "depth": True},
+    "gru": {"gru": 256, "depth": True},
+    "attention": {"attention": 256, "depth": True},
+    "pair": {"pair": 128, "depth": True},
+    "table": {"table": 64, "vocabulary": 49152},
+    "copied": {"copied": True, "depth": True},
+    "size 2048": {"size": 2048},
+    "guess": {"guess": 0.4},
+    "pace": {"loss": "pace"},
+    "tv": {"loss": "tv"},
+    "soft": {"loss": "soft"},
+}
+
+
+class Head(nn.Module):
+    """Today's head with what `options` adds. D: hidden size, S: inner size.
+
+    before the silu:  inner . [state, token before] + what is the same for all nodes of a depth
+                      (`fixed`) + what the tokens on the path say (`step`)
+    """
+
+    def __init__(self, inner: Tensor, outer: Tensor, rows: Tensor, options: dict[str, Any]):
+        super().__init__()
+        self.rows = rows  # [V, D] of the output layer
+        self.options = options
+        hidden = outer.shape[0]
+        extra = options.get("size", 0) - len(inner)
+        if options.get("scratch"):
+            inner = torch.randn_like(inner) / inner.shape[1] ** 0.5
+            outer = torch.zeros_like(outer)
+        if extra > 0:
+            inner = torch.cat([inner, torch.randn(extra, 2 * hidden) / (2 * hidden) ** 0.5])
+            outer = pad(outer, (0, extra))
+        self.inner, self.outer = nn.Parameter(inner.clone()), nn.Parameter(outer.clone())
+        size = len(inner)
+
+        def zero(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape))
+
+        def random(out: int, into: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(out, into) / into**0.5)
+
+        if options.get("depth"):
+            self.depth = zero(K, size)
+        if options.get("x"):
+            self.x = zero(size, hidden)
+        if options.get("middle"):
+            self.middle = zero(size, len(MIDDLE) * hidden)
+        if options.get("first"):
+            self.first = zero(size, hidden)
+        if options.get("neighbours"):
+            self.neighbours = zero(size, 2 * hidden)
+        if width := options.get("gru"):
+            self.gru = nn.GRUCell(2 * hidden, width)
+            self.begin = random(width, hidden)
+            self.read = zero(size, width)
+        if width := options.get("attention"):
+            self.begin = random(width, hidden)
+            self.enter = random(width, 2 * hidden)
+            self.attend = random(3 * width, width)
+            self.read = zero(size, width)
+        if rank := options.get("pair"):
+            self.pair_token, self.pair_state = random(rank, hidden), random(rank, hidden)
+            self.pair_out = zero(hidden, rank)
+        if rank := options.get("table"):
+            self.table, self.look = zero(options["vocabulary"], rank), random(rank, size)
+        if options.get("copied"):
+            self.copied = zero(K, FEATURES)
+
+    def fixed(self, states: Tensor, x_states: Tensor, first: Tensor) -> Tensor:
+        """[N, K, S], once a group: what does not depend on drafted tokens.
+
+        states: [N, K, D], normed. x_states: [N, 1 + middle, D], normed. first: [N, D], normed.
+        """
+        out = linear(states, self.inner[:, : states.shape[-1]])
+        if self.options.get("depth"):
+            out = out + self.depth
+        if self.options.get("x"):
+            out = out + linear(x_states[:, 0], self.x)[:, None]
+        if self.options.get("middle"):
+            out = out + linear(x_states[:, 1:].flatten(1), self.middle)[:, None]
+        if self.options.get("first"):
+            out = out + linear(first, self.first)[:, None]
+        if self.options.get("neighbours"):
+            before = pad(states, (0, 0, 1, 0))[:, :-1]
+            after = pad(states, (0, 0, 0, 1))[:, 1:]
+            out = out + linear(torch.cat([before, after], -1), self.neighbours)
+        return out
+
+    def start(self, x_state: Tensor) -> Tensor:
+        """Memory at x, [N, ...]."""
+        if self.options.get("gru"):
+            return torch.tanh(linear(x_state, self.begin))
+        if width := self.options.get("attention"):
+            entry = linear(linear(x_state, self.begin), self.attend[width:])
+            return pad(entry[:, None], (0, 0, 0, K))
+        return x_state.new_zeros(len(x_state), 0)
+
+    def step(self, memory: Tensor, i: int | Tensor, state: Tensor, token: Tensor) -> Tensor:
+        """Memory after a token at a place: of depth i, with the SAT's state there."""
+        both = torch.cat([state, token], -1)
+        if self.options.get("gru"):
+            return self.gru(both, memory)
+        if width := self.options.get("attention"):
+            entry = linear(linear(both, self.enter), self.attend[width:])
+            place = torch.as_tensor(i).expand(len(memory))[:, None, None] + 1
+            return memory.scatter(1, place.expand(-1, 1, 2 * width), entry[:, None])
+        return memory
+
+    def recall(
+        self, memory: Tensor, i: int | Tensor, state: Tensor, token: Tensor
+    ) -> Tensor | float:
+        """[N, S]: what the memory says before the silu."""
+        if self.options.get("gru"):
+            return linear(memory, self.read)
+        if width := self.options.get("attention"):
+            heads = (width // 64, 64)
+            query = linear(linear(torch.cat([state, token], -1), self.enter), self.attend[:width])
+            keys, values = memory.unflatten(-1, (2, *heads)).unbind(2)
+            scores = torch.einsum("nhd,nmhd->nhm", query.unflatten(-1, heads), keys) / 8
+            there = torch.arange(K + 1) <= torch.as_tensor(i).expand(len(memory))[:, None] + 1
+            weights = scores.masked_fill(~there[:, None], -torch.inf).softmax(-1)
+            return linear(torch.einsum("nhm,nmhd->nhd", weights, values).flatten(1), self.read)
+        return 0.0
+
+    def scores(
+        self, inner: Tensor, state: Tensor, token: Tensor, logits: Tensor, ids: Tensor
+    ) -> Tensor:
+        """[N, C]: new scores of the candidates, of which `inner` [N, S] is all but the token's."""
+        middle = silu(inner + linear(token, self.inner[:, token.shape[-1] :]))
+        moves = linear(middle, self.outer)
+        if self.options.get("pair"):
+            both = linear(token, self.pair_token) * linear(state, self.pair_state)
+            moves = moves + linear(both, self.pair_out)
+        out = logits + (self.rows[ids] @ moves[:, :, None])[:, :, 0]
+        if self.options.get("table"):
+            out = out + (self.table[ids] @ linear(middle, self.look)[:, :, None])[:, :, 0]
+        return out
+
+    def added(self, i: int | Tensor, features: Tensor) -> Tensor | float:
+        """What copies add to the scores: features [N, C, F]."""
+        if not self.options.get("copied"):
+            return 0.0
+        weight = self.copied[torch.as_tensor(i).expand(len(features))]
+        return (features @ weight[:, :, None])[:, :, 0]
+
+    def cost(self) -> dict[str, float]:
+        """Megaflops of a node, and of a group beside its nodes; megabytes in bfloat16."""
+        hidden = self.outer.shape[0]
+        parts = {name: p.numel() for name, p in self.named_parameters()}
+        group = sum(parts.get(name, 0) for name in ("x", "middle", "first", "begin"))
+        # Of what takes a SAT's state and a token, one half belongs to the depth.
+        halves = sum(parts.get(name, 0) for name in ("inner", "gru.weight_ih", "enter")) // 2
+        depth = sum(parts.get(name, 0) for name in ("neighbours", "pair_state")) + halves
+        looked_up = parts.get("table", 0) + parts.get("depth", 0)
+        node = sum(parts.values()) - group - depth - looked_up + SHORTLIST * hidden
+        return {
+            "mflop_node": round(2e-6 * node, 2),
+            "mflop_group": round(2e-6 * (group + K * depth), 2),
+            "megabytes": round(2e-6 * sum(parts.values()), 2),
+        }
+
+
+def norm(x: Tensor) -> Tensor:
+    return rms_norm(x.float(), x.shape[-1:])
+
+
+def copied(context: Tensor, path: Tensor, ids: Tensor) -> Tensor:
+    """[N, C, F] of candidates: did they follow the token before, or the two before, in the text?
+
+    context: [N, L], of -1 where there is none. path: [N, 2] the two tokens before the candidate.
+    ids: [N, C]. Features: after the token before, after its last occurrence; the same for the two
+    tokens before; anywhere.
+    """
+    after = context[:, 2:]
+    once = (context[:, 1:-1] == path[:, 1:]) & (after >= 0)
+    twice = once & (context[:, :-2] == path[:, :1])
+    same = after[:, None] == ids[:, :, None]
+    out = []
+    for matches in (once, twice):
+        out.append((same & matches[:, None]).any(-1))
+        last = (matches * torch.arange(1, after.shape[1] + 1)).argmax(-1, keepdim=True)
+        token = after.gather(1, last).masked_fill(~matches.any(-1, keepdim=True), -1)
+        out.append(token == ids)
+    return torch.stack([*out, same.any(-1)], -1)
+
+
+class Groups:
+    """Cached groups: N of them, each K SATs after one place of an answer."""
+
+    def __init__(self, folder: Path, embedding: Tensor):
+        files = sorted(folder.glob("shard_*.pt"))
+        require(len(files) > 0, f"cache={folder}: no shard_*.pt there; run `cache` first")
+        parts = [torch.load(file) for file in files]
+        width = max(part["texts"].shape[1] for part in parts)
+        first = 0
+        for part in parts:
+            part["texts"] = pad(part["texts"], (0, width - part["texts"].shape[1]), value=-1)
+            part["row"] = part["row"] + first
+            first += len(part["texts"])
+        self.data = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.embedding = embedding
+        held = self.data["answer"] % HELD_EVERY == 0
+        prompts = [
+            tuple(text[:n].tolist())
+            for text, n in zip(self.data["texts"], self.data["prompt"], strict=True)
+        ]
+        asked = {prompts[i] for i in self.data["row"][held].unique().tolist()}
+        again = torch.tensor([prompt in asked for prompt in prompts])[self.data["row"]]
+        self.held = held.nonzero()[:, 0]
+        self.rest = (~held & ~again).nonzero()[:, 0]
+
+    def __getitem__(self, at: Tensor) -> dict[str, Tensor]:
+        """What a head sees of groups `at`, in float32."""
+        data = self.data
+        tokens = data["tokens"][at].long()
+        text = data["texts"][data["row"][at]]
+        place = torch.arange(text.shape[1])
+        context = text.masked_fill(place > data["anchor"][at][:, None] + 1, -1)
+        return {
+            "states": norm(data["states"][at]),
+            "x": norm(data["x"][at]),
+            "tokens": tokens,
+            "ids": data["ids"][at].long(),
+            "logits": data["logits"][at],
+            "base": data["base"][at].float(),
+            "context": context,
+        }
+
+
+def rank(
+    head: Head, groups: Groups, batch: dict[str, Tensor], before: Tensor | None = None
+) -> Tensor:
+    """[N, K, C] new scores where the tokens before are the true ones, or `before` [N, K]."""
+    before = batch["tokens"][:, 1 : K + 1] if before is None else before
+    tokens = norm(groups.embedding[before])
+    states = batch["states"]
+    inner = head.fixed(states, batch["x"], norm(groups.embedding[batch["tokens"][:, 1]]))
+    memory = head.start(batch["x"][:, 0])
+    if memory.numel():
+        said = []
+        for i in range(K):
+            memory = head.step(memory, i, states[:, i], tokens[:, i])
+            said.append(head.recall(memory, i, states[:, i], tokens[:, i]))
+        inner = inner + torch.stack(said, 1)
+    flat = [part.flatten(0, 1) for part in (inner, states, tokens, batch["logits"], batch["ids"])]
+    out = head.scores(*flat).unflatten(0, (-1, K))
+    if head.options.get("copied"):
+        places = torch.cat([batch["tokens"][:, :1], before], 1).unfold(1, 2, 1)
+        parts = [
+            head.added(i, copied(batch["context"], places[:, i], batch["ids"][:, i]).float())
+            for i in range(K)
+        ]
+        out = out + torch.stack(parts, 1)
+    return out
+
+
+def loss_of(head: Head, groups: Groups, batch: dict[str, Tensor]) -> Tensor:
+    """Mean loss of a batch's SATs: over candidates, where the token that followed is one."""
+    before = None
+    if chance := head.options.get("guess"):
+        with torch.no_grad():
+            best = rank(head, groups, batch).argmax(-1, keepdim=True)
+            own = batch["ids"].gather(-1, best)[:, :-1, 0]
+        true = batch["tokens"][:, 1 : K + 1]
+        swap = pad(torch.rand(own.shape) < chance, (1, 0))
+        before = torch.where(swap, pad(own, (1, 0)), true)
+    scores = rank(head, groups, batch, before)
+    found, place = (batch["ids"] == batch["tokens"][:, 2:, None]).max(-1)
+    hard = cross_entropy(scores.flatten(0, 1), place.flatten(), reduction="none")
+    hard = hard.view_as(place) * found
+    kind = head.options.get("loss", "ce")
+    if kind == "pace":  # the gradient of the expected accepted length
+        right = torch.exp(-hard.detach()) * found
+        reach = right.cumprod(-1)
+        hard = reach.flip(-1).cumsum(-1).flip(-1) * hard
+    elif kind in ("tv", "soft"):
+        p = batch["base"].exp()
+        p = p / p.sum(-1, keepdim=True).clamp(min=1e-6)
+        q = scores.log_softmax(-1)
+        if kind == "tv":
+            hard = 0.1 * hard + 0.9 * (1 - torch.minimum(p, q.exp()).sum(-1)) * found
+        else:
+            hard = 0.5 * hard - 0.5 * (p * q).sum(-1) * found
+    return hard.sum() / found.sum()
+
+
+def train(head: Head, groups: Groups, steps: int, lr: float) -> float:
+    """Take `steps` steps; returns seconds."""
+    parameters = list(head.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.cat(
+        [
+            groups.rest[torch.randperm(len(groups.rest), generator=generator)]
+            for _ in range(1 + steps * BATCH // len(groups.rest))
+        ]
+    )
+    began = time.perf_counter()
+    for step in range(steps):
+        warm = min(1.0, (step + 1) / 20)
+        optimizer.param_groups[0]["lr"] = lr * warm * 0.5 * (1 + np.cos(np.pi * step / steps))
+        loss = loss_of(head, groups, groups[order[step * BATCH : (step + 1) * BATCH]])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"  {step}: {loss.item():.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def grow(head: Head, groups: Groups, batch: dict[str, Tensor], nodes: int) -> Tensor:
+    """[N] accepted drafts of trees of `nodes` drafts, each grown where its path seems likeliest."""
+    size = len(batch["tokens"])
+    every = torch.arange(size)
+    width = 8  # children of a node that may be taken
+    states = batch["states"]
+    fixed = head.fixed(states, batch["x"], norm(groups.embedding[batch["tokens"][:, 1]]))
+    start = head.start(batch["x"][:, 0])
+    # Of the nodes that were taken, 0 is the root, whose token is true.
+    memory = start.new_zeros(size, nodes + 1, *start.shape[1:])
+    pair = torch.zeros(size, nodes + 1, 2, dtype=torch.long)
+    depth = torch.zeros(size, nodes + 1, dtype=torch.long)
+    right = torch.zeros(size, nodes + 1, dtype=torch.bool)
+    pair[:, 0] = batch["tokens"][:, :2]
+    right[:, 0] = True
+    memory[:, 0] = start
+    chance = torch.full((size, nodes + 1, width), -torch.inf)  # log, of each child
+    token = torch.zeros(size, nodes + 1, width, dtype=torch.long)
+    reached = torch.zeros(size)
+    for node in range(nodes + 1):
+        if node:
+            best = chance.flatten(1).argmax(-1)
+            parent, child = best // width, best % width
+            so_far = chance[every, parent, child]
+            chance[every, parent, child] = -torch.inf
+            new = token[every, parent, child]
+            pair[:, node] = torch.stack([pair[every, parent, 1], new], -1)
+            depth[:, node] = depth[every, parent] + 1
+            here = batch["tokens"][every, 1 + depth[:, node]]
+            right[:, node] = right[every, parent] & (new == here)
+            reached = torch.maximum(reached, right[:, node] * depth[:, node])
+            memory[:, node] = memory[every, parent]
+        else:
+            so_far = torch.zeros(size)
+        i = depth[:, node].clamp(max=K - 1)
+        own = norm(groups.embedding[pair[:, node, 1]])
+        state = states[every, i]
+        memory[:, node] = head.step(memory[:, node], i, state, own)
+        inner = fixed[every, i] + head.recall(memory[:, node], i, state, own)
+        ids = batch["ids"][every, i]
+        scores = head.scores(inner, state, own, batch["logits"][every, i], ids)
+        if head.options.get("copied"):
+            scores = scores + head.added(i, copied(batch["context"], pair[:, node], ids).float())
+        values, columns = scores.log_softmax(-1).topk(width)
+        deeper = (depth[:, node] < K)[:, None]
+        chance[:, node] = torch.where(deeper, so_far[:, None] + values, -torch.inf)
+        token[:, node] = ids.gather(1, columns)
+    return reached
+
+
+@torch.no_grad()
+def measure(head: Head, groups: Groups) -> dict[str, Tensor]:
+    """Of every held-out group: right tokens and confidences by depth, and accepted in a tree."""
+    hits, confidences, trees = [], [], []
+    for at in groups.held.split(256):
+        batch = groups[at]
+        confidence, best = rank(head, groups, batch).softmax(-1).max(-1)
+        token = batch["ids"].gather(-1, best[..., None])[..., 0]
+        hits.append(token == batch["tokens"][:, 2:])
+        confidences.append(confidence)
+        trees.append(grow(head, groups, batch, NODES))
+    return {"hit": torch.cat(hits), "confidence": torch.cat(confidences), "tree": torch.cat(trees)}
+
+
+def calibration_error(hit: Tensor, confidence: Tensor) -> float:
+    tenth = (confidence * 10).long().clamp(max=9)
+    gap = torch.zeros(10).scatter_add(0, tenth, confidence - hit.float())
+    return round((gap.abs().sum() / len(hit)).item(), 4)
+
+
+def interval(values: np.ndarray, answers: np.ndarray) -> list[float]:
+    """Mean with its 95 % interval: bootstrap over answers."""
+    _, own = np.unique(answers, return_inverse=True)
+    sums, counts = np.bincount(own, values), np.bincount(own)
+    drawn = np.random.default_rng(0).integers(0, len(sums), (4000, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return [round(float(v), 3) for v in (values.mean(), low, high)]
+
+
+def batches(folder: Path, done: set[str]) -> Iterator[tuple[str, int, list[Any]]]:
+    """Shards that are not cached yet: name, number of the first answer, sequences."""
+    size = json.loads((folder / "manifest.json").read_text())["settings"]["shard_size"]
+    files = sorted(folder.glob("shard_*.safetensors"))
+    sequences = read_shards(folder)
+    first = 0
+    for file in files:
+        part = sequences[first : first + size]
+        if file.stem not in done:
+            yield file.stem, int(file.stem.split("_")[1]) * size, part
+        first += size
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command("cache")
+@torch.no_grad()
+def cache_command(
+    data: Path, cache: Path, anchors: int = 48, model_name: str = "smollm2-135m-sdsat"
+) -> None:
+    """Compute what heads see at random places of all answers that are not cached yet."""
+    model = load(model_name, "float32")
+    layers = model.lm.base_model.layers
+    seen: list[Tensor] = []
+    for layer in MIDDLE:
+        layers[layer].register_forward_hook(
+            lambda module, inputs, output: seen.append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    for name, first, sequences in batches(data, {file.stem for file in cache.glob("*.pt")}):
+        began = time.perf_counter()
+        kept: dict[str, list[Tensor]] = {}
+        texts, prompts = [], []
+        for number, sequence in enumerate(sequences):
+            generator = torch.Generator().manual_seed(first + number)
+            batch = sat_batch([sequence], K, anchors, 1.0, [generator])
+            whole = (batch.anchor[0][batch.depth[0] == K]).unique()
+            if not len(whole):
+                continue
+            seen.clear()
+            states, base = sat_states(model, batch)
+            inside = torch.isin(batch.anchor[batch.label != IGNORED], whole)
+            states = states[inside].unflatten(0, (-1, K))
+            logits = model.logits(states)
+            top, ids = logits.topk(SHORTLIST)
+            places = whole[:, None] + torch.arange(1, K + 1)
+            wanted, at = places.unique(return_inverse=True)
+            teacher = model.logits(base[0, wanted]).log_softmax(-1)
+            x = torch.stack([base[0], *(s[0] for s in seen[: len(MIDDLE)])], 1)[whole]
+            tokens = sequence.ids[whole[:, None] + torch.arange(K + 2)]
+            row = {
+                "states": states.bfloat16(),
+                "ids": ids.int(),
+                "logits": top,
+                "share": top.logsumexp(-1) - logits.logsumexp(-1),
+                "base": teacher[at].gather(-1, ids).half(),
+                "x": x.bfloat16(),
+                "tokens": tokens.int(),
+                "anchor": whole,
+                "answer": torch.full_like(whole, first + number),
+                "row": torch.full_like(whole, len(texts)),
+            }
+            for key, value in row.items():
+                kept.setdefault(key, []).append(value)
+            texts.append(sequence.ids.int())
+            prompts.append(sequence.prompt_length)
+        width = max(map(len, texts))
+        out = {key: torch.cat(values) for key, values in kept.items()}
+        out["texts"] = torch.stack([pad(t, (0, width - len(t)), value=-1) for t in texts])
+        out["prompt"] = torch.tensor(prompts)
+        with replacing(cache / f"{name}.pt") as part:
+            torch.save(out, part)
+        print(f"{name}: {len(out['row'])} groups, {time.perf_counter() - began:.0f} s", flush=True)
+
+
+@app.command("train")
+def train_command(
+    cache: Path,
+    out: Path,
+    variants: Annotated[list[str] | None, typer.Argument(help="Default: all.")] = None,
+    steps: int = 1000,
+    lr: float = 1e-3,
+    model_name: str = "smollm2-135m-sdsat",
+) -> None:
+    """Train and measure the variants that OUT lacks."""
+    model = load(model_name, "float32")
+    require(model.head is not None, f"model {model_name}: it has no draft head")
+    assert model.head is not None
+    groups = Groups(cache, model.lm.get_output_embeddings().weight.detach())
+    fence = model.tokenizer.encode("```")[0]
+    has_fence = (groups.data["texts"] == fence).any(-1)[groups.data["row"][groups.held]]
+    print(f"{len(groups.rest)} groups, {len(groups.held)} held out", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in variants or VARIANTS:
+        require(name in VARIANTS, f"variant {name}: expected one of {', '.join(VARIANTS)}")
+        file = out / f"{name.replace(' ', '_').replace(',', '')}.pt"
+        if file.exists():
+            continue
+        torch.manual_seed(0)
+        options = VARIANTS[name]
+        head = Head(model.head.inner.detach(), model.head.outer.detach(), groups.embedding, options)
+        own_steps = options.get("steps", steps)
+        seconds = train(head, groups, own_steps, lr)
+        figures = measure(head, groups)
+        result = {
+            "name": name,
+            "options": options,
+            "settings": {"steps": own_steps, "lr": lr, "batch": BATCH, "groups": len(groups.rest)},
+            "seconds": seconds,
+            "cost": head.cost(),
+            "weights": head.state_dict(),
+            "answer": groups.data["answer"][groups.held],
+            "code": has_fence,
+            **figures,
+        }
+        with replacing(file) as part:
+            torch.save(result, part)
+        chain = figures["hit"].cumprod(-1).float()
+        print(
+            f"{name}: {chain[:, :5].sum(-1).mean():.3f} {chain.sum(-1).mean():.3f} "
+            f"tree {figures['tree'].mean():.3f}, {seconds:.0f} s",
+            flush=True,
+        )
+
+
+@app.command("compare")
+def compare_command(out: Path, file: Path, baseline: str = "today") -> None:
+    """Write what every variant accepts, and by how much it differs from the baseline."""
+    found = {r["name"]: r for r in map(torch.load, sorted(out.glob("*.pt")))}
+    require(baseline in found, f"baseline={baseline}: expected one of {', '.join(found)}")
+
+    def figures(result: dict[str, Any]) -> dict[str, np.ndarray]:
+        right = result["hit"].cumprod(-1).double()
+        return {
+            "chain_5": right[:, :5].sum(-1).numpy(),
+            "chain_7": right.sum(-1).numpy(),
+            "tree_16": result["tree"].double().numpy(),
+        }
+
+    base = figures(found[baseline])
+    variants = {}
+    for name, result in found.items():
+        answers = result["answer"].numpy()
+        code = result["code"].numpy()
+        own = figures(result)
+        entry: dict[str, Any] = {"options": result["options"], "settings": result["settings"]}
+        entry["accepted"] = {key: interval(v, answers) for key, v in own.items()}
+        entry["difference"] = {key: interval(v - base[key], answers) for key, v in own.items()}
+        for kind, rows in (("code", code), ("other", ~code)):
+            entry[f"difference_{kind}"] = {
+                key: interval((v - base[key])[rows], answers[rows]) for key, v in own.items()
+            }
+            entry[f"accepted_{kind}"] = {
+                key: round(float(v[rows].mean()), 3) for key, v in own.items()
+            }
+        hit = result["hit"]
+        entry["accuracy_by_depth"] = [round(v, 4) for v in hit.float().mean(0).tolist()]
+        entry["calibration_error_by_depth"] = [
+            calibration_error(hit[:, i], result["confidence"][:, i]) for i in range(K)
+        ]
+        entry["cost"] = result["cost"]
+        entry["seconds"] = round(result["seconds"], 1)
+        variants[name] = entry
+    first = found[baseline]
+    head = {
+        "schema_version": 1,
+        "commit": commit(),
+        "baseline": baseline,
+        "held_out": {
+            "places": len(first["answer"]),
+            "answers": len(first["answer"].unique()),
+            "places_code": int(first["code"].sum()),
+        },
+    }
+    write_json(file, {**head, "variants": variants})
+
+
+if __name__ == "__main__":
+    run_app(app)
