@@ -1,12 +1,13 @@
 """Which draft head chooses best among a SAT's candidates: heads trained on the same cached states.
 
-    python dev/head_study.py cache DATA CACHE           # DATA: shards of `sdsat distill`
+    python dev/head_study.py cache DATA CACHE           # held out; DATA: shards of `sdsat distill`
+    python dev/head_study.py cache DATA CACHE --first 64 --last 256 --anchors 96
     python dev/head_study.py train CACHE OUT [VARIANT ...]
     python dev/head_study.py compare OUT FILE.json
 
 The SATs stay as they are, so what a head sees is computed once: a try takes minutes. Every variant
 starts as the shipped head, does what that does at first (what is new is added as zero), and takes
-the same steps on the same groups. A tenth of the answers is held out.
+the same steps on the same groups. The first 64 answers are held out.
 
 A greedy chain is accepted up to its first wrong token, and all tokens before that are true: what a
 head accepts alone is what it accepts when it is given the true tokens, which is how it is measured.
@@ -14,9 +15,7 @@ head accepts alone is what it accepts when it is given the true tokens, which is
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,13 +31,17 @@ from sdsat.environment import commit
 from sdsat.files import replacing, write_json
 from sdsat.models.head import SHORTLIST
 from sdsat.models.loading import load
+from sdsat.models.packed import PackedLinears
+from sdsat.models.sat_model import SatModel
 from sdsat.training.loss import IGNORED, sat_batch, sat_states
-from sdsat.training.shards import read_shards
+from sdsat.training.shards import Sequence, read_shards
 
+MODEL = "smollm2-135m-sdsat"
 K = 7
 MIDDLE = (10, 20)  # layers whose states at x are kept, beside the last
 NODES = 16  # of a tree, without its root
-HELD_EVERY = 11  # no divisor of the cycle of temperatures
+HELD_OUT = 64  # answers, the first ones
+CHUNK = 16  # answers a file of the cache
 BATCH = 64  # groups a step
 FEATURES = 5  # of `copied`
 
@@ -242,32 +245,30 @@ class Groups:
     """Cached groups: N of them, each K SATs after one place of an answer."""
 
     def __init__(self, folder: Path, embedding: Tensor):
-        files = sorted(folder.glob("shard_*.pt"))
-        require(len(files) > 0, f"cache={folder}: no shard_*.pt there; run `cache` first")
-        parts = [torch.load(file) for file in files]
-        width = max(part["texts"].shape[1] for part in parts)
-        first = 0
-        for part in parts:
-            part["texts"] = pad(part["texts"], (0, width - part["texts"].shape[1]), value=-1)
-            part["row"] = part["row"] + first
-            first += len(part["texts"])
-        self.data = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        self.embedding = embedding
-        held = self.data["answer"] % HELD_EVERY == 0
+        files = sorted(folder.glob("answers_*.pt"))
+        require(len(files) > 0, f"cache={folder}: no answers_*.pt there; run `cache` first")
+        parts = [part for file in files for part in torch.load(file)]
+        width = max(len(part["text"]) for part in parts)
+        texts = [part.pop("text") for part in parts]
+        self.texts = torch.stack([pad(t, (0, width - len(t)), value=-1) for t in texts])
         prompts = [
-            tuple(text[:n].tolist())
-            for text, n in zip(self.data["texts"], self.data["prompt"], strict=True)
+            tuple(t[: part.pop("prompt")].tolist()) for t, part in zip(texts, parts, strict=True)
         ]
-        asked = {prompts[i] for i in self.data["row"][held].unique().tolist()}
-        again = torch.tensor([prompt in asked for prompt in prompts])[self.data["row"]]
+        self.data = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        counts = torch.tensor([len(part["anchor"]) for part in parts])
+        self.row = torch.arange(len(parts)).repeat_interleave(counts)
+        self.embedding = embedding
+        held = self.data["answer"] < HELD_OUT
+        asked = {prompts[i] for i in self.row[held].unique().tolist()}
+        again = torch.tensor([prompt in asked for prompt in prompts])[self.row]
         self.held = held.nonzero()[:, 0]
-        self.rest = (~held & ~again).nonzero()[:, 0]
+        self.rest = (~again).nonzero()[:, 0]
 
     def __getitem__(self, at: Tensor) -> dict[str, Tensor]:
         """What a head sees of groups `at`, in float32."""
         data = self.data
         tokens = data["tokens"][at].long()
-        text = data["texts"][data["row"][at]]
+        text = self.texts[self.row[at]]
         place = torch.arange(text.shape[1])
         context = text.masked_fill(place > data["anchor"][at][:, None] + 1, -1)
         return {
@@ -444,29 +445,24 @@ def interval(values: np.ndarray, answers: np.ndarray) -> list[float]:
     return [round(float(v), 3) for v in (values.mean(), low, high)]
 
 
-def batches(folder: Path, done: set[str]) -> Iterator[tuple[str, int, list[Any]]]:
-    """Shards that are not cached yet: name, number of the first answer, sequences."""
-    size = json.loads((folder / "manifest.json").read_text())["settings"]["shard_size"]
-    files = sorted(folder.glob("shard_*.safetensors"))
-    sequences = read_shards(folder)
-    first = 0
-    for file in files:
-        part = sequences[first : first + size]
-        if file.stem not in done:
-            yield file.stem, int(file.stem.split("_")[1]) * size, part
-        first += size
-
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command("cache")
 @torch.no_grad()
 def cache_command(
-    data: Path, cache: Path, anchors: int = 48, model_name: str = "smollm2-135m-sdsat"
+    data: Path,
+    cache: Path,
+    first: int = 0,
+    last: int = HELD_OUT,
+    anchors: int = 24,
+    model_name: str = MODEL,
 ) -> None:
-    """Compute what heads see at random places of all answers that are not cached yet."""
+    """Compute what heads see at places of answers first .. last - 1, where CACHE lacks it."""
     model = load(model_name, "float32")
+    assert model.adapter is not None
+    model.adapter.fuse().attach(model.lm)
+    PackedLinears(model.lm).attach()
     layers = model.lm.base_model.layers
     seen: list[Tensor] = []
     for layer in MIDDLE:
@@ -476,50 +472,53 @@ def cache_command(
             )
         )
     cache.mkdir(parents=True, exist_ok=True)
-    for name, first, sequences in batches(data, {file.stem for file in cache.glob("*.pt")}):
+    sequences = read_shards(data)
+    for start in range(first, min(last, len(sequences)), CHUNK):
+        file = cache / f"answers_{start:06}.pt"
+        if file.exists():
+            continue
         began = time.perf_counter()
-        kept: dict[str, list[Tensor]] = {}
-        texts, prompts = [], []
-        for number, sequence in enumerate(sequences):
-            generator = torch.Generator().manual_seed(first + number)
-            batch = sat_batch([sequence], K, anchors, 1.0, [generator])
-            whole = (batch.anchor[0][batch.depth[0] == K]).unique()
-            if not len(whole):
-                continue
+        parts = []
+        for answer in range(start, min(start + CHUNK, last, len(sequences))):
             seen.clear()
-            states, base = sat_states(model, batch)
-            inside = torch.isin(batch.anchor[batch.label != IGNORED], whole)
-            states = states[inside].unflatten(0, (-1, K))
-            logits = model.logits(states)
-            top, ids = logits.topk(SHORTLIST)
-            places = whole[:, None] + torch.arange(1, K + 1)
-            wanted, at = places.unique(return_inverse=True)
-            teacher = model.logits(base[0, wanted]).log_softmax(-1)
-            x = torch.stack([base[0], *(s[0] for s in seen[: len(MIDDLE)])], 1)[whole]
-            tokens = sequence.ids[whole[:, None] + torch.arange(K + 2)]
-            row = {
-                "states": states.bfloat16(),
-                "ids": ids.int(),
-                "logits": top,
-                "share": top.logsumexp(-1) - logits.logsumexp(-1),
-                "base": teacher[at].gather(-1, ids).half(),
-                "x": x.bfloat16(),
-                "tokens": tokens.int(),
-                "anchor": whole,
-                "answer": torch.full_like(whole, first + number),
-                "row": torch.full_like(whole, len(texts)),
-            }
-            for key, value in row.items():
-                kept.setdefault(key, []).append(value)
-            texts.append(sequence.ids.int())
-            prompts.append(sequence.prompt_length)
-        width = max(map(len, texts))
-        out = {key: torch.cat(values) for key, values in kept.items()}
-        out["texts"] = torch.stack([pad(t, (0, width - len(t)), value=-1) for t in texts])
-        out["prompt"] = torch.tensor(prompts)
-        with replacing(cache / f"{name}.pt") as part:
-            torch.save(out, part)
-        print(f"{name}: {len(out['row'])} groups, {time.perf_counter() - began:.0f} s", flush=True)
+            parts += groups_of(model, sequences[answer], answer, anchors, seen)
+        with replacing(file) as part:
+            torch.save(parts, part)
+        count = sum(len(group["anchor"]) for group in parts)
+        print(f"{file.name}: {count} groups, {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def groups_of(
+    model: SatModel, sequence: Sequence, answer: int, anchors: int, seen: list[Tensor]
+) -> list[dict[str, Tensor]]:
+    """What heads see at `anchors` places of an answer: one dictionary, none for a short answer.
+
+    seen: the middle states of a pass, which hooks put there.
+    """
+    batch = sat_batch([sequence], K, anchors, 1.0, [torch.Generator().manual_seed(answer)])
+    whole = batch.anchor[0][batch.depth[0] == K]
+    if not len(whole):
+        return []
+    states, base = sat_states(model, batch)
+    states = states[torch.isin(batch.anchor[batch.label != IGNORED], whole)].unflatten(0, (-1, K))
+    logits, ids = model.logits(states).topk(SHORTLIST)
+    places, at = (whole[:, None] + torch.arange(1, K + 1)).unique(return_inverse=True)
+    teacher = model.logits(base[0, places]).log_softmax(-1)
+    x = torch.stack([base[0], *(state[0] for state in seen[: len(MIDDLE)])], 1)[whole]
+    return [
+        {
+            "states": states.bfloat16(),  # [N, K, D]
+            "ids": ids.int(),  # [N, K, C]
+            "logits": logits,  # [N, K, C]
+            "base": teacher[at].gather(-1, ids).half(),  # [N, K, C], log
+            "x": x.bfloat16(),  # [N, 1 + middle, D]
+            "tokens": sequence.ids[whole[:, None] + torch.arange(K + 2)].int(),  # from x on
+            "anchor": whole,
+            "answer": torch.full_like(whole, answer),
+            "text": sequence.ids.int(),  # [L], once
+            "prompt": torch.tensor(sequence.prompt_length),
+        }
+    ]
 
 
 @app.command("train")
@@ -529,7 +528,7 @@ def train_command(
     variants: Annotated[list[str] | None, typer.Argument(help="Default: all.")] = None,
     steps: int = 1000,
     lr: float = 1e-3,
-    model_name: str = "smollm2-135m-sdsat",
+    model_name: str = MODEL,
 ) -> None:
     """Train and measure the variants that OUT lacks."""
     model = load(model_name, "float32")
@@ -537,7 +536,7 @@ def train_command(
     assert model.head is not None
     groups = Groups(cache, model.lm.get_output_embeddings().weight.detach())
     fence = model.tokenizer.encode("```")[0]
-    has_fence = (groups.data["texts"] == fence).any(-1)[groups.data["row"][groups.held]]
+    has_fence = (groups.texts == fence).any(-1)[groups.row[groups.held]]
     print(f"{len(groups.rest)} groups, {len(groups.held)} held out", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     for name in variants or VARIANTS:
