@@ -1,13 +1,13 @@
 """Which draft head chooses best among a SAT's candidates: heads trained on the same cached states.
 
     python dev/head_study.py cache DATA CACHE           # held out; DATA: shards of `sdsat distill`
-    python dev/head_study.py cache DATA CACHE --first 64 --last 256 --anchors 96
+    python dev/head_study.py cache DATA CACHE --first 96 --last 608 --anchors 48
     python dev/head_study.py train CACHE OUT [VARIANT ...]
     python dev/head_study.py compare OUT FILE.json
 
 The SATs stay as they are, so what a head sees is computed once: a try takes minutes. Every variant
 starts as the shipped head, does what that does at first (what is new is added as zero), and takes
-the same steps on the same groups. The first 64 answers are held out.
+the same steps on the same groups. The first 96 answers are held out.
 
 A greedy chain is accepted up to its first wrong token, and all tokens before that are true: what a
 head accepts alone is what it accepts when it is given the true tokens, which is how it is measured.
@@ -40,7 +40,7 @@ MODEL = "smollm2-135m-sdsat"
 K = 7
 MIDDLE = (10, 20)  # layers whose states at x are kept, beside the last
 NODES = 16  # of a tree, without its root
-HELD_OUT = 64  # answers, the first ones
+HELD_OUT = 96  # answers, the first ones
 CHUNK = 16  # answers a file of the cache
 BATCH = 64  # groups a step
 FEATURES = 5  # of `copied`
