@@ -340,9 +340,11 @@ def loss_of(head: Head, groups: Groups, batch: dict[str, Tensor]) -> Tensor:
 
 
 def train(head: Head, groups: Groups, steps: int, lr: float) -> float:
-    """Take `steps` steps; returns seconds."""
-    parameters = list(head.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    """Take `steps` steps, of what is new at five times the rate; returns seconds."""
+    old = [] if head.options.get("scratch") else [head.inner, head.outer]
+    new = [p for p in head.parameters() if all(p is not other for other in old)]
+    parts = [{"params": old, "own": lr}, {"params": new, "own": 5 * lr}]
+    optimizer = torch.optim.AdamW(parts, betas=(0.9, 0.99), weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     order = torch.cat(
         [
@@ -353,11 +355,12 @@ def train(head: Head, groups: Groups, steps: int, lr: float) -> float:
     began = time.perf_counter()
     for step in range(steps):
         warm = min(1.0, (step + 1) / 20)
-        optimizer.param_groups[0]["lr"] = lr * warm * 0.5 * (1 + np.cos(np.pi * step / steps))
+        for part in optimizer.param_groups:
+            part["lr"] = part["own"] * warm * 0.5 * (1 + np.cos(np.pi * step / steps))
         loss = loss_of(head, groups, groups[order[step * BATCH : (step + 1) * BATCH]])
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0:
             print(f"  {step}: {loss.item():.3f}, {time.perf_counter() - began:.0f} s", flush=True)
@@ -526,8 +529,8 @@ def train_command(
     cache: Path,
     out: Path,
     variants: Annotated[list[str] | None, typer.Argument(help="Default: all.")] = None,
-    steps: int = 1000,
-    lr: float = 1e-3,
+    steps: int = 345,  # once through 22,000 groups: a second time is learned by heart
+    lr: float = 2e-4,
     model_name: str = MODEL,
 ) -> None:
     """Train and measure the variants that OUT lacks."""
