@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,7 @@ from sdsat.evaluation.reference import transformers_generate
 from sdsat.evaluation.report import with_interval
 from sdsat.evaluation.summary import interval, seconds_of, speedup
 from sdsat.files import sha256_of, write_json
-from sdsat.models.embedded import BASE_NAME, NAME, _fetch, base_dir
+from sdsat.models.embedded import BASE_NAME, NAME, SMOLLM2, base_dir, fetched
 from sdsat.models.loading import load_base
 from sdsat.models.sat_model import SatModel
 from sdsat.tasks.prompts import WARM_UP, Problem, encode, encode_prompt, given_requests, humaneval
@@ -133,7 +134,8 @@ def gguf(kind: str) -> Path:
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
             made = Path(folder) / "made.gguf"
             if kind == "Q4_1":
-                made = _fetch(Path(folder))
+                with fetched(SMOLLM2) as file:
+                    shutil.copyfile(file, made)
             else:
                 logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
                 settings = llama_cpp.llama_model_quantize_default_params()

@@ -47,7 +47,7 @@ from sdsat.config import InputError, require
 from sdsat.environment import commit, cpu_name
 from sdsat.files import destination, read_json, write_json
 from sdsat.interfaces.export import Export
-from sdsat.models.embedded import BASE_NAME, base_dir
+from sdsat.models.loading import places
 from sdsat.tasks.prompts import humaneval
 
 # vanishing clients read so many pieces of text
@@ -353,7 +353,7 @@ def serve(
         f"draft={draft}: its config.json has no pard_token; expected a directory of `sdsat export`",
     )
     destination(out, "out")
-    target = str(base_dir()) if target == BASE_NAME else target or str(draft.absolute())
+    _, target = places(target or str(draft.absolute()))
     export = Export(target, draft.absolute(), config["pard_token"], k or config["sdsat"]["k"] + 1)
     prompts = [
         list(problem.prompt_ids) for problem in humaneval(AutoTokenizer.from_pretrained(draft))

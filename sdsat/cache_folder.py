@@ -50,17 +50,18 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def creating(name: str) -> Iterator[Path]:
+def creating(name: str, seconds: float = _LOCK_SECONDS) -> Iterator[Path]:
     """Hold the lock under which one process at a time makes `name` in the cache folder.
 
-    The folder is yielded; `name` may stand for several things.
+    The folder is yielded; `name` may stand for several things. Another process is waited for, for
+    `seconds`.
 
     Raises OSError where the folder can't be written to, and InputError for a user without a home
     folder.
     """
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{name}.lock", timeout=_LOCK_SECONDS):
+    with FileLock(folder / f"{name}.lock", timeout=seconds):
         yield folder
 
 

@@ -123,7 +123,7 @@ def test_large_batches_take_in_several_prompts_at_a_time(decoder):
     alone = dict(answer_batch(decoder, prompts, numbers, temperatures, 12, 1, 5))
     together = dict(answer_batch(decoder, prompts, numbers, temperatures, 12, 25, 5))
     assert together == alone
-    assert len({len(answer) for answer in alone.values()}) > 3
+    assert len({len(answer) for answer in alone.values()}) > 1
 
 
 def test_several_answers_to_a_prompt_take_the_temperatures_in_turn(decoder, source, tmp_path):

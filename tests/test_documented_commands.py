@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import adapted, function, long_doc, tiny_llama, tiny_tokenizer, write
+from gguf_files import write_gguf
 from random_checkpoint import make_pieces, save_tokenizer
 from test_docs import COMMANDS, ROOT
 
@@ -142,6 +143,7 @@ def workplace(tmp_path_factory):
             str(root / "base"), model.sat, 4, everywhere=everywhere, base_sample=sample
         )
         model.adapter.save(root / name)
+    write_gguf(tiny(288), root / "file.gguf")
     functions = "".join(function(f"f{i}", long_doc(f"number {i}")) for i in range(12))
     for name in ("path/to/python/packages", "corpus", "stdlib"):
         write(root / name, functions=functions)
@@ -201,6 +203,8 @@ def filled_in(program, arguments):
         "FILE": "made.json",
         "FOLDER": "results/MODEL/greedy",
         "smollm2-135m-sdsat": "MODEL",
+        "qwen2.5-coder-0.5b-instruct": "base",
+        "path/to/file.gguf": "file.gguf",
         "sdsat/adapters/smollm2-135m-sdsat": "adapters/default",
     }
     words = [known.get(word, word) for word in arguments]

@@ -13,7 +13,7 @@ from conftest import one_line_error, tiny_llama, tiny_tokenizer
 
 from sdsat.cache_folder import load_library
 from sdsat.engines.native import bindings
-from sdsat.models import embedded
+from sdsat.models import gguf
 
 
 class Build:
@@ -156,34 +156,32 @@ def test_a_failed_build_says_why_and_leaves_nothing(cache):
     assert not list(cache.rglob("*.so*"))
 
 
-def test_the_base_is_used_where_it_is_whole_and_made_again_where_it_is_not(cache, monkeypatch):
+def test_a_model_is_used_where_it_is_whole_and_made_again_where_it_is_not(cache, monkeypatch):
     made = []
 
-    def convert(gguf, target):
+    def make(target):
         made.append(target)
         tiny_llama().save_pretrained(target)
         tiny_tokenizer(["<unk>", "a"]).save_pretrained(target)
 
-    monkeypatch.setattr(embedded, "_fetch", lambda folder: folder)
-    monkeypatch.setattr(embedded, "_convert", convert)
-    folder = embedded.base_dir()
-    assert embedded.base_dir() == folder and len(made) == 1
+    folder = gguf.kept("model", make)
+    assert gguf.kept("model", make) == folder and len(made) == 1
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])  # a copy that was cut short
-    assert embedded.base_dir() == folder and len(made) == 2
+    assert gguf.kept("model", make) == folder and len(made) == 2
     (folder / "config.json").unlink()
-    assert embedded.base_dir() == folder and len(made) == 3
-    (cache / f"{embedded.BASE_NAME}.lock").unlink()
+    assert gguf.kept("model", make) == folder and len(made) == 3
+    (cache / "model.lock").unlink()
     cache.chmod(0o500)
     # nothing needs to be written, no lock either
-    assert embedded.base_dir() == folder and len(made) == 3
-    (cache / f"{embedded.BASE_NAME}").chmod(0o700)
+    assert gguf.kept("model", make) == folder and len(made) == 3
+    (cache / "model").chmod(0o700)
     cache.chmod(0o700)
     shutil.rmtree(folder)
     cache.chmod(0o500)
     with one_line_error(f"cache folder {cache}: cannot be written", "set SDSAT_CACHE"):
-        embedded.base_dir()
+        gguf.kept("model", make)
     cache.chmod(0o700)
     monkeypatch.setenv("SDSAT_CACHE", "~nobody-of-that-name/cache")
     with one_line_error("cache folder: ", "set SDSAT_CACHE to a folder"):
-        embedded.base_dir()
+        gguf.kept("model", make)

@@ -24,6 +24,7 @@ import typer
 
 from sdsat.config import TEMPLATE_OPTIONS, LoadConfig, Option
 from sdsat.files import destination
+from sdsat.models import embedded
 
 S = TypeVar("S")
 
@@ -216,15 +217,12 @@ def out_file(help: str) -> Any:
 
 
 # Parameters of several commands and scripts that are no settings' field.
-Model = Annotated[
-    str, typer.Argument(help="Hub id, model directory, adapter directory, or the embedded default.")
-]
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model", help="Hub id, model directory, adapter directory, or an embedded name."
-    ),
-]
+MODEL_HELP = (
+    "Hub id, model directory, GGUF file, adapter directory, or an embedded name: "
+    f"{', '.join(embedded.names())}."
+)
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 TemplateOptions = Annotated[list[str] | None, typer_option(TEMPLATE_OPTIONS)]
 # Single fields, for scripts.
 Dtype = Annotated[str, of_field(LoadConfig, "dtype")]

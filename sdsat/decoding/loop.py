@@ -110,7 +110,7 @@ class Decoder:
         """Load a model (see `models.loading.load`) and choose its engine.
 
         Args:
-            name: a hub id, a directory, an adapter directory or the embedded name.
+            name: a hub id, a directory, a GGUF file, an adapter directory or an embedded name.
             dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own.
             device: 'cpu', a GPU number, or several joined by +; None for the first GPU, else the
                 CPU.

@@ -224,7 +224,7 @@ class BenchConfig(Sweep, CheckpointConfig):
     Everything but data_limit must be the same for a results folder to be resumed.
 
     Attributes:
-        model: hub id, directory or embedded name.
+        model: hub id, directory, GGUF file or embedded name.
         method: 'greedy' or 'nucleus'; temperature, top_k and top_p hold for nucleus only.
         k_list: AR (0) is always among them.
         strategies: each at every k, but `auto` once, with the largest, beside what it is made of:
@@ -332,7 +332,8 @@ class BenchConfig(Sweep, CheckpointConfig):
         """
         method = "greedy" if self.method == "greedy" else f"nucleus_t{self.temperature}"
         dataset = "" if self.dataset == HUMANEVAL else f"_{Path(self.dataset).stem}"
-        return f"{Path(self.model).name}/{method}{dataset}"
+        model = Path(self.model).name.removesuffix(".gguf")
+        return f"{model}/{method}{dataset}"
 
 
 def paper_settings(method: str, dataset: str) -> dict[str, Any]:

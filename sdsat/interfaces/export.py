@@ -31,7 +31,7 @@ from torch import nn
 
 from sdsat.config import InputError, require
 from sdsat.models import adapter as adapters
-from sdsat.models import embedded, loading
+from sdsat.models import loading
 from sdsat.models.sat_model import SatModel
 
 # vLLM takes a draft with one of these in its path for one of another method.
@@ -134,8 +134,9 @@ def export(name: str, out: Path, k: int | None = None, mask_token_id: int | None
         ),
     )
     require(not out.exists(), f"out={out}: exists already; choose a new directory")
-    require(name != embedded.NAME, _gated(name))
-    config = adapters.read_config(name) if loading.is_adapter(name) else None
+    config = (
+        adapters.read_config(loading.adapter_directory(name)) if loading.is_adapter(name) else None
+    )
     require(config is None or config.everywhere, _gated(name))
     source = loading.load(config.base_model if config else name, "auto", "cpu")
     sat = config.sat if config else source.sat
@@ -156,11 +157,7 @@ def export(name: str, out: Path, k: int | None = None, mask_token_id: int | None
         mask = _spare_token(source) if mask_token_id is None else mask_token_id
         _check_mask(source, mask)
         draft = _merged(source, name, mask)
-        target = (
-            str(embedded.base_dir())
-            if config.base_model == embedded.BASE_NAME
-            else config.base_model
-        )
+        _, target = loading.places(name)
     else:
         given = (
             f"mask_token_id={mask_token_id}: only for an adapter; {name} has its SAT, "

@@ -122,7 +122,7 @@ def load(
     Everything else works on it as before: `model(**inputs)`, plain `model.generate(**inputs)`.
 
     Args:
-        name: a hub id, a directory, an adapter directory or the embedded name.
+        name: a hub id, a directory, a GGUF file, an adapter directory or an embedded name.
         dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own.
         device: 'cpu', a GPU number, or several joined by +; None for the first GPU, else the CPU.
         options: further ones of `sdsat.decoding.loop.Decoder.load`.

@@ -45,7 +45,7 @@ class AdapterConfig:
     """What an adapter is and where it belongs.
 
     Attributes:
-        base_model: hub id, directory or embedded name of the base.
+        base_model: hub id, directory, GGUF file or embedded name of the base.
         sat: the id and number of its SATs.
         rank: of the low-rank updates.
         scale: factor of the updates.

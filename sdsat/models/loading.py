@@ -1,4 +1,4 @@
-"""Loading: by hub id, local directory, adapter directory, or the embedded default's name."""
+"""Loading: by hub id, local directory, GGUF file, adapter directory, or embedded name."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from sdsat.cache_folder import cache_dir
 from sdsat.config import InputError, SatConfig, require, whole
 from sdsat.models import adapter as adapters
-from sdsat.models import attention, devices, embedded
+from sdsat.models import attention, devices, embedded, gguf
 from sdsat.models.dtypes import DTYPES, check_dtype, check_dtype_of
 from sdsat.models.families import CODELLAMA_VOCABULARY, PUBLISHED, check_family
 from sdsat.models.sat_model import SatModel
@@ -49,18 +50,22 @@ def _one_line(name: str, path: str) -> Iterator[None]:
         raise
     except Exception as error:  # a dozen libraries meet here, each with exceptions of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if name == embedded.BASE_NAME:
+        if Path(path).parent == cache_dir():
             raise InputError(
                 f"cache {path}: damaged ({reason}); delete this folder and run again"
             ) from None
         if Path(path).is_dir():
             raise InputError(f"model {name}: this directory cannot be loaded ({reason})") from None
-        hint = f"a hub id, a local model or adapter directory, or {embedded.NAME}"
+        hint = "a hub id, a local model or adapter directory, a GGUF file, or one of "
+        hint += ", ".join(embedded.names())
         raise InputError(f"model {name}: not found ({reason}); expected {hint}") from None
 
 
 def _path_of(base: str) -> str:
-    return str(embedded.base_dir()) if base == embedded.BASE_NAME else base
+    """Return the folder or hub id of a base; what is no folder yet becomes one now."""
+    if (model := embedded.named(base)) is not None:
+        return str(embedded.base_dir(model))
+    return str(gguf.directory(base)) if gguf.is_gguf(base) else base
 
 
 def places(name: str) -> tuple[Path | None, str]:
@@ -70,7 +75,7 @@ def places(name: str) -> tuple[Path | None, str]:
 
     Raises InputError for a damaged adapter, and for what only looks like a model.
     """
-    return (_adapter_directory(name) if is_adapter(name) else None), _path_of(_base_of(name))
+    return (adapter_directory(name) if is_adapter(name) else None), _path_of(_base_of(name))
 
 
 def read_config(path: str) -> Any:
@@ -83,38 +88,35 @@ def read_config(path: str) -> Any:
 
 
 def is_adapter(name: str) -> bool:
-    """Tell whether `name` is an adapter: a directory of one, or the embedded default."""
-    return name == embedded.NAME or (Path(name) / adapters.CONFIG_FILE).is_file()
+    """Tell whether `name` is an adapter: a directory of one, or embedded.
+
+    Raises InputError, one line, for an embedded one that is not part of this package.
+    """
+    return embedded.adapter_of(name) is not None or (Path(name) / adapters.CONFIG_FILE).is_file()
 
 
-def _adapter_directory(name: str) -> Path:
-    return embedded.ADAPTER_DIR if name == embedded.NAME else Path(name)
+def adapter_directory(name: str) -> Path:
+    """Return the folder of an adapter. Raises InputError as `is_adapter`."""
+    return embedded.adapter_of(name) or Path(name)
 
 
 def _base_of(name: str) -> str:
     """Return what to read the weights from.
 
-    Raises InputError for what only looks like a model: a file, or a folder of GGUF files.
+    Raises InputError for what only looks like a model: another file, or a folder of GGUF files.
     """
-    base = adapters.read_config(_adapter_directory(name)).base_model if is_adapter(name) else name
+    base = adapters.read_config(adapter_directory(name)).base_model if is_adapter(name) else name
     path = Path(base)
-    expected = (
-        "expected the hub id or the directory (config.json, *.safetensors) that it was made from"
-    )
+    require(path.exists() or path.suffix != ".gguf", f"model {name}: no such file")
     require(
-        not path.is_file(), f"model {name}: a file, such as GGUF, not a model directory; {expected}"
+        not path.is_file() or gguf.is_gguf(path),
+        f"model {name}: a file that is not GGUF; expected a model directory (config.json, "
+        "*.safetensors), a hub id or a GGUF file",
     )
-    gguf = (
-        next(path.glob("*.gguf"), None)
-        if path.is_dir() and not (path / "config.json").is_file()
-        else None
-    )
+    files = sorted(map(str, path.glob("*.gguf"))) if path.is_dir() else []
     require(
-        gguf is None,
-        (
-            f"model {name}: holds GGUF weights ({gguf and gguf.name}), which only llama.cpp "
-            f"reads; {expected}"
-        ),
+        not files or (path / "config.json").is_file(),
+        f"model {name}: a folder of GGUF files; expected one of them, as {''.join(files[:1])}",
     )
     return base
 
@@ -132,7 +134,7 @@ def sized(name: str, dtype: str) -> devices.Size:
         check_family(config, base)
         torch_dtype = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
         # The file has two bytes a number; in memory are the adapter and its fused copy.
-        weights = _adapter_directory(name) / adapters.WEIGHTS_FILE
+        weights = adapter_directory(name) / adapters.WEIGHTS_FILE
         adapter = (
             weights.stat().st_size * torch_dtype.itemsize
             if is_adapter(name) and weights.is_file()
@@ -222,12 +224,13 @@ def in_papers_form(
     Only config.json is read. False, too, for what can't be loaded: `load` says why. Raises
     InputError as `load` for the SAT's options.
     """
-    if is_adapter(name) or name == embedded.BASE_NAME:
+    if is_adapter(name) or embedded.named(name):
         return False
     if _published(name):
         return True
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+        path = _path_of(name)
+        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
     except Exception:  # as in _one_line
         return False
     codellama = (config.model_type, getattr(config, "vocab_size", None)) == (
@@ -245,7 +248,7 @@ def load(
     trained_k: int | None = None,
     context: int = 2048,
 ) -> SatModel:
-    """Load a model by hub id, directory, adapter directory or embedded name.
+    """Load a model by hub id, directory, GGUF file, adapter directory or embedded name.
 
     Args:
         name: of the model.
@@ -263,7 +266,7 @@ def load(
     """
     require(
         isinstance(name, (str, Path)),
-        f"model={name!r}: expected a hub id, a directory or an embedded name",
+        f"model={name!r}: expected a hub id, a directory, a GGUF file or an embedded name",
     )
     name = str(name)
     check_dtype(dtype)
@@ -292,7 +295,7 @@ def check_options(name: str, sat_token_id: int | None, trained_k: int | None) ->
     ]
     require(not strange, f"{', '.join(strange)}: {name} is an adapter and brings its own SAT")
     require(
-        not is_adapter(name) or not adapters.read_config(_adapter_directory(name)).everywhere,
+        not is_adapter(name) or not adapters.read_config(adapter_directory(name)).everywhere,
         f"model {name}: this adapter's update acts on every row, so that the target itself "
         "would change; "
         "`sdsat export` makes it a draft for a server",
@@ -321,7 +324,7 @@ def equip(
         InputError: as `load`.
     """
     model.set_attn_implementation(attention.NAME)
-    adapter = adapters.load(model, _adapter_directory(name)) if is_adapter(name) else None
+    adapter = adapters.load(model, adapter_directory(name)) if is_adapter(name) else None
     sat = (
         adapter.config.sat
         if adapter

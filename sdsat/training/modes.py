@@ -87,7 +87,7 @@ class AdapterMode:
         targets = tuple(name.strip() for name in config.targets.split(","))
         sample = sample_weights(model.lm)
         # So that it is found from any folder.
-        base = str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name
+        base = str(Path(model.name).resolve()) if Path(model.name).exists() else model.name
         head = 0 if self.everywhere else config.head
         settings = AdapterConfig(
             base,
