@@ -1,13 +1,14 @@
 """Which draft head chooses best among a SAT's candidates: heads trained on the same cached states.
 
     python dev/head_study.py cache DATA CACHE           # held out; DATA: shards of `sdsat distill`
-    python dev/head_study.py cache DATA CACHE --first 96 --last 608 --anchors 48
+    python dev/head_study.py cache DATA CACHE --first 96 --last 608 --anchors 48     # to learn from
     python dev/head_study.py train CACHE OUT [VARIANT ...]
     python dev/head_study.py compare OUT FILE.json
 
 The SATs stay as they are, so what a head sees is computed once: a try takes minutes. Every variant
 starts as the shipped head, does what that does at first (what is new is added as zero), and takes
-the same steps on the same groups. The first 96 answers are held out.
+the same steps on the same groups, all in one run, which share the candidates' rows. The first 96
+answers are held out.
 
 A greedy chain is accepted up to its first wrong token, and all tokens before that are true: what a
 head accepts alone is what it accepts when it is given the true tokens, which is how it is measured.
@@ -38,7 +39,7 @@ from sdsat.training.shards import Sequence, read_shards
 
 MODEL = "smollm2-135m-sdsat"
 K = 7
-MIDDLE = (10, 20)  # layers whose states at x are kept, beside the last
+MIDDLE = (1 / 3, 2 / 3)  # how deep the layers are whose states at x are kept, beside the last
 NODES = 16  # of a tree, without its root
 HELD_OUT = 96  # answers, the first ones
 CHUNK = 16  # answers a file of the cache
@@ -47,10 +48,9 @@ FEATURES = 5  # of `copied`
 
 # What each variant adds to today's head, and how it is trained.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "shipped": {"steps": 0},
+    "shipped": {"untrained": True},
     "today": {},
     "today, from scratch": {"scratch": True},
-    "depth": {"depth": True},
     "x": {"x": True, "depth": True},
     "x and middle": {"x": True, "middle": True, "depth": True},
     "first token": {"first": True, "depth": True},
@@ -58,13 +58,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gru": {"gru": 256, "depth": True},
     "attention": {"attention": 256, "depth": True},
     "pair": {"pair": 128, "depth": True},
-    "table": {"table": 64, "vocabulary": 49152},
+    "table": {"table": 64},
     "copied": {"copied": True, "depth": True},
     "size 2048": {"size": 2048},
     "guess": {"guess": 0.4},
     "pace": {"loss": "pace"},
     "tv": {"loss": "tv"},
     "soft": {"loss": "soft"},
+    "all": {
+        "x": True,
+        "middle": True,
+        "neighbours": True,
+        "gru": 256,
+        "pair": 128,
+        "copied": True,
+        "depth": True,
+    },
 }
 
 
@@ -75,9 +84,8 @@ class Head(nn.Module):
                       (`fixed`) + what the tokens on the path say (`step`)
     """
 
-    def __init__(self, inner: Tensor, outer: Tensor, rows: Tensor, options: dict[str, Any]):
+    def __init__(self, inner: Tensor, outer: Tensor, vocabulary: int, options: dict[str, Any]):
         super().__init__()
-        self.rows = rows  # [V, D] of the output layer
         self.options = options
         hidden = outer.shape[0]
         extra = options.get("size", 0) - len(inner)
@@ -119,7 +127,7 @@ class Head(nn.Module):
             self.pair_token, self.pair_state = random(rank, hidden), random(rank, hidden)
             self.pair_out = zero(hidden, rank)
         if rank := options.get("table"):
-            self.table, self.look = zero(options["vocabulary"], rank), random(rank, size)
+            self.table, self.look = zero(vocabulary, rank), random(rank, size)
         if options.get("copied"):
             self.copied = zero(K, FEATURES)
 
@@ -163,9 +171,7 @@ class Head(nn.Module):
             return memory.scatter(1, place.expand(-1, 1, 2 * width), entry[:, None])
         return memory
 
-    def recall(
-        self, memory: Tensor, i: int | Tensor, state: Tensor, token: Tensor
-    ) -> Tensor | float:
+    def recall(self, memory: Tensor, i: int | Tensor, state: Tensor, token: Tensor) -> Tensor:
         """[N, S]: what the memory says before the silu."""
         if self.options.get("gru"):
             return linear(memory, self.read)
@@ -177,26 +183,23 @@ class Head(nn.Module):
             there = torch.arange(K + 1) <= torch.as_tensor(i).expand(len(memory))[:, None] + 1
             weights = scores.masked_fill(~there[:, None], -torch.inf).softmax(-1)
             return linear(torch.einsum("nhm,nmhd->nhd", weights, values).flatten(1), self.read)
-        return 0.0
+        return memory.new_zeros(len(memory), 1)
 
-    def scores(
-        self, inner: Tensor, state: Tensor, token: Tensor, logits: Tensor, ids: Tensor
-    ) -> Tensor:
-        """[N, C]: new scores of the candidates, of which `inner` [N, S] is all but the token's."""
+    def forward(self, inner: Tensor, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, S] after the silu and [N, D] moves; `inner` [N, S] is all but the token's before."""
         middle = silu(inner + linear(token, self.inner[:, token.shape[-1] :]))
         moves = linear(middle, self.outer)
         if self.options.get("pair"):
             both = linear(token, self.pair_token) * linear(state, self.pair_state)
             moves = moves + linear(both, self.pair_out)
-        out = logits + (self.rows[ids] @ moves[:, :, None])[:, :, 0]
-        if self.options.get("table"):
-            out = out + (self.table[ids] @ linear(middle, self.look)[:, :, None])[:, :, 0]
-        return out
+        return middle, moves
 
-    def added(self, i: int | Tensor, features: Tensor) -> Tensor | float:
+    def looked_up(self, middle: Tensor, ids: Tensor) -> Tensor:
+        """[N, C] of a low-rank table of the vocabulary: its own row of each candidate."""
+        return (self.table[ids] @ linear(middle, self.look)[:, :, None])[:, :, 0]
+
+    def added(self, i: int | Tensor, features: Tensor) -> Tensor:
         """What copies add to the scores: features [N, C, F]."""
-        if not self.options.get("copied"):
-            return 0.0
         weight = self.copied[torch.as_tensor(i).expand(len(features))]
         return (features @ weight[:, :, None])[:, :, 0]
 
@@ -244,7 +247,7 @@ def copied(context: Tensor, path: Tensor, ids: Tensor) -> Tensor:
 class Groups:
     """Cached groups: N of them, each K SATs after one place of an answer."""
 
-    def __init__(self, folder: Path, embedding: Tensor):
+    def __init__(self, folder: Path, model: SatModel):
         files = sorted(folder.glob("answers_*.pt"))
         require(len(files) > 0, f"cache={folder}: no answers_*.pt there; run `cache` first")
         parts = [part for file in files for part in torch.load(file)]
@@ -257,7 +260,8 @@ class Groups:
         self.data = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         counts = torch.tensor([len(part["anchor"]) for part in parts])
         self.row = torch.arange(len(parts)).repeat_interleave(counts)
-        self.embedding = embedding
+        self.embedding = norm(model.lm.get_input_embeddings().weight.detach())  # [V, D]
+        self.rows = model.lm.get_output_embeddings().weight.detach().float()  # [V, D]
         held = self.data["answer"] < HELD_OUT
         asked = {prompts[i] for i in self.row[held].unique().tolist()}
         again = torch.tensor([prompt in asked for prompt in prompts])[self.row]
@@ -282,48 +286,72 @@ class Groups:
         }
 
 
-def rank(
-    head: Head, groups: Groups, batch: dict[str, Tensor], before: Tensor | None = None
-) -> Tensor:
-    """[N, K, C] new scores where the tokens before are the true ones, or `before` [N, K]."""
-    before = batch["tokens"][:, 1 : K + 1] if before is None else before
-    tokens = norm(groups.embedding[before])
+def score(
+    heads: list[Head], groups: Groups, batch: dict[str, Tensor], befores: list[Tensor]
+) -> list[Tensor]:
+    """[N, K, C] new scores by each head, given the tokens before [N, K]: the true ones, mostly."""
     states = batch["states"]
-    inner = head.fixed(states, batch["x"], norm(groups.embedding[batch["tokens"][:, 1]]))
-    memory = head.start(batch["x"][:, 0])
-    if memory.numel():
-        said = []
-        for i in range(K):
-            memory = head.step(memory, i, states[:, i], tokens[:, i])
-            said.append(head.recall(memory, i, states[:, i], tokens[:, i]))
-        inner = inner + torch.stack(said, 1)
-    flat = [part.flatten(0, 1) for part in (inner, states, tokens, batch["logits"], batch["ids"])]
-    out = head.scores(*flat).unflatten(0, (-1, K))
-    if head.options.get("copied"):
-        places = torch.cat([batch["tokens"][:, :1], before], 1).unfold(1, 2, 1)
-        parts = [
-            head.added(i, copied(batch["context"], places[:, i], batch["ids"][:, i]).float())
-            for i in range(K)
-        ]
-        out = out + torch.stack(parts, 1)
+    first = groups.embedding[batch["tokens"][:, 1]]
+    middles, moves = [], []
+    for head, before in zip(heads, befores, strict=True):
+        tokens = groups.embedding[before]
+        inner = head.fixed(states, batch["x"], first)
+        memory = head.start(batch["x"][:, 0])
+        if memory.numel():
+            said = []
+            for i in range(K):
+                memory = head.step(memory, i, states[:, i], tokens[:, i])
+                said.append(head.recall(memory, i, states[:, i], tokens[:, i]))
+            inner = inner + torch.stack(said, 1)
+        middle, move = head(inner.flatten(0, 1), states.flatten(0, 1), tokens.flatten(0, 1))
+        middles.append(middle)
+        moves.append(move)
+    ids = batch["ids"].flatten(0, 1)
+    every = groups.rows[ids] @ torch.stack(moves, -1) + batch["logits"].flatten(0, 1)[..., None]
+    out = []
+    for head, before, middle, own in zip(heads, befores, middles, every.unbind(-1), strict=True):
+        scores = own
+        if head.options.get("table"):
+            scores = scores + head.looked_up(middle, ids)
+        scores = scores.unflatten(0, (-1, K))
+        if head.options.get("copied"):
+            copied_by_depth = [copies(batch, before, i) for i in range(K)]
+            added = [head.added(i, features) for i, features in enumerate(copied_by_depth)]
+            scores = scores + torch.stack(added, 1)
+        out.append(scores)
     return out
 
 
-def loss_of(head: Head, groups: Groups, batch: dict[str, Tensor]) -> Tensor:
+def copies(batch: dict[str, Tensor], before: Tensor, i: int) -> Tensor:
+    """[N, C, F] of the candidates of depth i + 1, given the tokens before [N, K]."""
+    path = torch.cat([batch["tokens"][:, :1], before], 1)[:, i : i + 2]
+    return copied(batch["context"], path, batch["ids"][:, i]).float()
+
+
+def true_before(batch: dict[str, Tensor]) -> Tensor:
+    return batch["tokens"][:, 1 : K + 1]
+
+
+@torch.no_grad()
+def befores_of(heads: list[Head], groups: Groups, batch: dict[str, Tensor]) -> list[Tensor]:
+    """[N, K] tokens before that each head is trained on: true ones, and its own guesses."""
+    out = []
+    for head in heads:
+        before = true_before(batch)
+        if chance := head.options.get("guess"):
+            best = score([head], groups, batch, [before])[0].argmax(-1, keepdim=True)
+            own = pad(batch["ids"].gather(-1, best)[:, :-1, 0], (1, 0))
+            swap = pad(torch.rand(before[:, 1:].shape) < chance, (1, 0))
+            before = torch.where(swap, own, before)
+        out.append(before)
+    return out
+
+
+def loss_of(kind: str, scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """Mean loss of a batch's SATs: over candidates, where the token that followed is one."""
-    before = None
-    if chance := head.options.get("guess"):
-        with torch.no_grad():
-            best = rank(head, groups, batch).argmax(-1, keepdim=True)
-            own = batch["ids"].gather(-1, best)[:, :-1, 0]
-        true = batch["tokens"][:, 1 : K + 1]
-        swap = pad(torch.rand(own.shape) < chance, (1, 0))
-        before = torch.where(swap, pad(own, (1, 0)), true)
-    scores = rank(head, groups, batch, before)
     found, place = (batch["ids"] == batch["tokens"][:, 2:, None]).max(-1)
     hard = cross_entropy(scores.flatten(0, 1), place.flatten(), reduction="none")
     hard = hard.view_as(place) * found
-    kind = head.options.get("loss", "ce")
     if kind == "pace":  # the gradient of the expected accepted length
         right = torch.exp(-hard.detach()) * found
         reach = right.cumprod(-1)
@@ -339,32 +367,49 @@ def loss_of(head: Head, groups: Groups, batch: dict[str, Tensor]) -> Tensor:
     return hard.sum() / found.sum()
 
 
-def train(head: Head, groups: Groups, steps: int, lr: float) -> float:
-    """Take `steps` steps, of what is new at five times the rate; returns seconds."""
+def optimizer_of(head: Head, lr: float) -> torch.optim.Optimizer:
+    """AdamW; what is new learns at five times the rate."""
     old = [] if head.options.get("scratch") else [head.inner, head.outer]
     new = [p for p in head.parameters() if all(p is not other for other in old)]
     parts = [{"params": old, "own": lr}, {"params": new, "own": 5 * lr}]
-    optimizer = torch.optim.AdamW(parts, betas=(0.9, 0.99), weight_decay=0.0)
+    return torch.optim.AdamW(parts, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def train(heads: list[Head], groups: Groups, steps: int, lr: float) -> list[list[float]]:
+    """Take `steps` steps with each head, on the same groups.
+
+    Returns the cross-entropy of each head by step: of groups that it has not learned yet, while
+    `steps` are once through them.
+    """
+    optimizers = [optimizer_of(head, lr) for head in heads]
     generator = torch.Generator().manual_seed(0)
+    rounds = 1 + steps * BATCH // len(groups.rest)
     order = torch.cat(
-        [
-            groups.rest[torch.randperm(len(groups.rest), generator=generator)]
-            for _ in range(1 + steps * BATCH // len(groups.rest))
-        ]
+        [groups.rest[torch.randperm(len(groups.rest), generator=generator)] for _ in range(rounds)]
     )
     began = time.perf_counter()
+    plain: list[list[float]] = [[] for _ in heads]
     for step in range(steps):
-        warm = min(1.0, (step + 1) / 20)
-        for part in optimizer.param_groups:
-            part["lr"] = part["own"] * warm * 0.5 * (1 + np.cos(np.pi * step / steps))
-        loss = loss_of(head, groups, groups[order[step * BATCH : (step + 1) * BATCH]])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 0:
-            print(f"  {step}: {loss.item():.3f}, {time.perf_counter() - began:.0f} s", flush=True)
-    return time.perf_counter() - began
+        rate = min(1.0, (step + 1) / 20) * 0.5 * (1 + np.cos(np.pi * step / steps))
+        batch = groups[order[step * BATCH : (step + 1) * BATCH]]
+        every = score(heads, groups, batch, befores_of(heads, groups, batch))
+        losses = [
+            loss_of(head.options.get("loss", "ce"), scores, batch)
+            for head, scores in zip(heads, every, strict=True)
+        ]
+        for scores, own in zip(every, plain, strict=True):
+            own.append(loss_of("ce", scores.detach(), batch).item())
+        torch.stack(losses).sum().backward()
+        for head, optimizer in zip(heads, optimizers, strict=True):
+            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            for part in optimizer.param_groups:
+                part["lr"] = part["own"] * rate
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 25 == 24:
+            late = " ".join(f"{np.mean(own[-25:]):.3f}" for own in plain)
+            print(f"  {step + 1}: {late}, {time.perf_counter() - began:.0f} s", flush=True)
+    return plain
 
 
 @torch.no_grad()
@@ -374,7 +419,7 @@ def grow(head: Head, groups: Groups, batch: dict[str, Tensor], nodes: int) -> Te
     every = torch.arange(size)
     width = 8  # children of a node that may be taken
     states = batch["states"]
-    fixed = head.fixed(states, batch["x"], norm(groups.embedding[batch["tokens"][:, 1]]))
+    fixed = head.fixed(states, batch["x"], groups.embedding[batch["tokens"][:, 1]])
     start = head.start(batch["x"][:, 0])
     # Of the nodes that were taken, 0 is the root, whose token is true.
     memory = start.new_zeros(size, nodes + 1, *start.shape[1:])
@@ -403,12 +448,15 @@ def grow(head: Head, groups: Groups, batch: dict[str, Tensor], nodes: int) -> Te
         else:
             so_far = torch.zeros(size)
         i = depth[:, node].clamp(max=K - 1)
-        own = norm(groups.embedding[pair[:, node, 1]])
+        own = groups.embedding[pair[:, node, 1]]
         state = states[every, i]
         memory[:, node] = head.step(memory[:, node], i, state, own)
         inner = fixed[every, i] + head.recall(memory[:, node], i, state, own)
         ids = batch["ids"][every, i]
-        scores = head.scores(inner, state, own, batch["logits"][every, i], ids)
+        middle, moves = head(inner, state, own)
+        scores = batch["logits"][every, i] + (groups.rows[ids] @ moves[:, :, None])[:, :, 0]
+        if head.options.get("table"):
+            scores = scores + head.looked_up(middle, ids)
         if head.options.get("copied"):
             scores = scores + head.added(i, copied(batch["context"], pair[:, node], ids).float())
         values, columns = scores.log_softmax(-1).topk(width)
@@ -419,17 +467,20 @@ def grow(head: Head, groups: Groups, batch: dict[str, Tensor], nodes: int) -> Te
 
 
 @torch.no_grad()
-def measure(head: Head, groups: Groups) -> dict[str, Tensor]:
+def measure(heads: list[Head], groups: Groups, trees: bool) -> list[dict[str, Tensor]]:
     """Of every held-out group: right tokens and confidences by depth, and accepted in a tree."""
-    hits, confidences, trees = [], [], []
-    for at in groups.held.split(256):
+    found: list[dict[str, list[Tensor]]] = [{} for _ in heads]
+    for at in groups.held.split(128):
         batch = groups[at]
-        confidence, best = rank(head, groups, batch).softmax(-1).max(-1)
-        token = batch["ids"].gather(-1, best[..., None])[..., 0]
-        hits.append(token == batch["tokens"][:, 2:])
-        confidences.append(confidence)
-        trees.append(grow(head, groups, batch, NODES))
-    return {"hit": torch.cat(hits), "confidence": torch.cat(confidences), "tree": torch.cat(trees)}
+        every = score(heads, groups, batch, [true_before(batch)] * len(heads))
+        for head, scores, own in zip(heads, every, found, strict=True):
+            confidence, best = scores.softmax(-1).max(-1)
+            token = batch["ids"].gather(-1, best[..., None])[..., 0]
+            own.setdefault("hit", []).append(token == batch["tokens"][:, 2:])
+            own.setdefault("confidence", []).append(confidence)
+            if trees:
+                own.setdefault("tree", []).append(grow(head, groups, batch, NODES))
+    return [{name: torch.cat(parts) for name, parts in own.items()} for own in found]
 
 
 def calibration_error(hit: Tensor, confidence: Tensor) -> float:
@@ -467,8 +518,9 @@ def cache_command(
     model.adapter.fuse().attach(model.lm)
     PackedLinears(model.lm).attach()
     layers = model.lm.base_model.layers
+    middle = [round(deep * len(layers)) for deep in MIDDLE]
     seen: list[Tensor] = []
-    for layer in MIDDLE:
+    for layer in middle:
         layers[layer].register_forward_hook(
             lambda module, inputs, output: seen.append(
                 output[0] if isinstance(output, tuple) else output
@@ -524,6 +576,10 @@ def groups_of(
     ]
 
 
+def file_of(out: Path, name: str) -> Path:
+    return out / f"{name.replace(' ', '_').replace(',', '')}.pt"
+
+
 @app.command("train")
 def train_command(
     cache: Path,
@@ -533,45 +589,63 @@ def train_command(
     lr: float = 2e-4,
     model_name: str = MODEL,
 ) -> None:
-    """Train and measure the variants that OUT lacks."""
+    """Train the variants that OUT lacks, together, and measure the chains that they draft."""
     model = load(model_name, "float32")
     require(model.head is not None, f"model {model_name}: it has no draft head")
     assert model.head is not None
-    groups = Groups(cache, model.lm.get_output_embeddings().weight.detach())
-    fence = model.tokenizer.encode("```")[0]
+    assert model.tokenizer is not None
+    groups = Groups(cache, model)
+    fence = model.tokenizer.encode("```", add_special_tokens=False)[0]
     has_fence = (groups.texts == fence).any(-1)[groups.row[groups.held]]
     print(f"{len(groups.rest)} groups, {len(groups.held)} held out", flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    for name in variants or VARIANTS:
+    names = list(variants or VARIANTS)
+    for name in names:
         require(name in VARIANTS, f"variant {name}: expected one of {', '.join(VARIANTS)}")
-        file = out / f"{name.replace(' ', '_').replace(',', '')}.pt"
-        if file.exists():
-            continue
+    names = [name for name in names if not file_of(out, name).exists()]
+    inner, outer = model.head.inner.detach().float(), model.head.outer.detach().float()
+    heads = []
+    for name in names:
         torch.manual_seed(0)
-        options = VARIANTS[name]
-        head = Head(model.head.inner.detach(), model.head.outer.detach(), groups.embedding, options)
-        own_steps = options.get("steps", steps)
-        seconds = train(head, groups, own_steps, lr)
-        figures = measure(head, groups)
+        heads.append(Head(inner, outer, len(groups.rows), VARIANTS[name]))
+    learning = [head for head in heads if not head.options.get("untrained")]
+    losses = iter(train(learning, groups, steps, lr))
+    for name, head, figures in zip(names, heads, measure(heads, groups, False), strict=True):
+        trained = head in learning
         result = {
             "name": name,
-            "options": options,
-            "settings": {"steps": own_steps, "lr": lr, "batch": BATCH, "groups": len(groups.rest)},
-            "seconds": seconds,
+            "options": head.options,
+            "settings": {"steps": steps if trained else 0, "lr": lr, "batch": BATCH}
+            | {"groups": len(groups.rest)},
+            "losses": next(losses) if trained else [],
             "cost": head.cost(),
             "weights": head.state_dict(),
             "answer": groups.data["answer"][groups.held],
             "code": has_fence,
             **figures,
         }
-        with replacing(file) as part:
+        with replacing(file_of(out, name)) as part:
             torch.save(result, part)
         chain = figures["hit"].cumprod(-1).float()
-        print(
-            f"{name}: {chain[:, :5].sum(-1).mean():.3f} {chain.sum(-1).mean():.3f} "
-            f"tree {figures['tree'].mean():.3f}, {seconds:.0f} s",
-            flush=True,
-        )
+        print(f"{name}: {chain[:, :5].sum(-1).mean():.3f} {chain.sum(-1).mean():.3f}", flush=True)
+
+
+@app.command("trees")
+def trees_command(cache: Path, out: Path, variants: list[str], model_name: str = MODEL) -> None:
+    """Measure what trees of the given variants accept, beside their chains."""
+    model = load(model_name, "float32")
+    groups = Groups(cache, model)
+    for name in variants:
+        result = torch.load(file_of(out, name))
+        if "tree" in result:
+            continue
+        weights = result["weights"]
+        head = Head(weights["inner"], weights["outer"], len(groups.rows), result["options"])
+        head.load_state_dict(weights)
+        result.update(measure([head], groups, True)[0])
+        with replacing(file_of(out, name)) as part:
+            torch.save(result, part)
+        print(f"{name}: {result['tree'].mean():.3f}", flush=True)
 
 
 @app.command("compare")
@@ -582,11 +656,10 @@ def compare_command(out: Path, file: Path, baseline: str = "today") -> None:
 
     def figures(result: dict[str, Any]) -> dict[str, np.ndarray]:
         right = result["hit"].cumprod(-1).double()
-        return {
-            "chain_5": right[:, :5].sum(-1).numpy(),
-            "chain_7": right.sum(-1).numpy(),
-            "tree_16": result["tree"].double().numpy(),
-        }
+        out = {"chain_5": right[:, :5].sum(-1).numpy(), "chain_7": right.sum(-1).numpy()}
+        if "tree" in result:
+            out["tree_16"] = result["tree"].double().numpy()
+        return out
 
     base = figures(found[baseline])
     variants = {}
@@ -596,10 +669,11 @@ def compare_command(out: Path, file: Path, baseline: str = "today") -> None:
         own = figures(result)
         entry: dict[str, Any] = {"options": result["options"], "settings": result["settings"]}
         entry["accepted"] = {key: interval(v, answers) for key, v in own.items()}
-        entry["difference"] = {key: interval(v - base[key], answers) for key, v in own.items()}
+        own_base = {key: base[key] for key in own if key in base}
+        entry["difference"] = {key: interval(own[key] - v, answers) for key, v in own_base.items()}
         for kind, rows in (("code", code), ("other", ~code)):
             entry[f"difference_{kind}"] = {
-                key: interval((v - base[key])[rows], answers[rows]) for key, v in own.items()
+                key: interval((own[key] - v)[rows], answers[rows]) for key, v in own_base.items()
             }
             entry[f"accepted_{kind}"] = {
                 key: round(float(v[rows].mean()), 3) for key, v in own.items()
@@ -610,7 +684,8 @@ def compare_command(out: Path, file: Path, baseline: str = "today") -> None:
             calibration_error(hit[:, i], result["confidence"][:, i]) for i in range(K)
         ]
         entry["cost"] = result["cost"]
-        entry["seconds"] = round(result["seconds"], 1)
+        late = result.get("losses", [])[-100:]
+        entry["loss_last_100_steps"] = round(float(np.mean(late)), 4) if late else None
         variants[name] = entry
     first = found[baseline]
     head = {
