@@ -30,6 +30,7 @@ from sdsat.cli.program import run_app
 from sdsat.config import require
 from sdsat.environment import commit
 from sdsat.files import replacing, write_json
+from sdsat.method.lookup import Lookup
 from sdsat.models.head import SHORTLIST
 from sdsat.models.loading import load
 from sdsat.models.packed import PackedLinears
@@ -60,6 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pair": {"pair": 128, "depth": True},
     "table": {"table": 64},
     "copied": {"copied": True, "depth": True},
+    "copied and scale": {"copied": True, "scale": True, "depth": True},
     "size 2048": {"size": 2048},
     "guess": {"guess": 0.4},
     "pace": {"loss": "pace"},
@@ -130,6 +132,8 @@ class Head(nn.Module):
             self.table, self.look = zero(vocabulary, rank), random(rank, size)
         if options.get("copied"):
             self.copied = zero(K, FEATURES)
+        if options.get("scale"):
+            self.scale = zero(K)
 
     def fixed(self, states: Tensor, x_states: Tensor, first: Tensor) -> Tensor:
         """[N, K, S], once a group: what does not depend on drafted tokens.
@@ -197,6 +201,12 @@ class Head(nn.Module):
     def looked_up(self, middle: Tensor, ids: Tensor) -> Tensor:
         """[N, C] of a low-rank table of the vocabulary: its own row of each candidate."""
         return (self.table[ids] @ linear(middle, self.look)[:, :, None])[:, :, 0]
+
+    def scaled(self, i: int | Tensor, scores: Tensor) -> Tensor:
+        """Scores [N, C] at a temperature of the depth."""
+        if not self.options.get("scale"):
+            return scores
+        return scores * (1 + self.scale[torch.as_tensor(i).expand(len(scores))])[:, None]
 
     def added(self, i: int | Tensor, features: Tensor) -> Tensor:
         """What copies add to the scores: features [N, C, F]."""
@@ -313,7 +323,7 @@ def score(
         scores = own
         if head.options.get("table"):
             scores = scores + head.looked_up(middle, ids)
-        scores = scores.unflatten(0, (-1, K))
+        scores = head.scaled(torch.arange(K).repeat(len(states)), scores).unflatten(0, (-1, K))
         if head.options.get("copied"):
             copied_by_depth = [copies(batch, before, i) for i in range(K)]
             added = [head.added(i, features) for i, features in enumerate(copied_by_depth)]
@@ -368,11 +378,14 @@ def loss_of(kind: str, scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 def optimizer_of(head: Head, lr: float) -> torch.optim.Optimizer:
-    """AdamW; what is new learns at five times the rate."""
-    old = [] if head.options.get("scratch") else [head.inner, head.outer]
-    new = [p for p in head.parameters() if all(p is not other for other in old)]
-    parts = [{"params": old, "own": lr}, {"params": new, "own": 5 * lr}]
-    return torch.optim.AdamW(parts, betas=(0.9, 0.99), weight_decay=0.0)
+    """AdamW; what is new learns at five times the rate, weights of single scores at 0.05."""
+    parts: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in head.named_parameters():
+        old = name in ("inner", "outer") and not head.options.get("scratch")
+        own = 0.05 if name in ("copied", "scale") else lr if old else 5 * lr
+        parts.setdefault(own, []).append(parameter)
+    groups = [{"params": part, "own": own} for own, part in parts.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 def train(heads: list[Head], groups: Groups, steps: int, lr: float) -> list[list[float]]:
@@ -457,6 +470,7 @@ def grow(head: Head, groups: Groups, batch: dict[str, Tensor], nodes: int) -> Te
         scores = batch["logits"][every, i] + (groups.rows[ids] @ moves[:, :, None])[:, :, 0]
         if head.options.get("table"):
             scores = scores + head.looked_up(middle, ids)
+        scores = head.scaled(i, scores)
         if head.options.get("copied"):
             scores = scores + head.added(i, copied(batch["context"], pair[:, node], ids).float())
         values, columns = scores.log_softmax(-1).topk(width)
@@ -481,6 +495,17 @@ def measure(heads: list[Head], groups: Groups, trees: bool) -> list[dict[str, Te
             if trees:
                 own.setdefault("tree", []).append(grow(head, groups, batch, NODES))
     return [{name: torch.cat(parts) for name, parts in own.items()} for own in found]
+
+
+def lookup(groups: Groups) -> Tensor:
+    """[N] what prompt lookup, which `auto` has beside the SATs, accepts in held-out groups."""
+    out = []
+    for at in groups.held.tolist():
+        text, root = groups.texts[groups.row[at]].tolist(), int(groups.data["anchor"][at]) + 1
+        drafts = Lookup(text[: root + 1], K).drafts()
+        same = [a == b for a, b in zip(drafts, text[root + 1 :], strict=False)]
+        out.append([*same, False].index(False))
+    return torch.tensor(out)
 
 
 def calibration_error(hit: Tensor, confidence: Tensor) -> float:
@@ -597,6 +622,7 @@ def train_command(
     groups = Groups(cache, model)
     fence = model.tokenizer.encode("```", add_special_tokens=False)[0]
     has_fence = (groups.texts == fence).any(-1)[groups.row[groups.held]]
+    copies_of_text = lookup(groups)
     print(f"{len(groups.rest)} groups, {len(groups.held)} held out", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     names = list(variants or VARIANTS)
@@ -622,6 +648,7 @@ def train_command(
             "weights": head.state_dict(),
             "answer": groups.data["answer"][groups.held],
             "code": has_fence,
+            "lookup": copies_of_text,
             **figures,
         }
         with replacing(file_of(out, name)) as part:
@@ -659,7 +686,9 @@ def compare_command(out: Path, file: Path, baseline: str = "today") -> None:
         out = {"chain_5": right[:, :5].sum(-1).numpy(), "chain_7": right.sum(-1).numpy()}
         if "tree" in result:
             out["tree_16"] = result["tree"].double().numpy()
-        return out
+        # The better of both: what is accepted where a tree holds the drafts of both.
+        beside = result["lookup"].double().numpy()
+        return out | {f"{key}_or_lookup": np.maximum(v, beside) for key, v in out.items()}
 
     base = figures(found[baseline])
     variants = {}
