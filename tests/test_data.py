@@ -120,11 +120,11 @@ def test_shards_do_not_depend_on_the_batch(decoder, source, tmp_path):
 def test_large_batches_take_in_several_prompts_at_a_time(decoder):
     numbers = list(range(60))
     prompts = [[5 + i % 30] * (1 + i % 7) for i in numbers]
-    temperatures = [0.0, 0.8, 0.8] * 20
+    temperatures = [0.0, 1.5, 1.5] * 20
     alone = dict(answer_batch(decoder, prompts, numbers, temperatures, 12, 1, 5))
     together = dict(answer_batch(decoder, prompts, numbers, temperatures, 12, 25, 5))
     assert together == alone
-    assert len({len(answer) for answer in alone.values()}) > 1
+    assert len({len(answer) for answer in alone.values()}) > 3
 
 
 def test_several_answers_to_a_prompt_take_the_temperatures_in_turn(decoder, source, tmp_path):

@@ -103,7 +103,7 @@ def storage(decoder):
 
 @pytest.mark.parametrize(("head", "turn"), [(0, 0), (6, 2)])
 def test_many_generations_on_one_cache_equal_those_without_graphs(head, turn):
-    """With and without a head, greedy and not, every one of CONFIGS meets every prompt."""
+    """Over four turns, with a head or without, greedy or not, CONFIGS meet every prompt."""
     plain = with_adapter(tiny_llama(), k=5, head=head)
     decoder = recorded_model(traced, head=head)
     decoder.costs = CostCurve(
