@@ -110,16 +110,19 @@ def _facts(roots: list[nn.Module]) -> list[Any]:
         getattr(root, "config", None) and getattr(root.config, "_attn_implementation", None)
         for root in roots
     ]
+    kinds: dict[type[nn.Module], None] = {}  # an ordered set
     for module in _walk(roots):
         held = module.__dict__
+        kinds[type(module)] = None
         facts += (id(module), type(module), id(held.get("forward")), len(held["_modules"]))
-        facts += _forward_of(type(module))
         facts += [held[name] for name in _NUMBERS if name in held]
         if held["_forward_hooks"] or held["_forward_pre_hooks"]:
             facts += map(id, _hooks(module))
         for tensor in _tensors(module):
             version = 0 if tensor.is_inference() else tensor._version
             facts += (id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.numel())
+    for kind in kinds:
+        facts += _forward_of(kind)
     return facts
 
 
