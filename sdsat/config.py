@@ -679,6 +679,8 @@ class TrainConfig:
     checkpoint_every: int = option(None, "Steps between checkpoints. Default: --eval-every.")
 
     def __post_init__(self) -> None:
+        if self.checkpoint_every is None:
+            _keep(self, checkpoint_every=self.eval_every)
         for name in (
             "steps",
             "k",
@@ -687,6 +689,7 @@ class TrainConfig:
             "batch_size",
             "accumulate",
             "eval_every",
+            "checkpoint_every",
             "held_out",
         ):
             whole(name, getattr(self, name), "1 or more, a whole number", 1)
@@ -694,9 +697,6 @@ class TrainConfig:
             whole(name, getattr(self, name), "0 or more, a whole number", 0)
         if self.lr is None:
             _keep(self, lr=2e-5 if self.mode == "full" else 1e-3)
-        if self.checkpoint_every is None:
-            _keep(self, checkpoint_every=self.eval_every)
-        whole("checkpoint_every", self.checkpoint_every, "1 or more, a whole number", 1)
         whole("head", self.head, "0 (none) or a positive size", 0)
         whole("k", self.k, f"a whole number from 1 to {MAX_TRAINED_K}", 1, MAX_TRAINED_K)
         whole("seed", self.seed, "a whole number")

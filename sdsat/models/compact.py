@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdsat.config import require
+from sdsat.config import InputError
 
 LARGEST = 127  # in size, of a number in 8 bits
 _SCALE = ".scale"
@@ -43,10 +43,8 @@ def restored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensor.dtype != torch.int8:
             continue
         scale = tensors.get(name + _SCALE)
-        require(
-            scale is not None and scale.shape == tensor.shape[:1],
-            f"{name} is in 8 bits and needs {name}{_SCALE} {list(tensor.shape[:1])}",
-        )
-        assert scale is not None
+        if scale is None or scale.shape != tensor.shape[:1]:
+            needed = f"{name}{_SCALE} {list(tensor.shape[:1])}"
+            raise InputError(f"{name} is in 8 bits and needs {needed}")
         out[name] = tensor.float() * scale[:, None]
     return out
