@@ -24,6 +24,7 @@ from sdsat.cli.program import run
 from sdsat.config import SamplingConfig, TrainConfig, require
 from sdsat.decoding.loop import Decoder, num_slots
 from sdsat.engines.base import PassInput, probe_tokens
+from sdsat.engines.drafting import Guesses
 from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
 from sdsat.method.layout import SatGroup
@@ -103,7 +104,7 @@ def draft_milliseconds(adapters: dict[str, Path]) -> dict[str, float]:
                 row = PassInput(cache, x.tolist(), root, (SatGroup(0, k),))
                 states, logits = engine.forward([row])
                 chain = make_tree("chain", k)
-                engine.draft(x, states[1:], logits[1:], 0, chain, SamplingConfig())
+                engine.draft(Guesses(x, states[1:], logits[1:], 0, SamplingConfig()), chain)
                 if turn > 1:
                     times[name].append(1000 * (time.perf_counter() - began))
                 adapter.detach()

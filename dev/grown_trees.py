@@ -35,6 +35,7 @@ from sdsat.decoding.beliefs import Acceptance
 from sdsat.decoding.loop import Decoder, num_slots
 from sdsat.decoding.plan import reach
 from sdsat.engines.base import PassInput
+from sdsat.engines.drafting import Guesses
 from sdsat.evaluation.records import environment
 from sdsat.evaluation.summary import interval
 from sdsat.files import read_json, write_json
@@ -116,7 +117,7 @@ def collect(
 
 def fixed(decoder: Decoder, place: dict[str, Any], tree: DraftTree, sampling: Any) -> Drafts:
     """Drafts of a tree that is given."""
-    tokens, likely = decoder.engine.draft(*_given(decoder, place), tree, sampling).tolist()
+    tokens, likely = decoder.engine.draft(_given(decoder, place, sampling), tree).tolist()
     return Drafts.of_sats(tree, [int(token) for token in tokens], likely, "root")
 
 
@@ -141,21 +142,17 @@ def without_noise(decoder: Decoder, place: dict[str, Any], drafts: Drafts) -> Dr
 def grown(decoder: Decoder, place: dict[str, Any], nodes: int, sampling: Any) -> Drafts:
     """Drafts of a tree that grows."""
     drafted = passes._drafted(
-        None, decoder.engine.grow(*_given(decoder, place), nodes, sampling).tolist()
+        None, decoder.engine.grow(_given(decoder, place, sampling), nodes).tolist()
     )
     return Drafts.of_sats(drafted.tree, drafted.tokens, drafted.likely, "root")
 
 
-def _given(decoder: Decoder, place: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """What a drafter is given: x, states, logits (of the largest that were kept), and the index."""
+def _given(decoder: Decoder, place: dict[str, Any], sampling: Any) -> Guesses:
+    """What a drafter is given; logits are of the largest that were kept."""
     values, ids = place["best"]
     least = torch.full((len(ids), decoder.model.vocabulary), -torch.inf, dtype=values.dtype)
-    return (
-        torch.tensor([place["x"]]),
-        place["states"],
-        least.scatter(1, ids, values),
-        place["index"],
-    )
+    logits = least.scatter(1, ids, values)
+    return Guesses(torch.tensor([place["x"]]), place["states"], logits, place["index"], sampling)
 
 
 def accepted(
@@ -296,17 +293,17 @@ def drafting(out: Annotated[Path, typer.Option()], turns: int = 200) -> None:
         engine.prefill(cache, torch.tensor(prompt[:-1]))
         passed = PassInput(cache, prompt[-1:], make_tree("chain", 0), (SatGroup(0, k),))
         states, logits = engine.forward([passed])
-        given = (logits[:1].argmax(-1), states[1:], logits[1:], 1)
         for name, sampling in SAMPLINGS.items():
+            guesses = Guesses(logits[:1].argmax(-1), states[1:], logits[1:], 1, sampling)
             times: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(turns):
                 for way, (tree, nodes) in WAYS.items():
                     began = time.perf_counter()
                     if tree == GROWN:
-                        found = engine.grow(*given, nodes, sampling)
+                        found = engine.grow(guesses, nodes)
                     else:
                         tree = make_tree(tree, k)
-                        found = engine.draft(*given, tree, sampling)
+                        found = engine.draft(guesses, tree)
                     passes._drafted(None if nodes else tree, found.tolist())
                     times[way].append(1e3 * (time.perf_counter() - began))
             for way, taken in times.items():

@@ -30,6 +30,7 @@ from sdsat.cli.program import run
 from sdsat.config import SamplingConfig, SatConfig, require
 from sdsat.decoding.loop import Decoder
 from sdsat.engines.base import Engine, PassInput, probe_tokens
+from sdsat.engines.drafting import Guesses
 from sdsat.engines.graphs import CudaCapture, Graphs, padded
 from sdsat.engines.transformers import TransformersEngine
 from sdsat.evaluation.records import environment
@@ -124,11 +125,9 @@ def measure_drafting(engine: Engine, k: int) -> float:
     logits = torch.randn(k, VOCABULARY, device=model.device).to(model.dtype)
     x = torch.zeros(1, dtype=torch.long, device=model.device)
     chain = make_tree("chain", k)
+    guesses = Guesses(x, states, logits, 0, SamplingConfig())
     taken = [
-        milliseconds(
-            model.device, lambda: engine.draft(x, states, logits, 0, chain, SamplingConfig())
-        )
-        for _ in range(TURNS + 2)
+        milliseconds(model.device, lambda: engine.draft(guesses, chain)) for _ in range(TURNS + 2)
     ]
     return round(statistics.median(taken[2:]), 4)
 

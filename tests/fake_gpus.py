@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sdsat.config import SamplingConfig, SatConfig
 from sdsat.engines.base import PassInput, RowPolicy
 from sdsat.engines.cache import SlotCache, SlotPlace
+from sdsat.engines.drafting import Guesses
 from sdsat.engines.transformers import TransformersEngine
 from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree
@@ -79,10 +80,9 @@ def main():
         for sampling in (SamplingConfig(), SamplingConfig(1.0, 10, 0.95)):
             x = engine.next_tokens(logits[:4], torch.arange(4, device=model.device), sampling)
             chain = make_tree("chain", 3)
-            drafts = engine.draft(x[:1], states[4:], logits[4:], 1, chain, sampling)
-            assert drafts.device == model.device
-            drafts = engine.grow(x[:1], states[4:], logits[4:], 1, 16, sampling)
-            assert drafts.device == model.device
+            guesses = Guesses(x[:1], states[4:], logits[4:], 1, sampling)
+            assert engine.draft(guesses, chain).device == model.device
+            assert engine.grow(guesses, 16).device == model.device
         cache.commit((0, 2))
         cache.row_slots = torch.arange(7, device=model.device)  # as graphs name their slots
         engine.forward([PassInput(cache, [0] * 4, tree, groups)])

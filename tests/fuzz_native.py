@@ -13,6 +13,7 @@ from test_native import FLOAT, HALF, VOCAB, decoder_with, strange_rows
 
 from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.engines.base import RowPolicy
+from sdsat.engines.drafting import Guesses
 from sdsat.engines.native import bindings
 from sdsat.method.costs import COUNTS, CostCurve
 from sdsat.method.tree import make_tree
@@ -88,8 +89,9 @@ def choices(rng: random.Random) -> None:
     sats = strange_rows(dtype)[:2, :VOCAB]
     tree = make_tree((5, 2), 2)
     states = torch.zeros(2, engine.exact.struct.hidden, dtype=dtype)
-    engine.draft(torch.tensor([1]), states, sats, 0, tree, sampling, shortlist=64)
-    engine.grow(torch.tensor([1]), states, sats, 0, rng.choice([1, 2, 16, 90]), sampling)
+    guesses = Guesses(torch.tensor([1]), states, sats, 0, sampling)
+    engine.draft(guesses, tree, shortlist=64)
+    engine.grow(guesses, rng.choice([1, 2, 16, 90]))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ INDEX = 3
 
 def grown(engine, model, x, states, nodes, sampling):
     logits = model.lm.get_output_embeddings()(states)
-    return engine.grow(torch.tensor([x]), states, logits, INDEX, nodes, sampling)
+    guesses = drafting.Guesses(torch.tensor([x]), states, logits, INDEX, sampling)
+    return engine.grow(guesses, nodes)
 
 
 def children(model, state, depth, token, sampling):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sdsat.config import MAX_ROWS, SamplingConfig, TrainConfig
 from sdsat.engines import drafting
+from sdsat.engines.drafting import Guesses
 from sdsat.method.sampling import choose, support
 from sdsat.method.tree import from_branching, from_widths
 from sdsat.models import head as heads
@@ -62,8 +63,8 @@ def test_every_node_gets_the_best_given_its_parent(seed, widths, branching, samp
     index = torch.arange(3, 3 + len(widths))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "SHORTLIST", 12)
-        found = decoder.engine.draft(torch.tensor([9]), states, logits, 3, tree, sampling)
-        tokens, likely = found.tolist()
+        guesses = Guesses(torch.tensor([9]), states, logits, 3, sampling)
+        tokens, likely = decoder.engine.draft(guesses, tree).tolist()
     assert (tokens[0], likely[0]) == (9, 1)
     for node in range(1, len(tree)):
         i = tree.depths[node] - 1
@@ -126,15 +127,9 @@ def test_predictions_are_the_drafts_and_their_chances():
         own = model.lm.get_output_embeddings()(states)
         for i, before in enumerate(batch.before.tolist()):
             tree = from_widths((1,))
-            given = (
-                torch.tensor([before]),
-                states[i : i + 1],
-                own[i : i + 1],
-                0,
-                tree,
-                SamplingConfig(),
-            )
-            tokens, likely = decoder.engine.draft(*given)
+            x = torch.tensor([before])
+            guesses = Guesses(x, states[i : i + 1], own[i : i + 1], 0, SamplingConfig())
+            tokens, likely = decoder.engine.draft(guesses, tree)
             assert got[i].argmax() == tokens[1]
             short = own[i].topk(12).indices
             torch.testing.assert_close(likely[1], got[i][short].softmax(-1).max())

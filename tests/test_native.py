@@ -38,6 +38,7 @@ from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
 from sdsat.decoding.loop import Decoder
 from sdsat.engines import drafting
 from sdsat.engines.base import RowPolicy, probe_rows
+from sdsat.engines.drafting import Guesses
 from sdsat.engines.native import bindings, weights
 from sdsat.engines.native.bindings import Unavailable
 from sdsat.engines.native.engine import NativeEngine
@@ -682,7 +683,7 @@ def both_drafted(draft, decoder, depth, shape, sampling, shortlist, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "SHORTLIST", shortlist)
         return [
-            getattr(each.engine, draft)(x, states, logits, 3, shape, sampling)
+            getattr(each.engine, draft)(Guesses(x, states, logits, 3, sampling), shape)
             for each in (decoder, without_native(decoder))
         ]
 
@@ -718,9 +719,8 @@ def test_trees_wider_than_the_shortlist(native, width, head):
     decoder = decoder if native else without_native(decoder)
     states = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
     logits = decoder.model.lm.get_output_embeddings()(states)
-    tokens, _ = decoder.engine.draft(
-        torch.tensor([3]), states, logits, 0, make_tree((width,), 1), SamplingConfig()
-    )
+    guesses = Guesses(torch.tensor([3]), states, logits, 0, SamplingConfig())
+    tokens, _ = decoder.engine.draft(guesses, make_tree((width,), 1))
     assert len(set(tokens[1:].tolist())) == width
     if not head:
         assert sorted(tokens[1:].tolist()) == sorted(logits[0].topk(width).indices.tolist())
@@ -876,12 +876,13 @@ def test_drafts_that_it_refuses(message, monkeypatch):
     )
     engine = decoder_with("llama", FLOAT, ("v_proj",), 40).engine
     given_ = {**given_, **DRAFTS[message]}
+    tree, shortlist = given_.pop("tree"), given_.pop("shortlist")
+    guesses = Guesses(**given_, sampling=SamplingConfig())
     with one_line_error(message):
-        engine.draft(**given_, sampling=SamplingConfig())
+        engine.draft(guesses, tree, shortlist)
     if "tree" not in message and "shortlist" not in message:
-        several = ("x", "states", "logits", "index")
         with one_line_error(message):
-            engine.grow(*(given_[name] for name in several), 5, SamplingConfig())
+            engine.grow(guesses, 5)
 
 
 # ---- where it can't be had ----

@@ -19,6 +19,7 @@ from torch import Tensor
 from sdsat.config import SamplingConfig
 from sdsat.decoding.sequence import Chooser, Drafted, Sequence
 from sdsat.engines.base import Engine, PassInput
+from sdsat.engines.drafting import Guesses
 from sdsat.method.sampling import as_seed
 from sdsat.method.tree import GROWN, GROWN_NODES, DraftTree, laid_out, make_tree
 
@@ -117,13 +118,11 @@ class PassResult:
         x = self._targets[row : row + 1].clamp_min(
             0
         )  # -1 off the walk: those drafts are never read
-        states = self._states[sats]
-        logits = self._logits[sats]
+        guesses = Guesses(x, self._states[sats], self._logits[sats], index, config.sampling)
         if config.tree == GROWN:
-            nodes = GROWN_NODES
-            return None, self._engine.grow(x, states, logits, index, nodes, config.sampling)
-        tree = _truncated(config.tree, config.num_sats, len(states))
-        return tree, self._engine.draft(x, states, logits, index, tree, config.sampling)
+            return None, self._engine.grow(guesses, GROWN_NODES)
+        tree = _truncated(config.tree, config.num_sats, len(guesses.states))
+        return tree, self._engine.draft(guesses, tree)
 
     def _choose(self, logits: Tensor) -> Tensor:
         """Choose [N] next tokens at all nodes, by the engine.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sdsat.config import SamplingConfig
-from sdsat.engines.drafting import draft_tokens, grow_tokens
+from sdsat.engines.drafting import Guesses, draft_tokens, grow_tokens
 from sdsat.method.layout import SatGroup
 from sdsat.method.sampling import choose
 from sdsat.method.tree import DraftTree, make_tree
@@ -215,29 +215,13 @@ class Engine(ABC):
             return self.largest(logits, 1)[1][:, 0]
         return self.draw(logits, index, sampling, seeds)
 
-    def draft(
-        self,
-        x: Tensor,
-        states: Tensor,
-        logits: Tensor,
-        index: int,
-        tree: DraftTree,
-        sampling: SamplingConfig,
-    ) -> Tensor:
+    def draft(self, guesses: Guesses, tree: DraftTree) -> Tensor:
         """Draft with the SATs of one group: see `drafting.draft_tokens`."""
-        return draft_tokens(self.model, self.largest, x, states, logits, index, tree, sampling)
+        return draft_tokens(self.model, self.largest, guesses, tree)
 
-    def grow(
-        self,
-        x: Tensor,
-        states: Tensor,
-        logits: Tensor,
-        index: int,
-        nodes: int,
-        sampling: SamplingConfig,
-    ) -> Tensor:
+    def grow(self, guesses: Guesses, nodes: int) -> Tensor:
         """Draft a tree that grows where it is likeliest: see `drafting.grow_tokens`."""
-        return grow_tokens(self.model, self.largest, x, states, logits, index, nodes, sampling)
+        return grow_tokens(self.model, self.largest, guesses, nodes)
 
     @cached_property
     def row_policy(self) -> RowPolicy:

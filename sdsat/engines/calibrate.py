@@ -17,6 +17,7 @@ import torch
 from sdsat.cache_folder import cache_dir, creating
 from sdsat.config import InputError, SamplingConfig
 from sdsat.engines.base import Cache, Engine, PassInput, probe_tokens
+from sdsat.engines.drafting import Guesses
 from sdsat.engines.native.bindings import source_hash
 from sdsat.engines.native.engine import NativeEngine
 from sdsat.environment import machine
@@ -91,11 +92,11 @@ def _seconds_to_draft(engine: Engine, cache: Cache, tokens: torch.Tensor) -> flo
     states, logits = engine.forward([group])
     model.check_finite(float(logits.max()))
     chain = make_tree("chain", k)
+    guesses = Guesses(tokens[1:2], states[1:], logits[1:], 0, SamplingConfig())
     spent = []
     for _ in range(_TURNS):
         began = time.perf_counter()
-        found = engine.draft(tokens[1:2], states[1:], logits[1:], 0, chain, SamplingConfig())
-        found.tolist()
+        engine.draft(guesses, chain).tolist()
         spent.append(time.perf_counter() - began)
     return statistics.median(spent) / k
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,6 +16,25 @@ from sdsat.models.head import SHORTLIST
 from sdsat.models.sat_model import SatModel
 
 Largest = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # see engines.base.Engine.largest
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What the SATs of one group guess below x, and how tokens are drawn of it.
+
+    Attributes:
+        x: [1] the token at the root.
+        states: [k, D] last hidden states of the SATs.
+        logits: [k, V] of the SATs.
+        index: emitted index of the first draft.
+        sampling: how candidates are drawn, with the noise of their emitted positions.
+    """
+
+    x: Tensor
+    states: Tensor
+    logits: Tensor
+    index: int
+    sampling: SamplingConfig
 
 
 def shortlist_of(width: int, vocabulary: int) -> int:
@@ -45,16 +65,7 @@ def _levels(
     return levels
 
 
-def draft_tokens(
-    model: SatModel,
-    largest: Largest,
-    x: Tensor,
-    states: Tensor,
-    logits: Tensor,
-    index: int,
-    tree: DraftTree,
-    sampling: SamplingConfig,
-) -> Tensor:
+def draft_tokens(model: SatModel, largest: Largest, guesses: Guesses, tree: DraftTree) -> Tensor:
     """Draft a tree below x with the SATs of one group, one SAT a depth. The host reads nothing.
 
     Without a head, all nodes of a depth draw from the same candidates; with one, the children of a
@@ -63,18 +74,15 @@ def draft_tokens(
     Args:
         model: whose head and embeddings.
         largest: finds the largest logits.
-        x: [1] the token at the root.
-        states: [k, D] last hidden states of the SATs.
-        logits: [k, V] of the SATs.
-        index: emitted index of the first draft.
+        guesses: of the group.
         tree: its shape, at most k deep.
-        sampling: how candidates are drawn, with the noise of their emitted positions.
 
     Returns:
         [2, N] float64: the tokens of the tree's nodes, and how likely each seems given its parent,
         by the best tokens of its SAT that are looked at (`method.sampling.candidates`).
     """
-    sats = _Sats(model, largest, states, logits, index, tree.width, sampling)
+    sats = _Sats(model, largest, guesses, tree.width)
+    x = guesses.x
     tokens = x.repeat(len(tree))
     likely = torch.ones(len(tree), dtype=torch.float64, device=x.device)
     for i, (parents, nodes, places, ranks, width) in enumerate(_levels(tree, x.device)):
@@ -84,16 +92,7 @@ def draft_tokens(
     return torch.stack([tokens.double(), likely])
 
 
-def grow_tokens(
-    model: SatModel,
-    largest: Largest,
-    x: Tensor,
-    states: Tensor,
-    logits: Tensor,
-    index: int,
-    nodes: int,
-    sampling: SamplingConfig,
-) -> Tensor:
+def grow_tokens(model: SatModel, largest: Largest, guesses: Guesses, nodes: int) -> Tensor:
     """Grow a tree below x: of all that could be drafted, the likeliest nodes.
 
     They are the likeliest by the product of confidences from the root on, which is never above
@@ -101,27 +100,24 @@ def grow_tokens(
     reads nothing.
 
     Args:
-        model: as of `draft_tokens`.
-        largest: as of `draft_tokens`.
-        x: as of `draft_tokens`.
-        states: as of `draft_tokens`.
-        logits: as of `draft_tokens`.
-        index: as of `draft_tokens`.
+        model: whose head and embeddings.
+        largest: finds the largest logits.
+        guesses: of the group.
         nodes: N, how many, the root included.
-        sampling: as of `draft_tokens`.
 
     Returns:
         [4, N] float64, likeliest first: parents (-1 for the root), ranks among the parents'
         candidates, tokens, and how likely each seems given its parent; 0 where there are no more.
     """
-    width = min(nodes - 1, logits.shape[-1])
-    sats = _Sats(model, largest, states, logits, index, width, sampling)
+    x = guesses.x
+    width = min(nodes - 1, guesses.logits.shape[-1])
+    sats = _Sats(model, largest, guesses, width)
     none = torch.zeros_like(x)
     above = none  # the numbers of a depth's nodes, in the order in which they were found
     one = torch.ones(1, dtype=torch.float64, device=x.device)
     found = [(none, none, x, one, one)]  # by depth: parents, ranks, tokens, likely, through
     count = 1
-    for i in range(len(states) if width else 0):
+    for i in range(len(guesses.states) if width else 0):
         _, _, before, _, through = found[-1]
         tokens, likely = sats.candidates(i, before, width)
         reached, best = _likeliest((through[:, None] * likely).flatten(), nodes - 1)
@@ -148,33 +144,13 @@ def _likeliest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class _Sats:
     """The candidates of one group's SATs, which the draft head ranks by the token before them."""
 
-    def __init__(
-        self,
-        model: SatModel,
-        largest: Largest,
-        states: Tensor,
-        logits: Tensor,
-        index: int,
-        width: int,
-        sampling: SamplingConfig,
-    ):
-        """Make the shortlist of each SAT.
-
-        Args:
-            model: whose head and embeddings.
-            largest: finds the largest logits.
-            states: [k, D] last hidden states.
-            logits: [k, V].
-            index: emitted index of what the first SAT drafts.
-            width: candidates of a node at most.
-            sampling: how candidates are drawn.
-        """
+    def __init__(self, model: SatModel, largest: Largest, guesses: Guesses, width: int):
+        """Make the shortlist of each SAT. width: candidates of a node at most."""
+        logits = guesses.logits
         self.model = model
-        self.states = states
+        self.guesses = guesses
         self.scores, self.ids = largest(logits, shortlist_of(width, logits.shape[-1]))
-        self.rows = model.output_rows(self.ids).to(states.dtype) if model.head else None
-        self.index = index
-        self.sampling = sampling
+        self.rows = model.output_rows(self.ids).to(guesses.states.dtype) if model.head else None
 
     def candidates(self, i: int, before: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Find the best tokens [P, width] of SAT i after each of `before` [P], and how likely."""
@@ -182,8 +158,8 @@ class _Sats:
         head = self.model.head
         if head is not None and self.rows is not None:
             embedded = self.model.embed_standard(before)
-            states = self.states[i].expand_as(embedded)
+            states = self.guesses.states[i].expand_as(embedded)
             given = head.rerank(given, states, embedded, self.rows[i : i + 1])
-        at = torch.full((len(before),), self.index + i, device=before.device)
-        columns, likely = candidates(given, at, self.sampling, width, self.ids[i])
+        at = torch.full((len(before),), self.guesses.index + i, device=before.device)
+        columns, likely = candidates(given, at, self.guesses.sampling, width, self.ids[i])
         return self.ids[i][columns], likely

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdsat.config import SamplingConfig
 from sdsat.engines.base import Cache, Engine, PassInput, RowPolicy
-from sdsat.engines.drafting import shortlist_of
+from sdsat.engines.drafting import Guesses, shortlist_of
 from sdsat.engines.native.bindings import (
     CacheStruct,
     Drafting,
@@ -209,16 +209,7 @@ class NativeEngine(Engine):
         call("sdsat_choose", x, *sizes, i, s, *how)
         return chosen
 
-    def draft(
-        self,
-        x: Tensor,
-        states: Tensor,
-        logits: Tensor,
-        index: int,
-        tree: DraftTree,
-        sampling: SamplingConfig,
-        shortlist: int | None = None,
-    ) -> Tensor:
+    def draft(self, guesses: Guesses, tree: DraftTree, shortlist: int | None = None) -> Tensor:
         """See Engine.draft; in one call.
 
         shortlist: how many of a SAT's candidates are looked at; None: `drafting.shortlist_of`.
@@ -226,35 +217,22 @@ class NativeEngine(Engine):
         if shortlist is None:
             shortlist = shortlist_of(tree.width, self.exact.struct.vocabulary)
         found = torch.empty(2, len(tree), dtype=torch.float64)
-        shape = _shape(tree)
-        self._draft("sdsat_draft", x, states, logits, shortlist, index, sampling, shape, found)
+        self._draft("sdsat_draft", guesses, shortlist, _shape(tree), found)
         return found
 
-    def grow(
-        self,
-        x: Tensor,
-        states: Tensor,
-        logits: Tensor,
-        index: int,
-        nodes: int,
-        sampling: SamplingConfig,
-    ) -> Tensor:
+    def grow(self, guesses: Guesses, nodes: int) -> Tensor:
         """See Engine.grow; in one call."""
         shortlist = shortlist_of(nodes - 1, self.exact.struct.vocabulary)
         found = torch.zeros(2, nodes, dtype=torch.float64)
         shape = (*torch.zeros(2, nodes, dtype=torch.long), None)
-        self._draft("sdsat_grow", x, states, logits, shortlist, index, sampling, shape, found)
+        self._draft("sdsat_grow", guesses, shortlist, shape, found)
         return torch.cat([torch.stack(shape[:2]).double(), found])
 
     def _draft(
         self,
         function: str,
-        x: Tensor,
-        states: Tensor,
-        logits: Tensor,
+        guesses: Guesses,
         shortlist: int,
-        index: int,
-        sampling: SamplingConfig,
         shape: tuple[Tensor | None, ...],
         found: Tensor,
     ) -> None:
@@ -262,12 +240,8 @@ class NativeEngine(Engine):
 
         Args:
             function: its name.
-            x: as of `draft`.
-            states: as of `draft`.
-            logits: as of `draft`.
+            guesses: as of `draft`.
             shortlist: as of `draft`.
-            index: as of `draft`.
-            sampling: as of `draft`.
             shape: parents, ranks and depths of the tree, [N] each; what is not given is found.
             found: [2, N], to be filled with tokens and how likely they are.
 
@@ -275,12 +249,15 @@ class NativeEngine(Engine):
             InputError: for tensors that C++ can't read.
         """
         struct = self.exact.struct
-        states = readable("states", states, self.exact.dtype, None, struct.hidden)
-        logits = readable("logits", logits, self.exact.dtype, len(states), struct.vocabulary)
-        found[0, 0] = readable("x", x, torch.long, 1)[0]
+        states = readable("states", guesses.states, self.exact.dtype, None, struct.hidden)
+        logits = readable(
+            "logits", guesses.logits, self.exact.dtype, len(states), struct.vocabulary
+        )
+        found[0, 0] = readable("x", guesses.x, torch.long, 1)[0]
         found[1, 0] = 1.0
+        sampling = guesses.sampling
         pointers = map(pointer, (states, logits, *shape, *found))
-        numbers = (found.shape[1], len(logits), shortlist, index, as_seed(sampling.seed))
+        numbers = (found.shape[1], len(logits), shortlist, guesses.index, as_seed(sampling.seed))
         drafting = Drafting(*pointers, *numbers, Sampling.of(sampling))
         struct.threads = torch.get_num_threads()
         call(function, byref(struct), byref(drafting), self.exact.is_bf16)
