@@ -84,8 +84,32 @@ def adapted(lm, k=3, rank=4, seed=1, strength=1.0, head=0):
         torch.nn.init.normal_(parameter, std=strength)
     if adapter.head is not None:
         torch.nn.init.normal_(adapter.head.outer, std=strength)
+        randomise_gains(adapter.head)
     adapter.requires_grad_(False).attach(lm)
     return SatModel(lm, None, "tiny", adapter.config.sat, adapter)
+
+
+def randomise_gains(head):
+    """Give a draft head numbers of size 1 for what the text says, and a sharpness other than 1."""
+    torch.nn.init.normal_(head.copies)
+    torch.nn.init.uniform_(head.sharpness, 0.5, 1.5)
+
+
+def text_adds(head, text, before, tokens):
+    """What the text adds to a draft head's scores of `tokens` after the two tokens `before`."""
+    added = torch.zeros(len(tokens), dtype=torch.float64)
+    for at, token in enumerate(tokens):
+        for fact, tail in ((0, before[-1:]), (2, before)):
+            size = len(tail)
+            if size <= fact // 2:
+                continue
+            followers = [
+                text[i] for i in range(size, len(text)) if text[i - size : i] == list(tail)
+            ]
+            if token in followers:
+                added[at] += head.copies[fact].item()
+                added[at] += (followers[-1] == token) * head.copies[fact + 1].item()
+    return added
 
 
 def decoder_of(lm, tokenizer=None, name="tiny", sat=None, adapter=None, rows=None):

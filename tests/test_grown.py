@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import VOCAB, one_line_error, tiny_llama, with_adapter
+from conftest import VOCAB, one_line_error, text_adds, tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,14 +25,17 @@ CANDIDATES = 12  # of a SAT that are looked at
 INDEX = 3
 
 
-def grown(engine, model, x, states, nodes, sampling):
+TEXT = [3, 9, 7, 9, 5, 3, 9, 7, 5, 5, 9]  # the root's token is its last
+
+
+def grown(engine, model, states, nodes, sampling):
     logits = model.lm.get_output_embeddings()(states)
-    guesses = drafting.Guesses(torch.tensor([x]), states, logits, INDEX, sampling)
+    guesses = drafting.Guesses(torch.tensor(TEXT), states, logits, INDEX, sampling)
     return engine.grow(guesses, nodes)
 
 
-def children(model, state, depth, token, sampling):
-    """(token, how likely it seems) of all candidates below a token, best first.
+def children(model, state, depth, path, sampling):
+    """(token, how likely it seems) of all candidates below a path from the root, best first.
 
     By the probability of each, or where noise is added by its share of probability and noise.
     """
@@ -40,8 +43,10 @@ def children(model, state, depth, token, sampling):
     own = lm.get_output_embeddings()(state)
     score = own.clone()
     if model.head is not None:
-        move = model.head(state[None], lm.get_input_embeddings().weight[token][None])[0]
-        score = lm.get_output_embeddings()(state + move)
+        before = [*TEXT, *path[1:]][-2:]
+        move = model.head(state[None], lm.get_input_embeddings().weight[before[-1]][None])[0]
+        score = model.head.sharpness * lm.get_output_embeddings()(state + move)
+        score = score + text_adds(model.head, TEXT, before, range(VOCAB))
     ids = own.topk(CANDIDATES).indices
     score = score[ids].float()
     if sampling.greedy:
@@ -56,17 +61,16 @@ def children(model, state, depth, token, sampling):
     return [(token, chance) for chance, token in found if chance > 0]
 
 
-def everything(model, x, states, sampling):
-    """All that could be drafted: {tokens from x on: (ranks, likely, through)}."""
-    paths = {(x,): ((), 1.0, 1.0)}
-    level = [(x,)]
+def everything(model, states, sampling):
+    """All that could be drafted: {tokens from the root on: (ranks, likely, through)}."""
+    root = (TEXT[-1],)
+    paths = {root: ((), 1.0, 1.0)}
+    level = [root]
     for depth, state in enumerate(states):
         below = []
         for path in level:
             ranks, _, through = paths[path]
-            for rank, (token, chance) in enumerate(
-                children(model, state, depth, path[-1], sampling)
-            ):
+            for rank, (token, chance) in enumerate(children(model, state, depth, path, sampling)):
                 paths[(*path, token)] = ((*ranks, rank), chance, through * chance)
                 below.append((*path, token))
         level = below
@@ -98,10 +102,10 @@ def test_it_holds_the_likeliest_of_all_paths(sampling, seed, depth, nodes, head,
     states = sharpness * torch.randn(depth, hidden, generator=generator, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "SHORTLIST", CANDIDATES)
-        found = grown(decoder.engine, decoder.model, 9, states, nodes, sampling)
+        found = grown(decoder.engine, decoder.model, states, nodes, sampling)
     drafted = _drafted(None, found.tolist())
     tree = drafted.tree
-    all_paths = everything(decoder.model, 9, states, sampling)
+    all_paths = everything(decoder.model, states, sampling)
     likeliest = sorted((through for *_, through in all_paths.values()), reverse=True)[:nodes]
     assert len(tree) == len(likeliest)
     held = paths_of(tree, drafted.tokens)

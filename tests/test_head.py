@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import VOCAB, random_sequences, tiny_llama, with_adapter
+from conftest import VOCAB, random_sequences, text_adds, tiny_llama, with_adapter
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -25,14 +25,16 @@ from sdsat.training.loss import predict, sat_batch, sat_states
 from sdsat.training.shards import Sequence
 
 
-def children_of(model, state, logits, token, index, sampling, count, size):
-    """The `count` best next tokens after `token`: over the vocabulary, with all but the SAT's
-    `size` best left out.
+def children_of(model, state, logits, text, path, index, sampling, count, size):
+    """The `count` best next tokens after the text and the path: over the vocabulary, with all but
+    the SAT's `size` best left out.
 
     Where the filters leave fewer, those: what fills a tree up then can never be drawn.
     """
-    move = model.head(state[None], model.lm.get_input_embeddings().weight[token][None])[0]
-    moved = model.lm.get_output_embeddings()(state + move)
+    before = [*text, *path][-2:]
+    move = model.head(state[None], model.lm.get_input_embeddings().weight[before[-1]][None])[0]
+    moved = model.head.sharpness * model.lm.get_output_embeddings()(state + move)
+    moved = moved + text_adds(model.head, text, before, range(VOCAB))
     dropped = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, logits.topk(size).indices, False)
     ranked = moved.masked_fill(dropped, float("-inf"))[None]
     left = (
@@ -46,11 +48,12 @@ def children_of(model, state, logits, token, index, sampling, count, size):
     seed=st.integers(0, 99),
     widths=st.lists(st.integers(1, 3), min_size=1, max_size=4).map(tuple),
     branching=st.booleans(),
+    length=st.sampled_from([0, 1, 40]),
     sampling=st.sampled_from(
         [SamplingConfig(), SamplingConfig(0.8, seed=5), SamplingConfig(1.0, 6, 0.9, 2)]
     ),
 )
-def test_every_node_gets_the_best_given_its_parent(seed, widths, branching, sampling):
+def test_every_node_gets_the_best_given_its_path(seed, widths, branching, length, sampling):
     assume(math.prod(widths) < MAX_ROWS / 2)
     tree = from_branching(widths) if branching else from_widths(widths)
     decoder = with_adapter(tiny_llama(seed=seed % 3), k=4, seed=seed, head=7)
@@ -61,17 +64,18 @@ def test_every_node_gets_the_best_given_its_parent(seed, widths, branching, samp
     )
     logits = model.lm.get_output_embeddings()(states)
     index = torch.arange(3, 3 + len(widths))
+    text = [*torch.randint(0, VOCAB, (length,), generator=generator).tolist(), 9]
+    text = text * 3 if length else text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "SHORTLIST", 12)
-        guesses = Guesses(torch.tensor([9]), states, logits, 3, sampling)
+        guesses = Guesses(torch.tensor(text), states, logits, 3, sampling)
         tokens, likely = decoder.engine.draft(guesses, tree).tolist()
     assert (tokens[0], likely[0]) == (9, 1)
     for node in range(1, len(tree)):
         i = tree.depths[node] - 1
-        parent = int(tokens[tree.parents[node]])
-        best = children_of(
-            model, states[i], logits[i], parent, index[i], sampling, tree.ranks[node] + 1, 12
-        )
+        path = [int(tokens[above]) for above in tree.path(tree.parents[node])[1:]]
+        count = tree.ranks[node] + 1
+        best = children_of(model, states[i], logits[i], text, path, index[i], sampling, count, 12)
         assert tree.ranks[node] >= len(best) or tokens[node] == best[tree.ranks[node]]
 
 
@@ -117,18 +121,19 @@ def test_predictions_are_the_drafts_and_their_chances():
     """
     decoder = with_adapter(tiny_llama(torch.float64), k=3, strength=0.3, head=8)
     model = decoder.model
-    (sequence,) = random_sequences([12])
-    batch = sat_batch([sequence], 3, 4, 1.0, [torch.Generator().manual_seed(0)])
+    (sequence,) = random_sequences([30])
+    sequence = Sequence(sequence.ids % 5, sequence.prompt_length)  # it repeats itself
+    batch = sat_batch([sequence], 3, 9, 0.0, [torch.Generator().manual_seed(0)])
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         for module in (loss, drafting):
             patch.setattr(module, "SHORTLIST", 12)
         got = predict(model, batch)
         states, _ = sat_states(model, batch)
         own = model.lm.get_output_embeddings()(states)
-        for i, before in enumerate(batch.before.tolist()):
+        for i, anchor in enumerate(batch.anchor[0].tolist()):
             tree = from_widths((1,))
-            x = torch.tensor([before])
-            guesses = Guesses(x, states[i : i + 1], own[i : i + 1], 0, SamplingConfig())
+            text = sequence.ids[: anchor + 2]
+            guesses = Guesses(text, states[i : i + 1], own[i : i + 1], 0, SamplingConfig())
             tokens, likely = decoder.engine.draft(guesses, tree)
             assert got[i].argmax() == tokens[1]
             short = own[i].topk(12).indices

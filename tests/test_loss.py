@@ -1,8 +1,10 @@
 """The training loss: the batched layout against every anchor run as its own plain sequence."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import adapted, one_line_error, random_sequences, tiny_llama
+from conftest import adapted, one_line_error, random_sequences, text_adds, tiny_llama
 
 from sdsat.training.evaluate import evaluate
 from sdsat.training.loss import (
@@ -17,9 +19,9 @@ from sdsat.training.loss import (
 from sdsat.training.shards import Sequence
 
 
-def ranked_anew(model, state, logits, before):
-    """[V] logits of a SAT once its draft head knows the token before: its best tokens by the moved
-    state, no others.
+def ranked_anew(model, state, logits, text, before):
+    """[V] logits of a SAT once its draft head knows the two tokens before, and the text up to the
+    first draft: its best tokens by the moved state and by the text, no others.
     """
     embedding = model.lm.get_input_embeddings().weight
     head = model.head
@@ -27,12 +29,19 @@ def ranked_anew(model, state, logits, before):
     def normed(x):
         return x / (x * x).mean().add(torch.finfo(x.dtype).eps).sqrt()
 
-    inner = head.inner.to(state) @ torch.cat([normed(state), normed(embedding[before])])
+    inner = head.inner.to(state) @ torch.cat([normed(state), normed(embedding[before[-1]])])
     moved = state + head.outer.to(state) @ (inner * inner.sigmoid())
     best = logits.topk(20).indices
-    return torch.full_like(logits, float("-inf")).index_put(
-        (best,), model.lm.get_output_embeddings().weight[best] @ moved
-    )
+    score = head.sharpness.to(state) * (model.lm.get_output_embeddings().weight[best] @ moved)
+    facts = torch.stack([only(head, fact, text, before, best) for fact in range(4)], 1)
+    score = score + facts.to(state) @ head.copies.to(state)
+    return torch.full_like(logits, float("-inf")).index_put((best,), score)
+
+
+def only(head, fact, text, before, tokens):
+    """Whether one fact of the text holds of each token, by what it adds where it alone counts."""
+    head = SimpleNamespace(copies=torch.eye(4)[fact])
+    return text_adds(head, text, before, tokens.tolist())
 
 
 def brute_force_loss(model, adapter, sequences, batch, soft, decay):
@@ -61,7 +70,9 @@ def brute_force_loss(model, adapter, sequences, batch, soft, decay):
             total = total + decay ** (depth - 1) * ((1 - soft) * hard + soft * distilled)
             weights += decay ** (depth - 1)
             if model.head is not None:
-                ranked = ranked_anew(model, state, logits, sequence.ids[anchor + depth])
+                ids = sequence.ids.tolist()
+                before = ids[anchor + depth - 1 : anchor + depth + 1]
+                ranked = ranked_anew(model, state, logits, ids[: anchor + 2], before)
                 if ranked[label] > float("-inf"):
                     total = total + decay ** (depth - 1) * torch.nn.functional.cross_entropy(
                         ranked, torch.tensor(label)
@@ -76,7 +87,7 @@ def test_loss_and_gradients_equal_brute_force(soft, decay, head, monkeypatch):
     monkeypatch.setattr("sdsat.training.loss.SHORTLIST", 20)
     model = adapted(tiny_llama(), k=3, head=head, strength=0.3)
     adapter = model.adapter.requires_grad_(True)
-    sequences = random_sequences([9, 13, 6])
+    sequences = [Sequence(s.ids % 5, s.prompt_length) for s in random_sequences([9, 13, 6])]
     batch = sat_batch(
         sequences, 3, 4, 0.7, [torch.Generator().manual_seed(3 + i) for i in range(3)]
     )

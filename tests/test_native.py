@@ -19,7 +19,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import decoder_of, forward, one_line_error, tiny_llama, tiny_tokenizer
+from conftest import (
+    decoder_of,
+    forward,
+    one_line_error,
+    randomise_gains,
+    tiny_llama,
+    tiny_tokenizer,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -127,6 +134,7 @@ def decoder_with(
         torch.nn.init.normal_(parameter, std=0.3)
     if adapter.head is not None:
         torch.nn.init.normal_(adapter.head.outer, std=0.1)
+        randomise_gains(adapter.head)
     adapter.requires_grad_(False).attach(lm)
     return natively(lm, adapter)
 
@@ -679,11 +687,13 @@ def both_drafted(draft, decoder, depth, shape, sampling, shortlist, seed):
     # flat, so that top-p leaves three tokens
     states = 0.3 * torch.randn(depth, 64, generator=generator)
     logits = decoder.model.lm.get_output_embeddings()(states)
-    x = torch.tensor([seed % VOCAB])
+    # few tokens, so that they come again
+    text = torch.randint(0, 9, (seed,), generator=generator)
+    text = torch.cat([text, torch.tensor([seed % VOCAB])])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "SHORTLIST", shortlist)
         return [
-            getattr(each.engine, draft)(Guesses(x, states, logits, 3, sampling), shape)
+            getattr(each.engine, draft)(Guesses(text, states, logits, 3, sampling), shape)
             for each in (decoder, without_native(decoder))
         ]
 
@@ -849,9 +859,10 @@ DRAFTS = {
     "states: torch.bfloat16 [2, 64]": {"states": torch.zeros(2, 64, dtype=HALF)},
     "logits: torch.float32 [2, 80]": {"logits": torch.zeros(2, 80)},
     "logits: torch.float32 [1, 75]": {"logits": torch.zeros(1, VOCAB)},
-    "x: torch.int32 [1]": {"x": torch.zeros(1, dtype=torch.int32)},
-    "x: a token that is not in the vocabulary": {"x": torch.tensor([VOCAB])},
-    "x: a token that is": {"x": torch.tensor([-1])},
+    "text: torch.int32 [1]": {"text": torch.zeros(1, dtype=torch.int32)},
+    "text: expected at least": {"text": torch.zeros(0, dtype=torch.long)},
+    "text: its last token is not in the vocabulary": {"text": torch.tensor([1, VOCAB])},
+    "text: its last token is": {"text": torch.tensor([1, -1])},
     "shortlist: expected 1 to": {"shortlist": VOCAB + 1},
     "tree: deeper than there are SATs": {"tree": make_tree("chain", 3)},
     "tree: wider than the shortlist": {"tree": make_tree((13,), 1)},
@@ -867,7 +878,7 @@ def test_drafts_that_it_refuses(message, monkeypatch):
         property(lambda tree: tuple(range(len(tree)))) if "before" in message else DraftTree.depths,
     )
     given_ = dict(
-        x=torch.tensor([3]),
+        text=torch.tensor([3]),
         states=torch.zeros(2, 64),
         logits=torch.zeros(2, VOCAB),
         shortlist=12,

@@ -114,11 +114,14 @@ class PassResult:
         sequence = self._sequences[number]
         row, sats = self._places[number][node]
         config = sequence.config
-        index = sequence.emitted + self._inputs[number].tree.depths[node] + 1
-        x = self._targets[row : row + 1].clamp_min(
-            0
-        )  # -1 off the walk: those drafts are never read
-        guesses = Guesses(x, self._states[sats], self._logits[sats], index, config.sampling)
+        part = self._inputs[number]
+        path = part.tree.path(node)[1:]
+        index = sequence.emitted + len(path) + 1
+        drafts = torch.tensor([part.tokens[draft] for draft in path], dtype=torch.long)
+        # -1 off the walk: those drafts are never read
+        x = self._targets[row : row + 1].clamp_min(0)
+        text = torch.cat([sequence.text[: sequence.context], drafts.to(x.device), x])
+        guesses = Guesses(text, self._states[sats], self._logits[sats], index, config.sampling)
         if config.tree == GROWN:
             return None, self._engine.grow(guesses, GROWN_NODES)
         tree = _truncated(config.tree, config.num_sats, len(guesses.states))

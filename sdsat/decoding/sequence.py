@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sdsat.config import MAX_ROWS, DecodeConfig
@@ -133,6 +134,7 @@ class Sequence:
         cache: keys and values of all tokens but x.
         out: the output so far.
         began: when it was prefilled, on time.perf_counter.
+        text: [slots] tokens of prompt and output, of which the first `context` are there so far.
         lookup: an index of its text; None where tokens are not looked up.
         x: the last true token, the only one that the cache doesn't hold yet.
         drafts: below x.
@@ -149,6 +151,7 @@ class Sequence:
     cache: Cache
     out: Generation
     began: float
+    text: Tensor
     lookup: Lookup | None
     x: int
     drafts: Drafts
@@ -211,6 +214,7 @@ class Sequence:
             depth = max(self.drafts.tree.depths)
             out.count(depth, len(accepted), kept if out.finish else None)
         block = block[:kept]
+        self.text[self.context : self.context + len(block)] = torch.tensor(block, dtype=torch.long)
         out.token_ids += block
         self.drafts = Drafts.none(self.x)
         if drafted is not None:

@@ -92,7 +92,7 @@ def _seconds_to_draft(engine: Engine, cache: Cache, tokens: torch.Tensor) -> flo
     states, logits = engine.forward([group])
     model.check_finite(float(logits.max()))
     chain = make_tree("chain", k)
-    guesses = Guesses(tokens[1:2], states[1:], logits[1:], 0, SamplingConfig())
+    guesses = Guesses(tokens[:2], states[1:], logits[1:], 0, SamplingConfig())
     spent = []
     for _ in range(_TURNS):
         began = time.perf_counter()

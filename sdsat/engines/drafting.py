@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdsat.config import SamplingConfig
+from sdsat.method.copies import NONE, copy_facts
 from sdsat.method.sampling import candidates
 from sdsat.method.tree import DraftTree
 from sdsat.models.head import SHORTLIST
@@ -23,18 +24,23 @@ class Guesses:
     """What the SATs of one group guess below x, and how tokens are drawn of it.
 
     Attributes:
-        x: [1] the token at the root.
+        text: [L] tokens of prompt and output up to the root's one, which is the last.
         states: [k, D] last hidden states of the SATs.
         logits: [k, V] of the SATs.
         index: emitted index of the first draft.
         sampling: how candidates are drawn, with the noise of their emitted positions.
     """
 
-    x: Tensor
+    text: Tensor
     states: Tensor
     logits: Tensor
     index: int
     sampling: SamplingConfig
+
+    @property
+    def path(self) -> Tensor:
+        """[1, 2] the token before x, NONE where there is none, and x: the text's last two."""
+        return torch.nn.functional.pad(self.text[-2:], (2, 0), value=NONE)[None, -2:]
 
 
 def shortlist_of(width: int, vocabulary: int) -> int:
@@ -51,8 +57,9 @@ def _levels(
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
     """List what drafting needs of each depth of a tree, from depth 1 on.
 
-    For each depth: its parents' nodes [P], its nodes [N], each one's place among the parents [N],
-    and rank [N]; and how many children a parent has at most.
+    For each depth: its parents' own parents and the parents [P, 2], its nodes [N], each one's place
+    among the parents [N], and rank [N]; and how many children a parent has at most. The root is
+    node 1 here, and the token before it node 0.
     """
     levels = []
     for depth in range(1, max(tree.depths) + 1):
@@ -60,7 +67,9 @@ def _levels(
         parents = sorted({tree.parents[node] for node in nodes})
         places = [parents.index(tree.parents[node]) for node in nodes]
         ranks = [tree.ranks[node] for node in nodes]
-        tensors = [torch.tensor(part, device=device) for part in (parents, nodes, places, ranks)]
+        paths = [(tree.parents[parent] + 1, parent + 1) for parent in parents]
+        nodes = [node + 1 for node in nodes]
+        tensors = [torch.tensor(part, device=device) for part in (paths, nodes, places, ranks)]
         levels.append((tensors[0], tensors[1], tensors[2], tensors[3], max(ranks) + 1))
     return levels
 
@@ -82,14 +91,14 @@ def draft_tokens(model: SatModel, largest: Largest, guesses: Guesses, tree: Draf
         by the best tokens of its SAT that are looked at (`method.sampling.candidates`).
     """
     sats = _Sats(model, largest, guesses, tree.width)
-    x = guesses.x
-    tokens = x.repeat(len(tree))
-    likely = torch.ones(len(tree), dtype=torch.float64, device=x.device)
-    for i, (parents, nodes, places, ranks, width) in enumerate(_levels(tree, x.device)):
-        found, shares = sats.candidates(i, tokens[parents], width)
+    device = guesses.text.device
+    tokens = torch.nn.functional.pad(guesses.path[0], (0, len(tree) - 1))
+    likely = torch.ones(len(tokens), dtype=torch.float64, device=device)
+    for i, (paths, nodes, places, ranks, width) in enumerate(_levels(tree, device)):
+        found, shares = sats.candidates(i, tokens[paths], width)
         tokens[nodes] = found[places, ranks]
         likely[nodes] = shares[places, ranks]
-    return torch.stack([tokens.double(), likely])
+    return torch.stack([tokens.double(), likely])[:, 1:]
 
 
 def grow_tokens(model: SatModel, largest: Largest, guesses: Guesses, nodes: int) -> Tensor:
@@ -109,7 +118,8 @@ def grow_tokens(model: SatModel, largest: Largest, guesses: Guesses, nodes: int)
         [4, N] float64, likeliest first: parents (-1 for the root), ranks among the parents'
         candidates, tokens, and how likely each seems given its parent; 0 where there are no more.
     """
-    x = guesses.x
+    path = guesses.path  # [P, 2] of a depth's nodes: their parents' tokens, and their own
+    x = path[:, 1]
     width = min(nodes - 1, guesses.logits.shape[-1])
     sats = _Sats(model, largest, guesses, width)
     none = torch.zeros_like(x)
@@ -118,11 +128,12 @@ def grow_tokens(model: SatModel, largest: Largest, guesses: Guesses, nodes: int)
     found = [(none, none, x, one, one)]  # by depth: parents, ranks, tokens, likely, through
     count = 1
     for i in range(len(guesses.states) if width else 0):
-        _, _, before, _, through = found[-1]
-        tokens, likely = sats.candidates(i, before, width)
+        *_, through = found[-1]
+        tokens, likely = sats.candidates(i, path, width)
         reached, best = _likeliest((through[:, None] * likely).flatten(), nodes - 1)
-        taken = (tokens.flatten()[best], likely.flatten()[best], reached)
-        found.append((above[best // width], best % width, *taken))
+        taken = tokens.flatten()[best]
+        path = torch.stack([path[best // width, 1], taken], 1)
+        found.append((above[best // width], best % width, taken, likely.flatten()[best], reached))
         above = torch.arange(count, count + len(best), device=x.device)
         count += len(best)
     parents, ranks, tokens, likely, through = (torch.cat(part) for part in zip(*found, strict=True))
@@ -142,7 +153,7 @@ def _likeliest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class _Sats:
-    """The candidates of one group's SATs, which the draft head ranks by the token before them."""
+    """The candidates of one group's SATs, which the draft head ranks by the tokens before them."""
 
     def __init__(self, model: SatModel, largest: Largest, guesses: Guesses, width: int):
         """Make the shortlist of each SAT. width: candidates of a node at most."""
@@ -152,14 +163,21 @@ class _Sats:
         self.scores, self.ids = largest(logits, shortlist_of(width, logits.shape[-1]))
         self.rows = model.output_rows(self.ids).to(guesses.states.dtype) if model.head else None
 
-    def candidates(self, i: int, before: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Find the best tokens [P, width] of SAT i after each of `before` [P], and how likely."""
-        given = self.scores[i].expand(len(before), -1)
+    def candidates(self, i: int, path: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Find the best tokens [P, width] of SAT i after the tokens `path` [P, 2], and how likely.
+
+        Of the path the nearer token is the last.
+        """
+        count = len(path)
+        given = self.scores[i].expand(count, -1)
         head = self.model.head
         if head is not None and self.rows is not None:
-            embedded = self.model.embed_standard(before)
+            embedded = self.model.embed_standard(path[:, 1])
             states = self.guesses.states[i].expand_as(embedded)
-            given = head.rerank(given, states, embedded, self.rows[i : i + 1])
-        at = torch.full((len(before),), self.guesses.index + i, device=before.device)
+            text = self.guesses.text
+            known = torch.full((count,), len(text), device=text.device)
+            facts = copy_facts(text.expand(count, -1), known, path, self.ids[i].expand(count, -1))
+            given = head.rerank(given, states, embedded, self.rows[i : i + 1], facts)
+        at = torch.full((count,), self.guesses.index + i, device=path.device)
         columns, likely = candidates(given, at, self.guesses.sampling, width, self.ids[i])
         return self.ids[i][columns], likely

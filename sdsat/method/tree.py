@@ -107,6 +107,13 @@ class DraftTree:
                 mask[node] |= mask[parent]
         return mask
 
+    def path(self, node: int) -> list[int]:
+        """List the nodes from the root to `node`."""
+        nodes = [node]
+        while nodes[-1]:
+            nodes.append(self.parents[nodes[-1]])
+        return nodes[::-1]
+
     def walk(self, tokens: list[int], targets: list[int]) -> list[int]:
         """Follow the model's own next tokens down the tree, from the root on.
 

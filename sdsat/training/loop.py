@@ -261,7 +261,7 @@ class _Run:
             f"and {self.out} keeps its last checkpoint; expected a lower lr",
         )
         for group in mode.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group.get("factor", 1.0) * lr
         mode.optimizer.step()
         mode.optimizer.zero_grad(set_to_none=True)
         return {"loss": round(mean_loss, 4), "lr": lr, "grad_norm": round(norm, 4)}, int(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sdsat.config import require
 from sdsat.engines.cache import SharedPrefix, SlotCache
+from sdsat.method.copies import copy_facts
 from sdsat.models.attention import layer_masks
 from sdsat.models.head import SHORTLIST
 from sdsat.models.packed import in_use
@@ -58,8 +59,22 @@ class SatBatch:
 
     @property
     def before(self) -> Tensor:
-        """[M] for each labelled row, the token before the one it learns: what a draft head sees."""
-        return self.tokens.gather(1, self.anchor + self.depth)[self.label != IGNORED]
+        """[M, 2] for each labelled row, the two tokens before the one it learns.
+
+        A draft head sees them, the nearer one last.
+        """
+        places = self.anchor + self.depth
+        pair = [self.tokens.gather(1, at) for at in ((places - 1).clamp(min=0), places)]
+        return torch.stack(pair, -1)[self.label != IGNORED]
+
+    @property
+    def text(self) -> tuple[Tensor, Tensor]:
+        """[M, L] for each labelled row, its sequence, and [M] how much of it drafting knows.
+
+        That goes up to the token before the group's first draft.
+        """
+        labelled = self.label != IGNORED
+        return self.tokens.repeat_interleave(labelled.sum(1), 0), self.anchor[labelled] + 2
 
     @property
     def num_standard(self) -> int:
@@ -167,15 +182,15 @@ def sat_states(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
 
 
 def _ranked(
-    model: SatModel, states: Tensor, logits: Tensor, before: Tensor
+    model: SatModel, batch: SatBatch, states: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rank the best tokens of M SATs as the draft head does.
+    """Rank the best tokens of the M labelled SATs of a batch as the draft head does.
 
     Args:
         model: with a head.
+        batch: the SATs'.
         states: [M, D] of the SATs.
         logits: [M, V] of the SATs.
-        before: [M] the token before each.
 
     Returns:
         (ids [M, C], scores [M, C]).
@@ -183,7 +198,9 @@ def _ranked(
     assert model.head is not None
     scores, ids = logits.topk(min(SHORTLIST, logits.shape[-1]))
     rows = model.output_rows(ids)
-    return ids, model.head.rerank(scores, states, model.embed_standard(before), rows)
+    before = batch.before
+    facts = copy_facts(*batch.text, before, ids)
+    return ids, model.head.rerank(scores, states, model.embed_standard(before[:, 1]), rows, facts)
 
 
 def predict(model: SatModel, batch: SatBatch) -> Tensor:
@@ -196,7 +213,7 @@ def predict(model: SatModel, batch: SatBatch) -> Tensor:
     logits = model.logits(states)
     if model.head is None:
         return logits
-    ids, scores = _ranked(model, states, logits, batch.before)
+    ids, scores = _ranked(model, batch, states, logits)
     share = logits.gather(-1, ids).logsumexp(-1, keepdim=True)
     return logits.scatter(-1, ids, scores.log_softmax(-1) + share)
 
@@ -224,7 +241,7 @@ def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float =
     )
     if model.head is None:
         return loss
-    ids, scores = _ranked(model, states, logits, batch.before)
+    ids, scores = _ranked(model, batch, states, logits)
     labelled = batch.label != IGNORED
     found, place = (ids == batch.label[labelled][:, None]).max(-1)
     wide = torch.promote_types(scores.dtype, torch.float32)

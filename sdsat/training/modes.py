@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as ListOf
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from sdsat.models.sat_model import SatModel
 from sdsat.training.evaluate import evaluate, standard_loss
 from sdsat.training.loss import SatBatch, joint_logits, joint_loss, predict, sat_loss
 from sdsat.training.shards import Sequence
+
+GAIN_RATE = 50.0  # how much faster than matrices a draft head's few single numbers learn
 
 
 class Mode(Protocol):
@@ -128,7 +131,9 @@ class AdapterMode:
         self.model = replace(model, sat=sat, adapter=self.adapter)
         self.config = config
         self.accelerator = accelerator
-        self.optimizer: Any = adam(self.adapter.parameters(), config)
+        head_of = self.adapter.head
+        gains = [head_of.copies, head_of.sharpness] if head_of is not None else []
+        self.optimizer: Any = adam(self.adapter.parameters(), config, gains)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See Mode.parameters."""
@@ -365,11 +370,17 @@ def _move_in(part: Path, out: Path, last: str) -> None:
 MODES: dict[str, Any] = {"adapter": AdapterMode, "everywhere": EverywhereMode, "full": FullMode}
 
 
-def adam(parameters: Iterator[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """Make the optimiser of these weights."""
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
+def adam(
+    parameters: Iterator[nn.Parameter], config: TrainConfig, gains: ListOf[nn.Parameter] = ()
+) -> torch.optim.AdamW:
+    """Make the optimiser of these weights.
+
+    gains: those of them that are numbers of size 1, and learn GAIN_RATE times as fast.
+    """
+    fast = {id(gain) for gain in gains}
+    groups = [{"params": [p for p in parameters if id(p) not in fast], "factor": 1.0}]
+    groups += [{"params": list(gains), "factor": GAIN_RATE}] if gains else []
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def _new_token(lm: Any) -> int:

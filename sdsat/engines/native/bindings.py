@@ -20,6 +20,7 @@ from torch import Tensor
 from sdsat.cache_folder import load_library
 from sdsat.config import InputError
 from sdsat.files import sha256_of_all
+from sdsat.method.copies import FACTS
 
 if TYPE_CHECKING:
     from sdsat.config import SamplingConfig
@@ -73,6 +74,8 @@ class Model(Structure):
         *((name, c_void_p) for name in ("embedding", "unembedding")),
         *((name, Linear) for name in ("draft_inner", "draft_outer")),
         ("draft_eps", c_float),
+        ("sharpness", c_float),
+        ("copies", c_float * FACTS),
     ]
 
 
@@ -95,7 +98,8 @@ class Drafting(Structure):
             (name, c_void_p)
             for name in ("states", "logits", "parents", "ranks", "depths", "tokens", "likely")
         ),
-        *((name, c_int64) for name in ("nodes", "sats", "shortlist", "index", "seed")),
+        ("text", c_void_p),
+        *((name, c_int64) for name in ("known", "nodes", "sats", "shortlist", "index", "seed")),
         ("sampling", Sampling),
     ]
 

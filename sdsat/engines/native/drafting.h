@@ -1,8 +1,9 @@
 // Drafting: tokens for a tree of drafts, from the SATs' states and logits through the draft head.
 //
 // The draft head moves a SAT's logits by what the token drafted before it says: moves =
-// outer(silu(inner([norm(state), norm(embedding of that token)]))), and a candidate's score is its
-// logit + its row of the unembedding . moves (models/head.py is the reference). Fast: several nodes
+// outer(silu(inner([norm(state), norm(embedding of that token)]))), and a candidate's score is
+// sharpness * (its logit + its row of the unembedding . moves) + what the text's facts add to it
+// (models/head.py and method/copies.py are the reference). Fast: several nodes
 // together, as the head's weights take longer to read than to use; and a shortlist of each SAT's
 // candidates instead of the vocabulary. Exact by itself it need not be: drafts are verified.
 //
@@ -21,10 +22,14 @@
 // A node that gets children, and the SAT that guesses them: one row of the draft head.
 struct Place {
   int node, sat;
-  int64_t token;   // at the node
+  int64_t above, token;  // at the node's parent (NONE at the text's first token), and at the node
   double through;  // how likely the walk passes it, where a tree grows
 };
 using Places = std::vector<Place>;
+constexpr int64_t NONE = -1;
+
+// The token before the root's one.
+static int64_t before_root(const Drafting& d) { return d.known > 1 ? d.text[d.known - 2] : NONE; }
 
 // What the threads of a draft share.
 template <class T> struct DraftState {
@@ -105,6 +110,25 @@ template <class T> static void apply_head(DraftState<T>& s, DraftThread& thread)
   thread.worker.meet();
 }
 
+// What the text adds to the scores of a place's candidates, [shortlist].
+template <class T> static void add_copies(DraftState<T>& s, const Place& place, float* scores) {
+  const float* gain = s.model.copies;
+  const int64_t* text = s.drafting.text;
+  const int64_t* ids = s.ids.data() + int64_t(place.sat) * s.shortlist;
+  int64_t latest[2] = {NONE, NONE};  // what followed the token before last, and the two before
+  std::vector<char> seen(s.shortlist);  // whether it followed: 1 the one token, 2 both
+  for (int64_t i = 1; i < s.drafting.known; i++) {
+    if (text[i - 1] != place.token) continue;
+    const bool both = i > 1 && text[i - 2] == place.above;
+    latest[0] = text[i];
+    if (both) latest[1] = text[i];
+    for (int c = 0; c < s.shortlist; c++) seen[c] |= ids[c] == text[i] ? (both ? 3 : 1) : 0;
+  }
+  for (int c = 0; c < s.shortlist; c++)
+    scores[c] += (seen[c] & 1 ? gain[0] : 0) + (ids[c] == latest[0] ? gain[1] : 0) +
+                 (seen[c] & 2 ? gain[2] : 0) + (ids[c] == latest[1] ? gain[3] : 0);
+}
+
 // The score of each candidate of a place's SAT, for every place.
 template <class T> static void score_candidates(DraftState<T>& s, DraftThread& thread) {
   if (s.inner) apply_head(s, thread);
@@ -117,9 +141,12 @@ template <class T> static void score_candidates(DraftState<T>& s, DraftThread& t
       f32x total = {};
       for (int i = 0; i < hidden && s.inner; i += LANES)
         total += load(row + i) * load(s.moves.data() + r * hidden + i);
-      s.scores[r][c] = s.logits[at] + sum(total);
+      s.scores[r][c] = s.model.sharpness * (s.logits[at] + sum(total));
     }
   });
+  thread.worker.meet();
+  if (!s.inner) return;
+  thread.worker.each(rows, [&](int r) { add_copies(s, s.places[r], s.scores[r].data()); });
   thread.worker.meet();
 }
 
@@ -145,7 +172,7 @@ static std::vector<Places> places_by_depth(const Drafting& d) {
     levels.resize(std::max<size_t>(levels.size(), depth + 1));
     Places& level = levels[depth];
     auto same = [&](const Place& place) { return place.node == node; };
-    if (std::none_of(level.begin(), level.end(), same)) level.push_back({node, depth, 0, 1});
+    if (std::none_of(level.begin(), level.end(), same)) level.push_back({node, depth, NONE, 0, 1});
   }
   return levels;
 }
@@ -162,7 +189,10 @@ template <class T> static void draft(const Model& model, const Drafting& d) {
     for (const Places& level : levels) {
       if (!thread.worker.rank) {
         s.places = level;
-        for (Place& place : s.places) place.token = d.tokens[place.node];
+        for (Place& place : s.places) {
+          place.token = d.tokens[place.node];
+          place.above = place.node ? int64_t(d.tokens[d.parents[place.node]]) : before_root(d);
+        }
       }
       thread.worker.meet();
       score_candidates(s, thread);
@@ -191,14 +221,14 @@ class Growth {
  public:
   struct Node {
     int parent, rank, depth;
-    int64_t token;
+    int64_t above, token;
     double likely, through;  // given its parent; and its ancestors too
     bool asked;              // for its children
   };
 
-  Growth(int most, int64_t x) : most(most), nodes(most) {
+  Growth(int most, int64_t before, int64_t x) : most(most), nodes(most) {
     order.reserve(most + 1);
-    nodes[0] = {-1, 0, 0, x, 1, 1, false};
+    nodes[0] = {-1, 0, 0, before, x, 1, 1, false};
     order.push_back(0);
   }
 
@@ -209,7 +239,7 @@ class Growth {
       Node& node = nodes[order[i]];
       if (node.asked || node.depth >= depth) continue;
       node.asked = true;
-      places.push_back({order[i], node.depth, node.token, node.through});
+      places.push_back({order[i], node.depth, node.above, node.token, node.through});
     }
   }
 
@@ -220,7 +250,7 @@ class Growth {
     if (!(through > (full ? nodes[order.back()].through : 0))) return;
     const int slot = full ? order.back() : order.size();
     if (full) order.pop_back();
-    nodes[slot] = {above.node, rank, above.sat + 1, token, likely, through, false};
+    nodes[slot] = {above.node, rank, above.sat + 1, above.token, token, likely, through, false};
     auto precedes = [&](double value, int other) { return value > nodes[other].through; };
     order.insert(std::upper_bound(order.begin(), order.end(), through, precedes), slot);
   }
@@ -256,7 +286,7 @@ template <class T> static void grow(const Model& model, const Drafting& d) {
   constexpr int TOGETHER = 4;
   const int children = std::min(d.nodes - 1, d.shortlist);  // of a node, at most
   DraftState<T> s(model, d, TOGETHER);
-  Growth growth(d.nodes, d.tokens[0]);
+  Growth growth(d.nodes, before_root(d), d.tokens[0]);
   std::vector<Candidate> candidates(TOGETHER * children);
   auto make = [&](Worker& worker) { return DraftThread(worker, TOGETHER, s.shortlist); };
   growth.ask(children ? d.sats : 0, TOGETHER, s.places);

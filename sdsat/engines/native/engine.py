@@ -18,7 +18,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from sdsat.config import SamplingConfig
+from sdsat.config import SamplingConfig, require
 from sdsat.engines.base import Cache, Engine, PassInput, RowPolicy
 from sdsat.engines.drafting import Guesses, shortlist_of
 from sdsat.engines.native.bindings import (
@@ -253,11 +253,14 @@ class NativeEngine(Engine):
         logits = readable(
             "logits", guesses.logits, self.exact.dtype, len(states), struct.vocabulary
         )
-        found[0, 0] = readable("x", guesses.x, torch.long, 1)[0]
+        text = readable("text", guesses.text, torch.long, None)
+        require(len(text) > 0, "text: expected at least the root's token")
+        found[0, 0] = text[-1]
         found[1, 0] = 1.0
         sampling = guesses.sampling
-        pointers = map(pointer, (states, logits, *shape, *found))
-        numbers = (found.shape[1], len(logits), shortlist, guesses.index, as_seed(sampling.seed))
+        pointers = map(pointer, (states, logits, *shape, *found, text))
+        sizes = (len(text), found.shape[1], len(logits), shortlist)
+        numbers = (*sizes, guesses.index, as_seed(sampling.seed))
         drafting = Drafting(*pointers, *numbers, Sampling.of(sampling))
         struct.threads = torch.get_num_threads()
         call(function, byref(struct), byref(drafting), self.exact.is_bf16)

@@ -51,7 +51,7 @@ static void check_draft(const Model& m, const Drafting& d) {
   check(d.nodes >= 1 && d.shortlist >= 1 && d.shortlist <= m.vocabulary,
         "shortlist: expected 1 to the number of logits of a row");
   check(d.tokens[0] >= 0 && d.tokens[0] < m.vocabulary,
-        "x: a token that is not in the vocabulary");
+        "text: its last token is not in the vocabulary");
 }
 
 static void check_tree(const Drafting& d) {

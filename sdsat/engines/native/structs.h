@@ -39,6 +39,7 @@ struct Model {
   const void *embedding, *unembedding;  // [vocabulary, hidden] row by row, for drafting
   Linear draft_inner, draft_outer;      // the draft head; no weight where there is none
   float draft_eps;
+  float sharpness, copies[4];  // the head's: a factor of scores; what a fact of the text adds
 };
 
 // Keys and values of one sequence (cache.h: how they lie there).
@@ -72,6 +73,8 @@ struct Drafting {
   int64_t *parents, *ranks;     // [nodes]; where it grows they are found
   const int64_t* depths;        // [nodes] of a tree that is given
   double *tokens, *likely;      // [nodes]: what is found, and the draft's probability
+  const int64_t* text;          // [known]: tokens up to the root's one, which is the last
+  int64_t known;
   int64_t nodes, sats;
   int64_t shortlist;  // so many candidates of a SAT are looked at
   int64_t index;      // of the first draft among the emitted tokens, for its noise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import Array, c_float
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from sdsat.engines.native.bindings import (
     library,
     pointer,
 )
-from sdsat.models.adapter import SatAdapter
+from sdsat.method.copies import FACTS
 from sdsat.models.attention import sliding_window
+from sdsat.models.head import DraftHead
 from sdsat.models.sat_model import SatModel
 from sdsat.models.weights import strange_part
 
@@ -126,6 +128,7 @@ class NativeWeights:
         )
         self._kept.append(layers)
         head = lm.get_output_embeddings()
+        draft_head = None if int8 else model.head
         tokens = lm.get_input_embeddings()
         vocabulary = head.weight.shape[0]
         self.struct = Model(
@@ -136,7 +139,7 @@ class NativeWeights:
             self._linear("lm_head", head.weight, (vocabulary, hidden), head.bias), layers,
             pointer(self._keep(self._checked("embed_tokens", tokens.weight, vocabulary, hidden))),
             pointer(self._keep(head.weight)),
-            *self._head(None if int8 else model.adapter, hidden), torch.finfo(self.dtype).eps,
+            *self._head(draft_head, hidden), torch.finfo(self.dtype).eps, *_gains(draft_head),
         )  # fmt: skip
 
     def _checked(self, name: str, tensor: Tensor, *shape: int) -> Tensor:
@@ -150,11 +153,11 @@ class NativeWeights:
             raise Unavailable(f"{name} is {found}, and not {wanted}")
         return tensor
 
-    def _head(self, adapter: SatAdapter | None, hidden: int) -> tuple[Linear, Linear]:
-        if adapter is None or adapter.head is None:
+    def _head(self, head: DraftHead | None, hidden: int) -> tuple[Linear, Linear]:
+        if head is None:
             return Linear(), Linear()
-        inner = adapter.head.inner.detach()
-        outer = adapter.head.outer.detach()
+        inner = head.inner.detach()
+        outer = head.outer.detach()
         size = len(inner)
         padding = -len(inner) % MULTIPLE
         inner = nn.functional.pad(
@@ -240,3 +243,10 @@ class NativeWeights:
                 self._linear(f"{where}/{part}/{name}", linear.weight, shapes[name], linear.bias)
             )
         return Layer(*norms, *parts)
+
+
+def _gains(head: DraftHead | None) -> tuple[float, Array[c_float]]:
+    """Return sharpness and copies of a draft head; what changes nothing where there is none."""
+    if head is None:
+        return 1.0, (c_float * FACTS)()
+    return float(head.sharpness), (c_float * FACTS)(*head.copies.tolist())
