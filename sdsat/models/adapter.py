@@ -40,6 +40,7 @@ FORMAT = "sdsat-adapter"
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+GAINS = ("head.copies", "head.sharpness")  # which the first adapters do not have
 
 
 @dataclass(frozen=True)
@@ -470,6 +471,8 @@ def load(model: nn.Module, directory: str | Path) -> SatAdapter:
     except InputError as error:
         raise InputError(f"adapter {directory}: {error}") from None
     expected = dict(adapter.named_parameters())
+    # Adapters of before stay as they were made: what they lack changes nothing until it is trained.
+    weights = {name: expected[name] for name in GAINS if name in expected} | weights
     for name in sorted(expected.keys() ^ weights.keys()):
         raise InputError(
             f"adapter {directory}: tensor {name} is "
