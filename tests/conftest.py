@@ -96,19 +96,13 @@ def randomise_gains(head):
 
 
 def text_adds(head, text, before, tokens):
-    """What the text adds to a draft head's scores of `tokens` after the two tokens `before`."""
+    """What the text adds to a draft head's scores of `tokens` after the tokens `before`."""
     added = torch.zeros(len(tokens), dtype=torch.float64)
-    for at, token in enumerate(tokens):
-        for fact, tail in ((0, before[-1:]), (2, before)):
-            size = len(tail)
-            if size <= fact // 2:
-                continue
-            followers = [
-                text[i] for i in range(size, len(text)) if text[i - size : i] == list(tail)
-            ]
-            if token in followers:
-                added[at] += head.copies[fact].item()
-                added[at] += (followers[-1] == token) * head.copies[fact + 1].item()
+    for size in range(1, min(len(before), len(head.copies)) + 1):
+        ends = [i for i in range(size, len(text)) if text[i - size : i] == before[-size:]]
+        followers = {text[i] for i in ends}
+        for at, token in enumerate(tokens):
+            added[at] += (token in followers) * head.copies[size - 1].item()
     return added
 
 

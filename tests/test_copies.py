@@ -1,52 +1,46 @@
-"""What the text says of candidates, against lists searched by hand."""
+"""Which candidates a text has after the same tokens, against a search of lists by hand."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdsat.method.copies import NONE, copy_facts
+from sdsat.method.copies import LONGEST, NONE, copied, last_tokens
 
 TOKENS = st.integers(0, 3)  # so few that they come again
 
 
-def followed(text, tail):
-    """The tokens that stand in the text after a tail of one or two tokens, in order."""
-    size = len(tail)
-    return [text[i] for i in range(size, len(text)) if text[i - size : i] == tail]
-
-
-def facts_of(text, before, candidate):
+def search(text, before, candidate):
+    """Whether the candidate follows the last 1, 2, ... tokens of `before` anywhere in the text."""
     found = []
-    for tail in (before[1:], before):
-        after = followed(text, tail)
-        found += [candidate in after, bool(after) and after[-1] == candidate]
+    for size in range(1, LONGEST + 1):
+        tail = [*before[len(before) - size :], candidate]
+        found.append(any(text[i : i + size + 1] == tail for i in range(len(text) - size)))
     return found
 
 
 @given(
     st.lists(
         st.tuples(
-            st.lists(TOKENS, min_size=12, max_size=12),
-            st.integers(1, 12),
-            st.lists(st.integers(NONE, 3), min_size=2, max_size=2),
+            st.lists(TOKENS, min_size=40, max_size=40),
+            st.integers(1, 40),
+            st.lists(st.integers(NONE, 3), min_size=LONGEST, max_size=LONGEST),
         ),
         min_size=1,
         max_size=90,
     )
 )
-def test_facts_are_those_of_a_search(rows):
+def test_it_is_what_a_search_finds(rows):
     ids = torch.arange(4).repeat(len(rows), 1)
     text, known, before = (torch.tensor(part) for part in zip(*rows, strict=True))
-    found = copy_facts(text, known, before, ids)
-    want = [[facts_of(t[:n], b, c) for c in range(4)] for t, n, b in rows]
-    assert found.int().tolist() == torch.tensor(want).int().tolist()
+    found = copied(text, known, before, ids)
+    want = [[search(t[:n], b, candidate) for candidate in range(4)] for t, n, b in rows]
+    assert found.tolist() == want
 
 
-@given(st.lists(TOKENS, min_size=1, max_size=3))
+@given(st.lists(TOKENS, min_size=1, max_size=6))
 def test_a_text_of_few_tokens(text):
-    path = [*[NONE] * 2, *text][-2:]
-    found = copy_facts(
-        torch.tensor([text]), torch.tensor([len(text)]), torch.tensor([path]), torch.arange(4)[None]
-    )
-    want = [facts_of(text, path, candidate) for candidate in range(4)]
-    assert found[0].int().tolist() == torch.tensor(want).int().tolist()
+    path = last_tokens(torch.tensor(text))
+    assert path.tolist() == [*[NONE] * LONGEST, *text][-LONGEST:]
+    ids = torch.arange(4)[None]
+    found = copied(torch.tensor([text]), torch.tensor([len(text)]), path[None], ids)
+    assert found[0].tolist() == [search(text, path.tolist(), candidate) for candidate in range(4)]

@@ -43,7 +43,7 @@ def children(model, state, depth, path, sampling):
     own = lm.get_output_embeddings()(state)
     score = own.clone()
     if model.head is not None:
-        before = [*TEXT, *path[1:]][-2:]
+        before = [*TEXT, *path[1:]]
         move = model.head(state[None], lm.get_input_embeddings().weight[before[-1]][None])[0]
         score = model.head.sharpness * lm.get_output_embeddings()(state + move)
         score = score + text_adds(model.head, TEXT, before, range(VOCAB))

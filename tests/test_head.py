@@ -31,7 +31,7 @@ def children_of(model, state, logits, text, path, index, sampling, count, size):
 
     Where the filters leave fewer, those: what fills a tree up then can never be drawn.
     """
-    before = [*text, *path][-2:]
+    before = [*text, *path]
     move = model.head(state[None], model.lm.get_input_embeddings().weight[before[-1]][None])[0]
     moved = model.head.sharpness * model.lm.get_output_embeddings()(state + move)
     moved = moved + text_adds(model.head, text, before, range(VOCAB))

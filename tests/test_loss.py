@@ -20,8 +20,8 @@ from sdsat.training.shards import Sequence
 
 
 def ranked_anew(model, state, logits, text, before):
-    """[V] logits of a SAT once its draft head knows the two tokens before, and the text up to the
-    first draft: its best tokens by the moved state and by the text, no others.
+    """[V] logits of a SAT once its draft head knows the tokens before, and the text up to the first
+    draft: its best tokens by the moved state and by the text, no others.
     """
     embedding = model.lm.get_input_embeddings().weight
     head = model.head
@@ -33,14 +33,14 @@ def ranked_anew(model, state, logits, text, before):
     moved = state + head.outer.to(state) @ (inner * inner.sigmoid())
     best = logits.topk(20).indices
     score = head.sharpness.to(state) * (model.lm.get_output_embeddings().weight[best] @ moved)
-    facts = torch.stack([only(head, fact, text, before, best) for fact in range(4)], 1)
-    score = score + facts.to(state) @ head.copies.to(state)
+    found = torch.stack([only(size, text, before, best) for size in range(4)], 1)
+    score = score + found.to(state) @ head.copies.to(state)
     return torch.full_like(logits, float("-inf")).index_put((best,), score)
 
 
-def only(head, fact, text, before, tokens):
-    """Whether one fact of the text holds of each token, by what it adds where it alone counts."""
-    head = SimpleNamespace(copies=torch.eye(4)[fact])
+def only(size, text, before, tokens):
+    """Whether each token has followed so many tokens before it: what this alone would add."""
+    head = SimpleNamespace(copies=torch.eye(4)[size])
     return text_adds(head, text, before, tokens.tolist())
 
 
@@ -71,7 +71,7 @@ def brute_force_loss(model, adapter, sequences, batch, soft, decay):
             weights += decay ** (depth - 1)
             if model.head is not None:
                 ids = sequence.ids.tolist()
-                before = ids[anchor + depth - 1 : anchor + depth + 1]
+                before = ids[: anchor + depth + 1]
                 ranked = ranked_anew(model, state, logits, ids[: anchor + 2], before)
                 if ranked[label] > float("-inf"):
                     total = total + decay ** (depth - 1) * torch.nn.functional.cross_entropy(

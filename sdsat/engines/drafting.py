@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdsat.config import SamplingConfig
-from sdsat.method.copies import NONE, copy_facts
+from sdsat.method.copies import LONGEST, copied, last_tokens
 from sdsat.method.sampling import candidates
 from sdsat.method.tree import DraftTree
 from sdsat.models.head import SHORTLIST
@@ -39,8 +39,8 @@ class Guesses:
 
     @property
     def path(self) -> Tensor:
-        """[1, 2] the token before x, NONE where there is none, and x: the text's last two."""
-        return torch.nn.functional.pad(self.text[-2:], (2, 0), value=NONE)[None, -2:]
+        """[1, LONGEST] the text's last tokens, of which x is the last."""
+        return last_tokens(self.text)[None]
 
 
 def shortlist_of(width: int, vocabulary: int) -> int:
@@ -57,18 +57,20 @@ def _levels(
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
     """List what drafting needs of each depth of a tree, from depth 1 on.
 
-    For each depth: its parents' own parents and the parents [P, 2], its nodes [N], each one's place
-    among the parents [N], and rank [N]; and how many children a parent has at most. The root is
-    node 1 here, and the token before it node 0.
+    For each depth: the path to each of its parents [P, LONGEST], its nodes [N], each one's place
+    among the parents [N], and rank [N]; and how many children a parent has at most. Nodes are
+    numbered from -1 + LONGEST on, because the tokens before the root come first.
     """
+    first = LONGEST - 1
     levels = []
     for depth in range(1, max(tree.depths) + 1):
         nodes = [node for node, d in enumerate(tree.depths) if d == depth]
         parents = sorted({tree.parents[node] for node in nodes})
         places = [parents.index(tree.parents[node]) for node in nodes]
         ranks = [tree.ranks[node] for node in nodes]
-        paths = [(tree.parents[parent] + 1, parent + 1) for parent in parents]
-        nodes = [node + 1 for node in nodes]
+        above = [[*range(first), *(first + node for node in tree.path(p))] for p in parents]
+        paths = [path[-LONGEST:] for path in above]
+        nodes = [first + node for node in nodes]
         tensors = [torch.tensor(part, device=device) for part in (paths, nodes, places, ranks)]
         levels.append((tensors[0], tensors[1], tensors[2], tensors[3], max(ranks) + 1))
     return levels
@@ -98,7 +100,7 @@ def draft_tokens(model: SatModel, largest: Largest, guesses: Guesses, tree: Draf
         found, shares = sats.candidates(i, tokens[paths], width)
         tokens[nodes] = found[places, ranks]
         likely[nodes] = shares[places, ranks]
-    return torch.stack([tokens.double(), likely])[:, 1:]
+    return torch.stack([tokens.double(), likely])[:, LONGEST - 1 :]
 
 
 def grow_tokens(model: SatModel, largest: Largest, guesses: Guesses, nodes: int) -> Tensor:
@@ -118,8 +120,8 @@ def grow_tokens(model: SatModel, largest: Largest, guesses: Guesses, nodes: int)
         [4, N] float64, likeliest first: parents (-1 for the root), ranks among the parents'
         candidates, tokens, and how likely each seems given its parent; 0 where there are no more.
     """
-    path = guesses.path  # [P, 2] of a depth's nodes: their parents' tokens, and their own
-    x = path[:, 1]
+    path = guesses.path  # [P, LONGEST] to a depth's nodes
+    x = path[:, -1]
     width = min(nodes - 1, guesses.logits.shape[-1])
     sats = _Sats(model, largest, guesses, width)
     none = torch.zeros_like(x)
@@ -132,7 +134,7 @@ def grow_tokens(model: SatModel, largest: Largest, guesses: Guesses, nodes: int)
         tokens, likely = sats.candidates(i, path, width)
         reached, best = _likeliest((through[:, None] * likely).flatten(), nodes - 1)
         taken = tokens.flatten()[best]
-        path = torch.stack([path[best // width, 1], taken], 1)
+        path = torch.cat([path[best // width, 1:], taken[:, None]], 1)
         found.append((above[best // width], best % width, taken, likely.flatten()[best], reached))
         above = torch.arange(count, count + len(best), device=x.device)
         count += len(best)
@@ -164,20 +166,17 @@ class _Sats:
         self.rows = model.output_rows(self.ids).to(guesses.states.dtype) if model.head else None
 
     def candidates(self, i: int, path: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Find the best tokens [P, width] of SAT i after the tokens `path` [P, 2], and how likely.
-
-        Of the path the nearer token is the last.
-        """
+        """Find the best tokens [P, width] of SAT i after a path [P, LONGEST], and how likely."""
         count = len(path)
         given = self.scores[i].expand(count, -1)
         head = self.model.head
         if head is not None and self.rows is not None:
-            embedded = self.model.embed_standard(path[:, 1])
+            embedded = self.model.embed_standard(path[:, -1])
             states = self.guesses.states[i].expand_as(embedded)
             text = self.guesses.text
             known = torch.full((count,), len(text), device=text.device)
-            facts = copy_facts(text.expand(count, -1), known, path, self.ids[i].expand(count, -1))
-            given = head.rerank(given, states, embedded, self.rows[i : i + 1], facts)
+            found = copied(text.expand(count, -1), known, path, self.ids[i].expand(count, -1))
+            given = head.rerank(given, states, embedded, self.rows[i : i + 1], found)
         at = torch.full((count,), self.guesses.index + i, device=path.device)
         columns, likely = candidates(given, at, self.guesses.sampling, width, self.ids[i])
         return self.ids[i][columns], likely

@@ -1,11 +1,11 @@
-"""What the text so far says of a candidate: has it followed the tokens before it already?
+"""What the text so far says of a candidate: has it come after the same tokens already?
 
 Texts repeat themselves: names, calls and phrases come again. Prompt lookup (lookup.py) copies what
 followed the last time, whole; here the same evidence is laid before the draft head, which weighs it
-beside what a SAT says (copy mechanism: arXiv 1603.06393).
+beside what a SAT says (as pointer networks mix copying in, arXiv 1609.07843).
 
-    text   print(a, b); print(     candidates  a    b    (
-    before          print (        facts       1111 0000 0000
+    text        total = a + b; return total = a          before            = a
+    candidates  +: has followed "= a"   3: has followed neither "a" nor "= a"
 """
 
 from __future__ import annotations
@@ -13,39 +13,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LONGEST = 4  # tokens before a candidate that are compared
 NONE = -1  # in place of a token that there is not
-FACTS = 4  # of a candidate
-_ROWS = 64  # rows whose facts are found together, for memory
+_ROWS = 64  # rows that are looked at together, for memory
 
 
-def copy_facts(text: Tensor, known: Tensor, before: Tensor, ids: Tensor) -> Tensor:
-    """Find what the text says of candidates.
+def last_tokens(text: Tensor) -> Tensor:
+    """Return the last LONGEST tokens of a text [L], NONE in front where it has fewer."""
+    return torch.nn.functional.pad(text[-LONGEST:], (LONGEST, 0), value=NONE)[-LONGEST:]
+
+
+def copied(text: Tensor, known: Tensor, before: Tensor, ids: Tensor) -> Tensor:
+    """Find which candidates come in a text after the same tokens.
 
     Args:
         text: [N, L] token ids, for each row the text it is about.
         known: [N] how many tokens of it are known where the row drafts.
-        before: [N, 2] the two tokens before the candidates, the nearer one last; NONE where there
-            is none.
+        before: [N, LONGEST] the tokens before the candidates, NONE where there are fewer.
         ids: [N, C] the candidates.
 
     Returns:
-        [N, C, FACTS] bool: whether the candidate has followed the token before; whether it did so
-        the last time that this token was followed by any; and both for the two tokens before.
+        [N, C, LONGEST] bool, n ascending from 1: whether the candidate has followed the last n of
+        the tokens before.
     """
     parts = (tensor.split(_ROWS) for tensor in (text, known, before, ids))
-    return torch.cat([_facts(*rows) for rows in zip(*parts, strict=True)])
+    return torch.cat([_copied(*rows) for rows in zip(*parts, strict=True)])
 
 
-def _facts(text: Tensor, known: Tensor, before: Tensor, ids: Tensor) -> Tensor:
-    """Find the facts of a few rows: see `copy_facts`."""
-    places = torch.arange(1, text.shape[1], device=text.device)  # of what follows
-    once = (text[:, :-1] == before[:, 1:]) & (places < known[:, None])
-    ahead = torch.nn.functional.pad(text, (1, 0), value=NONE - 1)[:, :-2]
+def _copied(text: Tensor, known: Tensor, before: Tensor, ids: Tensor) -> Tensor:
+    """Do for a few rows what `copied` does."""
+    length = text.shape[1] - 1
+    follows = torch.arange(1, length + 1, device=text.device) < known[:, None]
     same = text[:, 1:, None] == ids[:, None]
-    facts = []
-    for follows in (once, once & (ahead == before[:, :1])):
-        last = (follows * places).amax(-1, keepdim=True) if len(places) else known[:, None] * 0
-        token = text.gather(1, last)
-        facts.append((same & follows[..., None]).any(1))
-        facts.append((token == ids) & (last > 0))
-    return torch.stack(facts, -1)
+    ahead = torch.nn.functional.pad(text, (LONGEST, 0), value=NONE - 1)
+    found = []
+    for n in range(LONGEST):  # the token n places before the one before a place
+        start = LONGEST - n
+        follows = follows & (ahead[:, start : start + length] == before[:, -1 - n, None])
+        found.append((same & follows[..., None]).any(1))
+    return torch.stack(found, -1)

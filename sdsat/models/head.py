@@ -3,8 +3,8 @@
 All SATs of a group guess at once, so SAT i does not know which token the SAT before it led to. Once
 that token is known or drafted, the head moves SAT i's last hidden state, and the best `SHORTLIST`
 tokens of the SAT are ranked anew by the moved state (a light form of the sampler head of arXiv
-2507.11851), and by whether they have followed the tokens before in the text already
-(method/copies.py). That costs two small matmuls a depth, not a pass.
+2507.11851), and by whether the text has them after the same tokens already (method/copies.py). That
+costs two small matmuls a depth, not a pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
-from sdsat.method.copies import FACTS
+from sdsat.method.copies import LONGEST
 from sdsat.models import packed
 
 SHORTLIST = 64  # tokens of a SAT that are ranked anew
@@ -26,7 +26,8 @@ class DraftHead(nn.Module):
     """A two-layer perceptron on a SAT's state and the embedding of the token before it.
 
     That token stands at the SAT's own position. Weights: inner [size, 2 D], outer [D, size];
-    copies [FACTS], what each fact of the text adds to a score; sharpness [1], a factor of all else.
+    copies [LONGEST], what each further token adds to the score of a candidate that the text has
+    after the same tokens; sharpness [1], a factor of all else.
     """
 
     def __init__(self, hidden: int, size: int, dtype: torch.dtype, device: torch.device):
@@ -35,7 +36,7 @@ class DraftHead(nn.Module):
             (torch.randn(size, 2 * hidden, device=device) / (2 * hidden) ** 0.5).to(dtype)
         )
         self.outer = nn.Parameter(torch.zeros(hidden, size, dtype=dtype, device=device))
-        self.copies = nn.Parameter(torch.zeros(FACTS, dtype=dtype, device=device))
+        self.copies = nn.Parameter(torch.zeros(LONGEST, dtype=dtype, device=device))
         self.sharpness = nn.Parameter(torch.ones(1, dtype=dtype, device=device))
         self._fused: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
 
@@ -67,7 +68,7 @@ class DraftHead(nn.Module):
         return linear(silu(linear(both, self.inner.to(both))), self.outer.to(both))
 
     def rerank(
-        self, scores: Tensor, states: Tensor, before: Tensor, rows: Tensor, facts: Tensor
+        self, scores: Tensor, states: Tensor, before: Tensor, rows: Tensor, copied: Tensor
     ) -> Tensor:
         """Rank a SAT's best tokens anew, given the token before and the text.
 
@@ -76,10 +77,10 @@ class DraftHead(nn.Module):
             states: [N, D] last hidden states of the SATs.
             before: [N, D] embeddings of the tokens before.
             rows: [N, C, D] the output layer's rows of the best tokens.
-            facts: [N, C, FACTS] of the best tokens (`copies.copy_facts`).
+            copied: [N, C, LONGEST] of the best tokens (`copies.copied`).
 
         Returns:
             [N, C] new scores.
         """
         moved = scores + (rows @ self(states, before)[:, :, None])[:, :, 0]
-        return self.sharpness.to(moved) * moved + facts.to(moved) @ self.copies.to(moved)
+        return self.sharpness.to(moved) * moved + copied.to(moved) @ self.copies.to(moved)

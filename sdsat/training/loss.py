@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sdsat.config import require
 from sdsat.engines.cache import SharedPrefix, SlotCache
-from sdsat.method.copies import copy_facts
+from sdsat.method.copies import LONGEST, NONE, copied
 from sdsat.models.attention import layer_masks
 from sdsat.models.head import SHORTLIST
 from sdsat.models.packed import in_use
@@ -59,13 +59,14 @@ class SatBatch:
 
     @property
     def before(self) -> Tensor:
-        """[M, 2] for each labelled row, the two tokens before the one it learns.
+        """[M, LONGEST] for each labelled row, the tokens before the one it learns, NONE if fewer.
 
-        A draft head sees them, the nearer one last.
+        A draft head sees them.
         """
+        padded = torch.nn.functional.pad(self.tokens, (LONGEST - 1, 0), value=NONE)
         places = self.anchor + self.depth
-        pair = [self.tokens.gather(1, at) for at in ((places - 1).clamp(min=0), places)]
-        return torch.stack(pair, -1)[self.label != IGNORED]
+        found = [padded.gather(1, places + n) for n in range(LONGEST)]
+        return torch.stack(found, -1)[self.label != IGNORED]
 
     @property
     def text(self) -> tuple[Tensor, Tensor]:
@@ -199,8 +200,8 @@ def _ranked(
     scores, ids = logits.topk(min(SHORTLIST, logits.shape[-1]))
     rows = model.output_rows(ids)
     before = batch.before
-    facts = copy_facts(*batch.text, before, ids)
-    return ids, model.head.rerank(scores, states, model.embed_standard(before[:, 1]), rows, facts)
+    found = copied(*batch.text, before, ids)
+    return ids, model.head.rerank(scores, states, model.embed_standard(before[:, -1]), rows, found)
 
 
 def predict(model: SatModel, batch: SatBatch) -> Tensor:

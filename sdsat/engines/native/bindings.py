@@ -20,7 +20,7 @@ from torch import Tensor
 from sdsat.cache_folder import load_library
 from sdsat.config import InputError
 from sdsat.files import sha256_of_all
-from sdsat.method.copies import FACTS
+from sdsat.method.copies import LONGEST
 
 if TYPE_CHECKING:
     from sdsat.config import SamplingConfig
@@ -75,7 +75,7 @@ class Model(Structure):
         *((name, Linear) for name in ("draft_inner", "draft_outer")),
         ("draft_eps", c_float),
         ("sharpness", c_float),
-        ("copies", c_float * FACTS),
+        ("copies", c_float * LONGEST),
     ]
 
 

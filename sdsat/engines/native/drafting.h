@@ -2,7 +2,7 @@
 //
 // The draft head moves a SAT's logits by what the token drafted before it says: moves =
 // outer(silu(inner([norm(state), norm(embedding of that token)]))), and a candidate's score is
-// sharpness * (its logit + its row of the unembedding . moves) + what the text's facts add to it
+// sharpness * (its logit + its row of the unembedding . moves) + what the text adds to it
 // (models/head.py and method/copies.py are the reference). Fast: several nodes
 // together, as the head's weights take longer to read than to use; and a shortlist of each SAT's
 // candidates instead of the vocabulary. Exact by itself it need not be: drafts are verified.
@@ -10,6 +10,7 @@
 // A tree is given, and filled depth by depth; or it grows where it is likeliest.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
@@ -19,17 +20,33 @@
 #include "structs.h"
 #include "threads.h"
 
+// The last tokens up to a node, its own the last one; NONE in front where there are fewer.
+using Path = std::array<int64_t, LONGEST>;
+constexpr int64_t NONE = -1;
+
+// The path to the root.
+static Path root_path(const Drafting& d) {
+  Path path;
+  for (int64_t n = 0; n < LONGEST; n++) {
+    const int64_t at = d.known - LONGEST + n;
+    path[n] = at < 0 ? NONE : d.text[at];
+  }
+  return path;
+}
+
+static Path longer(Path path, int64_t token) {
+  std::copy(path.begin() + 1, path.end(), path.begin());
+  path.back() = token;
+  return path;
+}
+
 // A node that gets children, and the SAT that guesses them: one row of the draft head.
 struct Place {
   int node, sat;
-  int64_t above, token;  // at the node's parent (NONE at the text's first token), and at the node
+  Path path;       // to the node
   double through;  // how likely the walk passes it, where a tree grows
 };
 using Places = std::vector<Place>;
-constexpr int64_t NONE = -1;
-
-// The token before the root's one.
-static int64_t before_root(const Drafting& d) { return d.known > 1 ? d.text[d.known - 2] : NONE; }
 
 // What the threads of a draft share.
 template <class T> struct DraftState {
@@ -86,7 +103,7 @@ template <class T> static void apply_head(DraftState<T>& s, DraftThread& thread)
     const Place& place = s.places[r];
     Input<T>* x = s.both.data() + r * 2 * hidden;
     const T* state = (const T*)s.drafting.states + place.sat * hidden;
-    const T* token = (const T*)m.embedding + place.token * hidden;
+    const T* token = (const T*)m.embedding + place.path.back() * hidden;
     rms_norm<T>(state, s.ones.data(), hidden, m.draft_eps, x);
     rms_norm<T>(token, s.ones.data(), hidden, m.draft_eps, x + hidden);
   });
@@ -112,21 +129,18 @@ template <class T> static void apply_head(DraftState<T>& s, DraftThread& thread)
 
 // What the text adds to the scores of a place's candidates, [shortlist].
 template <class T> static void add_copies(DraftState<T>& s, const Place& place, float* scores) {
-  const float* gain = s.model.copies;
   const int64_t* text = s.drafting.text;
   const int64_t* ids = s.ids.data() + int64_t(place.sat) * s.shortlist;
-  int64_t latest[2] = {NONE, NONE};  // what followed the token before last, and the two before
-  std::vector<char> seen(s.shortlist);  // whether it followed: 1 the one token, 2 both
+  std::vector<int> longest(s.shortlist);  // so many of the tokens before each came before it
   for (int64_t i = 1; i < s.drafting.known; i++) {
-    if (text[i - 1] != place.token) continue;
-    const bool both = i > 1 && text[i - 2] == place.above;
-    latest[0] = text[i];
-    if (both) latest[1] = text[i];
-    for (int c = 0; c < s.shortlist; c++) seen[c] |= ids[c] == text[i] ? (both ? 3 : 1) : 0;
+    int n = 0;
+    while (n < LONGEST && n < i && text[i - 1 - n] == place.path[LONGEST - 1 - n]) n++;
+    if (!n) continue;
+    for (int c = 0; c < s.shortlist; c++)
+      if (ids[c] == text[i]) longest[c] = std::max(longest[c], n);
   }
   for (int c = 0; c < s.shortlist; c++)
-    scores[c] += (seen[c] & 1 ? gain[0] : 0) + (ids[c] == latest[0] ? gain[1] : 0) +
-                 (seen[c] & 2 ? gain[2] : 0) + (ids[c] == latest[1] ? gain[3] : 0);
+    for (int n = 0; n < longest[c]; n++) scores[c] += s.model.copies[n];
 }
 
 // The score of each candidate of a place's SAT, for every place.
@@ -172,9 +186,13 @@ static std::vector<Places> places_by_depth(const Drafting& d) {
     levels.resize(std::max<size_t>(levels.size(), depth + 1));
     Places& level = levels[depth];
     auto same = [&](const Place& place) { return place.node == node; };
-    if (std::none_of(level.begin(), level.end(), same)) level.push_back({node, depth, NONE, 0, 1});
+    if (std::none_of(level.begin(), level.end(), same)) level.push_back({node, depth, {}, 1});
   }
   return levels;
+}
+
+static Path path_to(const Drafting& d, int node) {
+  return node ? longer(path_to(d, d.parents[node]), d.tokens[node]) : root_path(d);
 }
 
 // Fill d.tokens and d.likely of a tree whose root's token is given.
@@ -190,8 +208,7 @@ template <class T> static void draft(const Model& model, const Drafting& d) {
       if (!thread.worker.rank) {
         s.places = level;
         for (Place& place : s.places) {
-          place.token = d.tokens[place.node];
-          place.above = place.node ? int64_t(d.tokens[d.parents[place.node]]) : before_root(d);
+          place.path = path_to(d, place.node);
         }
       }
       thread.worker.meet();
@@ -221,14 +238,14 @@ class Growth {
  public:
   struct Node {
     int parent, rank, depth;
-    int64_t above, token;
+    Path path;
     double likely, through;  // given its parent; and its ancestors too
     bool asked;              // for its children
   };
 
-  Growth(int most, int64_t before, int64_t x) : most(most), nodes(most) {
+  Growth(int most, const Path& root) : most(most), nodes(most) {
     order.reserve(most + 1);
-    nodes[0] = {-1, 0, 0, before, x, 1, 1, false};
+    nodes[0] = {-1, 0, 0, root, 1, 1, false};
     order.push_back(0);
   }
 
@@ -239,7 +256,7 @@ class Growth {
       Node& node = nodes[order[i]];
       if (node.asked || node.depth >= depth) continue;
       node.asked = true;
-      places.push_back({order[i], node.depth, node.above, node.token, node.through});
+      places.push_back({order[i], node.depth, node.path, node.through});
     }
   }
 
@@ -250,7 +267,8 @@ class Growth {
     if (!(through > (full ? nodes[order.back()].through : 0))) return;
     const int slot = full ? order.back() : order.size();
     if (full) order.pop_back();
-    nodes[slot] = {above.node, rank, above.sat + 1, above.token, token, likely, through, false};
+    const Path path = longer(above.path, token);
+    nodes[slot] = {above.node, rank, above.sat + 1, path, likely, through, false};
     auto precedes = [&](double value, int other) { return value > nodes[other].through; };
     order.insert(std::upper_bound(order.begin(), order.end(), through, precedes), slot);
   }
@@ -263,7 +281,7 @@ class Growth {
       place[order[i]] = i;
       d.parents[i] = i ? place[node.parent] : -1;
       d.ranks[i] = node.rank;
-      d.tokens[i] = node.token;
+      d.tokens[i] = node.path.back();
       d.likely[i] = node.likely;
     }
   }
@@ -286,7 +304,7 @@ template <class T> static void grow(const Model& model, const Drafting& d) {
   constexpr int TOGETHER = 4;
   const int children = std::min(d.nodes - 1, d.shortlist);  // of a node, at most
   DraftState<T> s(model, d, TOGETHER);
-  Growth growth(d.nodes, before_root(d), d.tokens[0]);
+  Growth growth(d.nodes, root_path(d));
   std::vector<Candidate> candidates(TOGETHER * children);
   auto make = [&](Worker& worker) { return DraftThread(worker, TOGETHER, s.shortlist); };
   growth.ask(children ? d.sats : 0, TOGETHER, s.places);

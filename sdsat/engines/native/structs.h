@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+constexpr int LONGEST = 4;  // tokens before a candidate that are compared with the text
+
 // The weights of a linear layer, block by block of outputs (kernels.h, int8.h: how they lie there).
 struct Matrix {
   const char* weight;
@@ -39,7 +41,7 @@ struct Model {
   const void *embedding, *unembedding;  // [vocabulary, hidden] row by row, for drafting
   Linear draft_inner, draft_outer;      // the draft head; no weight where there is none
   float draft_eps;
-  float sharpness, copies[4];  // the head's: a factor of scores; what a fact of the text adds
+  float sharpness, copies[LONGEST];  // the head's numbers: models/head.py
 };
 
 // Keys and values of one sequence (cache.h: how they lie there).

@@ -20,7 +20,7 @@ from sdsat.engines.native.bindings import (
     library,
     pointer,
 )
-from sdsat.method.copies import FACTS
+from sdsat.method.copies import LONGEST
 from sdsat.models.attention import sliding_window
 from sdsat.models.head import DraftHead
 from sdsat.models.sat_model import SatModel
@@ -248,5 +248,5 @@ class NativeWeights:
 def _gains(head: DraftHead | None) -> tuple[float, Array[c_float]]:
     """Return sharpness and copies of a draft head; what changes nothing where there is none."""
     if head is None:
-        return 1.0, (c_float * FACTS)()
-    return float(head.sharpness), (c_float * FACTS)(*head.copies.tolist())
+        return 1.0, (c_float * LONGEST)()
+    return float(head.sharpness), (c_float * LONGEST)(*head.copies.tolist())
