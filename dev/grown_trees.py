@@ -39,6 +39,7 @@ from sdsat.engines.drafting import Guesses
 from sdsat.evaluation.records import environment
 from sdsat.evaluation.summary import interval
 from sdsat.files import read_json, write_json
+from sdsat.method.copies import copied, last_tokens
 from sdsat.method.costs import COUNTS, CostCurve
 from sdsat.method.drafts import Drafts
 from sdsat.method.layout import SatGroup
@@ -80,7 +81,7 @@ def places_of(decoder: Decoder, prompt: list[int], config: DecodeConfig) -> list
         cache.commit(tuple(range(len(tokens))))
         places.append(
             {
-                "x": answer[emitted],
+                "text": torch.tensor(whole[: len(prompt) + emitted + 1]),
                 "states": states[-k:].clone(),
                 "best": tuple(logits[-k:].topk(KEPT)),
                 "index": emitted + 1,
@@ -130,9 +131,14 @@ def without_noise(decoder: Decoder, place: dict[str, Any], drafts: Drafts) -> Dr
     for node in range(1, len(drafts.tokens)):
         parent = drafts.tree.parents[node]
         sat = drafts.tree.depths[parent]
-        before = model.embed_standard(torch.tensor([drafts.tokens[parent]]))
+        path = [drafts.tokens[above] for above in drafts.tree.path(parent)[1:]]
+        text = place["text"]
+        path = last_tokens(torch.cat([text, torch.tensor(path, dtype=torch.long)]))[None]
+        known = torch.tensor([len(text)])
+        found = copied(text[None], known, path, ids[sat : sat + 1])
+        before = model.embed_standard(path[:, -1])
         rows = model.output_rows(ids[sat : sat + 1]).to(before.dtype)
-        given = (values[sat : sat + 1].float(), place["states"][sat : sat + 1], before, rows)
+        given = (values[sat : sat + 1].float(), place["states"][sat : sat + 1], before, rows, found)
         shares = model.head.rerank(*given).double().softmax(-1)[0]
         # of equals at the end of a shortlist another one may have been taken
         likely.append(float(shares[ids[sat] == drafts.tokens[node]].sum()))
@@ -152,7 +158,7 @@ def _given(decoder: Decoder, place: dict[str, Any], sampling: Any) -> Guesses:
     values, ids = place["best"]
     least = torch.full((len(ids), decoder.model.vocabulary), -torch.inf, dtype=values.dtype)
     logits = least.scatter(1, ids, values)
-    return Guesses(torch.tensor([place["x"]]), place["states"], logits, place["index"], sampling)
+    return Guesses(place["text"], place["states"], logits, place["index"], sampling)
 
 
 def accepted(

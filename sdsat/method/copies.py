@@ -4,8 +4,8 @@ Texts repeat themselves: names, calls and phrases come again. Prompt lookup (loo
 followed the last time, whole; here the same evidence is laid before the draft head, which weighs it
 beside what a SAT says (as pointer networks mix copying in, arXiv 1609.07843).
 
-    text        total = a + b; return total = a          before            = a
-    candidates  +: has followed "= a"   3: has followed neither "a" nor "= a"
+    x = sum ( a ) ; y = sum ( ?     a has followed "(" and "sum (" and "= sum (", not "y = sum (";
+                                    b has followed none of them
 """
 
 from __future__ import annotations
