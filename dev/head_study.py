@@ -4,6 +4,10 @@
     python dev/head_study.py cache DATA CACHE --first 96 --last 608 --anchors 48     # to learn from
     python dev/head_study.py train CACHE OUT [VARIANT ...]
     python dev/head_study.py compare OUT FILE.json
+    python dev/head_study.py copies CACHE FILE.json
+
+`copies` leaves the shipped head as it is, and fits what the text adds to its scores: a number for
+each further token (sdsat/method/copies.py), and one factor of all else.
 
 The SATs stay as they are, so what a head sees is computed once: a try takes minutes. Every variant
 starts as the shipped head, does what that does at first (what is new is added as zero), and takes
@@ -30,6 +34,8 @@ from sdsat.cli.program import run_app
 from sdsat.config import require
 from sdsat.environment import commit
 from sdsat.files import replacing, write_json
+from sdsat.method.copies import LONGEST, NONE
+from sdsat.method.copies import copied as copied_in
 from sdsat.method.lookup import Lookup
 from sdsat.models.head import SHORTLIST
 from sdsat.models.loading import load
@@ -673,6 +679,82 @@ def trees_command(cache: Path, out: Path, variants: list[str], model_name: str =
         with replacing(file_of(out, name)) as part:
             torch.save(result, part)
         print(f"{name}: {result['tree'].mean():.3f}", flush=True)
+
+
+@torch.no_grad()
+def scored(head: Head, groups: Groups, some: Tensor) -> dict[str, Tensor]:
+    """What a head and the text say of candidates in groups, and which one was right."""
+    found: dict[str, list[Tensor]] = {name: [] for name in ("scores", "copied", "right", "known")}
+    for at in some.split(BATCH):
+        batch = groups[at]
+        ids, tokens = batch["ids"], batch["tokens"]
+        texts = groups.texts[groups.row[at]]
+        ends = groups.data["anchor"][at] + 2  # the first draft's place
+        padded = pad(texts, (LONGEST, K), value=NONE)
+        by_depth = []
+        for i in range(K):
+            places = ends[:, None] + i + torch.arange(LONGEST)
+            by_depth.append(copied_in(texts, ends, padded.gather(1, places), ids[:, i]))
+        known, right = (ids == tokens[:, 2:, None]).max(-1)
+        scores = score([head], groups, batch, [true_before(batch)])[0]
+        for name, part in zip(found, (scores, torch.stack(by_depth, 1), right, known), strict=True):
+            found[name].append(part)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def fitted(said: dict[str, Tensor], longest: int, lr: float = 0.05) -> tuple[Tensor, Tensor]:
+    """Numbers for up to `longest` tokens, and the factor: three times through, cross-entropy."""
+    gains = torch.zeros(longest, requires_grad=True)
+    sharpness = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.Adam([gains, sharpness], lr=lr)
+    torch.manual_seed(0)
+    batches = [at for _ in range(3) for at in torch.randperm(len(said["scores"])).split(BATCH)]
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    for at in batches:
+        new = sharpness * said["scores"][at] + said["copied"][at][..., :longest].float() @ gains
+        known = said["known"][at]
+        optimizer.zero_grad()
+        cross_entropy(new[known], said["right"][at][known]).backward()
+        optimizer.step()
+        decay.step()
+    return gains.detach(), sharpness.detach()
+
+
+@app.command("copies")
+def copies_command(cache: Path, file: Path, groups_read: int = 6400) -> None:
+    """Fit what the text adds to the shipped head's scores, and write what chains then accept."""
+    model = load(MODEL, "float32")
+    assert model.head is not None
+    groups = Groups(cache, model)
+    inner, outer = model.head.inner.detach().float(), model.head.outer.detach().float()
+    head = Head(inner, outer, len(groups.rows), {})
+    some = groups.rest[torch.randperm(len(groups.rest), generator=torch.Generator().manual_seed(1))]
+    learned = scored(head, groups, some[:groups_read])
+    held = scored(head, groups, groups.held)
+    answers = groups.data["answer"][groups.held].numpy()
+    entries = []
+    base = None
+    for longest in range(LONGEST + 1):
+        gains, sharpness = fitted(learned, longest)
+        new = sharpness * held["scores"] + held["copied"][..., :longest].float() @ gains
+        confidence, best = new.softmax(-1).max(-1)
+        hit = (best == held["right"]) & held["known"]
+        chain = hit.cumprod(-1).double()
+        accepted = {f"chain_{k}": chain[:, :k].sum(-1).numpy() for k in (3, 5, 7)}
+        base = base or accepted
+        errors = [calibration_error(hit[:, i], confidence[:, i]) for i in range(K)]
+        entry = {
+            "tokens": longest,
+            "copies": [round(v, 3) for v in gains.tolist()],
+            "sharpness": round(float(sharpness), 3),
+            "accepted": {key: interval(v, answers) for key, v in accepted.items()},
+            "difference": {key: interval(v - base[key], answers) for key, v in accepted.items()},
+            "calibration_error_by_depth": errors,
+        }
+        print(longest, entry["copies"], entry["sharpness"], entry["accepted"], flush=True)
+        entries.append(entry)
+    about = {"model": MODEL, "groups": groups_read, "places": len(groups.held)}
+    write_json(file, about | {"commit": commit(), "by_tokens": entries})
 
 
 @app.command("compare")
