@@ -4,10 +4,11 @@
     python dev/head_study.py cache DATA CACHE --first 96 --last 608 --anchors 48     # to learn from
     python dev/head_study.py train CACHE OUT [VARIANT ...]
     python dev/head_study.py compare OUT FILE.json
-    python dev/head_study.py copies CACHE FILE.json
+    python dev/head_study.py copies CACHE FILE.json [--adapter FOLDER --held-out DATA]
 
 `copies` leaves the shipped head as it is, and fits what the text adds to its scores: a number for
-each further token (sdsat/method/copies.py), and one factor of all else.
+each further token (sdsat/method/copies.py), and one factor of all else. With `--adapter` the
+shipped adapter is saved with them, and with its figures on the first 48 answers of DATA.
 
 The SATs stay as they are, so what a head sees is computed once: a try takes minutes. Every variant
 starts as the shipped head, does what that does at first (what is new is added as zero), and takes
@@ -21,6 +22,8 @@ head accepts alone is what it accepts when it is given the true tokens, which is
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +44,8 @@ from sdsat.models.head import SHORTLIST
 from sdsat.models.loading import load
 from sdsat.models.packed import PackedLinears
 from sdsat.models.sat_model import SatModel
-from sdsat.training.loss import IGNORED, sat_batch, sat_states
+from sdsat.training.evaluate import evaluate
+from sdsat.training.loss import IGNORED, predict, sat_batch, sat_states
 from sdsat.training.shards import Sequence, read_shards
 
 MODEL = "smollm2-135m-sdsat"
@@ -721,7 +725,13 @@ def fitted(said: dict[str, Tensor], longest: int, lr: float = 0.05) -> tuple[Ten
 
 
 @app.command("copies")
-def copies_command(cache: Path, file: Path, groups_read: int = 6400) -> None:
+def copies_command(
+    cache: Path,
+    file: Path,
+    groups_read: int = 6400,
+    adapter: Path | None = None,
+    held_out: Path | None = None,
+) -> None:
     """Fit what the text adds to the shipped head's scores, and write what chains then accept."""
     model = load(MODEL, "float32")
     assert model.head is not None
@@ -755,6 +765,21 @@ def copies_command(cache: Path, file: Path, groups_read: int = 6400) -> None:
         entries.append(entry)
     about = {"model": MODEL, "groups": groups_read, "places": len(groups.held)}
     write_json(file, about | {"commit": commit(), "by_tokens": entries})
+    if adapter is not None and held_out is not None:
+        model.head.copies.data.copy_(gains)
+        model.head.sharpness.data.copy_(sharpness)
+        save_with_figures(model, adapter, read_shards(held_out)[:48])
+
+
+def save_with_figures(model: SatModel, folder: Path, answers: list[Sequence]) -> None:
+    """Save a model's adapter, with its figures on answers that it was not trained on."""
+    adapter = model.adapter
+    assert adapter is not None
+    figures = evaluate(partial(predict, model), answers, adapter.config.sat.k, model.device)
+    training = {**adapter.config.training, **figures, "copies": "fitted last, all else frozen"}
+    adapter.config = replace(adapter.config, training=training)
+    adapter.save(folder)
+    print(figures)
 
 
 @app.command("compare")
