@@ -775,6 +775,7 @@ def save_with_figures(model: SatModel, folder: Path, answers: list[Sequence]) ->
     """Save a model's adapter, with its figures on answers that it was not trained on."""
     adapter = model.adapter
     assert adapter is not None
+    model.follow()
     figures = evaluate(partial(predict, model), answers, adapter.config.sat.k, model.device)
     training = {**adapter.config.training, **figures, "copies": "fitted last, all else frozen"}
     adapter.config = replace(adapter.config, training=training)

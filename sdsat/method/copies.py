@@ -24,7 +24,7 @@ def last_tokens(text: Tensor) -> Tensor:
 
 
 def copied(text: Tensor, known: Tensor, before: Tensor, ids: Tensor) -> Tensor:
-    """Find which candidates come in a text after the same tokens.
+    """Find the candidates that a text has after the same tokens.
 
     Args:
         text: [N, L] token ids, for each row the text it is about.
