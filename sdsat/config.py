@@ -76,8 +76,15 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def _is(kind: type, value: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+def is_whole(value: Any) -> bool:
+    """Tell whether this is a whole number, numpy's too but no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Tell whether this is a finite number, numpy's too but no bool."""
+    good = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return good and bool(-math.inf < value < math.inf)
 
 
 def whole(
@@ -95,7 +102,7 @@ def whole(
     Raises:
         InputError: for anything else.
     """
-    good = _is(numbers.Integral, value)
+    good = is_whole(value)
     good = good and (low is None or value >= low) and (high is None or value <= high)
     require(good, f"{name}={value!r}: expected {expected}")
     return int(value)
@@ -114,9 +121,15 @@ def real(name: str, value: Any, expected: str, low: float, high: float = math.in
     Raises:
         InputError: for anything else.
     """
-    good = _is(numbers.Real, value) and math.isfinite(value) and low <= value <= high
+    good = is_real(value) and low <= value <= high
     require(good, f"{name}={value!r}: expected {expected}")
     return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return `value`, if it is True or False. Raises InputError for anything else."""
+    require(isinstance(value, bool), f"{name}={value!r}: expected True or False")
+    return bool(value)
 
 
 def several(name: str, value: Any, expected: str) -> tuple[Any, ...]:
@@ -488,7 +501,7 @@ def _tree(tree: Any) -> str | tuple[int, ...]:
         return tree
     expected = "'auto', 'grown', 'chain', 'paper' or widths such as (2, 1, 1)"
     widths = several("tree", tree, expected)
-    good = all(_is(numbers.Integral, width) and width >= 1 for width in widths)
+    good = all(is_whole(width) and width >= 1 for width in widths)
     require(good and len(widths) > 0, f"tree={tree!r}: expected {expected}, every width 1 or more")
     return tuple(int(width) for width in widths)
 
@@ -679,6 +692,12 @@ class TrainConfig:
     checkpoint_every: int = option(None, "Steps between checkpoints. Default: --eval-every.")
 
     def __post_init__(self) -> None:
+        names = self.targets.split(",") if isinstance(self.targets, str) else [""]
+        expected = "names of linear layers, with commas between"
+        require(all(names), f"targets={self.targets!r}: expected {expected}")
+        flag("checkpointing", self.checkpointing)
+        good = self.init is None or (isinstance(self.init, (str, Path)) and str(self.init) != "")
+        require(good, f"init={self.init!r}: expected an adapter directory")
         if self.checkpoint_every is None:
             _keep(self, checkpoint_every=self.eval_every)
         for name in (
@@ -764,8 +783,14 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "shard_size", "answers", "max_prompt_tokens"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name}={value}: expected 1 or more")
-        require(self.limit is None or self.limit >= 1, f"limit={self.limit}: expected 1 or more")
-        for temperature in self.temperatures:
+            whole(name, getattr(self, name), "1 or more, a whole number", 1)
+        if self.limit is not None:
+            whole("limit", self.limit, "1 or more, a whole number", 1)
+        whole("seed", self.seed, "a whole number")
+        require(isinstance(self.kinds, str), f"kinds={self.kinds!r}: expected a text")
+        for name in ("avoid", "template_options"):
+            several(name, getattr(self, name), "a tuple")
+        temperatures = several("temperatures", self.temperatures, "a tuple of numbers")
+        require(len(temperatures) > 0, "temperatures: none; expected one or more")
+        for temperature in temperatures:
             SamplingConfig(temperature)  # refuses what can't be sampled at

@@ -15,11 +15,14 @@ one of them reads the padding. What can't be honoured is refused, by name.
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -36,7 +39,7 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from sdsat.config import DecodeConfig, SamplingConfig, require, whole
+from sdsat.config import DecodeConfig, SamplingConfig, is_real, is_whole, require, whole
 from sdsat.decoding.loop import Decoder
 from sdsat.decoding.resolve import check_context
 from sdsat.decoding.sequence import Generation, num_slots
@@ -133,6 +136,10 @@ def load(
     Raises:
         InputError: in one line, for anything that can't be loaded.
     """
+    further = list(inspect.signature(Decoder.load).parameters)[3:]
+    for option, value in options.items():
+        expected = f"one of {', '.join(further)}"
+        require(option in further, f"{option}={value!r}: sdsat.load has no such option; {expected}")
     decoder = Decoder.load(name, dtype, device, **options)
     return _ready(decoder), decoder.model.tokenizer
 
@@ -178,7 +185,8 @@ def attach(
         adapter is None or loading.is_adapter(str(adapter)),
         f"adapter={adapter}: not an adapter directory",
     )
-    check_engine(engine)
+    _check_tokenizer(tokenizer)
+    check_engine(engine, graphs)
     loading.check_options(str(adapter or name), sat_token_id, trained_k)
     loading.check_model(model, name)
     equipped = loading.equip(model, tokenizer, str(adapter or name), sat_token_id, trained_k)
@@ -206,8 +214,8 @@ def _mode_arguments(
 ) -> dict[str, Any]:
     """Collect what transformers hands to a way of decoding, with nothing left out.
 
-    That is what it has prepared, and what the caller gave. Raises InputError for a streamer that is
-    none.
+    That is what it has prepared, and what the caller gave. Raises InputError for arguments of the
+    wrong kind, before transformers meets them.
 
     Args:
         model: whose method this stands for.
@@ -217,31 +225,137 @@ def _mode_arguments(
         assistant_model: the caller's, if any.
         streamer: the caller's, if any.
     """
+    ours = getattr(custom_generate, "func", custom_generate) is generate
+    if ours:
+        _refuse_arguments(kwargs, assistant_model, streamer)
     tokenizer = kwargs.get("tokenizer") or getattr(model, ATTRIBUTE).model.tokenizer
     given = type(model)._extract_generation_mode_kwargs(
         model, custom_generate, kwargs, synced_gpus, assistant_model, streamer
     )
-    if getattr(custom_generate, "func", custom_generate) is generate:
-        require(
-            streamer is None
-            or (
-                callable(getattr(streamer, "put", None))
-                and callable(getattr(streamer, "end", None))
-            ),
-            (
-                f"streamer={streamer!r}: expected an object with put and end, such as "
-                "transformers' TextStreamer"
-            ),
-        )
-        own = {
-            "streamer": streamer,
-            "tokenizer": tokenizer,
-            "assistant_model": assistant_model,
-            "synced_gpus": synced_gpus,
-        }
+    if ours:
+        own = {"streamer": streamer, "tokenizer": tokenizer, "synced_gpus": synced_gpus}
         given |= {name: value for name, value in own.items() if value is not None}
         return _Arguments(given)
     return given
+
+
+def _refuse_arguments(kwargs: dict[str, Any], assistant_model: Any, streamer: Any) -> None:
+    """Refuse what transformers would stumble over before it comes to `generate`.
+
+    Raises InputError.
+
+    Args:
+        kwargs: of the call.
+        assistant_model: the caller's, if any.
+        streamer: the caller's, if any.
+    """
+    cache = kwargs.get("past_key_values")
+    require(
+        cache is None,
+        f"past_key_values={type(cache).__name__}: sdsat.generate starts with a cache of its own; "
+        "leave it out",
+    )
+    require(
+        assistant_model is None,
+        f"assistant_model={type(assistant_model).__name__}: sdsat.generate drafts by itself; "
+        "leave it out",
+    )
+    streams = all(callable(getattr(streamer, name, None)) for name in ("put", "end"))
+    require(
+        streamer is None or streams,
+        f"streamer={streamer!r}: expected an object with put and end, such as "
+        "transformers' TextStreamer",
+    )
+    _check_tokenizer(kwargs.get("tokenizer"))
+    _check_kinds(kwargs)
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    good = tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)
+    require(good, f"tokenizer={tokenizer!r}: expected a tokenizer of transformers")
+
+
+def _check_kinds(settings: dict[str, Any]) -> None:
+    """Refuse settings of the wrong kind, with an InputError; those that are None are left out."""
+    for name, (fits, expected) in _KINDS.items():
+        value = settings.get(name)
+        require(value is None or fits(value), f"{name}={_in_line(value)}: expected {expected}")
+
+
+def _in_line(value: Any) -> str:
+    """Write a value in one line, which may leave out its end."""
+    line = " ".join(repr(value).split())
+    return line if len(line) <= 80 else f"{line[:80]}.."
+
+
+def _is_positive(value: Any) -> bool:
+    return is_whole(value) and bool(value >= 1)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, (int, np.bool_))  # plain generate takes 0 and 1, too
+
+
+def _are_ids(value: Any) -> bool:
+    some = value if isinstance(value, (list, tuple)) else [value]
+    return isinstance(value, Tensor) or (len(some) > 0 and all(map(is_whole, some)))
+
+
+def _are_texts(value: Any) -> bool:
+    some = value if isinstance(value, (list, tuple)) else [value]
+    return len(some) > 0 and all(isinstance(text, str) and text != "" for text in some)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2
+
+
+# {setting: (what fits, what is expected)}, for those of which a wrong kind would be one of Python's
+# own errors somewhere in transformers.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("max_new_tokens", "max_length", "num_return_sequences"),
+        (_is_positive, "1 or more, a whole number"),
+    ),
+    **dict.fromkeys(
+        (
+            "min_new_tokens",
+            "min_length",
+            "no_repeat_ngram_size",
+            "top_k",
+            "pad_token_id",
+            "bos_token_id",
+        ),
+        (is_whole, "a whole number"),
+    ),
+    **dict.fromkeys(
+        (
+            "temperature",
+            "top_p",
+            "min_p",
+            "top_h",
+            "typical_p",
+            "epsilon_cutoff",
+            "eta_cutoff",
+            "repetition_penalty",
+            "guidance_scale",
+            "max_time",
+        ),
+        (is_real, "a number"),
+    ),
+    **dict.fromkeys(
+        ("do_sample", "return_dict_in_generate", "output_scores", "output_logits"),
+        (_is_flag, "True or False"),
+    ),
+    "input_ids": (_is_table, "token ids [B, L]"),
+    **dict.fromkeys(("attention_mask", "position_ids", "inputs_embeds"), (_is_tensor, "a tensor")),
+    "eos_token_id": (_are_ids, "a token id, or a list of them"),
+    "stop_strings": (_are_texts, "a text, or a list of them, none empty"),
+}
 
 
 class _Arguments(dict[str, Any]):
@@ -262,6 +376,7 @@ def _check_mode(model: Any, mode: Any, generation_config: Any, arguments: dict[s
     """
     if isinstance(arguments, _Arguments):
         sat = getattr(model, ATTRIBUTE).model
+        _check_kinds(vars(generation_config))
         _refuse_settings(generation_config)
         num = whole(
             "num_return_sequences",
@@ -335,6 +450,8 @@ def generate(
         "sdsat.attach(model, tokenizer, ADAPTER) before it",
     )
     assert isinstance(decoder, Decoder)
+    for step in stopping_criteria:
+        require(callable(step), f"stopping_criteria: {step!r} in it; expected functions")
     _refuse_inputs(model_kwargs)
     prompts = _prompts(decoder.model, input_ids, model_kwargs)
     if len(prompts) > 1:
@@ -370,10 +487,6 @@ def _refuse_settings(generation_config: Any) -> None:
 
 
 def _refuse_inputs(model_kwargs: dict[str, Any]) -> None:
-    given = getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
-    require(
-        not given, "past_key_values: sdsat.generate starts with a cache of its own; leave it out"
-    )
     for name, value in model_kwargs.items():
         known = name in _PREPARED or value is None or value is False
         require(

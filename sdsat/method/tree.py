@@ -254,7 +254,7 @@ def parse_tree(text: str) -> str | tuple[int, ...]:
         return text
     try:
         return tuple(int(width) for width in text.split(","))
-    except ValueError:
+    except (ValueError, AttributeError):
         raise InputError(
             f"tree={text!r}: expected 'auto', 'grown', 'chain', 'paper' or a branching list such "
             "as 2,1,1"

@@ -264,10 +264,9 @@ def load(
     Raises:
         InputError: in one line, for anything that can't be loaded.
     """
-    require(
-        isinstance(name, (str, Path)),
-        f"model={name!r}: expected a hub id, a directory, a GGUF file or an embedded name",
-    )
+    expected = "a hub id, a directory, a GGUF file or an embedded name"
+    named = isinstance(name, (str, Path)) and str(name).strip() and str(name).isprintable()
+    require(bool(named), f"model={name!r}: expected {expected}")
     name = str(name)
     check_dtype(dtype)
     whole("context", context, "1 or more, a whole number", 1)
