@@ -679,6 +679,11 @@ EMBEDDED = torch.zeros(1, 3, 64)
         (dict(max_time="x"), ["max_time='x'", "a number"]),
         (dict(do_sample="no"), ["do_sample='no'", "True or False"]),
         (dict(pad_token_id="x"), ["pad_token_id='x'", "a whole number"]),
+        (dict(eos_token_id=-1), ["eos_token_id=-1", "token ids, 0 or more"]),
+        (
+            dict(inputs=dict(input_ids=torch.tensor([[1, VOCAB]]))),
+            [f"input_ids: token id {VOCAB} is not in the model's vocabulary of {VOCAB}"],
+        ),
         (dict(eos_token_id="x"), ["eos_token_id='x'", "a token id, or a list of them"]),
         (dict(eos_token_id=[1, 2.5]), ["eos_token_id=[1, 2.5]", "a token id"]),
         (dict(stop_strings=5), ["stop_strings=5", "a text, or a list of them"]),

@@ -49,7 +49,7 @@ def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path,
             f"GPUS={','.join(devices)}: one is empty; expected cpu, or GPU numbers such as "
             "0,1 or 0+1,2+3",
         )
-        placing.pick_devices(device)
+        placing.pick_devices(device, "GPUS")
     with results_place(folder).held():
         tasks, source = read_tasks(config.dataset)
         tasks = limited(tasks, config.data_limit)
@@ -85,7 +85,7 @@ def _check_memory(config: BenchConfig, devices: list[str]) -> None:
     size = loading.sized(config.model, config.dtype)
     taken = dict[Any, int]()
     for device in devices:
-        placing.place(size, device, context_length(config), taken)
+        placing.place(size, device, context_length(config), taken, "GPUS")
 
 
 class _Progress:

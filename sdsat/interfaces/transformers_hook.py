@@ -41,7 +41,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from sdsat.config import DecodeConfig, SamplingConfig, is_real, is_whole, require, whole
 from sdsat.decoding.loop import Decoder
-from sdsat.decoding.resolve import check_context
+from sdsat.decoding.resolve import check_context, check_tokens
 from sdsat.decoding.sequence import Generation, num_slots
 from sdsat.engines.choose import check_engine
 from sdsat.method.sampling import choose, filtered
@@ -454,6 +454,8 @@ def generate(
         require(callable(step), f"stopping_criteria: {step!r} in it; expected functions")
     _refuse_inputs(model_kwargs)
     prompts = _prompts(decoder.model, input_ids, model_kwargs)
+    for prompt in prompts:
+        check_tokens("input_ids", prompt, decoder.model)
     if len(prompts) > 1:
         _refuse_in_batch([*logits_processor, *stopping_criteria], streamer)
     sequences = _Sequences(
@@ -688,7 +690,10 @@ class _Sequences:
         self.own = LogitsProcessorList(steps[:first])
         self.native = LogitsProcessorList(steps[first:])
         ends = [
-            ids for c in criteria if type(c) is EosTokenCriteria for ids in c.eos_token_id.tolist()
+            whole("eos_token_id", token, "token ids, 0 or more", 0)
+            for c in criteria
+            if type(c) is EosTokenCriteria
+            for token in c.eos_token_id.tolist()
         ]
         lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
         require(
