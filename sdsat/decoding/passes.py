@@ -21,13 +21,14 @@ from sdsat.decoding.sequence import Chooser, Drafted, Sequence
 from sdsat.engines.base import Engine, PassInput
 from sdsat.engines.drafting import Guesses
 from sdsat.method.sampling import as_seed
-from sdsat.method.tree import GROWN, GROWN_NODES, DraftTree, laid_out, make_tree
+from sdsat.method.tree import GROWN_NODES, DraftTree, given_tree, laid_out
 
 
 @lru_cache(maxsize=256)
-def _truncated(spec: str | tuple[int, ...], k: int, depth: int) -> DraftTree:
-    """Make a tree as `make_tree`, without the nodes below `depth`."""
-    return make_tree(spec, k).truncated(depth)
+def _truncated(spec: str | tuple[int, ...], k: int, depth: int) -> DraftTree | None:
+    """Make a tree as `given_tree`, without the nodes below `depth`."""
+    tree = given_tree(spec, k)
+    return None if tree is None else tree.truncated(depth)
 
 
 class PassResult:
@@ -119,9 +120,9 @@ class PassResult:
             0
         )  # -1 off the walk: those drafts are never read
         guesses = Guesses(x, self._states[sats], self._logits[sats], index, config.sampling)
-        if config.tree == GROWN:
-            return None, self._engine.grow(guesses, GROWN_NODES)
         tree = _truncated(config.tree, config.num_sats, len(guesses.states))
+        if tree is None:
+            return None, self._engine.grow(guesses, GROWN_NODES)
         return tree, self._engine.draft(guesses, tree)
 
     def _choose(self, logits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from sdsat.config import LOOKUP, STRATEGY, DecodeConfig, is_whole, require, several
 from sdsat.engines.base import Engine
-from sdsat.method.tree import GROWN, make_tree
+from sdsat.method.tree import GROWN, given_tree
 from sdsat.models.sat_model import SatModel
 
 
@@ -105,9 +105,9 @@ def checked(engine: Engine, prompt_ids: list[int], config: DecodeConfig) -> Deco
         f"strategy={config.strategy}: {model.name} runs through transformers' modules here, which "
         "have no 8 bits; expected another",
     )
-    if config.tree != GROWN:
+    tree = given_tree(config.tree, config.num_sats)
+    if tree is not None:
         size = model.vocabulary
-        width = make_tree(config.tree, config.num_sats).width
-        too_wide = f"tree={config.tree}: {width} candidates, but the vocabulary has {size} tokens"
-        require(width < size, too_wide)
+        candidates = f"{tree.width} candidates, but the vocabulary has {size} tokens"
+        require(tree.width < size, f"tree={config.tree}: {candidates}")
     return config

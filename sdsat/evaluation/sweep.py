@@ -169,7 +169,7 @@ class Sweep(Asked):
 
         Raises InputError.
         """
-        from sdsat.method.tree import GROWN, make_tree, parse_tree
+        from sdsat.method.tree import given_tree, parse_tree
 
         super().__post_init__()
         SamplingConfig(0, self.top_k, self.top_p)
@@ -184,8 +184,8 @@ class Sweep(Asked):
             parse_tree(tree)
         for setting in self.settings:
             decode = setting.of(self.plain())
-            if decode.k and decode.tree != GROWN:
-                make_tree(decode.tree, decode.k)
+            if decode.k:
+                given_tree(decode.tree, decode.k)
 
     @property
     def _trees(self) -> tuple[str, ...]:

@@ -245,6 +245,14 @@ def make_tree(spec: str | tuple[int, ...], k: int) -> DraftTree:
         raise InputError(message) from None
 
 
+def given_tree(spec: str | tuple[int, ...], k: int) -> DraftTree | None:
+    """Make the draft tree for k SATs whose shape is given; None for one that grows.
+
+    Raises InputError as `make_tree`.
+    """
+    return None if spec == GROWN else make_tree(spec, k)
+
+
 def parse_tree(text: str) -> str | tuple[int, ...]:
     """Read 'auto', 'grown', 'chain', 'paper', or '2,1,1' -> (2, 1, 1).
 
