@@ -24,6 +24,7 @@ from sdsat.evaluation.workers import aside, context_length, run_workers
 from sdsat.models import devices as placing
 from sdsat.models import loading
 from sdsat.tasks.datasets import limited, read_tasks
+from sdsat.tasks.prompts import encode_task
 
 
 def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path, list[str]]:
@@ -54,6 +55,9 @@ def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path,
         tasks, source = read_tasks(config.dataset)
         tasks = limited(tasks, config.data_limit)
         config = replace(config, source=source)
+        # Refuses a prompt that can't be asked, before a model is loaded.
+        tokenizer = loading.load_tokenizer(config.model)
+        encode_task(tokenizer, tasks[0], config.dataset, config.template_options)
         names = {task.task_id for task in tasks}
         finished = [p for p in finished_problems(folder, config) if p["task_id"] in names]
         done = {problem["task_id"] for problem in finished}

@@ -419,6 +419,11 @@ class VerifyConfig(Sweep):
     data_limit: Limit = option(40, _DATA_LIMIT)
     max_new_tokens: int = option(128, MAX_NEW_TOKENS)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.strategies:
+            replace(self, strategies=ALL_STRATEGIES)  # refuses a tree that one can't have
+
     @property
     def _trees(self) -> tuple[str, ...]:
         return self.trees

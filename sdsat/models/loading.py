@@ -164,8 +164,18 @@ def load_base(
             not missing,
             f"model {name}: its checkpoint lacks {len(missing)} tensors, such as {missing[:1]}",
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
-    return model.eval().requires_grad_(False), tokenizer
+    return model.eval().requires_grad_(False), load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer alone.
+
+    name: as of `load`. Raises InputError, one line, for what can't be read.
+    """
+    base = _base_of(name)
+    path = _path_of(base)
+    with _one_line(base, path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir())
 
 
 def _published(name: str) -> SatConfig | None:
@@ -214,6 +224,21 @@ def _sat_of_checkpoint(
     if known is None:
         raise InputError(f"trained_k={k}: model {name} has no SAT; expected sat_token_id too")
     return replace(known, k=k)
+
+
+def sat_of(
+    name: str, sat_token_id: int | None = None, trained_k: int | None = None
+) -> SatConfig | None:
+    """Find the SAT that `load` will find, of settings alone.
+
+    Raises InputError as `load`.
+    """
+    check_options(name, sat_token_id, trained_k)
+    if is_adapter(name):
+        return adapters.read_config(adapter_directory(name)).sat
+    known = embedded.named(name) or gguf.is_gguf(name)  # a file has no place for a SAT
+    config = None if known else read_config(_base_of(name))
+    return _sat_of_checkpoint(name, config, sat_token_id, trained_k)
 
 
 def in_papers_form(
