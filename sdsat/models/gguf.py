@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sdsat.cache_folder import PATIENCE_SECONDS, cache_dir, creating, remembered_sha256
-from sdsat.config import InputError, require
+from sdsat.config import InputError, is_whole, require
 from sdsat.files import reason
 from sdsat.models.families import check_family
+from sdsat.models.gguf_header import check_header
 from sdsat.models.gguf_tokenizer import read_tokenizer
 
 # llama.cpp's name of an architecture: transformers'. Mistral and CodeLlama are `llama` there.
@@ -47,6 +49,16 @@ _SIZES = {
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
+# Sizes of a model that are those of its tensors, or fewer.
+_BOUNDED = (
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "rope.dimension_count",
+)
 _TOKENS = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
@@ -153,24 +165,21 @@ def convert(file: Path, target: Path, name: str, as_transformers: bool = False) 
         InputError: in one line, for a file that can't be read or is of no supported family.
         OSError: where `target` can't be written.
     """
-    try:
+    with _reading(name):
+        check_header(file)
         reader = gguf.GGUFReader(file)
         settings = {
             key: field.contents()
             for key, field in reader.fields.items()
             if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
         }
-    except OSError as error:
-        raise InputError(f"model {name}: cannot be read ({reason(error)})") from None
-    except Exception as error:  # whatever a wrong byte leads to
-        raise InputError(f"model {name}: {_said(error)}") from None
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    _check_types(tensors, name)
-    config = _config(settings, tensors, name)
-    check_family(config, name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    wanted = _wanted(model, settings, tensors, name)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        _check_types(tensors, name)
+        config = _config(settings, tensors, name)
+        check_family(config, name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        wanted = _wanted(model, settings, tensors, name)
     try:
         tokenizer = (
             transformers_tokenizer(file, config)
@@ -190,6 +199,19 @@ def convert(file: Path, target: Path, name: str, as_transformers: bool = False) 
     heads = (config.num_attention_heads, config.num_key_value_heads)
     permuted = heads if config.model_type == "llama" else None
     _write_weights(target / "model.safetensors", wanted, config.dtype, permuted, name)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn whatever a wrong byte leads to into one InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"model {name}: cannot be read ({reason(error)})") from None
+    except Exception as error:
+        raise InputError(f"model {name}: {_said(error)}") from None
 
 
 def _value(reader: gguf.GGUFReader, key: str) -> Any:
@@ -246,6 +268,7 @@ def _config(settings: dict[str, Any], tensors: dict[str, Any], name: str) -> Any
     needed = [f"{kind}.{key}" for key in _SIZES] + ["token_embd.weight"]
     missing = [key for key in needed if key not in settings and key not in tensors]
     require(not missing, f"model {name}: lacks {''.join(missing[:1])}; expected a whole GGUF file")
+    _check_sizes(kind, settings, tensors, name)
     given = {own: settings[f"{kind}.{key}"] for key, own in _SIZES.items()}
     for key, own in _TOKENS.items():
         if (token := settings.get(f"tokenizer.ggml.{key}")) is not None:
@@ -274,6 +297,22 @@ def _config(settings: dict[str, Any], tensors: dict[str, Any], name: str) -> Any
         factors = gguf.dequantize(tensors[_ROPE_FACTORS].data, tensors[_ROPE_FACTORS].tensor_type)
         config.rope_parameters = _llama3_rope(config, torch.from_numpy(factors.copy()), name)
     return config
+
+
+def _check_sizes(kind: str, settings: dict[str, Any], tensors: dict[str, Any], name: str) -> None:
+    """Refuse sizes that no model of these tensors has, before one is made of them.
+
+    Raises InputError.
+    """
+    largest = max(int(size) for tensor in tensors.values() for size in tensor.shape)
+    for key in _BOUNDED:
+        size = settings.get(f"{kind}.{key}", 1)
+        most = len(tensors) if key == "block_count" else largest
+        require(
+            is_whole(size) and 1 <= size <= most,
+            f"model {name}: {kind}.{key} is {size!r}, of tensors that allow 1 to {most}; fetch it "
+            "again",
+        )
 
 
 def _dtype(tensors: dict[str, Any]) -> torch.dtype:
