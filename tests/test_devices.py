@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from sdsat.config import DecodeConfig, SatConfig
 from sdsat.decoding.loop import Decoder
-from sdsat.evaluation.workers import aside
+from sdsat.evaluation.workers import in_own_process
 from sdsat.models import devices
 from sdsat.models.devices import GIB, Size, model_size, pick_devices, place, split_layers
 from sdsat.models.loading import load, sized
@@ -186,7 +186,7 @@ def test_training_takes_what_the_cpu_is_fast_in(has, dtype, monkeypatch):
 
 def test_a_check_in_a_process_of_its_own_raises_what_it_found(quick_workers, seven_b):
     with one_line_error("device=cpu: model big needs about"):
-        aside(place, seven_b, "cpu", 2**40)
+        in_own_process(place, seven_b, "cpu", 2**40)
     assert len(quick_workers) == 1
 
 

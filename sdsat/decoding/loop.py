@@ -400,7 +400,7 @@ class Decoder:
             if on_tokens is not None:
                 for event in events:
                     on_tokens(*event)
-            for sequence in [sequence for sequence in live if sequence.out.finish]:
+            for sequence in [each for each in live if each.out.finish is not None]:
                 live.remove(sequence)
                 caches.leave(sequence.cache)
                 yield sequence.number, sequence.out
@@ -452,7 +452,6 @@ class Decoder:
             prefilled: when it was read.
         """
         out = Generation(
-            finish="",
             proposed_by_depth=[0] * config.depth,
             accepted_by_depth=[0] * config.depth,
             prefill_seconds=prefilled - began,

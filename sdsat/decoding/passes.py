@@ -23,6 +23,8 @@ from sdsat.engines.drafting import Guesses
 from sdsat.method.sampling import as_seed
 from sdsat.method.tree import GROWN_NODES, DraftTree, given_tree, laid_out
 
+_NOT_ASKED = -1  # among next tokens in a tensor: the chooser was not asked here
+
 
 @lru_cache(maxsize=256)
 def _truncated(spec: str | tuple[int, ...], k: int, depth: int) -> DraftTree | None:
@@ -34,11 +36,11 @@ def _truncated(spec: str | tuple[int, ...], k: int, depth: int) -> DraftTree | N
 class PassResult:
     """What a pass says of each of its sequences.
 
-    own: for each sequence, the model's own next token at every node of its tree (list of [N]); -1
+    own: for each sequence, the model's own next token at every node of its tree (list of [N]); None
     where its chooser was not asked.
     """
 
-    own: list[list[int]]
+    own: list[list[int | None]]
 
     def __init__(
         self,
@@ -103,9 +105,13 @@ class PassResult:
             rows = [list(islice(read, part.shape[1])) for _ in part]
             self._read[key] = _drafted(tree, rows)
 
-    def _split(self, tokens: Iterator[float]) -> list[list[int]]:
+    def _split(self, tokens: Iterator[float]) -> list[list[int | None]]:
         """Take the next tokens of an iterator, node by node, sequence by sequence."""
-        return [[int(token) for token in islice(tokens, len(part.tokens))] for part in self._inputs]
+        counts = [len(part.tokens) for part in self._inputs]
+        return [
+            [None if token == _NOT_ASKED else int(token) for token in islice(tokens, count)]
+            for count in counts
+        ]
 
     def _draft(self, number: int, node: int) -> tuple[DraftTree | None, Tensor]:
         """Draft with the SATs at a node of a sequence.
@@ -116,9 +122,8 @@ class PassResult:
         row, sats = self._places[number][node]
         config = sequence.config
         index = sequence.emitted + self._inputs[number].tree.depths[node] + 1
-        x = self._targets[row : row + 1].clamp_min(
-            0
-        )  # -1 off the walk: those drafts are never read
+        # Any token does where the chooser was not asked: those drafts are never read.
+        x = self._targets[row : row + 1].clamp_min(0)
         guesses = Guesses(x, self._states[sats], self._logits[sats], index, config.sampling)
         tree = _truncated(config.tree, config.num_sats, len(guesses.states))
         if tree is None:
@@ -213,7 +218,7 @@ def choose_along(
 
     It is asked once for each emitted position, in order, as in AR: so it may keep state, and
     nothing is asked behind the end. Where a draft is the last token, the walk ends at that draft,
-    and nothing follows it: -1.
+    and nothing follows it.
 
     Args:
         chooser: see `Decoder.generate`.
@@ -223,11 +228,11 @@ def choose_along(
         stop_ids: tokens that end the output.
 
     Returns:
-        [N] its tokens, -1 at the other nodes; and whether it ended the output.
+        [N] its tokens, _NOT_ASKED at the other nodes; and whether it ended the output.
     """
     children = tree.children()
     node = 0
-    targets = torch.full((len(tree),), -1, dtype=torch.long)
+    targets = torch.full((len(tree),), _NOT_ASKED, dtype=torch.long)
     while True:
         token, ended = chooser(logits[node])
         targets[node] = token

@@ -20,7 +20,7 @@ from sdsat.config import require
 from sdsat.evaluation.records import finished_problems, results_place
 from sdsat.evaluation.summary import AR_KEY, Key, key_of, name_of, seconds_of
 from sdsat.evaluation.sweep import BenchConfig
-from sdsat.evaluation.workers import aside, context_length, run_workers
+from sdsat.evaluation.workers import context_length, in_own_process, run_workers
 from sdsat.models import devices as placing
 from sdsat.models import loading
 from sdsat.tasks.datasets import limited, read_tasks
@@ -73,7 +73,7 @@ def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path,
         else:
             # Asking a GPU for its memory takes some of it, and all of one that is set to serve one
             # process.
-            aside(_check_memory, config, devices[: len(todo)])
+            in_own_process(_check_memory, config, devices[: len(todo)])
         progress = _Progress(finished, len(tasks))
         try:
             return folder, run_workers(config, devices, todo, folder, progress.add)

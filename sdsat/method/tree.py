@@ -107,15 +107,15 @@ class DraftTree:
                 mask[node] |= mask[parent]
         return mask
 
-    def walk(self, tokens: list[int], targets: list[int]) -> list[int]:
+    def walk(self, tokens: list[int], targets: Sequence[int | None]) -> list[int]:
         """Follow the model's own next tokens down the tree, from the root on.
 
         Each step goes to the child that carries the token that the model chooses, until there is
         none.
 
-        tokens[j]: the token at node j; targets[j]: the model's own next token after node j. Returns
-        the nodes of the verified path, root first; the target at its last node is the free true
-        token (the next x).
+        tokens[j]: the token at node j; targets[j]: the model's own next token after node j, None
+        where it is not known. Returns the nodes of the verified path, root first; the target at its
+        last node is the free true token (the next x).
         """
         children = self.children()
         path = [0]
