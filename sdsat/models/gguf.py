@@ -79,6 +79,7 @@ _GIVEN_UP = {
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors'
 _ROPE_FACTORS = "rope_freqs.weight"
+_LIST = "files"  # in a kept directory: {name: bytes} of its files, as JSON
 _FORM = 2  # version of what a file is converted to
 
 
@@ -103,7 +104,7 @@ def directory(file: str) -> Path:
     return kept(key, lambda target: convert(Path(file), target, file))
 
 
-def kept(key: str, make: Callable[[Path], None]) -> Path:
+def kept(key: str, make: Callable[[Path], None], earlier: tuple[str, ...] = ()) -> Path:
     """Return the model directory `key` of the cache folder, made on the first call.
 
     Several processes may call at once: one makes it, the others wait. A folder that is there and
@@ -112,19 +113,23 @@ def kept(key: str, make: Callable[[Path], None]) -> Path:
     Args:
         key: its name in the cache folder.
         make: makes the directory that it is given.
+        earlier: the files of one that an earlier version made, which left no list of them; () for
+            none that would be known.
 
     Raises:
         InputError: in one line, where it can be neither found nor made.
     """
     target = cache_dir() / key
-    if _is_whole(target):
+    if _is_whole(target, earlier):
         return target
     try:
         with creating(key, PATIENCE_SECONDS):
-            if not _is_whole(target):
+            if not _is_whole(target, earlier):
                 with tempfile.TemporaryDirectory(dir=target.parent, prefix=key + "-part-") as part:
                     made = Path(part) / "model"
                     make(made)
+                    sizes = {file.name: file.stat().st_size for file in made.iterdir()}
+                    (made / _LIST).write_text(json.dumps(sizes))
                     if target.exists():
                         target.rename(Path(part) / "damaged")
                     made.rename(target)  # atomic: the folder is whole or absent
@@ -135,18 +140,25 @@ def kept(key: str, make: Callable[[Path], None]) -> Path:
     return target
 
 
-def _is_whole(folder: Path) -> bool:
-    """Tell whether all files are there, and the weights as long as they say.
+def _is_whole(folder: Path, earlier: tuple[str, ...]) -> bool:
+    """Tell whether all files are there and as long as when they were made.
 
-    A copy that was cut short is not.
+    A copy that was cut short is not. earlier: as of `kept`.
     """
     try:
+        found = {file.name: file.stat().st_size for file in folder.iterdir()}
+        if earlier and _LIST not in found:
+            sizes = {name: found[name] for name in earlier}
+        else:
+            sizes = dict(json.loads((folder / _LIST).read_text()))
+        if any(found.get(name) != size for name, size in sizes.items()):
+            return False
         for name in ("config.json", "tokenizer.json"):
             json.loads((folder / name).read_text())
         # To open checks the header against the file's size.
         with safe_open(folder / "model.safetensors", "pt") as weights:
             return len(weights.keys()) > 0
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
         return False
 
 
