@@ -34,7 +34,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sdsat.cache_folder import PATIENCE_SECONDS, cache_dir, creating, remembered_sha256
 from sdsat.config import InputError, is_whole, require
-from sdsat.files import reason
+from sdsat.files import read_json, reason, write_json
 from sdsat.models.families import check_family
 from sdsat.models.gguf_header import check_header
 from sdsat.models.gguf_tokenizer import read_tokenizer
@@ -129,7 +129,7 @@ def kept(key: str, make: Callable[[Path], None], earlier: tuple[str, ...] = ()) 
                     made = Path(part) / "model"
                     make(made)
                     sizes = {file.name: file.stat().st_size for file in made.iterdir()}
-                    (made / _LIST).write_text(json.dumps(sizes))
+                    write_json(made / _LIST, sizes)
                     if target.exists():
                         target.rename(Path(part) / "damaged")
                     made.rename(target)  # atomic: the folder is whole or absent
@@ -150,11 +150,11 @@ def _is_whole(folder: Path, earlier: tuple[str, ...]) -> bool:
         if earlier and _LIST not in found:
             sizes = {name: found[name] for name in earlier}
         else:
-            sizes = dict(json.loads((folder / _LIST).read_text()))
+            sizes = dict(read_json(folder / _LIST))
         if any(found.get(name) != size for name, size in sizes.items()):
             return False
         for name in ("config.json", "tokenizer.json"):
-            json.loads((folder / name).read_text())
+            read_json(folder / name)
         # To open checks the header against the file's size.
         with safe_open(folder / "model.safetensors", "pt") as weights:
             return len(weights.keys()) > 0
