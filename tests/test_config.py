@@ -1,5 +1,5 @@
-"""Every refusal in config.py names the argument and its value, in one line; the borders themselves
-are allowed.
+"""Every refusal in sdsat.config names the argument and its value, in one line; the borders
+themselves are allowed.
 """
 
 import json
