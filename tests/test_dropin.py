@@ -34,7 +34,7 @@ from transformers import (
 
 import sdsat
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.interfaces.transformers_hook import _ONLY
+from sdsat.interfaces.generate_arguments import ONLY
 from sdsat.method.sampling import gumbel_noise
 
 NUM = 24
@@ -889,7 +889,7 @@ IDLE = {
 def test_every_setting_of_transformers_is_known():
     """A release with a new one fails here, so that it is not ignored."""
     every = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    assert every - HONOURED - IDLE - set(_ONLY) == set()
+    assert every - HONOURED - IDLE - set(ONLY) == set()
 
 
 def test_the_example_runs(llama, monkeypatch, capsys):
