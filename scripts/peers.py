@@ -164,11 +164,11 @@ def llama_decoder(kind: str, context: int, stop_id: int) -> Decode:
     )
 
     def decode(ids: list[int], limit: int) -> Generation:
-        out = Generation(finish="")
+        out = Generation()
         tokens = ids
         began = time.perf_counter()
         llama.reset()
-        while not out.finish:
+        while out.finish is None:
             llama.eval(tokens)
             logits = np.ctypeslib.as_array(
                 llama_cpp.llama_get_logits_ith(llama.ctx, -1), (llama.n_vocab(),)
@@ -176,13 +176,10 @@ def llama_decoder(kind: str, context: int, stop_id: int) -> Decode:
             tokens = [int(logits.argmax())]
             out.prefill_seconds = out.prefill_seconds or time.perf_counter() - began
             out.token_ids += tokens
-            out.finish = (
-                "stop_id"
-                if tokens[0] == stop_id
-                else "length"
-                if len(out.token_ids) == limit
-                else ""
-            )
+            if tokens[0] == stop_id:
+                out.finish = "stop_id"
+            elif len(out.token_ids) == limit:
+                out.finish = "length"
         out.decode_seconds = time.perf_counter() - began - out.prefill_seconds
         out.num_passes = max(1, len(out.token_ids) - 1)
         return out

@@ -28,7 +28,8 @@ FLOOR = {folder: number for number, floor in enumerate(FLOORS) for folder in flo
 # Words that are compared here and are no strategies: the key `lookup` of an argument, where
 # drafts come from, and baselines.
 ONLY_NAMES = {
-    "sdsat.config",
+    "sdsat.config.decoding",
+    "sdsat.config.strategies",
     "sdsat.decoding.auto_planner",
     "sdsat.evaluation.quality",
     "sdsat.evaluation.verify",
@@ -189,7 +190,9 @@ def names_of_strategies(files):
 
 
 def test_strategies_are_told_apart_in_one_place():
-    """Tables of config.py and decoding/strategies.py say what each does; nobody asks for names."""
+    """Tables of config/strategies.py and decoding/strategies.py say what each does; nobody asks for
+    names.
+    """
     assert names_of_strategies(sources(ROOT)) <= ONLY_NAMES
     assert set(PLANNERS) == set(STRATEGY)
     added = {"sdsat.decoding.loop": 'def f(c):\n    return c.strategy == "one-pass"\n'}

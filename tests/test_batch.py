@@ -319,6 +319,26 @@ def test_bad_input_names_the_prompt_and_nothing_is_decoded(monkeypatch):
         decoder.generate_batch(
             PROMPTS[:2], [DecodeConfig(2, 5), DecodeConfig(2, 5, strategy="rounded")]
         )
+    for arguments, message in [
+        ((5, DecodeConfig()), "prompts=5"),
+        (([[1, "x"]], DecodeConfig()), "prompts[0]: prompt: token id 'x'"),
+        (([[1, True]], DecodeConfig()), "prompts[0]: prompt: token id True"),
+        ((["ab"], DecodeConfig()), "prompts[0]: prompt='ab'"),
+        (([[1]], 5), "configs=5"),
+        (([[1]], [5]), "prompts[0]: config=5"),
+        (([[1]], DecodeConfig(), 5), "on_tokens=5"),
+        (([[1]], DecodeConfig(), None, "x"), "batch_size='x'"),
+        (([[1]], DecodeConfig(), None, 0), "batch_size=0"),
+        (([[1]], DecodeConfig(), None, 2, 5), "choosers=5"),
+        (([[1]], DecodeConfig(), None, 2, []), "choosers: 0; expected a list of 1"),
+        (([[1]], DecodeConfig(), None, 2, [5]), "choosers=5"),
+    ]:
+        with one_line_error(message):
+            decoder.iterate_batch(*arguments)
+    with one_line_error("chooser=5", "expected a function"):
+        decoder.generate([1], DecodeConfig(), chooser=5)
+    with one_line_error("model=5", "expected a SatModel"):
+        Decoder(5)
     with one_line_error("configs: 2 for 5 prompts"):
         decoder.generate_batch(PROMPTS, [DecodeConfig(0, 5)] * 2)
     with pytest.raises(InputError, match=r"^batch_size=0: expected 1 or more$"):

@@ -1,16 +1,20 @@
-"""Every refusal in config.py names the argument and its value, in one line; the borders themselves
-are allowed.
+"""Every refusal in sdsat.config names the argument and its value, in one line; the borders
+themselves are allowed.
 """
 
 import json
 import math
 from dataclasses import FrozenInstanceError, asdict
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import one_line_error
 
-from sdsat.config import DecodeConfig, SamplingConfig, SatConfig, TrainConfig
+from sdsat.config import DecodeConfig, DistillConfig, SamplingConfig, SatConfig, TrainConfig
+from sdsat.evaluation.sweep import BenchConfig, InspectConfig, QualityConfig, VerifyConfig
+
+BENCH = partial(BenchConfig, "tiny")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +70,42 @@ from sdsat.config import DecodeConfig, SamplingConfig, SatConfig, TrainConfig
         (TrainConfig, dict(clip=math.nan), "clip=nan"),
         (TrainConfig, dict(keep=1.5), "keep=1.5"),
         (TrainConfig, dict(seed="0"), "seed='0'"),
+        (TrainConfig, dict(targets=""), "targets=''"),
+        (TrainConfig, dict(targets=["q_proj"]), "targets=['q_proj']"),
+        (TrainConfig, dict(init=""), "init=''"),
+        (TrainConfig, dict(mode="full", checkpointing="x"), "checkpointing='x'"),
+        (DistillConfig, dict(limit="5"), "limit='5'"),
+        (DistillConfig, dict(limit=0), "limit=0"),
+        (DistillConfig, dict(answers=1.5), "answers=1.5"),
+        (DistillConfig, dict(max_new_tokens="5"), "max_new_tokens='5'"),
+        (DistillConfig, dict(batch_size=0), "batch_size=0"),
+        (DistillConfig, dict(seed="x"), "seed='x'"),
+        (DistillConfig, dict(kinds=5), "kinds=5"),
+        (DistillConfig, dict(avoid="x"), "avoid='x'"),
+        (DistillConfig, dict(template_options="x"), "template_options='x'"),
+        (DistillConfig, dict(temperatures=5), "temperatures=5"),
+        (DistillConfig, dict(temperatures=()), "temperatures: none"),
+        (DistillConfig, dict(temperatures=("x",)), "temperature='x'"),
+        (BENCH, dict(k_list=5), "k_list=5"),
+        (BENCH, dict(k_list=("x",)), "k='x'"),
+        (BENCH, dict(strategies=5), "strategies=5"),
+        (BENCH, dict(strategies=(5,)), "strategy=5"),
+        (BENCH, dict(tree=5), "tree=5"),
+        (BENCH, dict(dataset=5), "dataset=5"),
+        (BENCH, dict(data_limit="x"), "data_limit=x"),
+        (BENCH, dict(data_limit=1.5), "data_limit=1.5"),
+        (BENCH, dict(with_generate="x"), "with_generate='x'"),
+        (BENCH, dict(temperature="x"), "temperature='x'"),
+        (BENCH, dict(turns=1.5), "turns=1.5"),
+        (BENCH, dict(template_options="x"), "template_options='x'"),
+        (VerifyConfig, dict(trees=(5,)), "tree=5"),
+        (VerifyConfig, dict(temperatures=5), "temperatures=5"),
+        (VerifyConfig, dict(temperatures=(1.0,), seeds=("x",)), "seed='x'"),
+        (VerifyConfig, dict(temperatures=(1.0,), seeds=5), "seeds=5"),
+        (QualityConfig, dict(samples="x"), "samples='x'"),
+        (QualityConfig, dict(temperature="x"), "temperature='x'"),
+        (InspectConfig, dict(text=5), "text=5"),
+        (InspectConfig, dict(anchors=0), "anchors=0"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -15,6 +15,8 @@ from conftest import VOCAB, decoder_of, one_line_error, tiny_llama, tiny_tokeniz
 from tokenizers import decoders
 
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
+from sdsat.decoding.sequence import Generation
+from sdsat.decoding.stopping import cut
 from sdsat.engines.base import RowPolicy
 from sdsat.engines.transformers import TransformersEngine
 
@@ -429,3 +431,11 @@ def test_text_keeps_the_space_it_begins_with(truths):
         DecodeConfig(0, 4, stop_strings=(stop,)),
     )
     assert (stopped.finish, stopped.text) == ("stop_string", "")
+
+
+def test_an_output_that_goes_on_has_no_reason_to_end():
+    config = DecodeConfig(0, 4, stop_ids=(7,))
+    assert cut(None, 1, [], [5, 6], config) == (2, None)
+    assert cut(None, 1, [], [5, 7, 6], config) == (2, "stop_id")
+    assert cut(None, 1, [5, 6], [5, 6], config) == (2, "length")
+    assert Generation().finish is None

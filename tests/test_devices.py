@@ -1,5 +1,5 @@
-"""GPUS: what it names, how large a model is before it is loaded, what fits where, and a pass over
-several devices.
+"""Devices: what their names mean, how large a model is before it is loaded, what fits where, and a
+pass over several devices.
 """
 
 from itertools import product
@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from sdsat.config import DecodeConfig, SatConfig
 from sdsat.decoding.loop import Decoder
-from sdsat.evaluation.workers import aside
+from sdsat.evaluation.workers import in_own_process
 from sdsat.models import devices
 from sdsat.models.devices import GIB, Size, model_size, pick_devices, place, split_layers
 from sdsat.models.loading import load, sized
@@ -44,14 +44,16 @@ def test_names(gpus):
     assert pick_devices("1+0") == (GPU[1], GPU[0])
     for device in ("2", "0+2", "0+0", "0+", "-1", "cuda:0", "gpu", "1.0", "cpu+0"):
         with one_line_error(
-            f"GPUS={device}: this machine has 2 GPUs",
+            f"device={device}: this machine has 2 GPUs",
             "expected 'cpu', a number below 2, or different ones joined",
         ):
             pick_devices(device)
     gpus()
     assert pick_devices(None) == (torch.device("cpu"),)
-    with one_line_error("GPUS=0", "0 GPUs"):
+    with one_line_error("device=0: this machine has 0 GPUs; expected 'cpu'"):
         load("any", "float32", "0")
+    with one_line_error("GPUS=0: this machine has 0 GPUs"):
+        pick_devices("0", "GPUS")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -114,11 +116,11 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would_do(gpus, seven_b):
     gpus(10.2, 10.2)
     with one_line_error(
         (
-            "GPUS=0: model big needs about 13.6 GiB (12.6 of weights in float16, 0.5 of "
+            "device=0: model big needs about 13.6 GiB (12.6 of weights in float16, 0.5 of "
             "cache), GPU 0 has 10.2 "
             "GiB free"
         ),
-        "expected more GPUs for a worker, as in 0+1, a smaller model or dtype",
+        "expected more GPUs, as in 0+1, a smaller model or dtype",
     ):
         place(seven_b, "0", 1024)
     where = place(seven_b, "0+1", 1024)
@@ -131,7 +133,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would_do(gpus, seven_b):
     assert sorted(where.values(), key=lambda device: device.index) == list(where.values())
     assert set(where.values()) == {GPU[0], GPU[1]}
     with one_line_error(
-        "GPUS=0+1",
+        "device=0+1",
         "needs about 45.6 GiB",
         "32.0 of cache",
         "GPUs 0, 1 have 10.2, 10.2 GiB free",
@@ -147,15 +149,16 @@ def test_workers_on_one_device_share_its_memory(gpus, seven_b, monkeypatch):
     taken = {}
     for device in ("0", "1", "0"):
         place(seven_b, device, 1024, taken)
-    with one_line_error("GPUS=0: ", "GPU 0 has 2.", "GiB free beside other workers"):
-        place(seven_b, "0", 1024, taken)
+    free = "GiB free beside other workers; expected more GPUs for a worker"
+    with one_line_error("GPUS=0: ", "GPU 0 has 2.", free):
+        place(seven_b, "0", 1024, taken, "GPUS")
     monkeypatch.setattr(devices, "free_bytes", lambda device: 20 * GIB)
     taken = {}
     place(seven_b, "cpu", 1024, taken)
     with one_line_error(
         "GPUS=cpu: ", "the CPU has", "beside other workers; expected fewer workers"
     ):
-        place(seven_b, "cpu", 1024, taken)
+        place(seven_b, "cpu", 1024, taken, "GPUS")
 
 
 def test_linear_layers_count_twice_where_the_cpu_holds_them_twice(monkeypatch):
@@ -182,8 +185,8 @@ def test_training_takes_what_the_cpu_is_fast_in(has, dtype, monkeypatch):
 
 
 def test_a_check_in_a_process_of_its_own_raises_what_it_found(quick_workers, seven_b):
-    with one_line_error("GPUS=cpu: model big needs about"):
-        aside(place, seven_b, "cpu", 2**40)
+    with one_line_error("device=cpu: model big needs about"):
+        in_own_process(place, seven_b, "cpu", 2**40)
     assert len(quick_workers) == 1
 
 
@@ -191,7 +194,8 @@ def test_load_refuses_before_it_reads_weights(tmp_path, monkeypatch):
     tiny_llama().config.save_pretrained(tmp_path)  # and no weights
     monkeypatch.setattr(devices, "free_bytes", lambda device: GIB // 8)
     with one_line_error(
-        f"GPUS=cpu: model {tmp_path} needs about 0.3 GiB", "the CPU has 0.1 GiB free"
+        f"device=cpu: model {tmp_path} needs about 0.3 GiB",
+        "the CPU has 0.1 GiB free; expected a smaller model or dtype",
     ):
         load(str(tmp_path), "float32", "cpu")
 

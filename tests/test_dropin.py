@@ -34,7 +34,7 @@ from transformers import (
 
 import sdsat
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.interfaces.transformers_hook import _ONLY
+from sdsat.interfaces.generate_arguments import ONLY
 from sdsat.method.sampling import gumbel_noise
 
 NUM = 24
@@ -557,6 +557,10 @@ def test_models_that_are_not_ready_are_refused(tmp_path):
         sdsat.attach(model, None, "nowhere")
     with one_line_error("engine=fast", "native"):
         sdsat.attach(model, engine="fast")
+    with one_line_error("tokenizer=5", "a tokenizer of transformers"):
+        sdsat.attach(model, tokenizer=5)
+    with one_line_error("graphs='x'", "True or False"):
+        sdsat.attach(model, graphs="x")
     with one_line_error("torch.float64", "float32, bfloat16, float16"):
         sdsat.attach(alone(folder).double())
     sdsat.attach(model)
@@ -664,6 +668,37 @@ EMBEDDED = torch.zeros(1, 3, 64)
         ),
         (dict(tree="bush"), ["tree='bush'", "chain"]),
         (dict(max_new_tokens=300), ["max_new_tokens=300", "256"]),
+        (dict(max_new_tokens="5"), ["max_new_tokens='5'", "1 or more, a whole number"]),
+        (dict(max_new_tokens=-1), ["max_new_tokens=-1", "1 or more"]),
+        (dict(max_length=5.5, max_new_tokens=None), ["max_length=5.5", "a whole number"]),
+        (dict(num_return_sequences="2"), ["num_return_sequences='2'", "a whole number"]),
+        (dict(min_new_tokens="x"), ["min_new_tokens='x'", "a whole number"]),
+        (dict(top_k="x", do_sample=True), ["top_k='x'", "a whole number"]),
+        (dict(temperature="x", do_sample=True), ["temperature='x'", "a number"]),
+        (dict(top_p=[1], do_sample=True), ["top_p=[1]", "a number"]),
+        (dict(max_time="x"), ["max_time='x'", "a number"]),
+        (dict(do_sample="no"), ["do_sample='no'", "True or False"]),
+        (dict(pad_token_id="x"), ["pad_token_id='x'", "a whole number"]),
+        (dict(eos_token_id=-1), ["eos_token_id=-1", "token ids, 0 or more"]),
+        (
+            dict(inputs=dict(input_ids=torch.tensor([[1, VOCAB]]))),
+            [f"input_ids: token id {VOCAB} is not in the model's vocabulary of {VOCAB}"],
+        ),
+        (dict(eos_token_id="x"), ["eos_token_id='x'", "a token id, or a list of them"]),
+        (dict(eos_token_id=[1, 2.5]), ["eos_token_id=[1, 2.5]", "a token id"]),
+        (dict(stop_strings=5), ["stop_strings=5", "a text, or a list of them"]),
+        (dict(stop_strings=["a", ""]), ["stop_strings=['a', '']", "none empty"]),
+        (dict(tokenizer=5, stop_strings="d"), ["tokenizer=5", "a tokenizer of transformers"]),
+        (dict(past_key_values="x"), ["past_key_values=str", "leave it out"]),
+        (dict(assistant_model="x"), ["assistant_model=str", "leave it out"]),
+        (dict(inputs=dict(input_ids=[[1, 2]])), ["input_ids=[[1, 2]]", "token ids [B, L]"]),
+        (dict(inputs=dict(input_ids=torch.arange(3))), ["input_ids=", "token ids [B, L]"]),
+        (
+            dict(inputs=dict(input_ids=TWO["input_ids"], attention_mask="x")),
+            ["attention_mask='x'", "a tensor"],
+        ),
+        (dict(position_ids=[1]), ["position_ids=[1]", "a tensor"]),
+        (dict(stopping_criteria=[5]), ["stopping_criteria: 5", "expected functions"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -671,6 +706,14 @@ def test_what_is_not_honoured_is_refused_by_name(llama, settings, parts):
     _, model, _ = llama
     with one_line_error(*parts):
         drafting(model, **settings)
+
+
+def test_plain_generate_takes_what_transformers_takes(llama):
+    """What ours refuses is not refused in its name elsewhere."""
+    _, model, _ = llama
+    cache = DynamicCache()
+    plainly(model, past_key_values=cache)
+    assert cache.get_seq_length() > len(PROMPT)
 
 
 def test_a_batch_of_no_prompts_is_refused(llama):
@@ -697,6 +740,22 @@ def test_numbers_of_numpy_are_numbers(llama):
     assert torch.equal(
         drafting(model, **of_numpy, seed=np.uint64(7), do_sample=True), drafting(model, **plain)
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (dict(foo=3), ["foo=3", "no such option", "sat_token_id, engine, graphs, trained_k"]),
+        (dict(graphs="x"), ["graphs='x'", "True or False"]),
+        (dict(name=""), ["model=''", "a hub id, a directory, a GGUF file"]),
+        (dict(name="a\nb"), ["model='a\\nb'", "a hub id"]),
+        (dict(name="a\0"), ["model='a\\x00'", "a hub id"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_load_cannot_take_is_refused_by_name(arguments, parts):
+    with one_line_error(*parts):
+        sdsat.load(**{"name": "anything", **arguments})
 
 
 class Small(TorchDispatchMode):
@@ -830,7 +889,7 @@ IDLE = {
 def test_every_setting_of_transformers_is_known():
     """A release with a new one fails here, so that it is not ignored."""
     every = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    assert every - HONOURED - IDLE - set(_ONLY) == set()
+    assert every - HONOURED - IDLE - set(ONLY) == set()
 
 
 def test_the_example_runs(llama, monkeypatch, capsys):

@@ -4,7 +4,13 @@ file that can't be read.
 
 import copy
 import json
+import resource
+import shutil
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -21,7 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sdsat.config import DecodeConfig
+from sdsat.config import DecodeConfig, InputError
 from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.sweep import BenchConfig
 from sdsat.models import gguf as reading
@@ -290,6 +296,56 @@ def test_what_would_be_another_model_is_refused(raw, more, message, tmp_path, ca
         loading.load(str(file), "float32", "cpu")
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_flipped_bytes_of_a_header_are_refused_at_once(seed, tmp_path):
+    """Each within seconds and a few hundred MiB, in one line; what still reads is converted."""
+    file = write_gguf(random_model(), tmp_path / "a.gguf")
+    done = subprocess.run(
+        [sys.executable, __file__, file, str(seed)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcomes = json.loads(done.stdout)
+    assert len(outcomes["said"]) > 20  # in many ways
+    assert outcomes["slowest"] < 10 and outcomes["more_mib"] < 500, outcomes
+
+
+def convert_with_flipped_bytes(file, seed, count=40):
+    """In a process of its own, which may hang or grow: convert so many damaged files."""
+
+    def change(content, at, mask):
+        damaged = bytearray(content)
+        damaged[at] ^= mask
+        return damaged
+
+    file = Path(file)
+    content = file.read_bytes()
+    header = len(content) - sum(tensor.n_bytes for tensor in gguf.GGUFReader(file).tensors)
+    random = np.random.default_rng(seed)
+    # The high bytes of both counts and of what stands behind a few names, and then any.
+    places = [15, 14, 23, 22]
+    for word in (b"llama.block_count", b"tokenizer.ggml.tokens", b"llama.rope.dimension_count"):
+        first = content.find(word) + len(word)
+        places += range(first, first + 16) if first >= len(word) else []
+    places += random.integers(4, header, count).tolist()
+    said = {}
+    slowest = 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for at in places:
+        file.write_bytes(change(content, at, 1 << int(random.integers(8))))
+        began = time.perf_counter()
+        try:
+            reading.convert(file, file.with_suffix(""), "a.gguf")
+            shutil.rmtree(file.with_suffix(""))
+            line = "converted"
+        except InputError as error:
+            line = str(error)
+        said[line] = said.get(line, 0) + 1
+        assert "\n" not in line
+        slowest = max(slowest, time.perf_counter() - began)
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+    print(json.dumps({"said": said, "slowest": slowest, "more_mib": more}))
+
+
 def test_other_families_and_other_files_are_refused(tmp_path, cache):
     file = tmp_path / "a.gguf"
     gguf_file = write_gguf(random_model(), file)
@@ -321,3 +377,7 @@ def test_a_damaged_conversion_is_made_again(tmp_path, cache):
     assert reading.directory(str(file)) == folder and weights.read_bytes() == whole
     header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
     assert header["__metadata__"] == {"format": "pt"}
+
+
+if __name__ == "__main__":
+    convert_with_flipped_bytes(sys.argv[1], int(sys.argv[2]))

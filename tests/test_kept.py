@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import warnings
+from pathlib import Path
 
 import pytest
 from conftest import one_line_error, tiny_llama, tiny_tokenizer
@@ -156,7 +157,7 @@ def test_a_failed_build_says_why_and_leaves_nothing(cache):
     assert not list(cache.rglob("*.so*"))
 
 
-def test_a_model_is_used_where_it_is_whole_and_made_again_where_it_is_not(cache, monkeypatch):
+def test_a_model_that_an_earlier_version_made_is_whole_with_all_known_files(cache):
     made = []
 
     def make(target):
@@ -165,12 +166,41 @@ def test_a_model_is_used_where_it_is_whole_and_made_again_where_it_is_not(cache,
         tiny_tokenizer(["<unk>", "a"]).save_pretrained(target)
 
     folder = gguf.kept("model", make)
+    known = tuple(sorted(file.name for file in folder.iterdir() if file.name != "files"))
+    (folder / "files").unlink()
+    assert gguf.kept("model", make, known) == folder and len(made) == 1
+    (folder / "generation_config.json").unlink()
+    assert gguf.kept("model", make, known) == folder and len(made) == 2
+    (folder / "files").unlink()
+    assert gguf.kept("model", make) == folder and len(made) == 3
+
+
+def test_a_model_is_used_where_it_is_whole_and_made_again_where_it_is_not(cache, monkeypatch):
+    made = []
+
+    def make(target):
+        made.append(target)
+        tiny_llama().save_pretrained(target)
+        tokenizer = tiny_tokenizer(["<unk>", "a"])
+        tokenizer.chat_template = "{{ messages }}"
+        tokenizer.save_pretrained(target)
+
+    folder = gguf.kept("model", make)
     assert gguf.kept("model", make) == folder and len(made) == 1
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])  # a copy that was cut short
     assert gguf.kept("model", make) == folder and len(made) == 2
     (folder / "config.json").unlink()
     assert gguf.kept("model", make) == folder and len(made) == 3
+    names = sorted(file.name for file in folder.iterdir())
+    assert "chat_template.jinja" in names and "tokenizer_config.json" in names
+    for name in names:
+        for damage in (Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-2])):
+            damage(folder / name)
+            assert gguf.kept("model", make) == folder
+            assert sorted(file.name for file in folder.iterdir()) == names
+    assert len(made) == 3 + 2 * len(names)
+    del made[3:]
     (cache / "model.lock").unlink()
     cache.chmod(0o500)
     # nothing needs to be written, no lock either

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sdsat.cli.options import ModelOption, Only, from_settings
-from sdsat.cli.program import is_first, own_gpu
+from sdsat.cli.program import check_template_options, is_first, own_gpu
 from sdsat.config import DistillConfig, LoadConfig
 from sdsat.models import embedded
 
@@ -35,9 +35,13 @@ def distill(
     from sdsat.tasks import prompts
     from sdsat.training import distill as distillation
 
+    sources = source or prompts.default_sources()
+    prompts.check_sources(sources)
+    prompts.parse_kinds(config.kinds)
+    check_template_options(model, config.template_options)
     manifest = distillation.distill(
         Decoder.load(model, load.dtype, load.device or own_gpu()),
-        source or prompts.default_sources(),
+        sources,
         out,
         config,
     )

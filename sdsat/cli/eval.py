@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from sdsat.cli.options import Model, from_settings, out_file
-from sdsat.cli.program import load_decoder, show
+from sdsat.cli.program import check_template_options, load_decoder, show
 from sdsat.config import LoadConfig
 from sdsat.evaluation.sweep import QualityConfig
 from sdsat.models import embedded
@@ -29,6 +29,7 @@ def evaluate(
     """
     from sdsat.evaluation import quality
 
+    check_template_options(model, config.template_options)
     document = quality.evaluate(load_decoder(model, load), config, out)
     show(quality.quality_table(document, f"{model}, {load.dtype}: HumanEval"), 120)
     if line := quality.closing_line(document):

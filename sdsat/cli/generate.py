@@ -44,12 +44,18 @@ def generate(
     ] = None,
 ) -> None:
     """Stream an answer; accepted drafts are green, the model's own tokens plain."""
-    from sdsat.interfaces.terminal import generate_in_terminal
-    from sdsat.method.tree import parse_tree
+    from sdsat.interfaces.terminal import encode, generate_in_terminal
+    from sdsat.method.tree import given_tree, parse_tree
+    from sdsat.models import loading
 
     require(prompt != "", "prompt: empty; expected some text")
     utf8("prompt", prompt)
     require(style in ("chat", "code", "raw"), f"--as={style}: expected chat, code or raw")
     decode = replace(decode, sampling=sampling, tree=parse_tree(decode.tree_name))
+    sat = loading.sat_of(model, load.sat_token_id, load.trained_k) if decode.k is None else None
+    if k := sat.k if sat else decode.k:
+        given_tree(decode.tree, k)  # refuses what can't be made, before weights are read
     options = tuple(template_option or ())
+    if options:
+        encode(loading.load_tokenizer(model), prompt, style, options)  # refuses them, as well
     generate_in_terminal(load_decoder(model, load), prompt, decode, style, options, compare, svg)

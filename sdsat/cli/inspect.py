@@ -8,7 +8,7 @@ from typing import Annotated
 from rich.console import Console
 
 from sdsat.cli.options import Model, Only, from_settings, out_file
-from sdsat.cli.program import load_decoder
+from sdsat.cli.program import check_template_options, load_decoder
 from sdsat.config import LoadConfig, require
 from sdsat.evaluation.sweep import InspectConfig
 from sdsat.files import write_json
@@ -27,6 +27,7 @@ def inspect(
     from sdsat.evaluation import inspection
     from sdsat.tasks import prompts
 
+    check_template_options(model, config.template_options)
     loaded = load_decoder(model, load)
     answered = prompts.answered_problems(
         loaded.model.tokenizer, config.text, config.data_limit, config.template_options

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -89,6 +89,18 @@ def load_decoder(name: str, config: LoadConfig) -> Any:
         config.engine,
         trained_k=config.trained_k,
     )
+
+
+def check_template_options(name: str, options: Sequence[str]) -> None:
+    """Refuse options that a model's chat template doesn't know, before its weights are read.
+
+    Raises InputError, one line.
+    """
+    if options:
+        from sdsat.models import loading
+        from sdsat.tasks import prompts
+
+        prompts.encode_prompt(loading.load_tokenizer(name), prompts.WARM_UP, options)
 
 
 def is_first() -> bool:

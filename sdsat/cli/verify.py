@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sdsat.cli.options import Model, Only, from_settings, out_file
-from sdsat.cli.program import load_decoder, show
+from sdsat.cli.program import check_template_options, load_decoder, show
 from sdsat.config import LoadConfig
 from sdsat.evaluation.sweep import VerifyConfig
 from sdsat.models import embedded
@@ -45,6 +45,7 @@ def verify(
     names = list(dict.fromkeys(dtype.split(",")))
     for name in names:
         dtypes.check_dtype(name)
+    check_template_options(model, config.template_options)
     documents: list[dict[str, Any]] = []
     lines: list[str] = []
     for name in names:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdsat.config import DecodeConfig, InputError, require
+from sdsat.config import DecodeConfig, InputError, require, several, whole
 from sdsat.decoding.auto_planner import AutoPlanner
 from sdsat.decoding.lock import FairLock
 from sdsat.decoding.passes import PassResult
@@ -69,28 +69,26 @@ class Decoder:
         lock: held by the thread whose passes run.
     """
 
-    def __init__(
-        self, model: SatModel, engine: str | Engine = "auto", record_graphs: bool = True
-    ) -> None:
+    def __init__(self, model: SatModel, engine: str | Engine = "auto", graphs: bool = True) -> None:
         """Choose an engine for a model.
 
         Args:
             model: its weights and modules may change: see `renew`.
             engine: 'native', 'transformers', 'auto' for native where it can be had (a CPU, float32
                 or bfloat16, a C++ compiler); or an engine of this model, which then stays as it is.
-            record_graphs: on a GPU, passes are recorded as CUDA graphs.
+            graphs: whether, on a GPU, passes are recorded as CUDA graphs.
 
         Raises:
             InputError: for an engine that can't be had.
         """
-        if isinstance(engine, str):
-            check_engine(engine)
+        require(isinstance(model, SatModel), f"model={model!r}: expected a SatModel")
+        check_engine("auto" if isinstance(engine, Engine) else engine, graphs)
         self.model = model
         self.costs: CostCurve | None = None
         self.planners: dict[Any, AutoPlanner] = {}
         self.lock = FairLock()
         self._wanted = engine if isinstance(engine, str) else None
-        self._record_graphs = record_graphs
+        self._graphs = graphs
         self._engine = None if isinstance(engine, str) else engine
         self._made_of: Snapshot | None = None
         self.renew()
@@ -116,14 +114,14 @@ class Decoder:
                 CPU.
             sat_token_id: of the SAT, in place of what the checkpoint says.
             engine: as of `Decoder`.
-            graphs: as `record_graphs` of `Decoder`.
+            graphs: as of `Decoder`.
             trained_k: how many SATs the checkpoint was trained for, in place of what it says.
             context: positions of the cache that memory must be left for.
 
         Raises:
             InputError: in one line, for anything that can't be loaded.
         """
-        check_engine(engine)
+        check_engine(engine, graphs)
         model = load(name, dtype, device, sat_token_id, trained_k, context)
         return cls(model, engine, graphs)
 
@@ -172,7 +170,7 @@ class Decoder:
                 self._engine = self._made_of = None
                 self.planners.clear()
                 self.model.follow()
-                self._engine = choose_engine(self.model, self._wanted, self._record_graphs)
+                self._engine = choose_engine(self.model, self._wanted, self._graphs)
                 self._made_of = Snapshot(self.model.lm, self.model.adapter)
 
     def resolved(self, config: DecodeConfig) -> DecodeConfig:
@@ -217,6 +215,8 @@ class Decoder:
         """
         self.renew()
         config = checked(self.engine, prompt_ids, config)
+        _check_callables("on_tokens", [on_tokens])
+        _check_callables("chooser", [chooser])
         report = None
         if on_tokens is not None:
             report = lambda _, tokens, drafted: on_tokens(tokens, drafted)  # noqa: E731
@@ -278,8 +278,13 @@ class Decoder:
             InputError: as of `generate_batch`.
         """
         self.renew()
-        require(batch_size >= 1, f"batch_size={batch_size}: expected 1 or more")
-        each = [configs] * len(prompts) if isinstance(configs, DecodeConfig) else list(configs)
+        whole("batch_size", batch_size, "1 or more", 1)
+        prompts = several("prompts", prompts, "a list of lists of token ids")
+        each: list[DecodeConfig] = []
+        if isinstance(configs, DecodeConfig):
+            each += [configs] * len(prompts)
+        else:
+            each += several("configs", configs, "a DecodeConfig, or a list of them")
         require(
             len(each) == len(prompts),
             f"configs: {len(each)} for {len(prompts)} prompts; expected one, or one a prompt",
@@ -289,7 +294,14 @@ class Decoder:
                 each[number] = checked(self.engine, prompt_ids, config)
             except InputError as error:
                 raise InputError(f"prompts[{number}]: {error}") from None
-        return self._decode(prompts, each, batch_size, on_tokens, choosers or [None] * len(prompts))
+        expected = f"a list of {len(prompts)}, one a prompt"
+        asked = (
+            [None] * len(prompts) if choosers is None else several("choosers", choosers, expected)
+        )
+        require(len(asked) == len(prompts), f"choosers: {len(asked)}; expected {expected}")
+        _check_callables("choosers", asked)
+        _check_callables("on_tokens", [on_tokens])
+        return self._decode(prompts, each, batch_size, on_tokens, asked)
 
     @torch.inference_mode()
     def next_logits(self, token_ids: list[int], prompt_length: int, config: DecodeConfig) -> Tensor:
@@ -388,7 +400,7 @@ class Decoder:
             if on_tokens is not None:
                 for event in events:
                     on_tokens(*event)
-            for sequence in [sequence for sequence in live if sequence.out.finish]:
+            for sequence in [each for each in live if each.out.finish is not None]:
                 live.remove(sequence)
                 caches.leave(sequence.cache)
                 yield sequence.number, sequence.out
@@ -440,7 +452,6 @@ class Decoder:
             prefilled: when it was read.
         """
         out = Generation(
-            finish="",
             proposed_by_depth=[0] * config.depth,
             accepted_by_depth=[0] * config.depth,
             prefill_seconds=prefilled - began,
@@ -524,6 +535,13 @@ class Decoder:
         seconds = time.perf_counter() - began
         for planner in _planners(wanting):
             planner.observe_drafting(rows_of(inputs) - 1, _mean_context(wanting), seconds)
+
+
+def _check_callables(name: str, values: ListOf[Any]) -> None:
+    """Refuse what can't be called and is not None, with an InputError."""
+    for value in values:
+        good = value is None or callable(value)
+        require(good, f"{name}={value!r}: expected a function")
 
 
 def _planners(sequences: list[Sequence]) -> list[Planner]:

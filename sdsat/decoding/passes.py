@@ -21,23 +21,26 @@ from sdsat.decoding.sequence import Chooser, Drafted, Sequence
 from sdsat.engines.base import Engine, PassInput
 from sdsat.engines.drafting import Guesses
 from sdsat.method.sampling import as_seed
-from sdsat.method.tree import GROWN, GROWN_NODES, DraftTree, laid_out, make_tree
+from sdsat.method.tree import GROWN_NODES, DraftTree, given_tree, laid_out
+
+_NOT_ASKED = -1  # among next tokens in a tensor: the chooser was not asked here
 
 
 @lru_cache(maxsize=256)
-def _truncated(spec: str | tuple[int, ...], k: int, depth: int) -> DraftTree:
-    """Make a tree as `make_tree`, without the nodes below `depth`."""
-    return make_tree(spec, k).truncated(depth)
+def _truncated(spec: str | tuple[int, ...], k: int, depth: int) -> DraftTree | None:
+    """Make a tree as `given_tree`, without the nodes below `depth`."""
+    tree = given_tree(spec, k)
+    return None if tree is None else tree.truncated(depth)
 
 
 class PassResult:
     """What a pass says of each of its sequences.
 
-    own: for each sequence, the model's own next token at every node of its tree (list of [N]); -1
+    own: for each sequence, the model's own next token at every node of its tree (list of [N]); None
     where its chooser was not asked.
     """
 
-    own: list[list[int]]
+    own: list[list[int | None]]
 
     def __init__(
         self,
@@ -102,9 +105,13 @@ class PassResult:
             rows = [list(islice(read, part.shape[1])) for _ in part]
             self._read[key] = _drafted(tree, rows)
 
-    def _split(self, tokens: Iterator[float]) -> list[list[int]]:
+    def _split(self, tokens: Iterator[float]) -> list[list[int | None]]:
         """Take the next tokens of an iterator, node by node, sequence by sequence."""
-        return [[int(token) for token in islice(tokens, len(part.tokens))] for part in self._inputs]
+        counts = [len(part.tokens) for part in self._inputs]
+        return [
+            [None if token == _NOT_ASKED else int(token) for token in islice(tokens, count)]
+            for count in counts
+        ]
 
     def _draft(self, number: int, node: int) -> tuple[DraftTree | None, Tensor]:
         """Draft with the SATs at a node of a sequence.
@@ -118,13 +125,13 @@ class PassResult:
         path = part.tree.path(node)[1:]
         index = sequence.emitted + len(path) + 1
         drafts = torch.tensor([part.tokens[draft] for draft in path], dtype=torch.long)
-        # -1 off the walk: those drafts are never read
+        # Any token does where the chooser was not asked: those drafts are never read.
         x = self._targets[row : row + 1].clamp_min(0)
         text = torch.cat([sequence.text[: sequence.context], drafts.to(x.device), x])
         guesses = Guesses(text, self._states[sats], self._logits[sats], index, config.sampling)
-        if config.tree == GROWN:
-            return None, self._engine.grow(guesses, GROWN_NODES)
         tree = _truncated(config.tree, config.num_sats, len(guesses.states))
+        if tree is None:
+            return None, self._engine.grow(guesses, GROWN_NODES)
         return tree, self._engine.draft(guesses, tree)
 
     def _choose(self, logits: Tensor) -> Tensor:
@@ -215,7 +222,7 @@ def choose_along(
 
     It is asked once for each emitted position, in order, as in AR: so it may keep state, and
     nothing is asked behind the end. Where a draft is the last token, the walk ends at that draft,
-    and nothing follows it: -1.
+    and nothing follows it.
 
     Args:
         chooser: see `Decoder.generate`.
@@ -225,11 +232,11 @@ def choose_along(
         stop_ids: tokens that end the output.
 
     Returns:
-        [N] its tokens, -1 at the other nodes; and whether it ended the output.
+        [N] its tokens, _NOT_ASKED at the other nodes; and whether it ended the output.
     """
     children = tree.children()
     node = 0
-    targets = torch.full((len(tree),), -1, dtype=torch.long)
+    targets = torch.full((len(tree),), _NOT_ASKED, dtype=torch.long)
     while True:
         token, ended = chooser(logits[node])
         targets[node] = token

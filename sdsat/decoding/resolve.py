@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 
-from sdsat.config import LOOKUP, STRATEGY, DecodeConfig, require
+from sdsat.config import LOOKUP, STRATEGY, DecodeConfig, is_whole, require, several
 from sdsat.engines.base import Engine
-from sdsat.method.tree import GROWN, make_tree
+from sdsat.method.tree import GROWN, given_tree
 from sdsat.models.sat_model import SatModel
 
 
@@ -68,18 +69,29 @@ def check_context(model: SatModel, prompt_length: int, config: DecodeConfig) -> 
     )
 
 
+def check_tokens(name: str, tokens: Iterable[int], model: SatModel) -> None:
+    """Refuse what is no token of the model's vocabulary.
+
+    name: of the argument. Raises InputError.
+    """
+    size = model.vocabulary
+    odd = (token for token in tokens if not (is_whole(token) and 0 <= token < size))
+    strange = next(map(repr, odd), None)
+    outside = f"{name}: token id {strange} is not in the model's vocabulary of {size}"
+    require(strange is None, outside)
+
+
 def checked(engine: Engine, prompt_ids: list[int], config: DecodeConfig) -> DecodeConfig:
     """Resolve the settings, and check that they fit the prompt and the model.
 
     Raises InputError unless they do. More SATs than the model was trained for give a warning.
     """
     model = engine.model
+    require(isinstance(config, DecodeConfig), f"config={config!r}: expected a DecodeConfig")
+    several("prompt", prompt_ids, "a list of token ids")
     require(len(prompt_ids) > 0, "prompt: no tokens; expected at least one")
     check_context(model, len(prompt_ids), config)
-    size = model.vocabulary
-    strange = next((token for token in prompt_ids if not 0 <= token < size), None)
-    outside = f"prompt: token id {strange} is not in the model's vocabulary of {size}"
-    require(strange is None, outside)
+    check_tokens("prompt", prompt_ids, model)
     readable = model.tokenizer is not None or not config.stop_strings
     require(readable, "stop_strings: the model came without a tokenizer")
     config = resolved(engine, config)
@@ -93,8 +105,9 @@ def checked(engine: Engine, prompt_ids: list[int], config: DecodeConfig) -> Deco
         f"strategy={config.strategy}: {model.name} runs through transformers' modules here, which "
         "have no 8 bits; expected another",
     )
-    if config.tree != GROWN:
-        width = make_tree(config.tree, config.num_sats).width
-        too_wide = f"tree={config.tree}: {width} candidates, but the vocabulary has {size} tokens"
-        require(width < size, too_wide)
+    tree = given_tree(config.tree, config.num_sats)
+    if tree is not None:
+        size = model.vocabulary
+        candidates = f"{tree.width} candidates, but the vocabulary has {size} tokens"
+        require(tree.width < size, f"tree={config.tree}: {candidates}")
     return config

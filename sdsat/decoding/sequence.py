@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdsat.config import MAX_ROWS, DecodeConfig
 from sdsat.decoding.plan import PLAIN, Plan, Planner
-from sdsat.decoding.stopping import cut, text_of
+from sdsat.decoding.stopping import Finish, cut, text_of
 from sdsat.engines.base import Cache, PassInput
 from sdsat.method.drafts import Drafts
 from sdsat.method.lookup import Lookup
@@ -31,7 +31,7 @@ class Generation:
     Attributes:
         token_ids: emitted tokens, a stop id included.
         text: decoded without special tokens, cut before a stop string.
-        finish: 'stop_id', 'stop_string', 'length', or 'chooser' where a `Chooser` ended it.
+        finish: why it ended; None while it goes on.
         num_passes: forward passes after the prefill's one.
         num_plain_passes: those of them with neither drafts nor SATs.
         num_rounded_passes: those of them in 8 bits, which only draft.
@@ -44,7 +44,7 @@ class Generation:
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
-    finish: str = "length"
+    finish: Finish | None = None
     num_passes: int = 0
     num_plain_passes: int = 0
     num_rounded_passes: int = 0
@@ -188,13 +188,13 @@ class Sequence:
         return PassInput(self.cache, self.drafts.tokens, self.drafts.tree, self.plan.groups)
 
     def accept(
-        self, path: list[int], own: list[int], drafted: Drafted | None
+        self, path: list[int], own: list[int | None], drafted: Drafted | None
     ) -> tuple[list[int], list[bool]]:
         """Enter a pass into the output: the accepted drafts, and the token after them as the new x.
 
         Args:
             path: nodes of the walk, the root first.
-            own: [N] the model's own next token at every node.
+            own: [N] the model's own next token at every node; None where nothing follows.
             drafted: by the SATs at the walk's last node.
 
         Returns:
@@ -203,16 +203,17 @@ class Sequence:
         out = self.out
         node = path[-1]
         tokens = self.drafts.tokens
-        self.x = own[node]
+        following = own[node]
         out.num_passes += 1
         out.num_plain_passes += len(tokens) == 1 and not self.plan.groups
         accepted = [tokens[draft] for draft in path[1:]]
-        block = accepted + [self.x] * (self.x >= 0)
+        block = [*accepted] if following is None else [*accepted, following]
+        self.x = block[-1]
         kept, finish = cut(self.tokenizer, self.prompt_ids[-1], out.token_ids, block, self.config)
         out.finish = "chooser" if self.ended and finish != "stop_id" else finish
         if len(tokens) > 1:
             depth = max(self.drafts.tree.depths)
-            out.count(depth, len(accepted), kept if out.finish else None)
+            out.count(depth, len(accepted), None if out.finish is None else kept)
         block = block[:kept]
         self.text[self.context : self.context + len(block)] = torch.tensor(block, dtype=torch.long)
         out.token_ids += block
@@ -222,7 +223,7 @@ class Sequence:
             self.drafts = Drafts.of_sats(drafted.tree, drafted.tokens, drafted.likely, kind)
         if self.lookup:
             self.lookup.add(block)
-        if out.finish:
+        if out.finish is not None:
             out.decode_seconds = time.perf_counter() - self.began
             out.text = text_of(
                 self.tokenizer, self.prompt_ids[-1], out.token_ids, self.config.stop_strings

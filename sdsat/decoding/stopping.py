@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from sdsat.config import DecodeConfig
+
+# Why an output ended; 'chooser' where a `Chooser` ended it.
+Finish = Literal["stop_id", "stop_string", "length", "chooser"]
 
 
 def text_after(tokenizer: Any, before: int, tokens: list[int], skip_special: bool = True) -> str:
@@ -28,7 +31,7 @@ def text_after(tokenizer: Any, before: int, tokens: list[int], skip_special: boo
 
 def cut(
     tokenizer: Any, before: int, emitted: list[int], block: list[int], config: DecodeConfig
-) -> tuple[int, str]:
+) -> tuple[int, Finish | None]:
     """Find where the output ends inside `block`.
 
     Args:
@@ -39,7 +42,7 @@ def cut(
         config: stop ids, stop strings and length.
 
     Returns:
-        How many tokens of the block belong to the output, and why it ends, '' if it goes on.
+        How many tokens of the block belong to the output, and why it ends, None if it goes on.
     """
     stop_id = next((i for i, token in enumerate(block) if token in config.stop_ids), None)
     kept = len(block) if stop_id is None else stop_id + 1
@@ -55,7 +58,7 @@ def cut(
                 return first, "stop_string"
     if stop_id is not None:
         return kept, "stop_id"
-    return kept, "length" if len(emitted) + kept == config.max_new_tokens else ""
+    return kept, "length" if len(emitted) + kept == config.max_new_tokens else None
 
 
 def text_of(tokenizer: Any, before: int, token_ids: list[int], stop_strings: Sequence[str]) -> str:

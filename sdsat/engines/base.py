@@ -169,7 +169,7 @@ class Engine(ABC):
         """Leave the model's modules as they were before the engine was made."""
 
     @contextmanager
-    def set_aside(self) -> Iterator[None]:
+    def detached(self) -> Iterator[None]:
         """Let the model's modules be transformers' own within this block, without an engine."""
         yield
 

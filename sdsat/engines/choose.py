@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from sdsat.config import require
+from sdsat.config import flag, require
 from sdsat.engines.base import UNPADDED, Engine, PassInput, probe_tokens
 from sdsat.engines.graphs import CudaCapture, Graphs
 from sdsat.engines.native.bindings import Unavailable
@@ -21,12 +21,13 @@ from sdsat.models.weights import strange_part
 ENGINES = ("auto", "native", "transformers")
 
 
-def check_engine(engine: str) -> None:
-    """Refuse anything but one of ENGINES, with an InputError."""
+def check_engine(engine: str, graphs: bool = True) -> None:
+    """Refuse, with an InputError, anything but one of ENGINES and, for graphs, True or False."""
     require(engine in ENGINES, f"engine={engine}: expected one of {', '.join(ENGINES)}")
+    flag("graphs", graphs)
 
 
-def choose_engine(model: SatModel, wanted: str = "auto", record: bool = True) -> Engine:
+def choose_engine(model: SatModel, wanted: str = "auto", graphs: bool = True) -> Engine:
     """Make the engine that a model's passes run on.
 
     A model with strange parts (a wrapper, a hook, a subclass) goes through its own modules.
@@ -34,7 +35,7 @@ def choose_engine(model: SatModel, wanted: str = "auto", record: bool = True) ->
     Args:
         model: as it is now.
         wanted: one of ENGINES; 'auto' is the native one where it can be had.
-        record: whether passes on a GPU are recorded as CUDA graphs.
+        graphs: whether passes on a GPU are recorded as CUDA graphs.
 
     Raises:
         InputError: in one line, if the native engine is wanted and can't be had, or if the model's
@@ -57,7 +58,7 @@ def choose_engine(model: SatModel, wanted: str = "auto", record: bool = True) ->
     if strange is not None:
         check_rows(engine, strange)
     one_gpu = model.device.type == "cuda" and len(model.devices) == 1  # a graph is of one GPU
-    if record and one_gpu and strange is None:
+    if graphs and one_gpu and strange is None:
         engine.graphs = Graphs(CudaCapture(model.device))
     return engine
 

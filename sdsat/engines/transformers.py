@@ -65,8 +65,8 @@ class TransformersEngine(Engine):
             self.packed.detach()
 
     @contextmanager
-    def set_aside(self) -> Iterator[None]:
-        """See Engine.set_aside."""
+    def detached(self) -> Iterator[None]:
+        """See Engine.detached."""
         self.close()
         try:
             yield

@@ -20,10 +20,11 @@ from sdsat.config import require
 from sdsat.evaluation.records import finished_problems, results_place
 from sdsat.evaluation.summary import AR_KEY, Key, key_of, name_of, seconds_of
 from sdsat.evaluation.sweep import BenchConfig
-from sdsat.evaluation.workers import aside, context_length, run_workers
+from sdsat.evaluation.workers import context_length, in_own_process, run_workers
 from sdsat.models import devices as placing
 from sdsat.models import loading
 from sdsat.tasks.datasets import limited, read_tasks
+from sdsat.tasks.prompts import encode_task
 
 
 def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path, list[str]]:
@@ -49,11 +50,14 @@ def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path,
             f"GPUS={','.join(devices)}: one is empty; expected cpu, or GPU numbers such as "
             "0,1 or 0+1,2+3",
         )
-        placing.pick_devices(device)
+        placing.pick_devices(device, "GPUS")
     with results_place(folder).held():
         tasks, source = read_tasks(config.dataset)
         tasks = limited(tasks, config.data_limit)
         config = replace(config, source=source)
+        # Refuses a prompt that can't be asked, before a model is loaded.
+        tokenizer = loading.load_tokenizer(config.model)
+        encode_task(tokenizer, tasks[0], config.dataset, config.template_options)
         names = {task.task_id for task in tasks}
         finished = [p for p in finished_problems(folder, config) if p["task_id"] in names]
         done = {problem["task_id"] for problem in finished}
@@ -69,7 +73,7 @@ def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path,
         else:
             # Asking a GPU for its memory takes some of it, and all of one that is set to serve one
             # process.
-            aside(_check_memory, config, devices[: len(todo)])
+            in_own_process(_check_memory, config, devices[: len(todo)])
         progress = _Progress(finished, len(tasks))
         try:
             return folder, run_workers(config, devices, todo, folder, progress.add)
@@ -85,7 +89,7 @@ def _check_memory(config: BenchConfig, devices: list[str]) -> None:
     size = loading.sized(config.model, config.dtype)
     taken = dict[Any, int]()
     for device in devices:
-        placing.place(size, device, context_length(config), taken)
+        placing.place(size, device, context_length(config), taken, "GPUS")
 
 
 class _Progress:

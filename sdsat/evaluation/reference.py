@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from sdsat.config import DecodeConfig, require
 from sdsat.decoding.loop import Decoder
 from sdsat.decoding.sequence import Generation
+from sdsat.decoding.stopping import Finish
 
 
 @torch.inference_mode()
@@ -21,7 +22,7 @@ def transformers_generate(
 ) -> Generation:
     """Run transformers' greedy `generate` with its own linear layers, attention and cache.
 
-    Ours are set aside for the duration.
+    Ours are detached for the duration.
 
     Args:
         decoder: of the model.
@@ -50,7 +51,7 @@ def transformers_generate(
     # Here sdpa would leave Gemma 2's caps out.
     plain = "eager" if capped else "sdpa"
     tokenizer = model.tokenizer if config.stop_strings else None
-    with decoder.engine.set_aside(), model.set_aside(plain):
+    with decoder.engine.detached(), model.detached(plain):
         began = time.perf_counter()
         output = model.lm.generate(
             tokens,
@@ -60,12 +61,11 @@ def transformers_generate(
         )
         token_ids = output[0, len(prompt_ids) :].tolist()
         seconds = time.perf_counter() - began
-    cut = (
-        "stop_string"
-        if config.stop_strings and len(token_ids) < config.max_new_tokens
-        else "length"
-    )
-    finish = "stop_id" if token_ids[-1] in config.stop_ids else cut
+    finish: Finish = "length"
+    if token_ids[-1] in config.stop_ids:
+        finish = "stop_id"
+    elif config.stop_strings and len(token_ids) < config.max_new_tokens:
+        finish = "stop_string"
     return Generation(
         token_ids=token_ids,
         finish=finish,

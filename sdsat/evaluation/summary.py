@@ -5,7 +5,6 @@ The schema of both is documented in docs/results.md.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import scipy.stats
 
 from sdsat.config import ALL_STRATEGIES, InputError, looks_up, require
+from sdsat.files import read_json
 
 SCHEMA_VERSION = 4
 _RESAMPLES = 10_000
@@ -31,14 +31,14 @@ def read_workers(folder: Path) -> list[dict[str, Any]]:
     documents = []
     for path in sorted(folder.glob("worker_*.json")):
         try:
-            document = json.loads(path.read_text())
+            document = read_json(path)
             version = document["schema_version"]
             if version == SCHEMA_VERSION:
                 _check_parts(document)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
+            said = str(error) if isinstance(error, InputError) else f"{path}: {error!r}"
             raise InputError(
-                f"{path}: not a worker document ({error!r}); delete it to measure its "
-                "problems again"
+                f"{said}: not a worker document; delete it to measure its problems again"
             ) from None
         expected = f"expected {SCHEMA_VERSION}; delete the folder or choose another RESULTS_DIR"
         require(version == SCHEMA_VERSION, f"{path}: schema_version {version}, {expected}")

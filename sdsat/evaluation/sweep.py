@@ -30,10 +30,14 @@ from sdsat.config import (
     Option,
     SamplingConfig,
     Text,
+    flag,
     keys_of,
     keys_with_parts,
     option,
+    real,
     require,
+    several,
+    whole,
 )
 from sdsat.tasks.datasets import (
     HUMANEVAL,
@@ -113,6 +117,7 @@ class Asked:
 
     def __post_init__(self) -> None:
         check_limit(self.data_limit)
+        several("template_options", self.template_options, "a tuple of KEY=VALUE")
         DecodeConfig(0, self.max_new_tokens)
 
     def plain(
@@ -164,10 +169,12 @@ class Sweep(Asked):
 
         Raises InputError.
         """
-        from sdsat.method.tree import GROWN, make_tree, parse_tree
+        from sdsat.method.tree import given_tree, parse_tree
 
         super().__post_init__()
         SamplingConfig(0, self.top_k, self.top_p)
+        several("k_list", self.k_list, "a tuple of numbers")
+        several("strategies", self.strategies, "a tuple of names")
         require(len(self.samplings) > 0, "temperature, seeds: none; expected one or more")
         for k in self.k_list:
             DecodeConfig(k)
@@ -177,8 +184,8 @@ class Sweep(Asked):
             parse_tree(tree)
         for setting in self.settings:
             decode = setting.of(self.plain())
-            if decode.k and decode.tree != GROWN:
-                make_tree(decode.tree, decode.k)
+            if decode.k:
+                given_tree(decode.tree, decode.k)
 
     @property
     def _trees(self) -> tuple[str, ...]:
@@ -201,13 +208,22 @@ class Sweep(Asked):
         return [AR, *dict.fromkeys(drafting)]
 
     def _add_ar(self) -> None:
-        """Have 0, AR, among the values of k."""
-        object.__setattr__(self, "k_list", tuple(sorted({0, *self.k_list})))
+        """Have 0, AR, among the values of k. Raises InputError for what is no k."""
+        k_list = several("k_list", self.k_list, "a tuple of numbers")
+        for k in k_list:
+            DecodeConfig(k)
+        object.__setattr__(self, "k_list", tuple(sorted({0, *k_list})))
 
     def _samplings(
         self, temperatures: Sequence[float], seeds: Sequence[int]
     ) -> list[SamplingConfig]:
-        """Greedy once, where 0 is among the temperatures; every other one with every seed."""
+        """Greedy once, where 0 is among the temperatures; every other one with every seed.
+
+        Raises InputError for what can't be sampled with.
+        """
+        several("temperatures", temperatures, "a tuple of numbers")
+        for seed in seeds:
+            whole("seed", seed, "a whole number")
         greedy = [SamplingConfig()] if 0 in temperatures else []
         return greedy + [
             SamplingConfig(temperature, self.top_k, self.top_p, seed)
@@ -283,19 +299,21 @@ class BenchConfig(Sweep, CheckpointConfig):
             self.method in ("greedy", "nucleus"),
             f"method={self.method}: expected greedy or nucleus",
         )
-        require(
-            self.method == "greedy" or self.temperature > 0,
-            f"temperature={self.temperature}: expected a positive number for nucleus sampling",
-        )
+        expected = "a positive number for nucleus sampling"
+        level = real("temperature", self.temperature, expected, 0)
+        require(self.method == "greedy" or level > 0, f"temperature={level}: expected {expected}")
+        flag("with_generate", self.with_generate)
+        whole("seed", self.seed, "a whole number")
         require(
             not (self.with_generate and self.method == "nucleus"),
             "with_generate: transformers' generate draws other random numbers; use it with "
             "greedy only",
         )
         check_dtype(self.dtype)
-        require(self.turns >= 1, f"turns={self.turns}: expected 1 or more")
+        whole("turns", self.turns, "1 or more, a whole number", 1)
         check_dataset(self.dataset)
-        names = ",".join(self.strategies)
+        named = several("strategies", self.strategies, "a tuple of names")
+        names = ",".join(map(str, named))
         require(names != "", f"strategies: none; expected some of {', '.join(ALL_STRATEGIES)}")
         twice = len(set(self.strategies)) < len(self.strategies)
         require(not twice, f"strategies={names}: one is there twice")
@@ -401,6 +419,11 @@ class VerifyConfig(Sweep):
     data_limit: Limit = option(40, _DATA_LIMIT)
     max_new_tokens: int = option(128, MAX_NEW_TOKENS)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.strategies:
+            replace(self, strategies=ALL_STRATEGIES)  # refuses a tree that one can't have
+
     @property
     def _trees(self) -> tuple[str, ...]:
         return self.trees
@@ -408,7 +431,9 @@ class VerifyConfig(Sweep):
     @property
     def samplings(self) -> list[SamplingConfig]:
         """How tokens are chosen, in turn."""
-        return self._samplings(self.temperatures, self.seeds)
+        return self._samplings(
+            self.temperatures, several("seeds", self.seeds, "a tuple of numbers")
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,7 +461,8 @@ class QualityConfig(Sweep):
     def __post_init__(self) -> None:
         self._add_ar()
         object.__setattr__(self, "strategies", tuple(dict.fromkeys(self.strategies)))
-        require(self.samples >= 1, f"samples={self.samples}: expected 1 or more")
+        whole("samples", self.samples, "1 or more, a whole number", 1)
+        real("temperature", self.temperature, "0 (greedy) or a positive number", 0)
         require(
             self.samples == 1 or self.temperature > 0,
             f"samples={self.samples}: greedy answers are all the same; expected 1",
@@ -471,4 +497,6 @@ class InspectConfig(Asked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.text is None or self.text.is_file(), f"text={self.text}: no such file")
+        whole("anchors", self.anchors, "1 or more, a whole number", 1)
+        good = self.text is None or (isinstance(self.text, Path) and self.text.is_file())
+        require(good, f"text={self.text}: no such file; expected a .jsonl")

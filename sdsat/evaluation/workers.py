@@ -261,8 +261,8 @@ def log_to(file: Path, title: str) -> None:
     faulthandler.enable()
 
 
-def aside(function: Callable[..., None], *arguments: Any) -> None:
-    """Call in a process of its own, which takes with it what it holds of the GPUs.
+def in_own_process(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a process of its own, which takes with it what it holds of the GPUs.
 
     Raises what the function raises.
     """

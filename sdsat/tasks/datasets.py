@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sdsat.config import InputError, require, utf8
+from sdsat.config import InputError, is_whole, require, utf8
 
 HUMANEVAL, INFILLING, INFILLING_PSM = NAMES = ("humaneval", "infilling", "infilling-psm")
 INFILLING_HUB = "bigcode/santacoder-fim-task"
@@ -62,7 +62,8 @@ def limit_text(limit: Limit) -> str:
 
 def check_limit(limit: Limit) -> None:
     """Refuse a limit that leaves nothing, or a share beyond all, with an InputError."""
-    good = limit is None or (0 < limit <= 1 if isinstance(limit, Fraction) else limit >= 1)
+    share = isinstance(limit, Fraction) and 0 < limit <= 1
+    good = limit is None or share or (is_whole(limit) and limit >= 1)
     require(good, f"data_limit={limit}: expected 1 or more, or a share of at most 100%")
 
 
@@ -73,7 +74,8 @@ def limited(rows: list[Row], limit: Limit) -> list[Row]:
 
 def check_dataset(dataset: str) -> None:
     """Refuse what is no data set, with an InputError."""
-    known = dataset in NAMES or (dataset.endswith(".jsonl") and Path(dataset).is_file())
+    own = isinstance(dataset, str) and dataset.endswith(".jsonl")
+    known = dataset in NAMES or (own and Path(dataset).is_file())
     require(
         known,
         f"dataset={dataset}: expected {', '.join(NAMES)}, or a .jsonl file with the key prompt",

@@ -1,0 +1,47 @@
+"""Settings of loading a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdsat.config.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What `models.loading.load` goes by beside the place and the numbers, and the engine.
+
+    Attributes:
+        sat_token_id: id of the SAT, whatever the checkpoint says of it.
+        trained_k: the depth of its training, whatever the checkpoint says of it.
+        engine: 'native', 'transformers', or 'auto': native where it can be had.
+    """
+
+    sat_token_id: int | None = option(
+        None, "Id of the SAT, whatever the checkpoint says.", env="SAT_TOKEN_ID"
+    )
+    trained_k: int | None = option(
+        None, "Depth of its training, whatever the checkpoint says.", env="TRAINED_K"
+    )
+    engine: str = option("auto", "native, transformers, or auto: native where it can be had.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig(CheckpointConfig):
+    """How a model is loaded: see `models.loading.load`.
+
+    Attributes:
+        dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own.
+        device: see `models.devices.pick_devices`.
+    """
+
+    dtype: str = option(
+        "bfloat16",
+        "float32, bfloat16, float16, or auto for the checkpoint's own.",
+        env="DTYPE",
+    )
+    device: str = option(
+        "",
+        "cpu, a GPU number, or 0+1 for a model that one GPU can't hold; empty: GPU 0 where "
+        "there is one, else the CPU.",
+    )
