@@ -7,7 +7,7 @@
 # 0+1,2+3 for two GPUs a worker; default: GPU 0 where there is one, else the CPU. Environment, an interrupted run resumes:
 #   K_LIST, STRATEGIES (two-step,auto; of lookup, two-step, rounded, one-pass, auto), TREE (auto, grown, chain, paper, 2,1,1),
 #   MAX_NEW_TOKENS, SEED, DTYPE, RESULTS_DIR,
-#   DATASET (humaneval, infilling, infilling-psm, a .jsonl of prompts; more with commas between), DATA_LIMIT (16, 3%, all),
+#   DATASET (humaneval, everyday, infilling, infilling-psm, a .jsonl of prompts; more with commas between), DATA_LIMIT (16, 3%, all),
 #   TURNS (1: how often each is measured; medians count), SAT_TOKEN_ID and TRAINED_K (whatever the checkpoint says),
 #   LOOKUP (12: tokens that auto and lookup look up in the text so far; 0: auto without that, alone), TEMPLATE_OPTIONS (of the chat
 #   template, as enable_thinking=false; more with spaces between). Beside auto stand lookup alone and auto without lookup.

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 from sdsat.cli.program import run
 from sdsat.config import require
 from sdsat.files import replacing
+from sdsat.tasks.datasets import EVERYDAY_FILE
 from sdsat.tasks.kinds import Request
 from sdsat.tasks.prompts import Sieve, code_requests, licences, parse_kinds
 
@@ -74,7 +75,9 @@ def main(
     max_prompt_tokens: int = 256,
     avoid: Annotated[
         list[Path] | None,
-        typer.Option(help="A benchmark to stay clear of beside HumanEval and MBPP's names."),
+        typer.Option(
+            help="A benchmark to avoid beside HumanEval, our own requests and MBPP's names."
+        ),
     ] = None,
     seed: int = 0,
 ) -> None:
@@ -82,7 +85,8 @@ def main(
     require(count >= 1, f"count={count}: expected 1 or more")
     require(0 <= chat <= 1, f"chat={chat}: expected a share from 0 to 1")
     weights = parse_kinds(kinds)
-    sieve = Sieve(AutoTokenizer.from_pretrained(model), max_prompt_tokens, [MBPP, *(avoid or ())])
+    benchmarks = [MBPP, EVERYDAY_FILE, *(avoid or ())]
+    sieve = Sieve(AutoTokenizer.from_pretrained(model), max_prompt_tokens, benchmarks)
     num_chat = round(count * chat)
     folders = [installed(corpus), Path(sysconfig.get_paths()["stdlib"])]
     asked = [

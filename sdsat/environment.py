@@ -82,7 +82,8 @@ def commit() -> str | None:
     None where they were changed since, or are no part of a repository.
     """
     folder = Path(__file__).parent
-    git = ["git", "-C", str(folder)]
+    # Without the lock that a run that is killed here would leave behind in the repository.
+    git = ["git", "--no-optional-locks", "-C", str(folder)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         tracked = subprocess.run(

@@ -348,7 +348,7 @@ BAD_INPUT = [
     ),
     (
         ["bench", "greedy", "TINY", "cpu", "--dataset", "mbpp"],
-        "dataset=mbpp: expected humaneval, infilling",
+        "dataset=mbpp: expected humaneval, everyday, infilling",
     ),
     (["bench", "greedy", "TINY", "cpu", "--trained-k", "5"], "trained_k=5: "),
     (
@@ -412,6 +412,8 @@ BAD_INPUT = [
     (["verify", "TINY", "--k-list", "99"], "k=99: expected"),
     (["verify", "TINY", "--max-new-tokens", "0"], "max_new_tokens=0: expected 1 or more"),
     (["inspect", "TINY", "--max-new-tokens", "0"], "max_new_tokens=0: expected 1 or more"),
+    (["eval", "TINY", "--dataset", "everyday"], "dataset=everyday: has no tests"),
+    (["inspect", "TINY", "--dataset", "mbpp"], "dataset=mbpp: expected humaneval, everyday"),
     (
         ["train", "--data", "none", "--out", "out", "--lr", "nan"],
         "lr=nan: expected a positive number",

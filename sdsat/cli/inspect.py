@@ -30,7 +30,10 @@ def inspect(
     check_template_options(model, config.template_options)
     loaded = load_decoder(model, load)
     answered = prompts.answered_problems(
-        loaded.model.tokenizer, config.text, config.data_limit, config.template_options
+        loaded.model.tokenizer,
+        config.text or config.dataset,
+        config.data_limit,
+        config.template_options,
     )
     require(len(answered) > 0, f"text={config.text}: no prompts there")
     document = inspection.inspect(loaded, answered, config)
@@ -38,5 +41,6 @@ def inspect(
         write_json(out, document)
     console = Console()
     console.print(inspection.inspection_table(document))
+    console.print(inspection.candidates_table(document))
     for line in document["findings"]:
         console.print(line, highlight=False)

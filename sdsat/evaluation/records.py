@@ -86,7 +86,7 @@ def resumed(out: Path, new: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def open_record(
     decoder: Decoder, config: Any, out: Path | None, entries: str
 ) -> Iterator[dict[str, Any]]:
-    """Hold `out`, and yield the document of a run over HumanEval's problems.
+    """Hold `out`, and yield the document of a run over a data set's problems.
 
     It is new or, where `out` exists, as an interrupted run left it.
 
@@ -122,7 +122,6 @@ def _head(decoder: Decoder, config: Any) -> dict[str, Any]:
         "environment": environment(decoder),
         "settings": {
             "model": model.name,
-            "dataset": "humaneval",
             "dtype": str(model.dtype).removeprefix("torch."),
             "sat": [model.sat.token_id, model.sat.k] if model.sat else None,
             **plain(config),

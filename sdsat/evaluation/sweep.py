@@ -43,6 +43,7 @@ from sdsat.tasks.datasets import (
     HUMANEVAL,
     INFILLING,
     INFILLING_PSM,
+    NAMES,
     Limit,
     check_dataset,
     check_limit,
@@ -55,6 +56,7 @@ _DATA_LIMIT = Option(
     env="DATA_LIMIT",
     text=Text(lambda _, text: read_limit(text), limit_text),
 )
+_DATASET = Option(f"{', '.join(NAMES)}, or a .jsonl file of prompts.", env="DATASET")
 _K_LIST = Option(env="K_LIST", text=WHOLE_NUMBERS)
 _STRATEGIES = Option(
     "Of lookup, two-step, rounded, one-pass and auto, with commas between.",
@@ -106,16 +108,21 @@ class Asked:
     """Which problems are answered, how they are asked, and how long an answer may be.
 
     Attributes:
+        dataset: see `tasks.datasets.read_tasks`.
+        source: what `tasks.datasets.read_tasks` returns as such, entered by what reads them.
         data_limit: see `tasks.datasets.limited`.
         max_new_tokens: tokens of an answer at most.
         template_options: see `tasks.prompts.encode`.
     """
 
+    dataset: str = option(HUMANEVAL, _DATASET)
+    source: str | None = None
     data_limit: Limit = option(None, _DATA_LIMIT)
     max_new_tokens: int = option(256, MAX_NEW_TOKENS)
     template_options: tuple[str, ...] = option((), TEMPLATE_OPTIONS)
 
     def __post_init__(self) -> None:
+        check_dataset(self.dataset)
         check_limit(self.data_limit)
         several("template_options", self.template_options, "a tuple of KEY=VALUE")
         DecodeConfig(0, self.max_new_tokens)
@@ -253,7 +260,6 @@ class BenchConfig(Sweep, CheckpointConfig):
         max_new_tokens: tokens of an answer at most.
         dtype: of the weights.
         with_generate: also time transformers' own greedy `generate` on the same weights.
-        source: what `tasks.datasets.read_tasks` returns as such, entered by `bench`.
         lookup: how many tokens 'auto' and 'lookup' look up in the text so far; 0: 'auto' only
             without.
         turns: how often each is measured on each problem, of which the run of the median time
@@ -284,7 +290,6 @@ class BenchConfig(Sweep, CheckpointConfig):
     with_generate: bool = option(
         False, "Also time transformers' own greedy generate.", names=("--with-generate",)
     )
-    source: str | None = None
     lookup: int = option(
         NUM_LOOKUP,
         "Tokens that auto and lookup look up; 0: auto without looking up, alone.",
@@ -311,7 +316,6 @@ class BenchConfig(Sweep, CheckpointConfig):
         )
         check_dtype(self.dtype)
         whole("turns", self.turns, "1 or more, a whole number", 1)
-        check_dataset(self.dataset)
         named = several("strategies", self.strategies, "a tuple of names")
         names = ",".join(map(str, named))
         require(names != "", f"strategies: none; expected some of {', '.join(ALL_STRATEGIES)}")
@@ -443,11 +447,14 @@ class QualityConfig(Sweep):
     Greedy once, or sampled with seeds 0, 1, ..., of which each problem has its own form.
 
     Attributes:
+        dataset: 'humaneval', the one with tests.
         k_list: AR (0) is always among them.
         tree: as the command line has it.
         temperature: 0 for greedy.
         samples: answers to each problem; 1 for greedy.
     """
+
+    dataset: str = option(HUMANEVAL, replace(_DATASET, help="humaneval: no other has tests."))
 
     k_list: tuple[int, ...] = option(
         (5,), replace(_K_LIST, help="Values of k; AR (0) is always there.")
@@ -461,6 +468,10 @@ class QualityConfig(Sweep):
     def __post_init__(self) -> None:
         self._add_ar()
         object.__setattr__(self, "strategies", tuple(dict.fromkeys(self.strategies)))
+        require(
+            self.dataset == HUMANEVAL,
+            f"dataset={self.dataset}: has no tests to run answers against; expected {HUMANEVAL}",
+        )
         whole("samples", self.samples, "1 or more, a whole number", 1)
         real("temperature", self.temperature, "0 (greedy) or a positive number", 0)
         require(
@@ -484,13 +495,13 @@ class InspectConfig(Asked):
     """Which answers are inspected; they are drafted by the paper's strategy with the trained k.
 
     Attributes:
-        text: .jsonl with the texts `prompt` and `completion` in every line; None: HumanEval.
+        text: .jsonl with the texts `prompt` and `completion` in every line; None: `dataset`.
         data_limit: see `tasks.datasets.limited`.
         max_new_tokens: tokens of an answer at most.
         anchors: places of each answer at which drafts are evaluated.
     """
 
-    text: Path | None = option(None, ".jsonl with prompt and completion. Default: HumanEval.")
+    text: Path | None = option(None, ".jsonl with prompt and completion, instead of a dataset.")
     data_limit: Limit = option(16, _DATA_LIMIT)
     max_new_tokens: int = option(128, MAX_NEW_TOKENS)
     anchors: int = 32
@@ -500,3 +511,7 @@ class InspectConfig(Asked):
         whole("anchors", self.anchors, "1 or more, a whole number", 1)
         good = self.text is None or (isinstance(self.text, Path) and self.text.is_file())
         require(good, f"text={self.text}: no such file; expected a .jsonl")
+        require(
+            self.text is None or self.dataset == HUMANEVAL,
+            f"dataset={self.dataset}: text={self.text} has the prompts; leave one of them out",
+        )

@@ -27,7 +27,8 @@ from sdsat.evaluation.reference import transformers_generate
 from sdsat.evaluation.sweep import TRANSFORMERS, VerifyConfig
 from sdsat.files import write_json
 from sdsat.method.sampling import choose
-from sdsat.tasks.prompts import Problem, humaneval
+from sdsat.tasks.datasets import limited, read_tasks
+from sdsat.tasks.prompts import Problem, encode_task
 
 # A first divergence with a larger margin than this cannot be rounding. In half precision logits of
 # 16 to 32 lie 1/8 (bfloat16) or 1/64 (float16) apart, and different kernels were seen to differ by
@@ -136,7 +137,13 @@ def verify(decoder: Decoder, config: VerifyConfig, out: Path | None = None) -> d
     dtype = str(model.dtype).removeprefix("torch.")
     if not config.strategies:
         config = replace(config, strategies=decoder.strategies)
-    problems = humaneval(model.tokenizer, config.data_limit, config.template_options)
+    tasks, source = read_tasks(config.dataset)
+    config = replace(config, source=source)
+    options = config.template_options
+    problems = [
+        encode_task(model.tokenizer, task, config.dataset, options)
+        for task in limited(tasks, config.data_limit)
+    ]
     with open_record(decoder, config, out, "comparisons") as document:
         done = {problem["task_id"] for problem in document["problems"]}
         todo = [problem for problem in problems if problem.task_id not in done]
@@ -228,7 +235,9 @@ def _compare(decoder: Decoder, problem: Problem, config: VerifyConfig) -> list[d
     for sampling in config.samplings:
         seed = None if sampling.greedy else sampling.seed
         facts = {"temperature": sampling.temperature, "seed": seed}
-        plain = config.plain(sampling, problem.task_id, decoder.model.stop_ids)
+        # Stop strings don't end it: the longer an answer, the more is compared.
+        stop_ids = decoder.model.stop_ids + problem.stop_ids
+        plain = config.plain(sampling, problem.task_id, stop_ids)
         ar = decoder.generate(prompt_ids, ar_setting.of(plain)).token_ids
         if sampling.greedy:
             theirs = transformers_generate(decoder, prompt_ids, plain).token_ids

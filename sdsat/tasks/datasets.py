@@ -1,4 +1,4 @@
-"""Benchmark data sets as texts: HumanEval, single-line infilling, any .jsonl of prompts.
+"""Benchmark data sets as texts: HumanEval, everyday requests, infilling, any .jsonl of prompts.
 
 How a model is asked is said in prompts.py.
 """
@@ -16,7 +16,10 @@ from typing import Any, TypeVar
 
 from sdsat.config import InputError, is_whole, require, utf8
 
-HUMANEVAL, INFILLING, INFILLING_PSM = NAMES = ("humaneval", "infilling", "infilling-psm")
+NAMES = ("humaneval", "everyday", "infilling", "infilling-psm")
+HUMANEVAL, EVERYDAY, INFILLING, INFILLING_PSM = NAMES
+# Our own requests that are not about code: instructions, school mathematics and summaries in turn.
+EVERYDAY_FILE = Path(__file__).with_name("everyday.jsonl")
 INFILLING_HUB = "bigcode/santacoder-fim-task"
 
 Limit = int | Fraction | None  # the first so many, the first share, or all
@@ -85,16 +88,19 @@ def check_dataset(dataset: str) -> None:
 def read_tasks(dataset: str) -> tuple[list[Task], str | None]:
     """Read all problems of a data set in their fixed order.
 
-    dataset: 'humaneval', 'infilling' (suffix-prefix-middle prompts, the paper's), 'infilling-psm'
-    (prefix-suffix-middle), or a .jsonl file with the text `prompt` in every line. Returns them, and
-    where they come from, None if the name alone says it. Raises InputError for another or a damaged
-    one.
+    dataset: 'humaneval', 'everyday' (EVERYDAY_FILE), 'infilling' (suffix-prefix-middle prompts, the
+    paper's), 'infilling-psm' (prefix-suffix-middle), or a .jsonl file with the text `prompt` in
+    every line. Returns them, and where they come from, None if the name alone says it. Raises
+    InputError for another or a damaged one.
     """
     check_dataset(dataset)
     if dataset == HUMANEVAL:
         return [
             Task(problem["task_id"], problem["prompt"]) for problem in humaneval_problems()
         ], None
+    if dataset == EVERYDAY:
+        rows = rows_of(EVERYDAY_FILE, ("task_id", "prompt"), "dataset")
+        return [Task(row["task_id"], row["prompt"]) for row in rows], _hash_of(EVERYDAY_FILE)
     if dataset in (INFILLING, INFILLING_PSM):
         try:
             return _hub_infilling(
@@ -111,7 +117,11 @@ def read_tasks(dataset: str) -> tuple[list[Task], str | None]:
     require(len(tasks) > 0, f"dataset={file}: no prompts there")
     empty = next((task.task_id for task in tasks if not task.prompt), None)
     require(empty is None, f"dataset={file}: the prompt of {empty} (counted from 0) is empty")
-    return tasks, f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}"
+    return tasks, _hash_of(file)
+
+
+def _hash_of(file: Path) -> str:
+    return f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
 def humaneval_problems(limit: Limit = None) -> list[dict[str, str]]:

@@ -34,6 +34,7 @@ from sdsat.tasks.datasets import (
     humaneval_problems,
     limited,
     read_lines,
+    read_tasks,
     rows_of,
 )
 from sdsat.tasks.kinds import KINDS, Request, ask, completion, functions
@@ -308,32 +309,41 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def answered_problems(
-    tokenizer: PreTrainedTokenizerBase, file: Path | None, limit: Limit, options: Sequence[str] = ()
-) -> list[tuple[list[int], list[int]]]:
-    """Encode the first problems with their given answers, as (prompt ids, answer ids).
+    tokenizer: PreTrainedTokenizerBase,
+    source: str | Path,
+    limit: Limit,
+    options: Sequence[str] = (),
+) -> list[tuple[Problem, list[int]]]:
+    """Encode the first problems, each with the token ids of its given answer.
 
     Args:
         tokenizer: of the model.
-        file: .jsonl with the texts `prompt` and `completion` in every line; None: HumanEval and its
-            own solutions.
+        source: a data set as `read_tasks` takes it, of which only HumanEval has answers, its own
+            solutions, and the others' are []; or a .jsonl file, as a Path, with the texts `prompt`
+            and `completion` in every line.
         limit: how many problems.
         options: see `encode`.
 
     Raises:
         InputError: for a damaged file, and as `encode`.
     """
-    if file is None:
+    if isinstance(source, Path):
+        rows = limited(list(rows_of(source, ("prompt", "completion"), "text")), limit)
+        tasks = [Task(f"{source.stem}/{i}", row["prompt"]) for i, row in enumerate(rows)]
+        answers = [row["completion"] for row in rows]
+    else:
+        tasks = limited(read_tasks(source)[0], limit)
+        answers = [""] * len(tasks)
+    if source == HUMANEVAL:
         problems = humaneval_problems(limit)
         repeats = bool(tokenizer.chat_template)  # an answer in a chat starts with the header again
         answers = [(p["prompt"] if repeats else "") + p["canonical_solution"] for p in problems]
-        asked = [encode_prompt(tokenizer, p["prompt"], options) for p in problems]
-    else:
-        rows = limited(list(rows_of(file, ("prompt", "completion"), "text")), limit)
-        answers = [row["completion"] for row in rows]
-        asked = [encode_request(tokenizer, row["prompt"], options) for row in rows]
     return [
-        (ids, tokenizer(answer, add_special_tokens=False)["input_ids"])
-        for ids, answer in zip(asked, answers, strict=True)
+        (
+            encode_task(tokenizer, task, str(source), options),
+            tokenizer(answer, add_special_tokens=False)["input_ids"],
+        )
+        for task, answer in zip(tasks, answers, strict=True)
     ]
 
 

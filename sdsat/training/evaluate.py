@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as ListOf
 from typing import Any
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from sdsat.config import require
+from sdsat.models.head import SHORTLIST
 from sdsat.training.loss import IGNORED, SatBatch, joint_logits, require_finite, sat_batch
 from sdsat.training.shards import Sequence
+
+BEST = (1, 4, 16, SHORTLIST)  # so many best tokens of a SAT; the last are what a draft head ranks
 
 
 @torch.no_grad()
@@ -45,34 +48,16 @@ def evaluate(
     hits: list[Tensor] = []
     confidences: list[Tensor] = []
     depths: list[Tensor] = []
-    # For each group, the depth after which nothing is accepted: 0..its length.
-    first_misses: list[Tensor] = []
-    lengths: list[Tensor] = []
-    generator = torch.Generator().manual_seed(0)
-    for sequence in sequences:
-        batch = sat_batch([sequence], k, anchors, 1.0, [generator]).to(device)
+    for batch, logits in _predictions(predict, sequences, k, device, anchors):
         labelled = batch.label != IGNORED
-        if not labelled.any():
-            continue
-        confidence, best = predict(batch).float().softmax(-1).max(-1)
-        require_finite(confidence)
-        hit = (best == batch.label[labelled]).float().cpu()
-        depth = batch.depth[labelled].cpu()
-        groups = hit.tensor_split((depth == 1).nonzero()[1:, 0])
-        first_misses += [group.cumprod(0).sum() for group in groups]
-        lengths += [torch.tensor(len(group)) for group in groups]
-        hits = [*hits, hit]
-        confidences = [*confidences, confidence.cpu()]
-        depths = [*depths, depth]
-    require(
-        sum(map(len, hits)) > 0,
-        "answers: none has two tokens or more, which the first SAT needs to have a target",
-    )
+        confidence, best = logits.softmax(-1).max(-1)
+        hits.append((best == batch.label[labelled]).float().cpu())
+        confidences.append(confidence.cpu())
+        depths.append(batch.depth[labelled].cpu())
     hit = torch.cat(hits)
     confidence = torch.cat(confidences)
     depth = torch.cat(depths)
-    accepted = torch.stack(first_misses)
-    length = torch.stack(lengths)
+    accepted, length = _chains(hit, depth)
     of_depth = [depth == i for i in range(1, k + 1)]
     return {
         "accuracy_by_depth": _rounded(hit[rows].mean() for rows in of_depth),
@@ -86,6 +71,91 @@ def evaluate(
         "accepted_per_loop": round(accepted.mean().item(), 4),
         "predictions": len(hit),
     }
+
+
+@torch.no_grad()
+def among_best(
+    predict: Callable[[SatBatch], Tensor],
+    sequences: ListOf[Sequence],
+    k: int,
+    device: torch.device,
+    anchors: int = 16,
+) -> dict[str, Any]:
+    """Measure how often the token that followed is among a SAT's best, at the places of `evaluate`.
+
+    Args:
+        predict: as of `evaluate`; for what a draft head chooses among, without the head.
+        sequences: as of `evaluate`.
+        k: as of `evaluate`.
+        device: as of `evaluate`.
+        anchors: as of `evaluate`.
+
+    Returns:
+        For each n of BEST, as a text: among_best_by_depth, shares of places where the token is
+        among the best n, one a depth; accepted_of_best, accepted drafts of a chain of k if the
+        right one among the best n could be known, for the last n the *best path*. And
+        proposed_per_loop: drafts of a chain, less than k where an answer ends.
+
+    Raises:
+        InputError: as `evaluate`.
+    """
+    ranks: list[Tensor] = []
+    depths: list[Tensor] = []
+    for batch, logits in _predictions(predict, sequences, k, device, anchors):
+        labelled = batch.label != IGNORED
+        label = batch.label[labelled][:, None]
+        score = logits.gather(-1, label)
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        # Of equal logits the first is the best, as for argmax.
+        ahead = (logits > score) | ((logits == score) & (ids < label))
+        ranks.append(ahead.sum(-1).cpu())
+        depths.append(batch.depth[labelled].cpu())
+    rank = torch.cat(ranks)
+    depth = torch.cat(depths)
+    hits = {str(n): (rank < n).float() for n in BEST}
+    accepted = {n: _chains(hit, depth)[0].mean() for n, hit in hits.items()}
+    return {
+        "among_best_by_depth": {
+            n: _rounded(hit[depth == i].mean() for i in range(1, k + 1)) for n, hit in hits.items()
+        },
+        "accepted_of_best": dict(zip(accepted, _rounded(accepted.values()), strict=True)),
+        "proposed_per_loop": round(len(rank) / int((depth == 1).sum()), 4),
+    }
+
+
+def _predictions(
+    predict: Callable[[SatBatch], Tensor],
+    sequences: ListOf[Sequence],
+    k: int,
+    device: torch.device,
+    anchors: int,
+) -> Iterator[tuple[SatBatch, Tensor]]:
+    """Yield the SATs at random places of each answer, always the same ones, and their logits.
+
+    Arguments, and what is raised, are those of `evaluate`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = False
+    for sequence in sequences:
+        batch = sat_batch([sequence], k, anchors, 1.0, [generator]).to(device)
+        if (batch.label != IGNORED).any():
+            logits = predict(batch).float()
+            require_finite(logits.amax(-1))
+            yield batch, logits
+            found = True
+    require(
+        found, "answers: none has two tokens or more, which the first SAT needs to have a target"
+    )
+
+
+def _chains(hit: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the accepted drafts of each group, up to the first miss, and its drafts in all.
+
+    hit: [M] 1 where a draft is right, 0 elsewhere. depth: [M], from 1 on in each group.
+    """
+    groups = hit.tensor_split((depth == 1).nonzero()[1:, 0])
+    accepted = torch.stack([group.cumprod(0).sum() for group in groups])
+    return accepted, torch.tensor([len(group) for group in groups])
 
 
 @torch.no_grad()
