@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import multiprocessing
 import os
 import shutil
@@ -9,12 +10,19 @@ import string
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.generation import logits_process
 
 from sdsat.config import LOOKUP, DecodeConfig, InputError, SatConfig
 from sdsat.decoding.loop import Decoder
@@ -221,6 +229,32 @@ def _one_probe_a_shape():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _asked_once():
+    """`generate` of transformers asks in every call which settings of generation a config has, and
+    at every token what arguments a processor takes. Equals get the first answer.
+    """
+    answers = {}
+
+    def parameters(config):
+        key = (type(config), repr(vars(config)))
+        if key not in answers:
+            answers[key] = real(config)
+        return answers[key]
+
+    def signature(method):
+        function = getattr(method, "__func__", method)
+        if function not in answers:
+            answers[function] = inspect.signature(method)
+        return answers[function]
+
+    real = PreTrainedConfig._get_generation_parameters
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedConfig, "_get_generation_parameters", parameters)
+        patch.setattr(logits_process, "inspect", SimpleNamespace(signature=signature))
+        yield
+
+
 @pytest.fixture
 def own_process(tmp_path_factory):
     """Begin a process that calls a function with arguments, and with an environment."""
@@ -242,6 +276,14 @@ def quick_workers(monkeypatch):
     monkeypatch.setattr(processes, "started", [])
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: processes.context())
     return processes.started
+
+
+@pytest.fixture
+def sketches(monkeypatch):
+    """Plots are laid out, but not drawn: their files are empty. Real ones are in test_report.py."""
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, file, **_: Path(file).write_bytes(b"")
+    )
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The folders' order: data flows one way, and no import runs back up or closes a circle."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,20 @@ def sources(root):
     return found
 
 
+@cache
+def nodes(source):
+    """Imports and comparisons, wherever in it; each module is parsed once."""
+    kinds = (ast.Import, ast.ImportFrom, ast.Compare)
+    return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+
+
 def imports(module, source, modules):
     """The package's own modules that a source imports, wherever in it: under TYPE_CHECKING and
     inside functions too.
     """
     package = module.split(".")[:-1]
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             names = [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -77,7 +85,7 @@ def through_the_top(files):
     """Modules that take something from the package itself, which has all that users import."""
     found = set()
     for module, source in files.items():
-        for node in ast.walk(ast.parse(source)) if module not in ENTRANCES else ():
+        for node in nodes(source) if module not in ENTRANCES else ():
             if isinstance(node, ast.Import):
                 wrong = any(alias.name == "sdsat" for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -178,7 +186,7 @@ def names_of_strategies(files):
     names = {*ALL_STRATEGIES} - {"auto"}  # which is a tree, an engine and a dtype too
     found = set()
     for module, source in files.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in nodes(source):
             sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
             for part in (part for side in sides for part in ast.walk(side)):
                 name = isinstance(part, ast.Constant) and part.value in names

@@ -79,7 +79,7 @@ def test_each_row_equals_that_row_alone(engine, strategy, sampling):
     for k, tree, lookup, size in ((K, "chain", 0, 5), (3, (2, 2, 1), 5, 2), (K, "grown", 0, 3)):
         budget = 24 if strategy == "one-pass" else None
         config = drafted(strategy, k, lookup, 12, tree, sampling, stop_ids=(9,), budget=budget)
-        configs = [replace(config, max_new_tokens=8 + 3 * i) for i in range(len(PROMPTS))]
+        configs = [replace(config, max_new_tokens=6 + 2 * i) for i in range(len(PROMPTS))]
         assert_as_alone(decoder_with(engine), PROMPTS, configs, batch_size=size)
 
 
@@ -209,7 +209,7 @@ def test_windows_and_caps_in_batches(family):
         assert_as_alone(
             decoder,
             prompts,
-            [DecodeConfig(3, 10 + 5 * i, (2, 1), strategy=strategy) for i in range(3)],
+            [DecodeConfig(3, 8 + 3 * i, (2, 1), strategy=strategy) for i in range(3)],
         )
 
 
@@ -281,7 +281,7 @@ def test_answers_to_one_prompt_share_its_pass(engine, size, monkeypatch):
     prompts = [prompt for prompt in ([5, 9] * 35, [8, 4, 11], [3]) for _ in range(3)]
     sampling = [SamplingConfig(1.3 * (i % 3 > 0), seed=i) for i in range(9)]
     configs = [
-        DecodeConfig(i % 2 * K, 5 + 40 * (i % 3), sampling=each) for i, each in enumerate(sampling)
+        DecodeConfig(i % 2 * K, 5 + 20 * (i % 3), sampling=each) for i, each in enumerate(sampling)
     ]
     kind = type(decoder_with(engine).engine)
     _ = decoder_with(engine).engine.row_policy  # looking for it reads a text of its own

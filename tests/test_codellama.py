@@ -244,7 +244,7 @@ def test_weights_are_loaded_in_their_own_dtype_without_a_second_copy(own_process
 
 
 @pytest.fixture
-def start(monkeypatch, quick_workers):
+def start(monkeypatch, quick_workers, sketches):
     """What `start_<method>.sh` runs, in this process; returns the checkpoint's results folder."""
     for name in (
         "K_LIST",

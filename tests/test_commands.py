@@ -155,6 +155,7 @@ def test_start_greedy(start):
     assert_measured(start.results / "greedy", out)
 
 
+@pytest.mark.usefixtures("sketches")
 def test_start_nucleus_does_not_measure_again_what_is_finished(start, measure):
     folder = start.results / "nucleus_t1.0"
     code, out, _ = measure("nucleus")
@@ -175,6 +176,7 @@ def last_line(errors):
     return errors.strip().splitlines()[-1]
 
 
+@pytest.mark.usefixtures("sketches")
 def test_interrupted_run_resumes_and_keeps_others_out_while_it_runs(begin_apart, start, measure):
     process = begin_apart("greedy", DATA_LIMIT="all")
     wait_for_problems(start.results / "greedy", 1)
@@ -208,6 +210,7 @@ def test_workers_end_with_a_killed_run(begin_apart, start):
     assert sum(len(document["problems"]) for document in documents(start.results / "greedy")) >= 1
 
 
+@pytest.mark.usefixtures("sketches")
 def test_full_disk_is_one_line_and_loses_no_problem(begin_apart, start, measure):
     """A file may not grow beyond 8 kB: the third problem or so can't be written."""
     code, _, errors = begin_apart("greedy", 8000, DATA_LIMIT="12").end()
@@ -254,7 +257,7 @@ def test_a_new_users_path_as_the_readme_has_it(command, measure, tmp_path):
     ]
     smaller = (
         ["--source", "code", "--max-new-tokens", "12"],
-        ["--steps", "4", "--eval-every", "2"],
+        ["--steps", "2", "--eval-every", "2"],
     )
     for words, options in zip(commands, smaller, strict=False):
         code, _, errors = command(*words[1:], *options)
@@ -273,6 +276,7 @@ def test_a_new_users_path_as_the_readme_has_it(command, measure, tmp_path):
     assert {run["identical_outputs"] for run in summary["runs"]} == {2}
 
 
+@pytest.mark.usefixtures("sketches")
 def test_dead_worker_is_named_and_the_others_finish(measure, start, quick_workers):
     def kill():
         while not quick_workers:

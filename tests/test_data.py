@@ -272,7 +272,7 @@ def another_stop_id(decoder):
 )
 def test_a_folder_of_other_settings_is_refused(decoder, source, tmp_path, change, named):
     out = tmp_path / "out"
-    run(decoder, source, out)
+    run(decoder, source, out, batch_size=11)
     want = {file.name: file.read_bytes() for file in out.iterdir() if file.name != ".lock"}
     changed = change.pop("model", lambda decoder: decoder)(decoder)
     if template := change.pop("template", None):
@@ -287,7 +287,7 @@ def test_shards_of_another_dtype_are_refused(decoder, source, tmp_path):
     lm = decoder.model.lm
     lm.save_pretrained(tmp_path / "base")
     decoder = decoder_of(lm, decoder.model.tokenizer, str(tmp_path / "base"))
-    run(decoder, source, tmp_path / "out")
+    run(decoder, source, tmp_path / "out", batch_size=11)
     lm.float()
     with one_line_error(f"out={tmp_path / 'out'}", "dtype=float64, now it is float32"):
         run(decoder, source, tmp_path / "out")

@@ -37,7 +37,7 @@ from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.interfaces.generate_arguments import ONLY
 from sdsat.method.sampling import gumbel_noise
 
-NUM = 24
+NUM = 20
 MODELS = [
     ("llama 3", "native"),
     ("llama 3", "transformers"),
@@ -894,7 +894,7 @@ def test_every_setting_of_transformers_is_known():
 
 def test_the_example_runs(llama, monkeypatch, capsys):
     monkeypatch.setattr(
-        sys, "argv", ["dropin.py", llama[1].sdsat.model.name, "--prompt", "bfj", "--stop", "d"]
+        sys, "argv", ["dropin.py", llama[1].sdsat.model.name, "--prompt", "abc", "--stop", "d"]
     )
     runpy.run_path(
         str(Path(__file__).parent.parent / "examples" / "dropin.py"), run_name="__main__"

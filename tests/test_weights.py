@@ -9,6 +9,7 @@ import copy
 import os
 import pickle
 import warnings
+from functools import cache
 
 import peft
 import pytest
@@ -56,9 +57,9 @@ def folders(tmp_path_factory):
     made = {}
     for tied in (False, True):
         folder = tmp_path_factory.mktemp("weights")
-        base = checkpoint(
-            folder / "base", FAMILIES["llama 3, tied" if tied else "llama 3"], sat=False
-        )
+        config = copy.deepcopy(FAMILIES["llama 3, tied" if tied else "llama 3"])
+        config.num_hidden_layers = 3
+        base = checkpoint(folder / "base", config, sat=False)
         model = adapted(
             AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), strength=0.3, head=32
         )
@@ -70,10 +71,19 @@ def folders(tmp_path_factory):
     return made
 
 
+@cache
+def loaded(folder, dtype):
+    """As transformers loads it: loaded once, for copies of it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+loaded_alone = cache(alone)
+
+
 def prepared(folders, engine="auto", before=None, tied=False, dtype=torch.float32):
     """A model with an adapter; `before`: what is done to it before it is made ready."""
     base, adapter = folders[tied]
-    lm = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    lm = copy.deepcopy(loaded(base, dtype))
     if before:
         before(lm)
     with warnings.catch_warnings():
@@ -84,7 +94,7 @@ def prepared(folders, engine="auto", before=None, tied=False, dtype=torch.float3
 
 
 def oracle(folders, *changes, tied=False):
-    lm = alone(folders[tied][0])
+    lm = copy.deepcopy(loaded_alone(folders[tied][0]))
     for change in changes:
         change(lm)
     return lm

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from sdsat.config import ALL_STRATEGIES, InputError, looks_up, require
 from sdsat.files import read_json
@@ -98,7 +97,9 @@ def interval(rows: Rows, statistic: Callable[[Rows], np.ndarray]) -> list[float]
     if np.ptp(without_one) <= 1e-9 * np.abs(without_one).max():
         low = high = float(statistic(rows.sum(0)))
     else:
-        drawn = scipy.stats.bootstrap(
+        from scipy.stats import bootstrap  # slow to import, and workers compute no intervals
+
+        drawn = bootstrap(
             (np.arange(len(rows)),),
             lambda places, axis: statistic(rows[places].sum(axis - 1)),  # axis -1: of the places
             n_resamples=_RESAMPLES,
