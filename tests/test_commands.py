@@ -596,6 +596,8 @@ def test_a_cache_that_is_whole_but_no_model_is_named(command, tmp_path, monkeypa
     folder = tmp_path / "cache" / "smollm2-135m-instruct"
     shutil.copytree(tiny.parent / "base", folder)
     (folder / "config.json").write_text("{}")
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / "files").write_text(json.dumps(sizes))
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path / "cache"))
     code, _, errors = command("generate", "hello", "--model", "smollm2-135m-instruct")
     assert code == 2
