@@ -296,12 +296,11 @@ def test_what_would_be_another_model_is_refused(raw, more, message, tmp_path, ca
         loading.load(str(file), "float32", "cpu")
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_flipped_bytes_of_a_header_are_refused_at_once(seed, tmp_path):
+def test_flipped_bytes_of_a_header_are_refused_at_once(tmp_path):
     """Each within seconds and a few hundred MiB, in one line; what still reads is converted."""
     file = write_gguf(random_model(), tmp_path / "a.gguf")
     done = subprocess.run(
-        [sys.executable, __file__, file, str(seed)], capture_output=True, text=True, timeout=300
+        [sys.executable, __file__, file, "0"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = json.loads(done.stdout)
