@@ -516,3 +516,22 @@ def test_where_strategies_stop_paying_is_read_off_the_figures(script):
     assert rows["ar", 4]["identical_outputs"] == 2 and rows["auto", 4]["identical_outputs"] == 1
     assert rows["ar", 4]["tokens_per_second"] == pytest.approx(20 / 1.5, abs=0.01)
     assert [rows[name, 4]["identical_outputs"] for name in ("ar", "auto")] == [2, 1]
+
+
+def test_a_prompt_may_be_a_tuple():
+    decoder = decoder_with("native, float32")
+    for k in (0, K):
+        config = DecodeConfig(k, 9)
+        want = [decoder.generate(prompt, config).token_ids for prompt in PROMPTS]
+        tuples = [tuple(prompt) for prompt in PROMPTS]
+        assert [out.token_ids for out in decoder.generate_batch(tuples, config)] == want
+        assert decoder.generate(tuples[0], config).token_ids == want[0]
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 10**6])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_chooser_chooses_of_the_vocabulary(engine, token):
+    decoder = decoder_with(engine)
+    for k in (0, K):
+        with one_line_error(f"chooser: it chose token {token}", f"0 to {VOCAB - 1}"):
+            decoder.generate([5], DecodeConfig(k, 5), chooser=lambda _: (token, False))

@@ -35,6 +35,9 @@ def test_it_is_what_a_search_finds(rows):
     found = copied(text, known, before, ids)
     want = [[search(t[:n], b, candidate) for candidate in range(4)] for t, n, b in rows]
     assert found.tolist() == want
+    shared = copied(text[:1], known[:1], before, ids[:1])  # one text for all, as drafting has it
+    want = [[search(rows[0][0][: rows[0][1]], b, c) for c in range(4)] for _, _, b in rows]
+    assert shared.tolist() == want
 
 
 @given(st.lists(TOKENS, min_size=1, max_size=6))

@@ -144,10 +144,10 @@ def test_only_humaneval_has_tests():
         QualityConfig(dataset="everyday")
 
 
-def test_pairs_of_ones_own_are_no_data_set(tmp_path):
-    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": "b"}')
-    with one_line_error("dataset=everyday: text=", "leave one of them out"):
-        InspectConfig(dataset="everyday", text=tmp_path / "mine.jsonl")
+def test_pairs_of_ones_own_go_before_a_data_set_of_the_environment(tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"prompt": "a", "completion": "b"}')
+    assert InspectConfig(dataset="everyday", text=mine).text == mine
 
 
 def test_data_sets_have_folders_of_their_own(tmp_path):

@@ -345,6 +345,20 @@ def convert_with_flipped_bytes(file, seed, count=40):
     print(json.dumps({"said": said, "slowest": slowest, "more_mib": more}))
 
 
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"# Notes of mine", "not GGUF"),
+        (b"GGUF\1\0\0\0" + 16 * b"\0", "version 1 "),
+        (b"GGUF\0\0\0\1" + 16 * b"\0", "version 1 "),
+    ],
+)
+def test_what_is_no_gguf_file_is_said_so(tmp_path, cache, start, message):
+    (tmp_path / "a.gguf").write_bytes(start)
+    with one_line_error(f"model {tmp_path / 'a.gguf'}: ", message):
+        loading.load(str(tmp_path / "a.gguf"))
+
+
 def test_other_families_and_other_files_are_refused(tmp_path, cache):
     file = tmp_path / "a.gguf"
     gguf_file = write_gguf(random_model(), file)

@@ -118,6 +118,17 @@ def test_killed_training_resumes_exactly(tmp_path, monkeypatch, whole, mode):
     assert (tmp_path / "killed" / FILES[mode]).read_bytes() == (folder / FILES[mode]).read_bytes()
 
 
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    train_tiny(tmp_path / "run", steps=2)
+    (file,) = tmp_path.glob("run/checkpoint_*/state.pt")
+    saved = torch.load(file)
+    del saved["adapter"]["head.copies"]
+    torch.save(saved, file)
+    (tmp_path / "run" / "adapter_config.json").unlink()
+    with one_line_error(f"out={tmp_path / 'run'}: checkpoint_2", "head.copies", "--init"):
+        train_tiny(tmp_path / "run", steps=2)
+
+
 @MODES
 def test_a_step_does_not_depend_on_how_it_is_split(tmp_path, mode):
     """One micro-batch of four sequences, two of two, and four of one."""

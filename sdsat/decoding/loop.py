@@ -465,7 +465,9 @@ class Decoder:
             cache=cache,
             out=out,
             began=prefilled,
-            text=torch.tensor(prompt_ids + [0] * config.max_new_tokens, device=self.model.device),
+            text=torch.tensor(
+                [*prompt_ids, *[0] * config.max_new_tokens], device=self.model.device
+            ),
             lookup=Lookup(prompt_ids, config.num_lookup) if config.num_lookup else None,
             x=prompt_ids[-1],
             drafts=Drafts.none(prompt_ids[-1]),

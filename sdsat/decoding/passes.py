@@ -16,7 +16,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from sdsat.config import SamplingConfig
+from sdsat.config import SamplingConfig, require
 from sdsat.decoding.sequence import Chooser, Drafted, Sequence
 from sdsat.engines.base import Engine, PassInput
 from sdsat.engines.drafting import Guesses
@@ -74,6 +74,7 @@ class PassResult:
         chosen = self._ask if asks else self._choose
         self._targets = chosen(self._logits[:nodes])
         self._places = list(_places_of(inputs))
+        self._paths = self._drafts_before()
         self._read: dict[tuple[int, int], Drafted] | None = None
         if engine.reads_freely:
             self.own = self._split(iter(self._targets.tolist()))
@@ -113,6 +114,18 @@ class PassResult:
             for count in counts
         ]
 
+    def _drafts_before(self) -> dict[tuple[int, int], Tensor]:
+        """Collect the drafts on the way to each node with SATs, in one copy to the device."""
+        found = {
+            (number, node): [part.tokens[draft] for draft in part.tree.path(node)[1:]]
+            for number, part in enumerate(self._inputs)
+            for node in self._places[number]
+        }
+        flat = [token for drafts in found.values() for token in drafts]
+        tokens = torch.tensor(flat, dtype=torch.long, device=self._logits.device)
+        parts = tokens.split([len(drafts) for drafts in found.values()])
+        return dict(zip(found, parts, strict=True))
+
     def _draft(self, number: int, node: int) -> tuple[DraftTree | None, Tensor]:
         """Draft with the SATs at a node of a sequence.
 
@@ -121,13 +134,11 @@ class PassResult:
         sequence = self._sequences[number]
         row, sats = self._places[number][node]
         config = sequence.config
-        part = self._inputs[number]
-        path = part.tree.path(node)[1:]
-        index = sequence.emitted + len(path) + 1
-        drafts = torch.tensor([part.tokens[draft] for draft in path], dtype=torch.long)
+        drafts = self._paths[number, node]
+        index = sequence.emitted + len(drafts) + 1
         # Any token does where the chooser was not asked: those drafts are never read.
         x = self._targets[row : row + 1].clamp_min(0)
-        text = torch.cat([sequence.text[: sequence.context], drafts.to(x.device), x])
+        text = torch.cat([sequence.text[: sequence.context], drafts, x])
         guesses = Guesses(text, self._states[sats], self._logits[sats], index, config.sampling)
         tree = _truncated(config.tree, config.num_sats, len(guesses.states))
         if tree is None:
@@ -233,12 +244,17 @@ def choose_along(
 
     Returns:
         [N] its tokens, _NOT_ASKED at the other nodes; and whether it ended the output.
+
+    Raises:
+        InputError: for a token that is not in the vocabulary.
     """
     children = tree.children()
     node = 0
     targets = torch.full((len(tree),), _NOT_ASKED, dtype=torch.long)
     while True:
         token, ended = chooser(logits[node])
+        most = logits.shape[-1] - 1
+        require(0 <= token <= most, f"chooser: it chose token {token}; expected 0 to {most}")
         targets[node] = token
         follows = [child for child in children[node] if tokens[child] == token]
         if ended or token in stop_ids or not follows:

@@ -174,8 +174,8 @@ class _Sats:
             embedded = self.model.embed_standard(path[:, -1])
             states = self.guesses.states[i].expand_as(embedded)
             text = self.guesses.text
-            known = torch.full((count,), len(text), device=text.device)
-            found = copied(text.expand(count, -1), known, path, self.ids[i].expand(count, -1))
+            known = torch.full((1,), len(text), device=text.device)
+            found = copied(text[None], known, path, self.ids[i : i + 1])
             given = head.rerank(given, states, embedded, self.rows[i : i + 1], found)
         at = torch.full((count,), self.guesses.index + i, device=path.device)
         columns, likely = candidates(given, at, self.guesses.sampling, width, self.ids[i])

@@ -511,7 +511,5 @@ class InspectConfig(Asked):
         whole("anchors", self.anchors, "1 or more, a whole number", 1)
         good = self.text is None or (isinstance(self.text, Path) and self.text.is_file())
         require(good, f"text={self.text}: no such file; expected a .jsonl")
-        require(
-            self.text is None or self.dataset == HUMANEVAL,
-            f"dataset={self.dataset}: text={self.text} has the prompts; leave one of them out",
-        )
+        if self.text is not None:  # which goes before a DATASET of the environment
+            object.__setattr__(self, "dataset", HUMANEVAL)

@@ -171,6 +171,13 @@ class AdapterMode:
     def restore(self, folder: Path) -> None:
         """See Mode.restore."""
         saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        held = saved["adapter"].keys()
+        require(
+            held == self.adapter.state_dict().keys(),
+            f"out={folder.parent}: {folder.name} is of another version of the adapter, without "
+            f"{', '.join(sorted(self.adapter.state_dict().keys() - held))}; expected one of this "
+            "version: save it with that version, and go on with --init",
+        )
         self.adapter.load_state_dict(saved["adapter"])
         self.optimizer.load_state_dict(saved["optimizer"])
 
