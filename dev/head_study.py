@@ -37,8 +37,7 @@ from sdsat.cli.program import run_app
 from sdsat.config import require
 from sdsat.environment import commit
 from sdsat.files import replacing, write_json
-from sdsat.method.copies import LONGEST, NONE
-from sdsat.method.copies import copied as copied_in
+from sdsat.method.copies import LONGEST, NONE, copied
 from sdsat.method.lookup import Lookup
 from sdsat.models.head import SHORTLIST
 from sdsat.models.loading import load
@@ -55,7 +54,7 @@ NODES = 16  # of a tree, without its root
 HELD_OUT = 96  # answers, the first ones
 CHUNK = 16  # answers a file of the cache
 BATCH = 64  # groups a step
-FEATURES = 5  # of `copied`
+FEATURES = 5  # of `features_of`
 
 # What each variant adds to today's head, and how it is trained.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -244,7 +243,7 @@ def norm(x: Tensor) -> Tensor:
     return rms_norm(x.float(), x.shape[-1:])
 
 
-def copied(context: Tensor, path: Tensor, ids: Tensor) -> Tensor:
+def features_of(context: Tensor, path: Tensor, ids: Tensor) -> Tensor:
     """[N, C, F] of candidates: did they follow the token before, or the two before, in the text?
 
     context: [N, L], of -1 where there is none. path: [N, 2] the two tokens before the candidate.
@@ -345,7 +344,7 @@ def score(
 def copies(batch: dict[str, Tensor], before: Tensor, i: int) -> Tensor:
     """[N, C, F] of the candidates of depth i + 1, given the tokens before [N, K]."""
     path = torch.cat([batch["tokens"][:, :1], before], 1)[:, i : i + 2]
-    return copied(batch["context"], path, batch["ids"][:, i]).float()
+    return features_of(batch["context"], path, batch["ids"][:, i]).float()
 
 
 def true_before(batch: dict[str, Tensor]) -> Tensor:
@@ -482,7 +481,9 @@ def grow(head: Head, groups: Groups, batch: dict[str, Tensor], nodes: int) -> Te
             scores = scores + head.looked_up(middle, ids)
         scores = head.scaled(i, scores)
         if head.options.get("copied"):
-            scores = scores + head.added(i, copied(batch["context"], pair[:, node], ids).float())
+            scores = scores + head.added(
+                i, features_of(batch["context"], pair[:, node], ids).float()
+            )
         values, columns = scores.log_softmax(-1).topk(width)
         deeper = (depth[:, node] < K)[:, None]
         chance[:, node] = torch.where(deeper, so_far[:, None] + values, -torch.inf)
@@ -698,7 +699,7 @@ def scored(head: Head, groups: Groups, some: Tensor) -> dict[str, Tensor]:
         by_depth = []
         for i in range(K):
             places = ends[:, None] + i + torch.arange(LONGEST)
-            by_depth.append(copied_in(texts, ends, padded.gather(1, places), ids[:, i]))
+            by_depth.append(copied(texts, ends, padded.gather(1, places), ids[:, i]))
         known, right = (ids == tokens[:, 2:, None]).max(-1)
         scores = score([head], groups, batch, [true_before(batch)])[0]
         for name, part in zip(found, (scores, torch.stack(by_depth, 1), right, known), strict=True):

@@ -3,9 +3,9 @@
 // The draft head moves a SAT's logits by what the token drafted before it says: moves =
 // outer(silu(inner([norm(state), norm(embedding of that token)]))), and a candidate's score is
 // sharpness * (its logit + its row of the unembedding . moves) + what the text adds to it
-// (models/head.py and method/copies.py are the reference). Fast: several nodes
-// together, as the head's weights take longer to read than to use; and a shortlist of each SAT's
-// candidates instead of the vocabulary. Exact by itself it need not be: drafts are verified.
+// (models/head.py and method/copies.py are the reference). Fast: several nodes together, as the
+// head's weights take longer to read than to use; and a shortlist of each SAT's candidates instead
+// of the vocabulary. Exact by itself it need not be: drafts are verified.
 //
 // A tree is given, and filled depth by depth; or it grows where it is likeliest.
 #pragma once
@@ -143,7 +143,7 @@ template <class T> static void add_copies(DraftState<T>& s, const Place& place, 
     for (int n = 0; n < longest[c]; n++) scores[c] += s.model.copies[n];
 }
 
-// The score of each candidate of a place's SAT, for every place.
+// The score of each candidate of a place's SAT, for every place, without what the text adds.
 template <class T> static void score_candidates(DraftState<T>& s, DraftThread& thread) {
   if (s.inner) apply_head(s, thread);
   const int64_t hidden = s.model.hidden;
@@ -159,16 +159,14 @@ template <class T> static void score_candidates(DraftState<T>& s, DraftThread& t
     }
   });
   thread.worker.meet();
-  if (!s.inner) return;
-  thread.worker.each(rows, [&](int r) { add_copies(s, s.places[r], s.scores[r].data()); });
-  thread.worker.meet();
 }
 
-// Put the candidates of a place in order. Returns their ids.
+// Put the candidates of a place in order, by all that is known of them. Returns their ids.
 template <class T>
 static const int64_t* rank_candidates(DraftState<T>& s, DraftThread& thread, int r) {
   const Drafting& d = s.drafting;
   const int sat = s.places[r].sat;
+  if (s.inner) add_copies(s, s.places[r], s.scores[r].data());
   const int64_t* ids = s.ids.data() + int64_t(sat) * s.shortlist;
   thread.ranking.rank(s.scores[r].data(), ids, Noise(d.seed, d.index + sat), d.sampling, 0);
   thread.ranking.weigh(d.sampling);
@@ -207,9 +205,7 @@ template <class T> static void draft(const Model& model, const Drafting& d) {
     for (const Places& level : levels) {
       if (!thread.worker.rank) {
         s.places = level;
-        for (Place& place : s.places) {
-          place.path = path_to(d, place.node);
-        }
+        for (Place& place : s.places) place.path = path_to(d, place.node);
       }
       thread.worker.meet();
       score_candidates(s, thread);
