@@ -102,9 +102,10 @@ def draft_milliseconds(adapters: dict[str, Path]) -> dict[str, float]:
                 x = tokens[:1]
                 root = make_tree("chain", 0)
                 row = PassInput(cache, x.tolist(), root, (SatGroup(0, k),))
-                states, logits = engine.forward([row])
+                out = engine.forward([row])
                 chain = make_tree("chain", k)
-                engine.draft(Guesses(x, states[1:], logits[1:], 0, SamplingConfig()), chain)
+                how = (0, SamplingConfig(), model.draft_ids)
+                engine.draft(Guesses(x, out.states[1:], out.sat_logits, *how), chain)
                 if turn > 1:
                     times[name].append(1000 * (time.perf_counter() - began))
                 adapter.detach()

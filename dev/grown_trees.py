@@ -77,13 +77,13 @@ def places_of(decoder: Decoder, prompt: list[int], config: DecodeConfig) -> list
         tokens = whole[cache.length : len(prompt) + emitted]
         tree = make_tree("chain", len(tokens) - 1)
         group = SatGroup(len(tokens) - 1, k)
-        states, logits = engine.forward([PassInput(cache, tokens, tree, (group,))])
+        out = engine.forward([PassInput(cache, tokens, tree, (group,))])
         cache.commit(tuple(range(len(tokens))))
         places.append(
             {
                 "text": torch.tensor(whole[: len(prompt) + emitted + 1]),
-                "states": states[-k:].clone(),
-                "best": tuple(logits[-k:].topk(KEPT)),
+                "states": out.states[-k:].clone(),
+                "best": tuple(out.sat_logits.topk(KEPT)),
                 "index": emitted + 1,
                 "follows": answer[emitted + 1 : emitted + 1 + k],
             }
@@ -298,9 +298,10 @@ def drafting(out: Annotated[Path, typer.Option()], turns: int = 200) -> None:
         cache = engine.new_cache(num_slots(len(prompt), k))
         engine.prefill(cache, torch.tensor(prompt[:-1]))
         passed = PassInput(cache, prompt[-1:], make_tree("chain", 0), (SatGroup(0, k),))
-        states, logits = engine.forward([passed])
+        out = engine.forward([passed])
         for name, sampling in SAMPLINGS.items():
-            guesses = Guesses(logits[:1].argmax(-1), states[1:], logits[1:], 1, sampling)
+            x = out.logits.argmax(-1)
+            guesses = Guesses(x, out.states[1:], out.sat_logits, 1, sampling)
             times: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(turns):
                 for way, (tree, nodes) in WAYS.items():

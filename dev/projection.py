@@ -104,8 +104,7 @@ def measure_passes(engine: Engine, context: int) -> dict[int, float]:
         groups = (SatGroup(0, count - nodes),) if count > nodes else ()
         part = tokens[context : context + nodes].tolist()
         chain = PassInput(cache, part, make_tree("chain", nodes - 1), groups)
-        _, logits = engine.forward([chain])
-        engine.largest(logits, 1)[1].tolist()
+        engine.largest(engine.forward([chain]).logits, 1)[1].tolist()
 
     times: dict[int, list[float]] = {count: [] for count in COUNTS}
     for turn in range(TURNS + 2):

@@ -81,13 +81,23 @@ def with_adapter(lm, **settings):
     return decoder_of(lm, sat=model.sat, adapter=model.adapter)
 
 
-def adapted(lm, k=3, rank=4, seed=1, strength=1.0, head=0):
-    """`lm` with a random, attached adapter: its drafts are as good as random ones."""
+def adapted(lm, k=3, rank=4, seed=1, strength=1.0, head=0, draft_ids=()):
+    """`lm` with a random, attached adapter: its drafts are as good as random ones.
+
+    draft_ids: of its draft vocabulary; none: all.
+    """
     torch.manual_seed(seed)
     config = AdapterConfig(
-        "tiny", SatConfig(lm.config.vocab_size, k), rank, head=head, base_sample=sample_weights(lm)
+        "tiny",
+        SatConfig(lm.config.vocab_size, k),
+        rank,
+        head=head,
+        draft_vocabulary=len(draft_ids),
+        base_sample=sample_weights(lm),
     )
     adapter = SatAdapter(lm, config)
+    if draft_ids:
+        adapter.draft_ids.copy_(torch.tensor(draft_ids))
     for parameter in adapter.up.values():
         torch.nn.init.normal_(parameter, std=strength)
     if adapter.head is not None:
@@ -127,10 +137,14 @@ def decoder_of(lm, tokenizer=None, name="tiny", sat=None, adapter=None, rows=Non
 
 
 def forward(decoder, cache, tokens, tree, groups=(), **options):
-    """A pass of one sequence. tokens [R]: one a node of the tree, then the SATs of its groups."""
+    """States [R, D] and logits [R, V] of a pass of one sequence.
+
+    tokens [R]: one a node of the tree, then the SATs of its groups. Without a draft vocabulary.
+    """
     groups = tuple(SatGroup(*group) for group in groups)
     part = PassInput(cache, tokens[: len(tree)].tolist(), tree, groups)
-    return decoder.engine.forward([part], **options)
+    out = decoder.engine.forward([part], **options)
+    return out.states, torch.cat([out.logits, out.sat_logits])
 
 
 def random_sequences(lengths, prompt_length=2):

@@ -76,11 +76,11 @@ def main():
         engine.prefill(cache, torch.arange(5, device=model.device))
         tree = make_tree((2, 1), 2).kept((0, 1, 2, 3))
         groups = (SatGroup(1, 3),)
-        states, logits = engine.forward([PassInput(cache, [0] * 4, tree, groups)])
+        out = engine.forward([PassInput(cache, [0] * 4, tree, groups)])
         for sampling in (SamplingConfig(), SamplingConfig(1.0, 10, 0.95)):
-            x = engine.next_tokens(logits[:4], torch.arange(4, device=model.device), sampling)
+            x = engine.next_tokens(out.logits, torch.arange(4, device=model.device), sampling)
             chain = make_tree("chain", 3)
-            guesses = Guesses(x[:1], states[4:], logits[4:], 1, sampling)
+            guesses = Guesses(x[:1], out.states[4:], out.sat_logits, 1, sampling)
             assert engine.draft(guesses, chain).device == model.device
             assert engine.grow(guesses, 16).device == model.device
         cache.commit((0, 2))
@@ -92,10 +92,12 @@ def main():
                 other.keys.expand(2, -1, -1, -1), other.values.expand(2, -1, -1, -1)
             )
         places = [SlotPlace(shared, number, length) for number, length in enumerate((5, 3))]
-        states, logits = engine.forward(
-            [PassInput(place, [0] * 4, tree, groups) for place in places]
-        )
+        out = engine.forward([PassInput(place, [0] * 4, tree, groups) for place in places])
         places[0].commit((0, 2))
         places[1].move(0)
         assert list(map(str, model.devices)) == ["gpu:0", "gpu:1"]
-        print(states.device, logits.device, *(layer.keys.device.index for layer in cache.layers))
+        print(
+            out.states.device,
+            out.logits.device,
+            *(layer.keys.device.index for layer in cache.layers),
+        )

@@ -52,7 +52,8 @@ def generation(rng: random.Random) -> None:
     """A batch of any model, on any number of threads: each row is what plain decoding of it is."""
     name = rng.choice(["biases", "groups of 4", "groups of 5", "head dim 96", "qwen3"])
     dtype = rng.choice([FLOAT, HALF])
-    decoder = decoder_with(name, dtype, rng.choice(TARGETS), rng.choice([0, 7]))
+    guessed = rng.choice([(), tuple(range(3, VOCAB, 2))])
+    decoder = decoder_with(name, dtype, rng.choice(TARGETS), rng.choice([0, 7]), guessed)
     # neither measured nor probed: that takes seconds here
     decoder.costs = COSTS
     decoder.engine.row_policy = RowPolicy(1, 1)
@@ -89,7 +90,8 @@ def choices(rng: random.Random) -> None:
     sats = strange_rows(dtype)[:2, :VOCAB]
     tree = make_tree((5, 2), 2)
     states = torch.zeros(2, engine.exact.struct.hidden, dtype=dtype)
-    guesses = Guesses(torch.tensor([1]), states, sats, 0, sampling)
+    ids = torch.randint(VOCAB, (sats.shape[1],)) if rng.random() < 0.5 else None
+    guesses = Guesses(torch.tensor([1]), states, sats, 0, sampling, ids)
     engine.draft(guesses, tree, shortlist=64)
     engine.grow(guesses, rng.choice([1, 2, 16, 90]))
 

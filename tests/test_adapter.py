@@ -20,6 +20,7 @@ from sdsat.models.compact import LARGEST, compacted, restored
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 64, 64, 64]])  # 64 is the SAT
 STANDARD = 5
+DRAFT_IDS = (0, 1, 9, 20, 63)
 QUERY = "down.model/layers/0/self_attn/q_proj"  # one of the tensors
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -147,7 +148,7 @@ def test_every_target_must_be_in_the_model(targets):
 def saved(tmp_path):
     """(base, directory of an adapter made for it, that adapter)."""
     lm = tiny_llama(torch.float32)
-    model = adapted(lm)
+    model = adapted(lm, draft_ids=DRAFT_IDS)
     with torch.no_grad():
         held = restored(compacted(dict(model.adapter.named_parameters())))
         for name, parameter in model.adapter.named_parameters():
@@ -196,6 +197,7 @@ def test_an_adapter_saved_in_bfloat16_loads(saved):
     lm, directory, adapter = saved
     whole = {name: p.detach().bfloat16() for name, p in adapter.named_parameters()}
     edit_weights(lambda tensors: (tensors.clear(), tensors.update(whole)))(directory)
+    edit_config(draft_vocabulary=0)(directory)
     loaded = dict(adapters.load(lm, directory).named_parameters())
     assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in whole.items())
 
@@ -239,6 +241,10 @@ def edit_weights(change):
     return edit
 
 
+def edit_ids(ids):
+    return edit_weights(lambda weights: weights.update(draft_ids=torch.tensor(ids)))
+
+
 def cut(name, num_bytes):
     return lambda directory: (directory / name).write_bytes(
         (directory / name).read_bytes()[:num_bytes]
@@ -260,6 +266,14 @@ def cut(name, num_bytes):
         (edit_config(rank=10**400), f"rank={10**400}: its file"),
         (edit_weights(lambda w: w.update({QUERY: torch.tensor(1.0)})), "updates of rank 0"),
         (edit_config(head=10**12), f"head={10**12}: its file holds one of size"),
+        (edit_config(draft_vocabulary=10**12), f"draft_vocabulary={10**12}: its file holds 5"),
+        (edit_config(draft_vocabulary=0), "draft_vocabulary=0: its file holds 5"),
+        (edit_config(draft_vocabulary=-1), "draft_vocabulary=-1: expected 0"),
+        (edit_ids([3, 1, 9, 20, 63]), "draft_ids: expected ascending"),
+        (edit_ids([-1, 1, 9, 20, 63]), "draft_ids: expected ascending"),
+        (edit_ids([0, 1, 9, 20, 64]), "draft_ids: expected ascending tokens below 64"),
+        (edit_ids([0, 1, 9, 9, 63]), "draft_ids: expected ascending"),
+        (edit_weights(lambda w: w.update(draft_ids=torch.zeros(5))), "draft_ids"),
         (edit_config(targets=["q_proj"]), "not expected"),
         (cut(WEIGHTS_FILE, 0), WEIGHTS_FILE),
         (cut(WEIGHTS_FILE, 100), WEIGHTS_FILE),

@@ -140,7 +140,8 @@ def test_rows_of_a_pass_over_many_have_the_logits_that_they_have_alone(engine, d
             tree, groups = data.draw(passes(6))
             tokens = torch.randint(VOCAB, (len(tree),), generator=generator).tolist()
             parts.append(PassInput(held, tokens, tree, groups))
-        states, logits = decoder.engine.forward(parts)
+        out = decoder.engine.forward(parts)
+        states, logits = out.states, torch.cat([out.logits, out.sat_logits])
         node = 0
         sat = sum(len(part.tokens) for part in parts)
         for part, cache_alone in zip(parts, alone, strict=True):

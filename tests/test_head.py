@@ -115,11 +115,13 @@ def test_a_head_prepared_for_decoding_moves_the_same(dtype):
     torch.testing.assert_close(head(states, before), want, rtol=1e-5, atol=1e-5)
 
 
-def test_predictions_are_the_drafts_and_their_chances():
+@pytest.mark.parametrize("draft_ids", [(), (0, 1, *range(9, 60))], ids=["all", "some"])
+def test_predictions_are_the_drafts_and_their_chances(draft_ids):
     """`predict`, which training logs and `inspect` rest on, takes the same best tokens as drafting
     and loses no probability.
     """
-    decoder = with_adapter(tiny_llama(torch.float64), k=3, strength=0.3, head=8)
+    lm = tiny_llama(torch.float64)
+    decoder = with_adapter(lm, k=3, strength=0.3, head=8, draft_ids=draft_ids)
     model = decoder.model
     (sequence,) = random_sequences([30])
     sequence = Sequence(sequence.ids % 5, sequence.prompt_length)  # it repeats itself
@@ -133,7 +135,11 @@ def test_predictions_are_the_drafts_and_their_chances():
         for i, anchor in enumerate(batch.anchor[0].tolist()):
             tree = from_widths((1,))
             text = sequence.ids[: anchor + 2]
-            guesses = Guesses(text, states[i : i + 1], own[i : i + 1], 0, SamplingConfig())
+            guessed = {*draft_ids, *text.tolist()} if draft_ids else set(range(VOCAB))
+            own[i, sorted(set(range(VOCAB)) - guessed)] = -torch.inf
+            ids = torch.tensor(sorted(guessed))
+            logits = own[i : i + 1, ids]
+            guesses = Guesses(text, states[i : i + 1], logits, 0, SamplingConfig(), ids)
             tokens, likely = decoder.engine.draft(guesses, tree)
             assert got[i].argmax() == tokens[1]
             short = own[i].topk(12).indices

@@ -65,12 +65,18 @@ def brute_force_loss(model, adapter, sequences, batch, soft, decay):
                 ).last_hidden_state[0, -1]
             logits = model.lm.get_output_embeddings()(state)
             teacher = model.lm(sequence.ids[None, :length], attention_mask=mask).logits[0, -1]
+            weights += decay ** (depth - 1)
+            ids = sequence.ids.tolist()
+            if model.draft_ids is not None:
+                guessed = {*model.draft_ids.tolist(), *ids[: anchor + 2]}
+                never = torch.tensor([token not in guessed for token in range(len(logits))])
+                if never[label]:
+                    continue
+                logits, teacher = (x.masked_fill(never, -1e9) for x in (logits, teacher))
             hard = torch.nn.functional.cross_entropy(logits, torch.tensor(label))
             distilled = torch.nn.functional.cross_entropy(logits, teacher.softmax(-1))
             total = total + decay ** (depth - 1) * ((1 - soft) * hard + soft * distilled)
-            weights += decay ** (depth - 1)
             if model.head is not None:
-                ids = sequence.ids.tolist()
                 before = ids[: anchor + depth + 1]
                 ranked = ranked_anew(model, state, logits, ids[: anchor + 2], before)
                 if ranked[label] > float("-inf"):
@@ -81,11 +87,19 @@ def brute_force_loss(model, adapter, sequences, batch, soft, decay):
 
 
 @pytest.mark.parametrize(
-    ("soft", "decay", "head"), [(0.0, 1.0, 0), (1.0, 1.0, 0), (0.3, 0.7, 0), (0.0, 0.7, 6)]
+    ("soft", "decay", "head", "draft_ids"),
+    [
+        (0.0, 1.0, 0, ()),
+        (1.0, 1.0, 0, ()),
+        (0.3, 0.7, 0, ()),
+        (0.0, 0.7, 6, ()),
+        (0.0, 0.7, 6, (1, 2, *range(30, 60))),
+        (0.3, 1.0, 0, (2, 3, *range(30, 40))),
+    ],
 )
-def test_loss_and_gradients_equal_brute_force(soft, decay, head, monkeypatch):
+def test_loss_and_gradients_equal_brute_force(soft, decay, head, draft_ids, monkeypatch):
     monkeypatch.setattr("sdsat.training.loss.SHORTLIST", 20)
-    model = adapted(tiny_llama(), k=3, head=head, strength=0.3)
+    model = adapted(tiny_llama(), k=3, head=head, strength=0.3, draft_ids=draft_ids)
     adapter = model.adapter.requires_grad_(True)
     sequences = [Sequence(s.ids % 5, s.prompt_length) for s in random_sequences([9, 13, 6])]
     batch = sat_batch(

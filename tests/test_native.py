@@ -123,13 +123,25 @@ def decoder_with(
     dtype,
     targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     head=0,
+    draft_ids=(),
 ):
     """A native model with an adapter whose rank, like its head's size, is no multiple of 32."""
     lm = random_lm(name, dtype)
     lm.set_attn_implementation(attention.NAME)
     adapter = SatAdapter(
-        lm, AdapterConfig(name, SatConfig(VOCAB, 4), rank=5, scale=0.5, targets=targets, head=head)
+        lm,
+        AdapterConfig(
+            name,
+            SatConfig(VOCAB, 4),
+            rank=5,
+            scale=0.5,
+            targets=targets,
+            head=head,
+            draft_vocabulary=len(draft_ids),
+        ),
     )
+    if draft_ids:
+        adapter.draft_ids.copy_(torch.tensor(draft_ids))
     for parameter in adapter.up.values():
         torch.nn.init.normal_(parameter, std=0.3)
     if adapter.head is not None:
@@ -683,13 +695,17 @@ def both_drafted(draft, decoder, depth, shape, sampling, shortlist, seed):
     # flat, so that top-p leaves three tokens
     states = 0.3 * torch.randn(depth, 64, generator=generator)
     logits = decoder.model.lm.get_output_embeddings()(states)
+    ids = None
+    if seed % 3 == 0:  # a draft vocabulary, and tokens of the text behind it
+        ids = torch.cat([torch.arange(30, VOCAB), torch.tensor([5, 2, 0, 8])])
+        logits = logits[:, ids]
     # few tokens, so that they come again
     text = torch.randint(0, 9, (seed,), generator=generator)
     text = torch.cat([text, torch.tensor([seed % VOCAB])])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "SHORTLIST", shortlist)
         return [
-            getattr(each.engine, draft)(Guesses(text, states, logits, 3, sampling), shape)
+            getattr(each.engine, draft)(Guesses(text, states, logits, 3, sampling, ids), shape)
             for each in (decoder, without_native(decoder))
         ]
 
@@ -860,6 +876,10 @@ DRAFTS = {
     "text: its last token is not in the vocabulary": {"text": torch.tensor([1, VOCAB])},
     "text: its last token is": {"text": torch.tensor([1, -1])},
     "shortlist: expected 1 to": {"shortlist": VOCAB + 1},
+    "logits: torch.float32 [2, 75]": {"ids": torch.arange(20)},
+    "ids: torch.int32 [75]": {"ids": torch.zeros(VOCAB, dtype=torch.int32)},
+    "ids: a token that is not in the vocabulary": {"ids": torch.arange(VOCAB) + 1},
+    "ids: a token that": {"ids": torch.arange(VOCAB) - 1},
     "tree: deeper than there are SATs": {"tree": make_tree("chain", 3)},
     "tree: wider than the shortlist": {"tree": make_tree((13,), 1)},
     "tree: expected parents before children": {"tree": DraftTree((-1, 5), (0, 0))},
@@ -880,6 +900,7 @@ def test_drafts_that_it_refuses(message, monkeypatch):
         shortlist=12,
         index=0,
         tree=CHAIN,
+        ids=None,
     )
     engine = decoder_with("llama", FLOAT, ("v_proj",), 40).engine
     given_ = {**given_, **DRAFTS[message]}

@@ -322,7 +322,7 @@ def test_everywhere_learns_as_merged_weights_would(soft, decay, standard):
     """
     config = TrainConfig(mode="everywhere", k=3, rank=2, soft=soft, decay=decay, standard=standard)
     lm = tiny_llama()
-    mode = modes.EverywhereMode(SatModel(lm, None, "tiny"), config, Accelerator(cpu=True))
+    mode = modes.EverywhereMode(SatModel(lm, None, "tiny"), config, Accelerator(cpu=True), [])
     adapter = mode.adapter.double()
     for parameter in adapter.up.values():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -51,6 +51,7 @@ from sdsat.method.drafts import Drafts
 from sdsat.method.layout import SatGroup
 from sdsat.method.lookup import Lookup
 from sdsat.method.tree import make_tree
+from sdsat.method.vocabulary import OtherTokens
 from sdsat.models import embedded
 from sdsat.models.loading import load
 from sdsat.models.sat_model import SatModel
@@ -316,7 +317,7 @@ class Decoder:
         prompt = torch.tensor(token_ids[: prompt_length - 1], dtype=torch.long)
         engine.prefill(cache, prompt.to(self.model.device))
         for token in token_ids[prompt_length - 1 :]:
-            _, logits = engine.forward([PassInput(cache, [token], make_tree("chain", 0))])
+            logits = engine.forward([PassInput(cache, [token], make_tree("chain", 0))]).logits
             cache.commit((0,))
         return logits[0]
 
@@ -456,6 +457,7 @@ class Decoder:
             accepted_by_depth=[0] * config.depth,
             prefill_seconds=prefilled - began,
         )
+        vocabulary = self.model.draft_ids
         return Sequence(
             number=number,
             prompt_ids=prompt_ids,
@@ -469,6 +471,7 @@ class Decoder:
                 [*prompt_ids, *[0] * config.max_new_tokens], device=self.model.device
             ),
             lookup=Lookup(prompt_ids, config.num_lookup) if config.num_lookup else None,
+            others=None if vocabulary is None else OtherTokens(vocabulary, prompt_ids),
             x=prompt_ids[-1],
             drafts=Drafts.none(prompt_ids[-1]),
             chooser=chooser,
@@ -525,8 +528,8 @@ class Decoder:
                 inputs.append(PassInput(sequence.cache, [sequence.x], root, (group,)))
         if not wanting:
             return
-        outputs = self.engine.forward(inputs, int8=True)
-        result = PassResult(self.engine, wanting, inputs, outputs, drafts_only=True)
+        output = self.engine.forward(inputs, int8=True)
+        result = PassResult(self.engine, wanting, inputs, output, drafts_only=True)
         for number, sequence in enumerate(wanting):
             drafted = result.drafted(number, 0)
             assert drafted is not None

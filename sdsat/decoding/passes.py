@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdsat.config import SamplingConfig, require
 from sdsat.decoding.sequence import Chooser, Drafted, Sequence
-from sdsat.engines.base import Engine, PassInput
+from sdsat.engines.base import Engine, PassInput, PassOutput
 from sdsat.engines.drafting import Guesses
 from sdsat.method.sampling import as_seed
 from sdsat.method.tree import GROWN_NODES, DraftTree, given_tree, laid_out
@@ -47,7 +47,7 @@ class PassResult:
         engine: Engine,
         sequences: ListOf[Sequence],
         inputs: ListOf[PassInput],
-        outputs: tuple[Tensor, Tensor],
+        output: PassOutput,
         drafts_only: bool = False,
     ):
         """Choose the next tokens of a pass.
@@ -56,7 +56,7 @@ class PassResult:
             engine: it ran the pass.
             sequences: their settings and choosers.
             inputs: of the pass, one a sequence.
-            outputs: of the pass: last hidden states [R, D] and logits [R, V].
+            output: of the pass.
             drafts_only: the pass is in 8 bits, and its tokens are drafts: choosers are not asked.
 
         Raises:
@@ -65,14 +65,16 @@ class PassResult:
         self._engine = engine
         self._sequences = sequences
         self._inputs = inputs
-        self._states, self._logits = outputs
-        nodes = sum(len(part.tokens) for part in inputs)
-        largest = self._logits.max()
+        self._output = output
+        logits = output.logits
+        if drafts_only:
+            self._add_others(logits)
+        largest = logits.max()
         asks = not drafts_only and sequences[0].chooser is not None
         if asks or engine.reads_freely:  # a chooser reads them anyway
             engine.model.check_finite(float(largest))
         chosen = self._ask if asks else self._choose
-        self._targets = chosen(self._logits[:nodes])
+        self._targets = chosen(logits)
         self._places = list(_places_of(inputs))
         self._paths = self._drafts_before()
         self._read: dict[tuple[int, int], Drafted] | None = None
@@ -122,7 +124,7 @@ class PassResult:
             for node in self._places[number]
         }
         flat = [token for drafts in found.values() for token in drafts]
-        tokens = torch.tensor(flat, dtype=torch.long, device=self._logits.device)
+        tokens = torch.tensor(flat, dtype=torch.long, device=self._output.logits.device)
         parts = tokens.split([len(drafts) for drafts in found.values()])
         return dict(zip(found, parts, strict=True))
 
@@ -139,11 +141,44 @@ class PassResult:
         # Any token does where the chooser was not asked: those drafts are never read.
         x = self._targets[row : row + 1].clamp_min(0)
         text = torch.cat([sequence.text[: sequence.context], drafts, x])
-        guesses = Guesses(text, self._states[sats], self._logits[sats], index, config.sampling)
+        states, logits, ids = self._of_sats(sequence, sats)
+        guesses = Guesses(text, states, logits, index, config.sampling, ids)
         tree = _truncated(config.tree, config.num_sats, len(guesses.states))
         if tree is None:
             return None, self._engine.grow(guesses, GROWN_NODES)
         return tree, self._engine.draft(guesses, tree)
+
+    def _of_sats(self, sequence: Sequence, sats: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take what a pass gives of SATs.
+
+        Args:
+            sequence: theirs.
+            sats: which of the pass's SATs.
+
+        Returns:
+            Their states [k, D] and logits [k, C], and the token [C] of each logit: those of the
+            draft vocabulary, and the text's others; None where there is no draft vocabulary.
+        """
+        output = self._output
+        states = output.states[len(output.logits) :][sats]
+        logits = output.sat_logits[sats]
+        ids = self._engine.model.draft_ids
+        if ids is None or sequence.others is None:
+            return states, logits, ids
+        others = sequence.others.ids
+        more = self._engine.model.logits_of(states, others)
+        return states, torch.cat([logits, more], 1), torch.cat([ids, others])
+
+    def _add_others(self, logits: Tensor) -> None:
+        """Complete logits [N, V] of a pass in 8 bits, with those of each text's other tokens."""
+        row = 0
+        for sequence, part in zip(self._sequences, self._inputs, strict=True):
+            rows = slice(row, row + len(part.tokens))
+            if sequence.others is not None:
+                others = sequence.others.ids
+                states = self._output.states[rows]
+                logits[rows, others] = self._engine.model.logits_of(states, others)
+            row = rows.stop
 
     def _choose(self, logits: Tensor) -> Tensor:
         """Choose [N] next tokens at all nodes, by the engine.
@@ -207,11 +242,11 @@ def _drafted(tree: DraftTree | None, found: list[list[float]]) -> Drafted:
 def _places_of(inputs: ListOf[PassInput]) -> list[dict[int, tuple[int, slice]]]:
     """Find the rows of a pass's SATs.
 
-    For each sequence, {node with SATs: (the node's row in the pass, its SATs' rows)}.
+    For each sequence, {node with SATs: (the node's row in the pass, which SATs are its own)}.
     """
     places = []
     row = 0
-    first = sum(len(part.tokens) for part in inputs)
+    first = 0
     for part in inputs:
         held = {}
         for node, size in part.groups:

@@ -17,6 +17,7 @@ from sdsat.engines.base import Cache, PassInput
 from sdsat.method.drafts import Drafts
 from sdsat.method.lookup import Lookup
 from sdsat.method.tree import DraftTree
+from sdsat.method.vocabulary import OtherTokens
 
 OnTokens = Callable[[list[int], list[bool]], None]
 OnBatchTokens = Callable[[int, list[int], list[bool]], None]
@@ -136,6 +137,7 @@ class Sequence:
         began: when it was prefilled, on time.perf_counter.
         text: [slots] tokens of prompt and output, of which the first `context` are there so far.
         lookup: an index of its text; None where tokens are not looked up.
+        others: tokens of its text outside of the draft vocabulary; None where there is none.
         x: the last true token, the only one that the cache doesn't hold yet.
         drafts: below x.
         chooser: see `Decoder.generate`.
@@ -153,6 +155,7 @@ class Sequence:
     began: float
     text: Tensor
     lookup: Lookup | None
+    others: OtherTokens | None
     x: int
     drafts: Drafts
     chooser: Chooser | None
@@ -223,6 +226,8 @@ class Sequence:
             self.drafts = Drafts.of_sats(drafted.tree, drafted.tokens, drafted.likely, kind)
         if self.lookup:
             self.lookup.add(block)
+        if self.others:
+            self.others.add(block)
         if out.finish is not None:
             out.decode_seconds = time.perf_counter() - self.began
             out.text = text_of(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,21 @@ class PassInput:
     def num_sats(self) -> int:
         """SATs of all groups together."""
         return sum(size for _, size in self.groups)
+
+
+class PassOutput(NamedTuple):
+    """What a pass gives. Its rows are the nodes of all sequences in order, then their SATs.
+
+    Attributes:
+        states: [R, D] last hidden states.
+        logits: [N, V] of the nodes. In a pass in 8 bits, -inf outside of the draft vocabulary.
+        sat_logits: [S, C] of the SATs, over the draft vocabulary, or all tokens where there is
+            none.
+    """
+
+    states: Tensor
+    logits: Tensor
+    sat_logits: Tensor
 
 
 def rows_of(inputs: Sequence[PassInput]) -> int:
@@ -137,17 +152,13 @@ class Engine(ABC):
     @abstractmethod
     def forward(
         self, inputs: Sequence[PassInput], int8: bool = False, policy: RowPolicy | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> PassOutput:
         """Run one pass over several sequences; commits nothing.
 
         Args:
             inputs: one a sequence.
             int8: linear layers in 8 bits, for a pass that only drafts (`has_int8`).
             policy: padding; the engine's own by default.
-
-        Returns:
-            Last hidden states [R, D] and logits [R, V]. Rows: the nodes of all sequences in order,
-            then their SATs.
         """
 
     def batch_caches(self, size: int, num_slots: int) -> BatchCaches:
@@ -281,7 +292,7 @@ def probe_rows(engine: Engine) -> RowPolicy:
         cache.length = _PROBE_CONTEXT + first
         part = tokens[cache.length : cache.length + rows].tolist()
         chain = PassInput(cache, part, make_tree("chain", rows - 1))
-        return engine.forward([chain], policy=RowPolicy(padded, 1))[1]
+        return engine.forward([chain], policy=RowPolicy(padded, 1)).logits
 
     def stable(policy: RowPolicy) -> bool:
         whole = logits_of(0, _PROBE_ROWS, _PROBE_ROWS)

@@ -89,10 +89,11 @@ def _seconds_to_draft(engine: Engine, cache: Cache, tokens: torch.Tensor) -> flo
     k = model.sat.k
     root = make_tree("chain", 0)
     group = PassInput(cache, tokens[:1].tolist(), root, (SatGroup(0, k),))
-    states, logits = engine.forward([group])
-    model.check_finite(float(logits.max()))
+    out = engine.forward([group])
+    model.check_finite(float(out.logits.max()))
     chain = make_tree("chain", k)
-    guesses = Guesses(tokens[:2], states[1:], logits[1:], 0, SamplingConfig())
+    how = (0, SamplingConfig(), model.draft_ids)
+    guesses = Guesses(tokens[:2], out.states[1:], out.sat_logits, *how)
     spent = []
     for _ in range(_TURNS):
         began = time.perf_counter()

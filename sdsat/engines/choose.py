@@ -80,7 +80,7 @@ def check_rows(engine: TransformersEngine, strange: str) -> None:
     parts = [want[:6]]
     for part in tokens[6:].split([1, 5, 2]):
         chain = PassInput(cache, part.tolist(), make_tree("chain", len(part) - 1))
-        parts.append(engine.forward([chain], policy=UNPADDED)[1].float())
+        parts.append(engine.forward([chain], policy=UNPADDED).logits.float())
         cache.commit(tuple(range(len(part))))
     found = torch.cat(parts)
     found = torch.where(found.isinf(), want, found)  # a SAT's logits are -inf by `legal`

@@ -26,9 +26,10 @@ class Guesses:
     Attributes:
         text: [L] tokens of prompt and output up to the root's one, which is the last.
         states: [k, D] last hidden states of the SATs.
-        logits: [k, V] of the SATs.
+        logits: [k, C] of the SATs.
         index: emitted index of the first draft.
         sampling: how candidates are drawn, with the noise of their emitted positions.
+        ids: [C] the token of each logit; None: one for each token of the vocabulary.
     """
 
     text: Tensor
@@ -36,6 +37,7 @@ class Guesses:
     logits: Tensor
     index: int
     sampling: SamplingConfig
+    ids: Tensor | None = None
 
     @property
     def path(self) -> Tensor:
@@ -43,12 +45,12 @@ class Guesses:
         return last_tokens(self.text)[None]
 
 
-def shortlist_of(width: int, vocabulary: int) -> int:
+def shortlist_of(width: int, logits: int) -> int:
     """Return how many of a SAT's best tokens are looked at.
 
-    width: candidates of a node at most.
+    width: candidates of a node at most. logits: how many a SAT has.
     """
-    return min(max(SHORTLIST, width), vocabulary)
+    return min(max(SHORTLIST, width), logits)
 
 
 @lru_cache(maxsize=256)
@@ -162,7 +164,8 @@ class _Sats:
         logits = guesses.logits
         self.model = model
         self.guesses = guesses
-        self.scores, self.ids = largest(logits, shortlist_of(width, logits.shape[-1]))
+        self.scores, places = largest(logits, shortlist_of(width, logits.shape[-1]))
+        self.ids = places if guesses.ids is None else guesses.ids[places]
         self.rows = model.output_rows(self.ids).to(guesses.states.dtype) if model.head else None
 
     def candidates(self, i: int, path: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from sdsat.engines.base import BatchCaches, Cache, Engine, PassInput, RowPolicy, SeparateCaches
+from sdsat.engines.base import (
+    BatchCaches,
+    Cache,
+    Engine,
+    PassInput,
+    PassOutput,
+    RowPolicy,
+    SeparateCaches,
+)
 from sdsat.engines.cache import SlotCache, SlotPlace, pass_mask, slot_positions
 from sdsat.engines.graphs import Graphs, padded
 from sdsat.method.layout import batch_layout, pass_layout
@@ -108,7 +116,7 @@ class TransformersEngine(Engine):
 
     def forward(
         self, inputs: Sequence[PassInput], int8: bool = False, policy: RowPolicy | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> PassOutput:
         """See Engine.forward."""
         assert not int8, "transformers' modules have no 8 bits"
         model = self.model
@@ -117,7 +125,7 @@ class TransformersEngine(Engine):
         nodes = [token for part in inputs for token in part.tokens]
         tokens = torch.tensor(nodes + [sat] * sats, device=model.device)
         if isinstance(inputs[0].cache, SlotPlace):
-            return self._shared_pass(inputs, tokens, sats)
+            return self._output(*self._shared_pass(inputs, tokens, sats), len(nodes), len(tokens))
         (part,) = inputs
         cache = cast(SlotCache, part.cache)
         count = len(tokens)
@@ -136,7 +144,13 @@ class TransformersEngine(Engine):
         else:
             sat_rows = (count - sats, count)
             states, logits = _pass(model, cache, sat_rows, tokens, within, offsets, cache.length)
-        return states[:count], logits[:count]
+        return self._output(states, logits, len(nodes), count)
+
+    def _output(self, states: Tensor, logits: Tensor, nodes: int, count: int) -> PassOutput:
+        """Split the logits of a pass's rows, of which the first `count` are not padding."""
+        ids = self.model.draft_ids
+        sats = logits[nodes:count] if ids is None else logits[nodes:count, ids]
+        return PassOutput(states[:count], logits[:nodes], sats)
 
     @in_use()
     def _shared_pass(
@@ -188,7 +202,7 @@ class TransformersEngine(Engine):
                 row_numbers=numbers.clamp_min(0),
                 row_places=row_places,
             )[0]
-        return states[:count], model.legal(model.logits(states))[:count]
+        return states, model.legal(model.logits(states))
 
 
 class SharedCaches:

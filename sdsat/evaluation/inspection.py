@@ -27,7 +27,7 @@ from sdsat.models.head import SHORTLIST
 from sdsat.models.sat_model import SatModel
 from sdsat.tasks.prompts import Problem
 from sdsat.training.evaluate import BEST, among_best, evaluate
-from sdsat.training.loss import SatBatch, predict, sat_states
+from sdsat.training.loss import SatBatch, over_all, predict, sat_logits, sat_states
 from sdsat.training.shards import Sequence
 
 
@@ -104,7 +104,7 @@ def inspect(
 def _without_head(model: SatModel, batch: SatBatch) -> torch.Tensor:
     """Compute [M, V] logits of the labelled SAT rows as the SATs have them, head or no head."""
     states, _ = sat_states(model, batch)
-    return model.logits(states)
+    return over_all(*sat_logits(model, batch, states), model.vocabulary)
 
 
 def findings(document: dict[str, Any]) -> list[str]:

@@ -54,6 +54,7 @@ class AdapterConfig:
         scale: factor of the updates.
         targets: names of the linear layers that get an update.
         head: inner size of the draft head, 0 for none.
+        draft_vocabulary: how many tokens SATs may guess, 0 for all (method/vocabulary.py).
         everywhere: the update was trained to act on every row of a draft pass, not on SATs alone
             (interfaces/export.py).
         base_sample: a few weights of the base, {tensor: numbers}.
@@ -67,6 +68,7 @@ class AdapterConfig:
     scale: float = 1.0
     targets: tuple[str, ...] = tuple(TARGETS.split(","))
     head: int = 0
+    draft_vocabulary: int = 0
     everywhere: bool = False
     base_sample: dict[str, list[float]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -135,6 +137,8 @@ _CURRENT: ContextVar[_Pass | None] = ContextVar("sdsat_pass", default=None)
 class SatAdapter(nn.Module):
     """A SAT embedding [D] and one (A [r, in], B [out, r]) pair for each targeted linear layer.
 
+    draft_ids: [C] the tokens that SATs may guess, ascending; None for all.
+
     Raises InputError where the model has no linear layer of a target's name.
     """
 
@@ -164,6 +168,10 @@ class SatAdapter(nn.Module):
         self.head = (
             DraftHead(embedding.shape[1], config.head, dtype, device) if config.head else None
         )
+        size = config.draft_vocabulary
+        ids = torch.arange(size, device=device) if size else None
+        self.draft_ids: Tensor | None
+        self.register_buffer("draft_ids", ids)
         known = {key.rpartition("/")[2] for key in self.down}
         strange = [name for name in config.targets if name not in known]
         require(
@@ -271,7 +279,7 @@ class SatAdapter(nn.Module):
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
         content = tensors_to_bytes(compacted(weights), metadata={"format": "pt"})
         self.config = replace(self.config, weights_sha256=hashlib.sha256(content).hexdigest())
         config = {"format": FORMAT, "format_version": 2, "base_model": self.config.base_model}
@@ -281,7 +289,8 @@ class SatAdapter(nn.Module):
             "scale": self.config.scale,
             "targets": list(self.config.targets),
         }
-        config |= {"head": self.config.head, "everywhere": self.config.everywhere}
+        config |= {"head": self.config.head, "draft_vocabulary": self.config.draft_vocabulary}
+        config |= {"everywhere": self.config.everywhere}
         config |= {"weights_sha256": self.config.weights_sha256}
         config |= {"base_sample": self.config.base_sample, "training": self.config.training}
         # The config comes last: until it is there, the hash in the one before tells that these
@@ -373,6 +382,8 @@ def read_config(directory: str | Path) -> AdapterConfig:
             f"targets={raw['targets']}: expected names",
         )
         require(raw["head"] >= 0, f"head={raw['head']}: expected 0 (none) or a positive size")
+        size = raw["draft_vocabulary"]
+        require(size >= 0, f"draft_vocabulary={size}: expected 0 (all) or a number of tokens")
         for name, numbers in raw["base_sample"].items():
             require(
                 len(numbers) == 8 and all(isinstance(n, (int, float)) for n in numbers),
@@ -390,7 +401,15 @@ def read_config(directory: str | Path) -> AdapterConfig:
         targets = tuple(raw["targets"])
         rest = {
             key: raw[key]
-            for key in ("rank", "scale", "head", "everywhere", "base_sample", "training")
+            for key in (
+                "rank",
+                "scale",
+                "head",
+                "draft_vocabulary",
+                "everywhere",
+                "base_sample",
+                "training",
+            )
         }
         weights_sha256 = raw["weights_sha256"] or None
         return AdapterConfig(
@@ -410,13 +429,19 @@ _KINDS: dict[str, Any] = {
     "scale": (int, float),
     "targets": list,
     "head": int,
+    "draft_vocabulary": int,
     "everywhere": bool,
     "base_sample": dict,
     "training": dict,
     "weights_sha256": str,
 }
 # Keys that the first adapters do not have.
-_SINCE: dict[str, Any] = {"head": 0, "everywhere": False, "weights_sha256": ""}
+_SINCE: dict[str, Any] = {
+    "head": 0,
+    "draft_vocabulary": 0,
+    "everywhere": False,
+    "weights_sha256": "",
+}
 
 
 def _check_base(model: nn.Module, config: AdapterConfig, directory: str | Path) -> None:
@@ -477,8 +502,24 @@ def _check_sizes(config: AdapterConfig, weights: dict[str, Tensor], directory: s
         config.head == size,
         f"adapter {directory}: head={config.head}: its file holds one of size {size}",
     )
+    size = weights.get("draft_ids", torch.empty(0)).numel()
+    require(
+        config.draft_vocabulary == size,
+        f"adapter {directory}: draft_vocabulary={config.draft_vocabulary}: its file holds {size} "
+        "tokens",
+    )
 
 
+def _check_draft_ids(ids: Tensor | None, model: Any, directory: str | Path) -> None:
+    """Refuse a draft vocabulary [C] that is not one of the model's; raises InputError."""
+    if ids is None:
+        return
+    size = model.get_output_embeddings().weight.shape[0]
+    good = int(ids[0]) >= 0 and int(ids[-1]) < size and bool((ids.diff() > 0).all())
+    require(good, f"adapter {directory}: draft_ids: expected ascending tokens below {size}")
+
+
+@torch.no_grad()
 def load(model: nn.Module, directory: str | Path) -> SatAdapter:
     """Read an adapter for `model`, in the model's dtype and device, not yet attached.
 
@@ -493,7 +534,7 @@ def load(model: nn.Module, directory: str | Path) -> SatAdapter:
         adapter = SatAdapter(model, config)
     except InputError as error:
         raise InputError(f"adapter {directory}: {error}") from None
-    expected = dict(adapter.named_parameters())
+    expected = adapter.state_dict()
     # Adapters of before stay as they were made: what they lack changes nothing until it is trained.
     weights = {name: expected[name] for name in GAINS if name in expected} | weights
     for name in sorted(expected.keys() ^ weights.keys()):
@@ -514,5 +555,6 @@ def load(model: nn.Module, directory: str | Path) -> SatAdapter:
                 f"{tuple(parameter.shape)}"
             ),
         )
-        parameter.data.copy_(weights[name])
+        parameter.copy_(weights[name])
+    _check_draft_ids(adapter.draft_ids, model, directory)
     return adapter.requires_grad_(False)

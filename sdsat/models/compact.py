@@ -15,14 +15,17 @@ def compacted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Round every matrix to 8 bits, with a scale for each row; vectors to bfloat16.
 
     Args:
-        weights: float tensors by name.
+        weights: tensors by name.
 
     Returns:
         For a matrix NAME [rows, columns]: NAME int8 [rows, columns] and NAME.scale float32 [rows],
-        of which an element is the product. Other tensors in bfloat16.
+        of which an element is the product. Other floats in bfloat16; whole numbers as they are.
     """
     out = dict[str, Tensor]()
     for name, weight in weights.items():
+        if not weight.is_floating_point():
+            out[name] = weight
+            continue
         if weight.dim() != 2:
             out[name] = weight.to(torch.bfloat16)
             continue

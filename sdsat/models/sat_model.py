@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdsat.config import InputError, SatConfig, require
@@ -110,6 +111,11 @@ class SatModel:
         return self.adapter.head if self.adapter else None
 
     @property
+    def draft_ids(self) -> Tensor | None:
+        """The tokens [C] that SATs may guess, beside those of the text so far; None: all."""
+        return self.adapter.draft_ids if self.adapter else None
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """The end-of-sequence ids of the model's generation config."""
         eos = self.lm.generation_config.eos_token_id
@@ -183,7 +189,15 @@ class SatModel:
     def logits(self, states: Tensor) -> Tensor:
         """Compute logits [..., V] of last hidden states [..., D] as the model's forward does."""
         with in_use():
-            logits = self.lm.get_output_embeddings()(states)
+            return self._capped(self.lm.get_output_embeddings()(states))
+
+    def logits_of(self, states: Tensor, ids: Tensor) -> Tensor:
+        """Compute logits [N, C] of last hidden states [N, D], of the tokens ids [C] alone."""
+        head = self.lm.get_output_embeddings()
+        bias = None if head.bias is None else head.bias[ids]
+        return self._capped(linear(states, head.weight[ids], bias))
+
+    def _capped(self, logits: Tensor) -> Tensor:
         cap = getattr(self.lm.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -129,7 +129,7 @@ def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig)
     place = Place.folder(out, f"out={out}")
     with place.held(accelerator):
         state = _begin(place, config, {**_origins(model, config, accelerator), **facts})
-        mode: Mode = MODES[config.mode](model, config, accelerator)
+        mode: Mode = MODES[config.mode](model, config, accelerator, rest)
         run = _Run(mode, rest, held_out, out, config, accelerator, model.device, state)
         run.start()
         run.go_on()

@@ -74,8 +74,17 @@ class SatBatch:
 
         That goes up to the token before the group's first draft.
         """
-        labelled = self.label != IGNORED
-        return self.tokens.repeat_interleave(labelled.sum(1), 0), self.anchor[labelled] + 2
+        return self.tokens[self.sequence], self.known
+
+    @property
+    def sequence(self) -> Tensor:
+        """[M] the sequence of each labelled row."""
+        return (self.label != IGNORED).nonzero()[:, 0]
+
+    @property
+    def known(self) -> Tensor:
+        """[M] how many tokens of its sequence are known where a labelled row drafts."""
+        return self.anchor[self.label != IGNORED] + 2
 
     @property
     def num_standard(self) -> int:
@@ -182,8 +191,37 @@ def sat_states(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
     return hidden[batch.label != IGNORED], base
 
 
+def sat_logits(model: SatModel, batch: SatBatch, states: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Compute what the M labelled SATs of a batch say, before a draft head.
+
+    Args:
+        model: with SATs.
+        batch: the SATs'.
+        states: [M, D] of the SATs.
+
+    Returns:
+        Logits [M, C], and the token [C] of each; None in place of that: C are all tokens. With a
+        draft vocabulary C are its tokens and all others of the batch, with -inf where a row's own
+        text, as far as drafting knows it, has not had them.
+    """
+    if model.draft_ids is None:
+        return model.logits(states), None
+    tokens = batch.tokens
+    others = tokens[~torch.isin(tokens, model.draft_ids)].unique()
+    ids = torch.cat([model.draft_ids, others])
+    # Where each of the others comes first: [B, E], L where it doesn't.
+    length = tokens.shape[1]
+    places = torch.arange(length, device=tokens.device)[:, None]
+    first = torch.where(tokens[:, :, None] == others, places, length).amin(1)
+    unseen = first[batch.sequence] >= batch.known[:, None]
+    logits = model.logits_of(states, ids)
+    size = len(model.draft_ids)
+    masked = logits[:, size:].masked_fill(unseen, -torch.inf)
+    return torch.cat([logits[:, :size], masked], 1), ids
+
+
 def _ranked(
-    model: SatModel, batch: SatBatch, states: Tensor, logits: Tensor
+    model: SatModel, batch: SatBatch, states: Tensor, logits: Tensor, ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Rank the best tokens of the M labelled SATs of a batch as the draft head does.
 
@@ -191,17 +229,29 @@ def _ranked(
         model: with a head.
         batch: the SATs'.
         states: [M, D] of the SATs.
-        logits: [M, V] of the SATs.
+        logits: [M, C] of the SATs.
+        ids: [C] their tokens, as of `sat_logits`.
 
     Returns:
-        (ids [M, C], scores [M, C]).
+        (places [M, S] of the best among the C, scores [M, S]).
     """
     assert model.head is not None
-    scores, ids = logits.topk(min(SHORTLIST, logits.shape[-1]))
-    rows = model.output_rows(ids)
+    # So many can be guessed at any place.
+    most = logits.shape[-1] if model.draft_ids is None else len(model.draft_ids)
+    scores, places = logits.topk(min(SHORTLIST, most))
+    tokens = places if ids is None else ids[places]
+    rows = model.output_rows(tokens)
     before = batch.before
-    found = copied(*batch.text, before, ids)
-    return ids, model.head.rerank(scores, states, model.embed_standard(before[:, -1]), rows, found)
+    found = copied(*batch.text, before, tokens)
+    embedded = model.embed_standard(before[:, -1])
+    return places, model.head.rerank(scores, states, embedded, rows, found)
+
+
+def over_all(logits: Tensor, ids: Tensor | None, vocabulary: int) -> Tensor:
+    """Spread logits [M, C] of the tokens ids [C] over all, [M, V]; -inf where there is none."""
+    if ids is None:
+        return logits
+    return logits.new_full((len(logits), vocabulary), -torch.inf).index_copy(1, ids, logits)
 
 
 def predict(model: SatModel, batch: SatBatch) -> Tensor:
@@ -211,12 +261,12 @@ def predict(model: SatModel, batch: SatBatch) -> Tensor:
     probability of a SAT's shortlist out anew among its tokens; the others keep theirs.
     """
     states, _ = sat_states(model, batch)
-    logits = model.logits(states)
-    if model.head is None:
-        return logits
-    ids, scores = _ranked(model, batch, states, logits)
-    share = logits.gather(-1, ids).logsumexp(-1, keepdim=True)
-    return logits.scatter(-1, ids, scores.log_softmax(-1) + share)
+    logits, ids = sat_logits(model, batch, states)
+    if model.head is not None:
+        places, scores = _ranked(model, batch, states, logits, ids)
+        share = logits.gather(-1, places).logsumexp(-1, keepdim=True)
+        logits = logits.scatter(-1, places, scores.log_softmax(-1) + share)
+    return over_all(logits, ids, model.vocabulary)
 
 
 def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float = 1.0) -> Tensor:
@@ -227,7 +277,7 @@ def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float =
     A SAT's loss is its cross-entropy with the token that followed (hard labels), or with the base's
     own distribution at that place (distillation, arXiv 1503.02531). A draft head adds its own
     cross-entropy with the token that followed, over the candidates it ranks, where that token is
-    among them.
+    among them. What a SAT cannot guess, for want of it in the draft vocabulary, is not learned.
 
     Args:
         model: with SATs.
@@ -236,15 +286,19 @@ def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float =
         decay: loss weight of a depth relative to the one before.
     """
     states, base = sat_states(model, batch)
-    logits = model.logits(states)
-    loss = _weighted(
-        logits, batch, soft, decay, lambda rows, columns: model.logits(base[rows, columns])
-    )
+    logits, ids = sat_logits(model, batch, states)
+
+    def teacher(rows: Tensor, columns: Tensor) -> Tensor:
+        there = base[rows, columns]
+        return model.logits(there) if ids is None else model.logits_of(there, ids)
+
+    loss = _weighted(logits, batch, soft, decay, teacher, ids)
     if model.head is None:
         return loss
-    ids, scores = _ranked(model, batch, states, logits)
-    labelled = batch.label != IGNORED
-    found, place = (ids == batch.label[labelled][:, None]).max(-1)
+    places, scores = _ranked(model, batch, states, logits, ids)
+    label, possible = _places_of_labels(batch, logits, ids)
+    found, place = (places == label[:, None]).max(-1)
+    found &= possible
     wide = torch.promote_types(scores.dtype, torch.float32)
     ranked = torch.nn.functional.cross_entropy(
         scores[found].to(wide), place[found], reduction="none"
@@ -310,40 +364,60 @@ def joint_loss(
     ), plain
 
 
+def _places_of_labels(batch: SatBatch, logits: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Find the labels among the tokens that SATs can guess.
+
+    Args:
+        batch: the SATs'.
+        logits: [M, C] of the labelled rows.
+        ids: [C] their tokens, as of `sat_logits`.
+
+    Returns:
+        The place [M] of each label, 0 where a row can't guess it, and whether it can [M].
+    """
+    label = batch.label[batch.label != IGNORED]
+    if ids is None:
+        return label, torch.ones_like(label, dtype=torch.bool)
+    found, place = (ids == label[:, None]).max(-1)
+    possible = found & ~logits.gather(-1, place[:, None])[:, 0].isneginf()
+    return place * possible, possible
+
+
 def _weighted(
     logits: Tensor,
     batch: SatBatch,
     soft: float,
     decay: float,
     teacher: Callable[[Tensor, Tensor], Tensor],
+    ids: Tensor | None = None,
 ) -> Tensor:
     """Sum the SATs' loss.
 
     Args:
-        logits: [M, V] of the labelled SAT rows.
+        logits: [M, C] of the labelled SAT rows.
         batch: what is learned.
         soft: as of `sat_loss`.
         decay: as of `sat_loss`.
-        teacher: (rows [U], columns [U]) of standard tokens -> their logits [U, V].
+        teacher: (rows [U], columns [U]) of standard tokens -> their logits [U, C].
+        ids: [C] the token of each logit, as of `sat_logits`.
     """
     labelled = batch.label != IGNORED
-    label = batch.label[labelled]
+    label, possible = _places_of_labels(batch, logits, ids)
+    weights = batch.weights(decay) * possible
     wide = torch.promote_types(logits.dtype, torch.float32)
     if soft:
         log_q = logits.to(wide).log_softmax(-1)
         hard = -log_q.gather(-1, label[:, None])[:, 0]
-        sequence = torch.arange(batch.tokens.shape[0], device=batch.tokens.device)[
-            :, None
-        ].expand_as(batch.anchor)
         # Where the base predicts the same token.
-        place = torch.stack([sequence, batch.anchor + batch.depth])[:, labelled]
+        place = torch.stack([batch.sequence, (batch.anchor + batch.depth)[labelled]])
         (rows, columns), index = place.unique(dim=1, return_inverse=True)
         with torch.no_grad():
-            p = teacher(rows, columns).to(wide).softmax(-1)
-        loss = (1 - soft) * hard - soft * (p[index] * log_q).sum(-1)
+            theirs = teacher(rows, columns).to(wide)[index]
+            p = theirs.masked_fill(logits.isneginf(), -torch.inf).softmax(-1)
+        loss = (1 - soft) * hard - soft * (p * log_q.masked_fill(p == 0, 0)).sum(-1)
     else:
         loss = _CrossEntropy.apply(logits, label)
-    return (batch.weights(decay).to(wide) * loss).sum()
+    return (weights.to(wide) * loss).sum()
 
 
 class _CrossEntropy(torch.autograd.Function):

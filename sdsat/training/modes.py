@@ -19,6 +19,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from sdsat.config import SatConfig, TrainConfig, require
+from sdsat.method.vocabulary import most_used
 from sdsat.models.adapter import AdapterConfig, SatAdapter, sample_weights
 from sdsat.models.adapter import load as load_adapter
 from sdsat.models.packed import PackedLinears, can_pack, in_use
@@ -80,11 +81,18 @@ class AdapterMode:
 
     everywhere = False
 
-    def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
+    def __init__(
+        self,
+        model: SatModel,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        data: ListOf[Sequence],
+    ):
         require(
             model.sat is None,
             f"model={model.name}: expected a plain base model, this one already has SATs",
         )
+        self.config = config
         vocabulary = model.vocabulary
         sat = SatConfig(vocabulary, config.k)
         targets = tuple(name.strip() for name in config.targets.split(","))
@@ -92,48 +100,51 @@ class AdapterMode:
         # So that it is found from any folder.
         base = str(Path(model.name).resolve()) if Path(model.name).exists() else model.name
         head = 0 if self.everywhere else config.head
+        start = None if config.init is None else load_adapter(model.lm, config.init)
+        draft_ids = None if self.everywhere else _draft_ids(start, vocabulary, config, data)
         settings = AdapterConfig(
             base,
             sat,
             config.rank,
             targets=targets,
             head=head,
+            draft_vocabulary=0 if draft_ids is None else len(draft_ids),
             everywhere=self.everywhere,
             base_sample=sample,
         )
         torch.manual_seed(config.seed)
         self.adapter = SatAdapter(model.lm, settings).float()
-        if config.init is not None:
-            start = load_adapter(model.lm, config.init)
-            rank = start.config.rank
-            same = (start.config.targets, start.config.scale) == (settings.targets, settings.scale)
-            require(
-                rank == config.rank,
-                f"init={config.init}: its rank is {rank}, expected {config.rank}",
-            )
-            require(
-                same,
-                (
-                    f"init={config.init}: has targets and scale of its own; expected "
-                    f"{settings.targets}, {settings.scale}"
-                ),
-            )
-            known = (0, head)  # without a head, a new one is added
-            fits = self.everywhere or start.config.head in known
-            require(
-                fits,
-                f"init={config.init}: its head is {start.config.head}, expected one of {known}",
-            )
-            self.adapter.load_state_dict(start.state_dict(), strict=start.config.head == head)
+        if start is not None:
+            self._start_from(start)
+        if draft_ids is not None:
+            self.adapter.draft_ids = draft_ids.to(model.device)
         if can_pack(model.device, model.dtype):  # the frozen base alone is read so
             PackedLinears(model.lm).attach()
         self.adapter.attach(model.lm)
         self.model = replace(model, sat=sat, adapter=self.adapter)
-        self.config = config
         self.accelerator = accelerator
         head_of = self.adapter.head
         gains = [head_of.copies, head_of.sharpness] if head_of is not None else []
         self.optimizer: Any = adam(self.adapter.parameters(), config, gains)
+
+    def _start_from(self, start: SatAdapter) -> None:
+        """Take over the weights of another adapter; raises InputError for one that doesn't fit."""
+        own = self.adapter.config
+        other = start.config
+        name = f"init={self.config.init}"
+        require(other.rank == own.rank, f"{name}: its rank is {other.rank}, expected {own.rank}")
+        require(
+            (other.targets, other.scale) == (own.targets, own.scale),
+            f"{name}: has targets and scale of its own; expected {own.targets}, {own.scale}",
+        )
+        known = (0, own.head)  # without a head, a new one is added
+        require(
+            self.everywhere or other.head in known,
+            f"{name}: its head is {other.head}, expected one of {known}",
+        )
+        held = self.adapter.state_dict()
+        taken = {key: value for key, value in start.state_dict().items() if key in held}
+        self.adapter.load_state_dict(held | taken)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See Mode.parameters."""
@@ -199,8 +210,14 @@ class EverywhereMode(AdapterMode):
 
     everywhere = True
 
-    def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
-        super().__init__(model, config, accelerator)
+    def __init__(
+        self,
+        model: SatModel,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        data: ListOf[Sequence],
+    ):
+        super().__init__(model, config, accelerator, data)
         self.lm = _Updated(self.model)
         self.token_id = self.adapter.config.sat.token_id
 
@@ -260,7 +277,14 @@ class FullMode:
     Raises InputError for a model and settings that can't be trained so.
     """
 
-    def __init__(self, model: SatModel, config: TrainConfig, accelerator: Accelerator):
+    def __init__(
+        self,
+        model: SatModel,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        data: ListOf[Sequence],
+    ):
+        del data  # SATs guess among all tokens
         require(
             model.adapter is None,
             f"model={model.name}: an adapter; full mode expects a base or an SDSAT checkpoint",
@@ -375,6 +399,24 @@ def _move_in(part: Path, out: Path, last: str) -> None:
 
 
 MODES: dict[str, Any] = {"adapter": AdapterMode, "everywhere": EverywhereMode, "full": FullMode}
+
+
+def _draft_ids(
+    start: SatAdapter | None, vocabulary: int, config: TrainConfig, data: ListOf[Sequence]
+) -> Tensor | None:
+    """Choose the tokens [C] that SATs may guess, None for all.
+
+    Args:
+        start: adapter to start from, whose draft vocabulary is kept; None where there is none.
+        vocabulary: how many tokens there are.
+        config: for how many tokens are wanted.
+        data: whose tokens count.
+    """
+    if start is not None and start.draft_ids is not None:
+        return start.draft_ids
+    if config.draft_vocabulary == 0 or config.draft_vocabulary >= vocabulary:
+        return None
+    return most_used((sequence.ids for sequence in data), config.draft_vocabulary)
 
 
 def adam(

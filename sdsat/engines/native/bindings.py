@@ -70,6 +70,8 @@ class Model(Structure):
         *((name, c_float) for name in ("eps", "scale")),
         *((name, c_void_p) for name in ("cos", "sin", "norm")),
         ("head", Linear),
+        ("draft_head", Linear),
+        ("draft_tokens", c_int64),
         ("layer", POINTER(Layer)),
         *((name, c_void_p) for name in ("embedding", "unembedding")),
         *((name, Linear) for name in ("draft_inner", "draft_outer")),
@@ -96,10 +98,11 @@ class Drafting(Structure):
     _fields_ = [
         *(
             (name, c_void_p)
-            for name in ("states", "logits", "parents", "ranks", "depths", "tokens", "likely")
+            for name in ("states", "logits", "ids", "parents", "ranks", "depths", "tokens")
         ),
-        ("text", c_void_p),
-        *((name, c_int64) for name in ("known", "nodes", "sats", "shortlist", "index", "seed")),
+        *((name, c_void_p) for name in ("likely", "text")),
+        *((name, c_int64) for name in ("known", "nodes", "sats", "columns", "shortlist")),
+        *((name, c_int64) for name in ("index", "seed")),
         ("sampling", Sampling),
     ]
 
@@ -120,6 +123,7 @@ class Pass(Structure):
                 "x",
                 "states",
                 "logits",
+                "sat_logits",
                 "positions",
                 "slots",
                 "sequences",

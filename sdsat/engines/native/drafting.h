@@ -85,10 +85,12 @@ struct DraftThread {
 
 // The candidates of every SAT, by its own logits.
 template <class T> static void make_shortlists(DraftState<T>& s, DraftThread& thread) {
-  const int64_t vocabulary = s.model.vocabulary;
-  thread.worker.each(s.drafting.sats, [&](int64_t sat) {
-    largest_of((const T*)s.drafting.logits + sat * vocabulary, vocabulary, s.shortlist,
-               s.ids.data() + sat * s.shortlist, s.logits.data() + sat * s.shortlist);
+  const Drafting& d = s.drafting;
+  thread.worker.each(d.sats, [&](int64_t sat) {
+    int64_t* ids = s.ids.data() + sat * s.shortlist;
+    largest_of((const T*)d.logits + sat * d.columns, d.columns, s.shortlist, ids,
+               s.logits.data() + sat * s.shortlist);
+    for (int c = 0; d.ids && c < s.shortlist; c++) ids[c] = d.ids[ids[c]];
   });
   thread.worker.meet();
 }

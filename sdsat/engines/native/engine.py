@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sdsat.config import SamplingConfig, require
-from sdsat.engines.base import Cache, Engine, PassInput, RowPolicy
+from sdsat.engines.base import Cache, Engine, PassInput, PassOutput, RowPolicy
 from sdsat.engines.drafting import Guesses, shortlist_of
 from sdsat.engines.native.bindings import (
     CacheStruct,
@@ -117,7 +117,7 @@ class NativeEngine(Engine):
 
     def forward(
         self, inputs: Sequence[PassInput], int8: bool = False, policy: RowPolicy | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> PassOutput:
         """See Engine.forward; rows need no padding."""
         sats = sum(part.num_sats for part in inputs)
         sat = self.model.sat.token_id if self.model.sat else 0
@@ -128,8 +128,13 @@ class NativeEngine(Engine):
         )
         caches = [cast(NativeCache, part.cache) for part in inputs]
         embeddings = self.model.embed(tokens[None])[0]
-        states, logits = self.run(caches, embeddings, layout, sats, int8=int8)
-        return states, self.model.legal(logits)
+        out = self.run(caches, embeddings, layout, sats, int8=int8)
+        logits = out.logits
+        ids = self.model.draft_ids
+        if int8 and ids is not None:
+            logits = logits.new_full((len(nodes), self.exact.struct.vocabulary), -torch.inf)
+            logits[:, ids] = out.logits
+        return out._replace(logits=self.model.legal(logits))
 
     def run(
         self,
@@ -139,7 +144,7 @@ class NativeEngine(Engine):
         sats: int = 0,
         last: int | None = None,
         int8: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> PassOutput:
         """Run one pass over the sequences of `caches`; commits nothing.
 
         Args:
@@ -151,7 +156,8 @@ class NativeEngine(Engine):
             int8: with the weights in 8 bits.
 
         Returns:
-            Last hidden states [N, D] and logits [last, V].
+            Last hidden states [N, D], logits [last - sats, V] and SATs' logits [sats, C], as of
+            `PassOutput`; in 8 bits the former too are over the draft vocabulary.
 
         Raises:
             InputError: for tensors that C++ can't read.
@@ -162,7 +168,10 @@ class NativeEngine(Engine):
         last = rows if last is None else last
         x = readable("embeddings", embeddings, dtype, rows, weights.struct.hidden).clone()
         states = torch.empty_like(x)
-        logits = torch.empty(max(0, last), weights.struct.vocabulary, dtype=dtype)
+        size = weights.struct.draft_tokens
+        apart = sats if size else 0  # rows whose logits are over the draft vocabulary
+        logits = torch.empty(max(0, last - apart), weights.struct.vocabulary, dtype=dtype)
+        sat_logits = torch.empty(apart, size, dtype=dtype)
         held = torch.tensor([self._checked(cache).length for cache in caches])
         lengths = held.expand(rows) if len(caches) == 1 else held[layout.sequences]
         slots = lengths + layout.places
@@ -170,11 +179,12 @@ class NativeEngine(Engine):
         read = [readable("layout", part, torch.long, rows) for part in numbers]
         within = readable("within", layout.within, torch.bool, rows, rows)
         weights.struct.threads = torch.get_num_threads()
-        tensors = (x, states, logits, *read, within)
+        tensors = (x, states, logits, sat_logits, *read, within)
         struct = Pass(*(tensor.data_ptr() for tensor in tensors), len(caches), rows, sats, last)
         structs = (CacheStruct * len(caches))(*(cache.struct for cache in caches))
         call("sdsat_pass", byref(weights.struct), structs, byref(struct), weights.is_bf16)
-        return states, logits
+        nodes = max(0, last - sats)
+        return PassOutput(states, logits[:nodes], sat_logits if size else logits[nodes:])
 
     def _checked(self, cache: NativeCache) -> NativeCache:
         """Return the cache, if it is of this model's form. Raises InputError if it isn't."""
@@ -215,14 +225,14 @@ class NativeEngine(Engine):
         shortlist: how many of a SAT's candidates are looked at; None: `drafting.shortlist_of`.
         """
         if shortlist is None:
-            shortlist = shortlist_of(tree.width, self.exact.struct.vocabulary)
+            shortlist = shortlist_of(tree.width, guesses.logits.shape[-1])
         found = torch.empty(2, len(tree), dtype=torch.float64)
         self._draft("sdsat_draft", guesses, shortlist, _shape(tree), found)
         return found
 
     def grow(self, guesses: Guesses, nodes: int) -> Tensor:
         """See Engine.grow; in one call."""
-        shortlist = shortlist_of(nodes - 1, self.exact.struct.vocabulary)
+        shortlist = shortlist_of(nodes - 1, guesses.logits.shape[-1])
         found = torch.zeros(2, nodes, dtype=torch.float64)
         shape = (*torch.zeros(2, nodes, dtype=torch.long), None)
         self._draft("sdsat_grow", guesses, shortlist, shape, found)
@@ -250,16 +260,16 @@ class NativeEngine(Engine):
         """
         struct = self.exact.struct
         states = readable("states", guesses.states, self.exact.dtype, None, struct.hidden)
-        logits = readable(
-            "logits", guesses.logits, self.exact.dtype, len(states), struct.vocabulary
-        )
+        columns = struct.vocabulary if guesses.ids is None else len(guesses.ids)
+        logits = readable("logits", guesses.logits, self.exact.dtype, len(states), columns)
+        ids = None if guesses.ids is None else readable("ids", guesses.ids, torch.long, columns)
         text = readable("text", guesses.text, torch.long, None)
         require(len(text) > 0, "text: expected at least the root's token")
         found[0, 0] = text[-1]
         found[1, 0] = 1.0
         sampling = guesses.sampling
-        pointers = map(pointer, (states, logits, *shape, *found, text))
-        sizes = (len(text), found.shape[1], len(logits), shortlist)
+        pointers = map(pointer, (states, logits, ids, *shape, *found, text))
+        sizes = (len(text), found.shape[1], len(logits), columns, shortlist)
         numbers = (*sizes, guesses.index, as_seed(sampling.seed))
         drafting = Drafting(*pointers, *numbers, Sampling.of(sampling))
         struct.threads = torch.get_num_threads()

@@ -37,6 +37,8 @@ static void check_pass(const Model& m, const Cache* caches, const Pass& pass) {
   check(pass.rows >= 1 && pass.sats >= 0 && pass.sats <= pass.rows && pass.last >= 0 &&
             pass.last <= pass.rows,
         "rows: expected at least one, of which SATs and those with logits are some");
+  check(!m.draft_head.weight.weight || pass.last >= pass.sats,
+        "rows: SATs without logits, though they have a draft vocabulary");
   for (int64_t row = 0; row < pass.rows; row++) check_row(m, caches, pass, row);
 }
 
@@ -48,8 +50,11 @@ static void check_move(const Cache& cache, int64_t length, const int64_t* from, 
 }
 
 static void check_draft(const Model& m, const Drafting& d) {
-  check(d.nodes >= 1 && d.shortlist >= 1 && d.shortlist <= m.vocabulary,
+  check(d.nodes >= 1 && d.shortlist >= 1 && d.shortlist <= d.columns,
         "shortlist: expected 1 to the number of logits of a row");
+  for (int64_t c = 0; d.ids && c < d.columns; c++)
+    check(d.ids[c] >= 0 && d.ids[c] < m.vocabulary, "ids: a token that is not in the vocabulary");
+  check(d.ids || d.columns <= m.vocabulary, "logits: more than tokens");
   check(d.tokens[0] >= 0 && d.tokens[0] < m.vocabulary,
         "text: its last token is not in the vocabulary");
 }

@@ -37,6 +37,8 @@ struct Model {
   const float *cos, *sin;  // [positions, dim]
   const void* norm;        // [hidden]
   Linear head;             // the output layer
+  Linear draft_head;       // its rows of the draft vocabulary; no weight where there is none
+  int64_t draft_tokens;    // how many those are
   const Layer* layer;      // [layers]
   const void *embedding, *unembedding;  // [vocabulary, hidden] row by row, for drafting
   Linear draft_inner, draft_outer;      // the draft head; no weight where there is none
@@ -54,7 +56,8 @@ struct Cache {
 struct Pass {
   void* x;       // [rows, hidden]: the embeddings; changed
   void* states;  // [rows, hidden]: where the last hidden states go
-  void* logits;  // [last, vocabulary]: where the logits of the last rows go
+  void* logits;  // [last, vocabulary]: where the logits of the last rows go; less those that
+  void* sat_logits;  // [sats, draft_tokens]: come here, where there is a draft vocabulary
   const int64_t *positions, *slots, *sequences;  // [rows]: of each row
   const int64_t* lengths;                        // [rows]: tokens that its sequence has committed
   const uint8_t* within;  // [rows, rows]: whether a row sees a row of this pass
@@ -71,13 +74,14 @@ struct Sampling {
 
 // A draft tree to fill with tokens, or to grow, from the states and logits of `sats` SATs.
 struct Drafting {
-  const void *states, *logits;  // [sats, hidden], [sats, vocabulary]
+  const void *states, *logits;  // [sats, hidden], [sats, columns]
+  const int64_t* ids;           // [columns]: the tokens; null: each column is its own
   int64_t *parents, *ranks;     // [nodes]; where it grows they are found
   const int64_t* depths;        // [nodes] of a tree that is given
   double *tokens, *likely;      // [nodes]: what is found, and the draft's probability
   const int64_t* text;          // [known]: tokens up to the root's one, which is the last
   int64_t known;
-  int64_t nodes, sats;
+  int64_t nodes, sats, columns;
   int64_t shortlist;  // so many candidates of a SAT are looked at
   int64_t index;      // of the first draft among the emitted tokens, for its noise
   uint64_t seed;

@@ -76,32 +76,15 @@ class NativeWeights:
         lm = model.lm
         config = model.config
         base = lm.base_model
-        if config.model_type not in FORMS:
-            raise Unavailable(f"architecture {config.model_type}")
-        window = sliding_window(config)
-        if window is not None and window < model.max_context:
-            raise Unavailable(
-                f"sliding_window={window}, and the context goes on to {model.max_context}"
-            )
         self.dtype = model.dtype
-        if self.dtype not in (torch.bfloat16, torch.float32) or model.device.type != "cpu":
-            raise Unavailable(f"it has no {self.dtype} on {model.device.type}")
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        _check_form(model, dim)
+        library()
         self.is_bf16 = int(self.dtype == torch.bfloat16)
         self._step = 1 + self.is_bf16
         self._kept = []
         self._adapter = model.adapter
         self._int8 = int8
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        sizes = {"hidden": config.hidden_size, "dim": dim, "inner": config.intermediate_size}
-        odd = [f"{name}={size}" for name, size in sizes.items() if size % MULTIPLE]
-        if odd:
-            raise Unavailable(f"{', '.join(odd)}: not a multiple of {MULTIPLE}")
-        if config.hidden_act != "silu":
-            raise Unavailable(f"activation {config.hidden_act}")
-        if strange := strange_part(lm):
-            raise Unavailable(strange)
-        library()
         # Drafts and the probe look ahead.
         self._positions = min(model.max_context, 2**20) + 2 * MAX_ROWS
         positions = torch.arange(self._positions)[None]
@@ -111,18 +94,7 @@ class NativeWeights:
             for part in rotary
         )
         hidden = config.hidden_size
-        width = config.num_attention_heads * dim
-        if config.num_attention_heads % kv_heads:
-            raise Unavailable(f"{config.num_attention_heads} heads on {kv_heads} of keys")
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
-            ("gate_proj", "up_proj"), (config.intermediate_size, hidden)
-        )
-        shapes |= dict.fromkeys(("k_proj", "v_proj"), (kv_heads * dim, hidden))
-        shapes |= {
-            "q_proj": (width, hidden),
-            "o_proj": (hidden, width),
-            "down_proj": (hidden, config.intermediate_size),
-        }
+        shapes = _shapes(config, dim)
         layers = (Layer * config.num_hidden_layers)(
             *(self._layer(layer, shapes, hidden, dim) for layer in base.layers)
         )
@@ -132,15 +104,33 @@ class NativeWeights:
         tokens = lm.get_input_embeddings()
         vocabulary = head.weight.shape[0]
         self.struct = Model(
-            config.num_hidden_layers, hidden, config.num_attention_heads, kv_heads, dim,
+            config.num_hidden_layers, hidden, config.num_attention_heads, _kv_heads(config), dim,
             config.intermediate_size, vocabulary, self._positions, 1,
             config.rms_norm_eps, base.layers[0].self_attn.scaling,
             cos.data_ptr(), sin.data_ptr(), self._norm("norm", base.norm, hidden),
-            self._linear("lm_head", head.weight, (vocabulary, hidden), head.bias), layers,
+            *self._output_layers(head, model.draft_ids), layers,
             pointer(self._keep(self._checked("embed_tokens", tokens.weight, vocabulary, hidden))),
             pointer(self._keep(head.weight)),
             *self._head(draft_head, hidden), torch.finfo(self.dtype).eps, *_gains(draft_head),
         )  # fmt: skip
+        if int8 and model.draft_ids is not None:
+            self.struct.vocabulary = len(model.draft_ids)
+
+    def _output_layers(self, head: nn.Linear, ids: Tensor | None) -> tuple[Linear, Linear, int]:
+        """Pack the output layer.
+
+        ids: [C] of the draft vocabulary, None where there is none. Returns the layer, the rows of
+        it that are the draft vocabulary's, and C. Passes in 8 bits have those rows only.
+        """
+        whole = head.weight, head.weight.shape, head.bias
+        if ids is None:
+            return self._linear("lm_head", *whole), Linear(), 0
+        part = head.weight.detach()[ids]
+        bias = None if head.bias is None else head.bias.detach()[ids]
+        drafts = self._linear("lm_head", part, part.shape, bias)
+        if self._int8:
+            return drafts, Linear(), 0
+        return self._linear("lm_head", *whole), drafts, len(ids)
 
     def _checked(self, name: str, tensor: Tensor, *shape: int) -> Tensor:
         """Return the tensor, if C++ may read it.
@@ -243,6 +233,54 @@ class NativeWeights:
                 self._linear(f"{where}/{part}/{name}", linear.weight, shapes[name], linear.bias)
             )
         return Layer(*norms, *parts)
+
+
+def _kv_heads(config: Any) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _check_form(model: SatModel, dim: int) -> None:
+    """Refuse a model that the engine was not written for; raises Unavailable, with the reason.
+
+    dim: of an attention head.
+    """
+    config = model.config
+    if config.model_type not in FORMS:
+        raise Unavailable(f"architecture {config.model_type}")
+    window = sliding_window(config)
+    if window is not None and window < model.max_context:
+        raise Unavailable(
+            f"sliding_window={window}, and the context goes on to {model.max_context}"
+        )
+    if model.dtype not in (torch.bfloat16, torch.float32) or model.device.type != "cpu":
+        raise Unavailable(f"it has no {model.dtype} on {model.device.type}")
+    sizes = {"hidden": config.hidden_size, "dim": dim, "inner": config.intermediate_size}
+    odd = [f"{name}={size}" for name, size in sizes.items() if size % MULTIPLE]
+    if odd:
+        raise Unavailable(f"{', '.join(odd)}: not a multiple of {MULTIPLE}")
+    if config.hidden_act != "silu":
+        raise Unavailable(f"activation {config.hidden_act}")
+    if strange := strange_part(model.lm):
+        raise Unavailable(strange)
+    if config.num_attention_heads % _kv_heads(config):
+        raise Unavailable(f"{config.num_attention_heads} heads on {_kv_heads(config)} of keys")
+
+
+def _shapes(config: Any, dim: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's projections by name. dim: of an attention head."""
+    hidden = config.hidden_size
+    inner = config.intermediate_size
+    width = config.num_attention_heads * dim
+    keys = _kv_heads(config) * dim
+    return {
+        "q_proj": (width, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, width),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
 
 
 def _gains(head: DraftHead | None) -> tuple[float, Array[c_float]]:
