@@ -388,7 +388,7 @@ def replay(
         out,
         {
             "what": "auto with each tree, seconds by the cost curve; ratios of tokens a second to "
-            "the fixed tree's, BCa over problems; passes in 8 bits count in seconds alone",
+            "the fixed tree's, BCa over problems; rounded passes count in seconds alone",
             "problems": len(prompts),
             "new_tokens": new_tokens,
             "costs": asdict(curve),

@@ -57,14 +57,15 @@ def measure(
         caches[name, context] = engine.new_cache(context + rows + 16)
         engine.prefill(caches[name, context], tokens[:context])
 
-    def once(name: str, context: int, count: int, sats: int, int8: bool) -> float:
+    def once(name: str, context: int, count: int, sats: int, rounded: bool) -> float:
         engine = engines[name]
         nodes = count - sats
         part = tokens[context : context + nodes].tolist()
         groups = (SatGroup(0, sats),) if sats else ()
         cache = caches[name, context]
         began = time.perf_counter()
-        engine.forward([PassInput(cache, part, make_tree("chain", nodes - 1), groups)], int8=int8)
+        chain = PassInput(cache, part, make_tree("chain", nodes - 1), groups)
+        engine.forward([chain], rounded=rounded)
         engine.synchronize()
         return 1000 * (time.perf_counter() - began)
 
@@ -76,10 +77,10 @@ def measure(
                 kinds = {"verify": (0, False)}
                 if engine.model.sat and count > 1:
                     kinds["draft"] = (count - 1, False)
-                    if engine.has_int8:
-                        kinds["draft in 8 bits"] = (count - 1, True)
-                for kind, (sats, int8) in kinds.items():
-                    taken = once(name, context, count, sats, int8)
+                    if engine.has_rounded:
+                        kinds["draft, rounded"] = (count - 1, True)
+                for kind, (sats, rounded) in kinds.items():
+                    taken = once(name, context, count, sats, rounded)
                     if turn > 1:
                         times.setdefault((context, f"{kind}, {name}", count), []).append(taken)
     found: dict[int, Times] = {context: {} for context in contexts}

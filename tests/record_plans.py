@@ -27,12 +27,12 @@ X = 1  # every last true token
 LOOKED_UP = 0.8  # how likely a looked-up draft is said to be
 
 
-def curve(seconds, int8=None, context=1.0, drafting=0.01, measured=False):
+def curve(seconds, rounded=None, context=1.0, drafting=0.01, measured=False):
     """Seconds of passes of n rows near the start; after a long context `context` times as many."""
     near = [seconds(n) for n in COUNTS]
     both = [near, [round(context * time, 4) for time in near]]
     draft = [[round(1.04 * time, 4) for time in row] for row in both]
-    fast = [[round(int8(n), 4) for n in COUNTS]] * 2 if int8 else []
+    fast = [[round(rounded(n), 4) for n in COUNTS]] * 2 if rounded else []
     return CostCurve(both, draft, drafting, fast, measured)
 
 
@@ -72,14 +72,14 @@ def auto(k, tree="chain", lookup=0, budget=None, strategy="auto"):
 
 
 CASES = [
-    case("int8, lookup, tree", 260, auto(5, (2, 2, 1), 12), MILD),
-    case("int8, chain", 200, auto(7), MILD, GOOD),
-    case("int8, budget", 160, auto(5, lookup=8, budget=10), KNEE, GOOD),
+    case("rounded, lookup, tree", 260, auto(5, (2, 2, 1), 12), MILD),
+    case("rounded, chain", 200, auto(7), MILD, GOOD),
+    case("rounded, budget", 160, auto(5, lookup=8, budget=10), KNEE, GOOD),
     case("exact, tree", 200, auto(4, (2, 2, 1)), EXACT),
     case("exact, lookup", 160, auto(3, lookup=12), EXACT, POOR),
     case("one-pass", 200, auto(5, (2, 2), 6, strategy="one-pass"), EXACT, GOOD),
     case("nothing pays", 300, auto(3), STEEP, POOR),
-    case("int8 fades", 200, auto(5), STEEP, MIXED, 1, lambda number: 0.8 if number < 90 else 1.7),
+    case("rounded fades", 200, auto(5), STEEP, MIXED, 1, lambda number: 0.8 + 0.9 * (number > 89)),
     case("a busy machine's curve", 160, auto(5), BUSY, GOOD, 1, lambda number: 0.4),
     case("batch of 4", 130, auto(5, (2, 1), 12), KNEE, MIXED, 4),
     case("batch of 4, exact", 110, auto(5, lookup=12), EXACT, GOOD, 4),
@@ -237,8 +237,8 @@ def record(case, seed):
                 wanting.append((text, count))
         for text, count in wanting:
             tree, values = text.below(count, claims, 0)
-            values[0] += 500 * (chance.random() < 0.06)  # the pass in 8 bits erred itself
-            text.drafts = Drafts.of_int8(X, tree, *halves(values))
+            values[0] += 500 * (chance.random() < 0.06)  # the rounded pass erred itself
+            text.drafts = Drafts.of_rounded(X, tree, *halves(values))
             text.look_up()
         context = sum(text.context for text in live) // len(live)
         if wanting:

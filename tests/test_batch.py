@@ -380,7 +380,7 @@ def test_a_share_of_a_pass_in_which_all_do_as_much():
         )
 
 
-@pytest.mark.parametrize("costs", [KNEE, replace(KNEE, rounded=[])], ids=["8 bits", "exact"])
+@pytest.mark.parametrize("costs", [KNEE, replace(KNEE, rounded=[])], ids=["rounded", "exact"])
 def test_with_growing_batches_auto_goes_over_to_plain_passes(costs):
     def drafts_now(batch):
         planner = AutoPlanner(DecodeConfig(5, strategy="auto"), costs, 5, [0.5] * 5)
@@ -402,7 +402,7 @@ def test_of_a_batch_where_nothing_pays_one_sequence_tries_again_now_and_then():
         assert sum(map(bool, sizes)) <= 1
         tried += sum(map(bool, sizes))
         every = [
-            Drafts.of_int8(0, make_tree("chain", n), [0] * (n + 1), [0.1] * (n + 1))
+            Drafts.of_rounded(0, make_tree("chain", n), [0] * (n + 1), [0.1] * (n + 1))
             if n
             else Drafts.none(0)
             for n in sizes

@@ -143,8 +143,8 @@ def assert_measured(folder, out):
         assert run.keys() >= RUN_KEYS
         assert run["num_problems"] == run["identical_outputs"] == 2
         # whose own first draft comes before those of its SATs
-        in_8_bits = run["strategy"] == "auto"
-        assert len(run["acceptance_by_depth"]) == (run["lookup"] or run["k"] + in_8_bits)
+        rounded = run["strategy"] == "auto"
+        assert len(run["acceptance_by_depth"]) == (run["lookup"] or run["k"] + rounded)
     for plot in ("tokens_per_second", "speedup", "acceptance_rate", "acceptance_by_depth"):
         assert (folder / f"{plot}.png").exists()
     assert "two-step" in out and str(folder) in out

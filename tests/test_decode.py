@@ -35,7 +35,7 @@ SHAPES = [
 NUCLEUS = SamplingConfig(temperature=1.0, top_k=10, top_p=0.95, seed=3)
 # What a pass of so many rows is said to take: as good as nothing, so that `auto` tries much, or
 # much, so that it tries little.
-# without 8 bits, which only the native engine has
+# without rounded passes, which only the native engine has
 EXACT = tuple(strategy for strategy in STRATEGIES if strategy != "rounded")
 CURVES = [
     CostCurve([[t * n + 1 for n in COUNTS]] * 2, [[t * n + 1 for n in COUNTS]] * 2, 0.0)
@@ -223,9 +223,9 @@ def test_sats_that_see_what_the_model_sees_draft_what_it_samples(strategy, sampl
         DecodeConfig(4, 50, "chain", sampling, strategy=strategy, lookup=0, budget=32),
     )
     assert len(set(out.token_ids)) > 5
-    in_8_bits = out.num_rounded_passes > 0  # whose logits are nearly the same
-    assert out.acceptance_rate == 1 or (in_8_bits and out.acceptance_rate > 0.8)
-    assert in_8_bits or strategy != "rounded"
+    rounded = out.num_rounded_passes > 0  # whose logits are nearly the same
+    assert out.acceptance_rate == 1 or (rounded and out.acceptance_rate > 0.8)
+    assert rounded or strategy != "rounded"
     # One-pass has SATs at every draft, so that each of its passes but the first makes five tokens;
     # two-step makes six in two.
     assert out.num_passes == {"one-pass": 11, "two-step": 18}.get(strategy, out.num_passes)
@@ -294,10 +294,10 @@ def test_what_is_left_open_is_chosen_for_the_model(asked, k, lookup, tree):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_weights_in_8_bits_are_made_before_seconds_count(strategy):
+def test_rounded_weights_are_made_before_seconds_count(strategy):
     decoder = drafting(tiny_llama(torch.float32, **WHOLE), native=True, k=2)
     decoder.generate(PROMPT, DecodeConfig(2, 1, strategy=strategy))  # one token: nothing is drafted
-    assert ("int8" in vars(decoder.engine)) == (strategy in ("rounded", "auto"))
+    assert ("rounded" in vars(decoder.engine)) == (strategy in ("rounded", "auto"))
 
 
 def test_8_bits_are_refused_where_there_are_none(decoder):

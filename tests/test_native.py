@@ -215,9 +215,34 @@ def test_weights_in_8_bits(shape):
     assert torch.allclose(scale[: shape[0]] * 127, weight.abs().amax(1), atol=1e-18)
 
 
-def in_8_bits(weight):
-    scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-20) / 127
-    return (weight / scale).round() * scale
+@pytest.mark.parametrize("shape", [(32, 32), (75, 64), (100, 96)], ids=str)
+def test_weights_in_5_bits(shape):
+    weight = torch.randn(shape) * torch.rand(shape[0], 1)
+    weight[3] = 0
+    packed = weights.pack5(weight)
+    lanes = bindings.library().sdsat_lanes()
+    outputs = shape[0] + -shape[0] % 32
+    assert packed.shape == (outputs // lanes, shape[1] // 32, 22 * lanes)
+    for o, i in [(0, 0), (3, 5), (17, 31), (31, 1), (shape[0] - 1, shape[1] - 1)]:
+        group = packed[o // lanes, i // 32]
+        low, high, scales = group.split([16 * lanes, 4 * lanes, 2 * lanes])
+        step, place = i % 32 // 4, i % 4
+        lane = o % lanes
+        value = int(low.view(4, lanes, 4)[step // 2, lane, place]) >> 4 * (step % 2) & 15
+        value += 16 * (int(high.view(lanes, 4)[lane, place]) >> step & 1)
+        scale = float(scales.view(torch.bfloat16)[lane])
+        # the other end of the range lacks one step
+        assert abs((value - 16) * scale - weight[o, i]) <= abs(scale) * 1.1
+        assert torch.equal(torch.tensor((value - 16) * scale), in_5_bits(weight)[o, i])
+
+
+def in_5_bits(weight):
+    groups = weight.float().unflatten(-1, (-1, 32))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    end = torch.where(-low > high, low, high)  # it becomes -16
+    scale = (end / -16).bfloat16().float()
+    value = (groups * torch.where(scale == 0, 0, 1 / scale)).round().clamp(-16, 15)
+    return (value * scale).flatten(-2)
 
 
 def rows_in_8_bits(module, args):
@@ -227,7 +252,7 @@ def rows_in_8_bits(module, args):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_in_8_bits_are_those_of_rounded_weights_and_rows(name):
+def test_logits_of_a_rounded_pass_are_those_of_rounded_weights_and_rows(name):
     """Through transformers' modules, with weights and inputs rounded; after a context that the
     exact engine has read.
     """
@@ -236,22 +261,22 @@ def test_logits_in_8_bits_are_those_of_rounded_weights_and_rows(name):
     other.set_attn_implementation("sdpa")
     past = other(TOKENS[None, :40], use_cache=True).past_key_values
     for module in [m for m in other.modules() if isinstance(m, torch.nn.Linear)]:
-        module.weight = torch.nn.Parameter(in_8_bits(module.weight), requires_grad=False)
+        module.weight = torch.nn.Parameter(in_5_bits(module.weight), requires_grad=False)
         module.register_forward_pre_hook(rows_in_8_bits)
     for rows in (1, 7, 10, 11, 33):
         tokens = TOKENS[: 40 + rows]
         cache = decoder.engine.new_cache(len(tokens))
         decoder.engine.prefill(cache, tokens[:40])
-        got = forward(decoder, cache, tokens[40:], chain(rows), int8=True)[1]
+        got = forward(decoder, cache, tokens[40:], chain(rows), rounded=True)[1]
         before = forward(decoder, cache, tokens[40:], chain(rows))[1]
         want = other(tokens[None, 40:], past_key_values=copy.deepcopy(past)).logits[0]
         # rounding is a step: near an edge it may fall either way
         assert (got - want).norm() <= 0.6 * (got - before).norm(), rows
-        assert (got - before).norm() <= 0.2 * before.norm(), rows
+        assert (got - before).norm() <= 0.4 * before.norm(), rows
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_linear_layer_in_8_bits(name):
+def test_a_linear_layer_in_5_bits(name):
     """The last one, of whose input, the states, the caller has every bit: nothing is near an edge
     unseen.
     """
@@ -260,9 +285,9 @@ def test_a_linear_layer_in_8_bits(name):
     head = lm.get_output_embeddings()
     for rows in (1, 4, 10, 11):
         cache = decoder.engine.new_cache(rows)
-        states, got = forward(decoder, cache, TOKENS[:rows], chain(rows), int8=True)
+        states, got = forward(decoder, cache, TOKENS[:rows], chain(rows), rounded=True)
         inputs = rows_in_8_bits(None, [states.double()])
-        want = inputs @ in_8_bits(head.weight).double().T
+        want = inputs @ in_5_bits(head.weight).double().T
         want += 0 if head.bias is None else head.bias.double()
         assert (got - want).abs().max() <= 1e-5 * want.abs().max(), rows
 
@@ -1249,7 +1274,7 @@ if platform.machine() in ("x86_64", "AMD64"):
                 torch.cat([TOKENS[:9], torch.full((3,), VOCAB)]),
                 chain(9),
                 ((8, 3),),
-                int8=True,
+                rounded=True,
             )[1]
 
         tree = DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)

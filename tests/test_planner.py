@@ -254,7 +254,7 @@ def test_auto_plans_are_sound_whatever_has_been_seen(
             not size or (size + 2 <= left and bool(costs.rounded) and not drafts.by_sats)
         )
         if size:
-            drafts = Drafts.of_int8(
+            drafts = Drafts.of_rounded(
                 0, make_tree("chain", size), [0] * (size + 1), [0.5] * (size + 1)
             )
             planner.observe_drafting(size, 100, costs.rounded_seconds(size, 100))
@@ -287,7 +287,7 @@ class World:
         while self.tokens < tokens:
             if size := planner.draft_first(drafts, 10**6, 100):
                 drafts, right = self.drafts(size, "rounded")
-                drafts = Drafts.of_int8(0, drafts.tree, drafts.tokens, drafts.likely)
+                drafts = Drafts.of_rounded(0, drafts.tree, drafts.tokens, drafts.likely)
                 right = [True, self.chance.random() < 0.95, *right[1:]]
                 seconds = self.costs.rounded_seconds(size, 100)
                 self.seconds = self.seconds + seconds
@@ -370,7 +370,7 @@ def test_auto_is_never_much_slower_than_plain_decoding_and_finds_what_pays(costs
 @pytest.mark.parametrize("claims", CLAIMS)
 @pytest.mark.parametrize("costs", CURVES)
 def test_one_pass_places_as_many_groups_as_pay(costs, claims):
-    """Without a budget, and without passes in 8 bits."""
+    """Without a budget, and without rounded passes."""
     decoder = with_adapter(tiny_llama(), k=5)
     decoder.costs = CURVES[costs]
     best = best_exact(costs, claims)
@@ -395,14 +395,14 @@ def test_kinds_say_where_groups_are_in_the_whole_tree(drafts, left, costs):
         assert plan.kind(node) == want
 
 
-def test_passes_in_8_bits_are_tried_again_after_a_bad_start():
+def test_rounded_passes_are_tried_again_after_a_bad_start():
     planner = auto(5, ROUNDED)
     planner.worth.scores["rounded"] = (-100.0, 50.0)
     assert World(ROUNDED, CLAIMS["mixed"]).run(planner, 3000).rounded > 200
 
 
 @pytest.mark.parametrize("batch", [1, 16])
-def test_declined_passes_in_8_bits_are_forgotten_once_a_pass_however_many_decline(batch):
+def test_declined_rounded_passes_are_forgotten_once_a_pass_however_many_decline(batch):
     planner = auto(5, ROUNDED)
     planner.share(batch, 100)
     planner.worth.scores["rounded"] = (-1000.0, 10.0)
@@ -798,8 +798,8 @@ def test_whatever_was_measured_costs_are_positive_and_rise_with_rows_sats_and_co
             for c in contexts
         ]
     )
-    in_8_bits = np.array([[costs.rounded_seconds(sats, c) for sats in range(60)] for c in contexts])
-    for found in (surface, in_8_bits):
+    rounded = np.array([[costs.rounded_seconds(sats, c) for sats in range(60)] for c in contexts])
+    for found in (surface, rounded):
         assert found.min() > 0
         for axis in range(found.ndim):
             assert np.diff(found, axis=axis).min() >= -1e-9

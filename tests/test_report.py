@@ -159,9 +159,7 @@ def test_figures_say_which_of_them_counts_the_models_own_token(documents):
             "without the token that the model adds itself" in text
             and "BCa bootstrap over the problems" in text
         )
-        assert (
-            "made once: loading, warming up, the cost curve of auto, the weights in 8 bits" in text
-        )
+        assert "made once: loading, warming up, the cost curve of auto, the rounded weights" in text
 
 
 def test_an_interval_is_scipys():

@@ -54,9 +54,9 @@ def with_vocabulary(dtype=torch.float32, native=True, draft_ids=IDS, head=6):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("rounded", [False, True])
 @torch.inference_mode()
-def test_a_native_pass_leaves_out_the_other_tokens_and_nothing_else(dtype, int8):
+def test_a_native_pass_leaves_out_the_other_tokens_and_nothing_else(dtype, rounded):
     """To the last bit, against a pass without a draft vocabulary."""
     found = []
     for ids in (IDS, ()):
@@ -71,12 +71,12 @@ def test_a_native_pass_leaves_out_the_other_tokens_and_nothing_else(dtype, int8)
             PassInput(cache, tokens, tree, group)
             for cache, group in zip(caches, groups, strict=True)
         ]
-        found.append(engine.forward(parts, int8=int8))
+        found.append(engine.forward(parts, rounded=rounded))
     own, whole = found
     assert torch.equal(own.states, whole.states)
     assert own.sat_logits.shape == (10, len(IDS))
     assert torch.equal(own.sat_logits, whole.sat_logits[:, IDS])
-    if int8:
+    if rounded:
         assert torch.equal(own.logits[:, IDS], whole.logits[:, IDS])
         rest = sorted(set(range(VOCAB)) - set(IDS))
         assert own.logits[:, rest].isneginf().all()
@@ -89,7 +89,7 @@ def test_a_native_pass_leaves_out_the_other_tokens_and_nothing_else(dtype, int8)
 def test_sats_guess_among_the_vocabulary_and_the_text_so_far(native, strategy, monkeypatch):
     """And their logits are those that they would have over all tokens."""
     if strategy == "rounded" and not native:
-        pytest.skip("transformers' modules have no 8 bits")
+        pytest.skip("transformers' modules have no rounded weights")
     decoder = with_vocabulary(native=native)
     model = decoder.model
     config = DecodeConfig(4, 40, "chain", strategy=strategy, lookup=0)

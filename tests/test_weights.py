@@ -403,9 +403,9 @@ def test_a_forward_that_is_not_the_weights_is_honoured(folders, strange, when):
     assert_decodes_as(lm, want, "transformers")
     with one_line_error("engine=native", STRANGE[strange]):
         prepared(folders, "native", before=strange)
-    for int8 in (False, True):
+    for rounded in (False, True):
         with pytest.raises(Unavailable, match=STRANGE[strange].replace("(", r"\(")):
-            NativeWeights(SatModel(lm, None, "tiny"), int8)
+            NativeWeights(SatModel(lm, None, "tiny"), rounded)
 
 
 def patch_a_class(monkeypatch):

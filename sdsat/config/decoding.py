@@ -12,7 +12,7 @@ from sdsat.config.strategies import ALL_STRATEGIES, LOOKUP, STRATEGIES, STRATEGY
 
 # Rows of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length.
 MAX_ROWS = 96
-MAX_K = MAX_ROWS - 2  # x and, after a pass in 8 bits, one more draft than SATs
+MAX_K = MAX_ROWS - 2  # x and, after a rounded pass, one more draft than SATs
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,8 @@ class DecodeConfig:
 
     @property
     def may_round(self) -> bool:
-        """Whether passes in 8 bits may draft."""
-        return self.num_sats > 0 and self.kind.int8
+        """Whether rounded passes may draft."""
+        return self.num_sats > 0 and self.kind.rounded
 
     @property
     def num_sats(self) -> int:

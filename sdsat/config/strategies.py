@@ -15,16 +15,16 @@ class Strategy:
     Attributes:
         sats: whether SATs draft.
         lookup: how many tokens it looks up in the text so far where nothing else is said.
-        int8: whether passes in 8 bits may draft.
-        only_int8: whether nothing else drafts.
+        rounded: whether rounded passes may draft.
+        only_rounded: whether nothing else drafts.
         wide: whether it takes a wide tree where trees have AR's bits: it verifies what pays.
         alternates: whether it drafts in one pass and verifies in the next.
     """
 
     sats: bool = True
     lookup: int = 0
-    int8: bool = False
-    only_int8: bool = False
+    rounded: bool = False
+    only_rounded: bool = False
     wide: bool = False
     alternates: bool = False
 
@@ -33,9 +33,9 @@ LOOKUP = "lookup"
 STRATEGY = {
     LOOKUP: Strategy(sats=False, lookup=NUM_LOOKUP),
     "two-step": Strategy(alternates=True),
-    "rounded": Strategy(int8=True, only_int8=True),
+    "rounded": Strategy(rounded=True, only_rounded=True),
     "one-pass": Strategy(),
-    "auto": Strategy(lookup=NUM_LOOKUP, int8=True, wide=True),
+    "auto": Strategy(lookup=NUM_LOOKUP, rounded=True, wide=True),
 }
 ALL_STRATEGIES = tuple(STRATEGY)
 STRATEGIES = tuple(name for name, kind in STRATEGY.items() if kind.sats)

@@ -19,7 +19,7 @@ TRY_AGAIN = 48
 # compared with may have changed. Rarer than tries, for where drafts pay a plain pass gives up more:
 # at 48 that was half a percent of the speed.
 TIME_AGAIN = 192
-# What is known of passes in 8 bits still counts after one was declined. Without one nothing is
+# What is known of rounded passes still counts after one was declined. Without one nothing is
 # learned of them: so a bad start is forgotten, within a few dozen passes, and they are tried again.
 UNTRIED = 0.95
 
@@ -34,7 +34,7 @@ class AutoPlanner:
     make the next place worth more; and a plain pass. All pay for their rows. When nothing pays,
     passes are plain, and now and then drafting is tried again.
 
-    one-pass is the same without passes in 8 bits: with a curve that has none.
+    one-pass is the same without rounded passes: with a curve that has none.
 
     All sequences of a batch learn together. Between calls it remembers
 
@@ -75,9 +75,9 @@ class AutoPlanner:
     def draft_first(self, drafts: Drafts, left: int, context: int) -> int:
         """See Planner.draft_first."""
         size = min(self.size, left - 2)
-        if drafts.by_sats or not self.costs.has_int8 or size < 1 or self._time_again():
+        if drafts.by_sats or not self.costs.has_rounded or size < 1 or self._time_again():
             return 0
-        value = self._worth("rounded") - self.rate * self.costs.int8_seconds(size, context)
+        value = self._worth("rounded") - self.rate * self.costs.rounded_seconds(size, context)
         exact, _ = self._best(drafts, left, context)
         if value <= exact and not self._try_again():
             # Each sequence of a batch declines, but a try is one pass for all.
@@ -146,7 +146,7 @@ class AutoPlanner:
         """Say what a place with such drafts is worth; at first, what it costs to draft them."""
         prior = 0.0
         if kind == "rounded":
-            prior = self.rate * self.costs.int8_seconds(self.size, 0)
+            prior = self.rate * self.costs.rounded_seconds(self.size, 0)
         elif kind != "none":
             prior = self.rate * self.costs.seconds(1 + self.size, self.size, 0) - 1
         return self.worth.of(kind, prior)

@@ -86,7 +86,7 @@ class Acceptance:
 
     A SAT's draft is judged by its confidence; by its depth where only a group's size is known.
     First choices are counted apart from others: with sampling both are right less often than their
-    share says, but not equally so. Looked-up drafts, and the first one of a pass in 8 bits, which
+    share says, but not equally so. Looked-up drafts, and the first one of a rounded pass, which
     is the model's own choice but for rounding, have rates of their own.
     """
 
@@ -102,12 +102,12 @@ class Acceptance:
         self._by_depth = Rates([*by_depth[:k], *unknown])
         self._by_confidence = Rates(middles * 2)  # of first choices, of others
         self._by_lookup = Rates([LOOKED_UP_FIRST, LOOKED_UP_NEXT])
-        self._of_int8 = Rates([OWN])
+        self._of_rounded = Rates([OWN])
 
     @property
-    def of_int8(self) -> float:
-        """How likely the first draft of a pass in 8 bits is right."""
-        return self._of_int8[0]
+    def of_rounded(self) -> float:
+        """How likely the first draft of a rounded pass is right."""
+        return self._of_rounded[0]
 
     def chance(self, drafts: Drafts, node: int) -> float:
         """Say how likely this draft is right, given that its parent is."""
@@ -148,7 +148,7 @@ class Acceptance:
     def _class(self, drafts: Drafts, node: int) -> tuple[Rates, int]:
         """Name the rate by which a draft is judged."""
         if drafts.rounded and node == 1:
-            return self._of_int8, 0
+            return self._of_rounded, 0
         if drafts.looked_up[node]:
             return self._by_lookup, min(1, drafts.tree.parents[node])
         confidence = min(CONFIDENCE_CLASSES - 1, int(drafts.likely[node] * CONFIDENCE_CLASSES))
@@ -199,18 +199,18 @@ class PassCosts:
         self._corrections = {
             rows: _Ratio(CORRECTION_PRIOR, CORRECTION_STEP) for rows in ROW_CLASSES
         }
-        self._int8 = _Ratio(CORRECTION_PRIOR, CORRECTION_STEP)
+        self._rounded = _Ratio(CORRECTION_PRIOR, CORRECTION_STEP)
         self._pace = _Ratio(0, 1 / PATIENCE)
 
     @property
-    def has_int8(self) -> bool:
-        """Whether there are passes in 8 bits."""
+    def has_rounded(self) -> bool:
+        """Whether there are rounded passes."""
         return bool(self.curve.rounded)
 
     @property
     def num_timed(self) -> int:
         """How many passes have been observed with this curve."""
-        return self._int8.count + sum(ratio.count for ratio in self._corrections.values())
+        return self._rounded.count + sum(ratio.count for ratio in self._corrections.values())
 
     @property
     def outpaced(self) -> bool:
@@ -234,10 +234,10 @@ class PassCosts:
         curve = self._seconds(batch * rows, batch * sats, near, batch)
         return curve * self._correction(batch * rows).value / batch
 
-    def int8_seconds(self, size: int, context: int) -> float:
-        """Estimate one sequence's share of a pass in 8 bits with `size` SATs each."""
+    def rounded_seconds(self, size: int, context: int) -> float:
+        """Estimate one sequence's share of a rounded pass with `size` SATs each."""
         sats = self.batch * (1 + size) - 1
-        return self.curve.rounded_seconds(sats, context) * self._int8.value / self.batch
+        return self.curve.rounded_seconds(sats, context) * self._rounded.value / self.batch
 
     def observe_pass(self, rows: int, sats: int, context: int, seconds: float) -> None:
         """Learn from a pass: see Planner.observe_pass.
@@ -255,8 +255,8 @@ class PassCosts:
             self._pace.observe(ratio)
 
     def observe_drafting(self, sats: int, context: int, seconds: float) -> None:
-        """Learn from a pass in 8 bits: see Planner.observe_drafting."""
-        self._int8.observe(seconds / self.curve.rounded_seconds(sats, context))
+        """Learn from a rounded pass: see Planner.observe_drafting."""
+        self._rounded.observe(seconds / self.curve.rounded_seconds(sats, context))
 
     def take(self, curve: CostCurve) -> None:
         """Go on with another curve, uncorrected; to doubt that one takes more evidence."""
@@ -301,7 +301,7 @@ class Worth:
 def loop_rate(acceptance: Acceptance, costs: PassCosts, size: int, context: int) -> float:
     """Estimate the tokens per second of a loop that always drafts with `size` SATs.
 
-    It drafts in 8 bits where that can be had; else it is two-step.
+    It drafts in rounded passes where they can be had; else it is two-step.
 
     Args:
         acceptance: how often drafts are right.
@@ -311,9 +311,9 @@ def loop_rate(acceptance: Acceptance, costs: PassCosts, size: int, context: int)
     """
     accepted = sum(acceptance.reached(size))
     verified = min(size, SPARE_DRAFTS + int(accepted))
-    if costs.has_int8:
-        tokens = 1 + acceptance.of_int8 * (1 + accepted)
+    if costs.has_rounded:
+        tokens = 1 + acceptance.of_rounded * (1 + accepted)
         verifying = costs.seconds(2 + verified, 0, context)
-        return tokens / (costs.int8_seconds(size, context) + verifying)
+        return tokens / (costs.rounded_seconds(size, context) + verifying)
     drafting = costs.seconds(1 + size, size, context)
     return (2 + accepted) / (drafting + costs.seconds(1 + verified, 0, context))

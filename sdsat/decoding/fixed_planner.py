@@ -27,7 +27,7 @@ class FixedPlanner:
         return Plan(shallow(drafts.tree, left - 1))
 
     def draft_first(self, drafts: Drafts, left: int, context: int) -> int:
-        """See Planner.draft_first; here nothing drafts in 8 bits."""
+        """See Planner.draft_first; here no rounded pass drafts."""
         return 0
 
     def share(self, batch: int, context: int) -> None:
@@ -44,7 +44,7 @@ class FixedPlanner:
 
 
 class Int8Planner(FixedPlanner):
-    """Drafts in 8 bits before every pass, which then verifies (strategy `rounded`)."""
+    """A rounded pass drafts before every pass, which then verifies (strategy `rounded`)."""
 
     def draft_first(self, drafts: Drafts, left: int, context: int) -> int:
         """See Planner.draft_first."""

@@ -372,7 +372,7 @@ class Decoder:
         with self.lock.held():
             _ = self.engine.row_policy  # it is found now, before seconds count
             planners = [self.planner(config) for config in configs]
-            self.engine.prepare(int8=any(config.may_round for config in configs))
+            self.engine.prepare(rounded=any(config.may_round for config in configs))
         both = zip(prompts, configs, strict=True)
         slots = [num_slots(len(ids), config.max_new_tokens) for ids, config in both]
         size = max(1, min(size, len(prompts)))
@@ -510,8 +510,8 @@ class Decoder:
     def _draft_first(self, live: list[Sequence]) -> None:
         """Complete the sequences' drafts before a step.
 
-        Tokens are looked up in the text so far; and for sequences whose planners want it, a pass in
-        8 bits over x and SATs drafts first. That leaves nothing in the caches.
+        Tokens are looked up in the text so far; and for sequences whose planners want it, a rounded
+        pass over x and SATs drafts first. That leaves nothing in the caches.
         """
         began = time.perf_counter()
         wanting = list[Sequence]()
@@ -528,12 +528,12 @@ class Decoder:
                 inputs.append(PassInput(sequence.cache, [sequence.x], root, (group,)))
         if not wanting:
             return
-        output = self.engine.forward(inputs, int8=True)
+        output = self.engine.forward(inputs, rounded=True)
         result = PassResult(self.engine, wanting, inputs, output, drafts_only=True)
         for number, sequence in enumerate(wanting):
             drafted = result.drafted(number, 0)
             assert drafted is not None
-            below = Drafts.of_int8(sequence.x, drafted.tree, drafted.tokens, drafted.likely)
+            below = Drafts.of_rounded(sequence.x, drafted.tree, drafted.tokens, drafted.likely)
             sequence.drafts = sequence.with_lookup(below)
             sequence.out.num_passes += 1
             sequence.out.num_rounded_passes += 1

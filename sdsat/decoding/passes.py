@@ -57,7 +57,7 @@ class PassResult:
             sequences: their settings and choosers.
             inputs: of the pass, one a sequence.
             output: of the pass.
-            drafts_only: the pass is in 8 bits, and its tokens are drafts: choosers are not asked.
+            drafts_only: it is a rounded pass, and its tokens are drafts: choosers are not asked.
 
         Raises:
             InputError: for logits that are NaN or infinite.
@@ -170,7 +170,7 @@ class PassResult:
         return states, torch.cat([logits, more], 1), torch.cat([ids, others])
 
     def _add_others(self, logits: Tensor) -> None:
-        """Complete logits [N, V] of a pass in 8 bits, with those of each text's other tokens."""
+        """Complete logits [N, V] of a rounded pass, with those of each text's other tokens."""
         row = 0
         for sequence, part in zip(self._sequences, self._inputs, strict=True):
             rows = slice(row, row + len(part.tokens))

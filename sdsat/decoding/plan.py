@@ -7,7 +7,7 @@ plan says which drafts to keep, and where SATs go:
     AR         x                      never a SAT
     lookup     x + drafts, which are looked up in the text so far: no SATs, any model
     two-step   x + SATs, then x + drafts, then x + SATs, ..  (arXiv 2403.18647, section 3.2)
-    rounded    in 8 bits x + SATs, then x + drafts  (one true pass a loop, after one that drafts)
+    rounded    x + SATs on rounded weights, then x + drafts  (one true pass a loop)
     one-pass   x + drafts + SATs at the nodes where the walk most likely ends: a fixed budget of
                rows full of them, or as many as pay; where it ends elsewhere, x + SATs comes next
     auto       of all these what promises most tokens per second, given what a pass of so many rows
@@ -31,7 +31,7 @@ from sdsat.method.tree import DraftTree
 # foreseen, and what comes after it is harder to draft; at one whose drafts were too doubtful to be
 # kept that is likely; at a last one nothing says so.
 PLACES = ("root", "leaf", "cut", "inner")
-# Where drafts come from: such SATs, those of a pass in 8 bits, or nowhere.
+# Where drafts come from: such SATs, those of a rounded pass, or nowhere.
 KINDS = (*PLACES, "rounded", "none")
 
 
@@ -64,7 +64,7 @@ class Planner(Protocol):
     """Decides what passes try; one serves all sequences of a batch that have the same settings.
 
     The loop calls it in this order. Before a pass, for each live sequence: `share`, `draft_first`.
-    Where some drafted in 8 bits: `observe_drafting`, once. For each sequence `plan`; after the pass
+    Where some drafted in a rounded pass, `observe_drafting`, once. For each `plan`; after the pass
     for each sequence `observe`, and once `observe_pass`. What is observed may change later plans,
     and so may a decision: each is asked for once a pass and sequence, and then carried out.
     """
@@ -76,7 +76,7 @@ class Planner(Protocol):
         """
 
     def draft_first(self, drafts: Drafts, left: int, context: int) -> int:
-        """Decide how many SATs draft in a pass in 8 bits before the coming pass; 0: no such pass.
+        """Decide how many SATs draft in a rounded pass before the coming pass; 0: no such pass.
 
         Args:
             drafts: what there is to verify.
@@ -91,7 +91,7 @@ class Planner(Protocol):
         a token for which nothing is left: a pass emits one token more than it accepts drafts.
 
         Args:
-            drafts: what there is to verify, after a pass in 8 bits what that drafted.
+            drafts: what there is to verify, after a rounded pass what that drafted.
             left: tokens still to come, this pass's included.
             context: tokens so far, the prompt's included.
         """
@@ -116,7 +116,7 @@ class Planner(Protocol):
         """
 
     def observe_drafting(self, sats: int, context: int, seconds: float) -> None:
-        """Learn what a pass in 8 bits took, for all sequences that wanted one.
+        """Learn what a rounded pass took, for all sequences that wanted one.
 
         Args:
             sats: its rows but one.

@@ -21,7 +21,7 @@ def strategies_of(engine: Engine) -> tuple[str, ...]:
     return tuple(
         name
         for name, kind in STRATEGY.items()
-        if (has_sats or not kind.sats) and (engine.has_int8 or not kind.only_int8)
+        if (has_sats or not kind.sats) and (engine.has_rounded or not kind.only_rounded)
     )
 
 
@@ -103,7 +103,7 @@ def checked(engine: Engine, prompt_ids: list[int], config: DecodeConfig) -> Deco
     require(
         config.strategy in strategies_of(engine),
         f"strategy={config.strategy}: {model.name} runs through transformers' modules here, which "
-        "have no 8 bits; expected another",
+        "have no rounded weights; expected another",
     )
     tree = given_tree(config.tree, config.num_sats)
     if tree is not None:

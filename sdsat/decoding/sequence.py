@@ -35,7 +35,7 @@ class Generation:
         finish: why it ended; None while it goes on.
         num_passes: forward passes after the prefill's one.
         num_plain_passes: those of them with neither drafts nor SATs.
-        num_rounded_passes: those of them in 8 bits, which only draft.
+        num_rounded_passes: those of them with rounded weights, which only draft.
         accepted_lengths: accepted drafts of each pass that verified any, 0..depth.
         proposed_by_depth: [depth] counts; drafts beyond the end of the output are not counted.
         accepted_by_depth: [depth] counts, as `proposed_by_depth`.

@@ -64,7 +64,7 @@ class PassOutput(NamedTuple):
 
     Attributes:
         states: [R, D] last hidden states.
-        logits: [N, V] of the nodes. In a pass in 8 bits, -inf outside of the draft vocabulary.
+        logits: [N, V] of the nodes. In a rounded pass, -inf outside of the draft vocabulary.
         sat_logits: [S, C] of the SATs, over the draft vocabulary, or all tokens where there is
             none.
     """
@@ -119,13 +119,13 @@ class Engine(ABC):
 
     Attributes:
         model: whose weights and modules it reads.
-        has_int8: whether it has the weights in 8 bits too, for passes that only draft.
+        has_rounded: whether it has rounded weights too, for passes that only draft.
         exact_trees: whether a tree's rows have AR's bits in half precision too.
         policies: the ways of padding that are tried, cheapest first.
         fallback: the way of padding where none is stable.
     """
 
-    has_int8: ClassVar[bool] = False
+    has_rounded: ClassVar[bool] = False
     exact_trees: ClassVar[bool] = False
     policies: ClassVar[tuple[RowPolicy, ...]] = (UNPADDED,)
     fallback: ClassVar[RowPolicy] = RowPolicy(1, 1, stable=False)
@@ -151,13 +151,13 @@ class Engine(ABC):
 
     @abstractmethod
     def forward(
-        self, inputs: Sequence[PassInput], int8: bool = False, policy: RowPolicy | None = None
+        self, inputs: Sequence[PassInput], rounded: bool = False, policy: RowPolicy | None = None
     ) -> PassOutput:
         """Run one pass over several sequences; commits nothing.
 
         Args:
             inputs: one a sequence.
-            int8: linear layers in 8 bits, for a pass that only drafts (`has_int8`).
+            rounded: with rounded weights, for a pass that only drafts (`has_rounded`).
             policy: padding; the engine's own by default.
         """
 
@@ -165,8 +165,8 @@ class Engine(ABC):
         """Make caches for up to `size` sequences at once, none of more than `num_slots` tokens."""
         return SeparateCaches(self)
 
-    def prepare(self, int8: bool) -> None:  # noqa: B027
-        """Make what passes will need now, before seconds count. int8: for passes in 8 bits, too."""
+    def prepare(self, rounded: bool) -> None:  # noqa: B027
+        """Make what passes will need now, before seconds count. rounded: for such passes, too."""
 
     def synchronize(self) -> None:  # noqa: B027
         """Wait until all passes are done."""

@@ -36,7 +36,7 @@ class _Shape:
 
     rows: int
     sats: int
-    int8: bool = False
+    rounded: bool = False
 
     def seconds(self, engine: Engine, cache: Cache, tokens: list[int]) -> float:
         """Time one such pass, in seconds.
@@ -47,7 +47,7 @@ class _Shape:
         nodes = self.rows - self.sats
         groups = (SatGroup(nodes - 1, self.sats),) if self.sats else ()
         chain = PassInput(cache, tokens[:nodes], make_tree("chain", nodes - 1), groups)
-        engine.forward([chain], int8=self.int8)
+        engine.forward([chain], rounded=self.rounded)
         engine.synchronize()
         return time.perf_counter() - began
 
@@ -60,26 +60,26 @@ def measure_costs(engine: Engine) -> CostCurve:
     """
     model = engine.model
     tokens = probe_tokens(model, max(CONTEXTS) + max(COUNTS))
-    engine.prepare(int8=engine.has_int8)
+    engine.prepare(rounded=engine.has_rounded)
     verify = []
     draft = []
-    int8 = []
+    rounded = []
     for context in CONTEXTS:
         context = max(1, min(context, model.max_context - max(COUNTS)))
         cache = engine.new_cache(context + max(COUNTS) + 1)
         engine.prefill(cache, tokens[:context])
         after = tokens[context : context + max(COUNTS)].tolist()
         shapes = [_Shape(rows, sats) for rows in COUNTS for sats in {0, rows - 1}]
-        shapes += [_Shape(rows, rows - 1, True) for rows in COUNTS if engine.has_int8]
+        shapes += [_Shape(rows, rows - 1, True) for rows in COUNTS if engine.has_rounded]
         turns = [
             {shape: shape.seconds(engine, cache, after) for shape in shapes} for _ in range(_TURNS)
         ]
         times = {shape: statistics.median(turn[shape] for turn in turns) for shape in shapes}
         verify.append([times[_Shape(rows, 0)] for rows in COUNTS])
         draft.append([times[_Shape(rows, rows - 1)] for rows in COUNTS])
-        if engine.has_int8:
-            int8.append([times[_Shape(rows, rows - 1, True)] for rows in COUNTS])
-    return CostCurve(verify, draft, _seconds_to_draft(engine, cache, tokens), int8)
+        if engine.has_rounded:
+            rounded.append([times[_Shape(rows, rows - 1, True)] for rows in COUNTS])
+    return CostCurve(verify, draft, _seconds_to_draft(engine, cache, tokens), rounded)
 
 
 def _seconds_to_draft(engine: Engine, cache: Cache, tokens: torch.Tensor) -> float:

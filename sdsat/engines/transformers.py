@@ -115,10 +115,10 @@ class TransformersEngine(Engine):
         cache.commit(tuple(range(count)))
 
     def forward(
-        self, inputs: Sequence[PassInput], int8: bool = False, policy: RowPolicy | None = None
+        self, inputs: Sequence[PassInput], rounded: bool = False, policy: RowPolicy | None = None
     ) -> PassOutput:
         """See Engine.forward."""
-        assert not int8, "transformers' modules have no 8 bits"
+        assert not rounded, "transformers' modules have no rounded weights"
         model = self.model
         sat = model.sat.token_id if model.sat else 0
         sats = sum(part.num_sats for part in inputs)

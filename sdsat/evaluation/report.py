@@ -36,7 +36,7 @@ CAPTION = (
     "%, BCa bootstrap over the problems; "
     "what another hour of the machine would change is not in them. Seconds are those of "
     "prompt and answer, without what is made "
-    "once: loading, warming up, the cost curve of auto, the weights in 8 bits."
+    "once: loading, warming up, the cost curve of auto, the rounded weights."
 )
 
 

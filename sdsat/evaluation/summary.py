@@ -192,7 +192,7 @@ def _run_summary(
     rounded = sum(run["num_rounded_passes"] for run in runs)
     prefill_seconds = sum(run["prefill_seconds"] for run in runs)
     compared = counts.rows("tokens", "seconds", "ar_tokens", "ar_seconds")
-    # A pass that verifies nothing makes one token, one in 8 bits none.
+    # A pass that verifies nothing makes one token, a rounded one none.
     drafting = _drafting(counts, loops, tokens - (passes - rounded - loops))
     pairs = zip(accepted.sum(0), proposed.sum(0), strict=True)
     return {

@@ -26,7 +26,7 @@ class CostCurve:
         verify: verify[c][i] is the time of a pass of COUNTS[i] standard rows at CONTEXTS[c].
         draft: the time of a pass whose rows but the first are SATs, by context and count as
             `verify`.
-        rounded: the time of such a pass in 8 bits; [] where there is no engine for it.
+        rounded: the time of such a rounded pass; [] where there is no engine for it.
         drafting: seconds to turn one SAT's logits into a draft.
         measured: whether this program measured it here, and the caller did not give it.
 
@@ -53,7 +53,7 @@ class CostCurve:
 
     @cached_property
     def _tables(self) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
-        """By context: seconds by number of rows, what SATs add by number, and passes in 8 bits."""
+        """By context: seconds by number of rows, what SATs add by number, and rounded passes."""
         verify = _rising(np.array(self.verify))
         extra = _rising(np.maximum(0, np.array(self.draft) - verify))
         rounded = _rising(np.array(self.rounded)) if self.rounded else np.empty((0, len(COUNTS)))
@@ -81,7 +81,7 @@ class CostCurve:
         )
 
     def rounded_seconds(self, sats: int, context: int) -> float:
-        """Estimate the seconds of a pass in 8 bits of one row and `sats` SATs, and their drafting.
+        """Estimate the seconds of a rounded pass of one row and `sats` SATs, and their drafting.
 
         context: tokens before the pass. Only for a curve with `rounded`.
         """

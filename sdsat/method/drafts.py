@@ -1,7 +1,7 @@
 """Drafts: the tokens that SATs guess, and those looked up, as one tree below the true token x.
 
 A pass of the exact engine that has SATs gives the token after x itself, which is true, and drafts
-below it. A pass in 8 bits (sdsat/engines/native) only drafts: what it says at x is the first draft,
+below it. A rounded pass (sdsat/engines/native) only drafts: what it says at x is the first draft,
 which is wrong now and then, and the SATs' come below that one.
 """
 
@@ -13,7 +13,7 @@ from sdsat.config import MAX_ROWS
 from sdsat.method.tree import DraftTree
 
 _ROOT = DraftTree((-1,), (0,))
-OWN = 0.97  # how likely the first draft of a pass in 8 bits is taken to be before anything is known
+OWN = 0.97  # how likely the first draft of a rounded pass is taken to be before anything is known
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Drafts:
         looked_up: [N] whether the draft comes from the text so far, and not (or not only) from a
             SAT.
         kind: where the SATs were that drafted, one of KINDS in sdsat/decoding.
-        rounded: whether they drafted in a pass in 8 bits, so that node 1 is what that pass says at
+        rounded: whether they drafted in a rounded pass, so that node 1 is what that pass says at
             x.
     """
 
@@ -61,8 +61,8 @@ class Drafts:
         return cls(tree, tokens, likely, [False] * len(tree), kind)
 
     @classmethod
-    def of_int8(cls, x: int, tree: DraftTree, tokens: list[int], likely: list[float]) -> Drafts:
-        """Make the drafts of a pass in 8 bits: its tree, one node lower.
+    def of_rounded(cls, x: int, tree: DraftTree, tokens: list[int], likely: list[float]) -> Drafts:
+        """Make the drafts of a rounded pass: its tree, one node lower.
 
         Below x comes the token at the tree's root, which that pass gave for x itself.
 

@@ -37,7 +37,8 @@ class Unavailable(Exception):
 class Matrix(Structure):
     """Packed weights of one linear layer."""
 
-    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("stride", c_int64)]
+    _fields_ = [("weight", c_void_p), ("scale", c_void_p)]
+    _fields_ += [("stride", c_int64), ("bits", c_int64)]
 
 
 class Linear(Structure):

@@ -75,11 +75,11 @@ class NativeCache:
 class NativeEngine(Engine):
     """Passes in one call of the C++ library.
 
-    Passes in 8 bits read the cache of the exact ones; what they write there is never kept. Raises
+    Rounded passes read the cache of the exact ones; what they write there is never kept. Raises
     Unavailable for a model, a device or a machine that it wasn't written for.
     """
 
-    has_int8: ClassVar[bool] = True
+    has_rounded: ClassVar[bool] = True
     exact_trees: ClassVar[bool] = True
 
     def __init__(self, model: SatModel):
@@ -92,14 +92,14 @@ class NativeEngine(Engine):
         return "native"
 
     @cached_property
-    def int8(self) -> NativeWeights:
-        """The weights in 8 bits, made when first asked for."""
-        return NativeWeights(self.model, int8=True)
+    def rounded(self) -> NativeWeights:
+        """The rounded weights, made when first asked for."""
+        return NativeWeights(self.model, rounded=True)
 
-    def prepare(self, int8: bool) -> None:
+    def prepare(self, rounded: bool) -> None:
         """See Engine.prepare."""
-        if int8:
-            _ = self.int8
+        if rounded:
+            _ = self.rounded
 
     def new_cache(self, num_slots: int) -> NativeCache:
         """See Engine.new_cache."""
@@ -116,7 +116,7 @@ class NativeEngine(Engine):
             own.commit(tuple(range(len(part))))
 
     def forward(
-        self, inputs: Sequence[PassInput], int8: bool = False, policy: RowPolicy | None = None
+        self, inputs: Sequence[PassInput], rounded: bool = False, policy: RowPolicy | None = None
     ) -> PassOutput:
         """See Engine.forward; rows need no padding."""
         sats = sum(part.num_sats for part in inputs)
@@ -128,10 +128,10 @@ class NativeEngine(Engine):
         )
         caches = [cast(NativeCache, part.cache) for part in inputs]
         embeddings = self.model.embed(tokens[None])[0]
-        out = self.run(caches, embeddings, layout, sats, int8=int8)
+        out = self.run(caches, embeddings, layout, sats, rounded=rounded)
         logits = out.logits
         ids = self.model.draft_ids
-        if int8 and ids is not None:
+        if rounded and ids is not None:
             logits = logits.new_full((len(nodes), self.exact.struct.vocabulary), -torch.inf)
             logits[:, ids] = out.logits
         return out._replace(logits=self.model.legal(logits))
@@ -143,7 +143,7 @@ class NativeEngine(Engine):
         layout: Layout,
         sats: int = 0,
         last: int | None = None,
-        int8: bool = False,
+        rounded: bool = False,
     ) -> PassOutput:
         """Run one pass over the sequences of `caches`; commits nothing.
 
@@ -153,16 +153,16 @@ class NativeEngine(Engine):
             layout: of the N rows.
             sats: how many of the last rows are SATs.
             last: of how many of the last rows logits are made; None: of all.
-            int8: with the weights in 8 bits.
+            rounded: with the rounded weights.
 
         Returns:
             Last hidden states [N, D], logits [last - sats, V] and SATs' logits [sats, C], as of
-            `PassOutput`; in 8 bits the former too are over the draft vocabulary.
+            `PassOutput`; in a rounded pass the former too are over the draft vocabulary.
 
         Raises:
             InputError: for tensors that C++ can't read.
         """
-        weights = self.int8 if int8 else self.exact
+        weights = self.rounded if rounded else self.exact
         dtype = weights.dtype
         rows = len(embeddings)
         last = rows if last is None else last

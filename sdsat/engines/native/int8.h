@@ -13,6 +13,7 @@
 constexpr int INT8_GROUP = 32;       // inputs with one scale
 constexpr int INT8_LARGEST = 127;    // in size, of an input
 constexpr int INT8_STEP = 4;         // inputs that one step takes
+constexpr int INT5_OFFSET = 16;      // what values in 5 bits are above their weights (int5.h)
 constexpr float INT8_TINY = 1e-20f;  // the largest of a group counts as no less
 
 // Rows whose sums fit the registers beside the weights.
@@ -29,15 +30,17 @@ constexpr int INT8_OFFSET = 0;
 constexpr int INT8_OFFSET = 128;
 #endif
 
-// Rows in 8 bits.
+// Rows in 8 bits, group by group of inputs: a tile's rows lie beside each other.
 struct Int8Rows {
-  const int8_t* bytes;   // [rows, size]; null: there are none
-  const float* scales;   // [rows, size / INT8_GROUP]
-  const float* offsets;  // [rows]: what INT8_OFFSET adds to each output before its scale
+  const int8_t* bytes;   // [size / INT8_GROUP, count, INT8_GROUP]; null: there are none
+  const float* scales;   // [size / INT8_GROUP, count]
+  const int32_t* starts;  // [size / INT8_GROUP, count]: what INT5_OFFSET takes from each output
+  const float* offsets;  // [count]: what INT8_OFFSET adds to each output before its scale
+  int64_t count;         // of all rows
 
-  Int8Rows from(int64_t row, int64_t size) const {
+  Int8Rows from(int64_t row) const {
     if (!bytes) return *this;
-    return {bytes + row * size, scales + row * (size / INT8_GROUP), offsets + row};
+    return {bytes + row * INT8_GROUP, scales + row, starts + row, offsets + row, count};
   }
 };
 
@@ -51,34 +54,34 @@ static inline int32_t four_bytes(const int8_t* p) {
 
 #ifdef __AVX512VNNI__
 template <int R>
-static inline void add_step8(i32x* sums, const uint8_t* w, const int8_t* x, int64_t ld) {
+static inline void add_step8(i32x* sums, const uint8_t* w, const int8_t* x) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
-    __m512i four = _mm512_set1_epi32(four_bytes(x + r * ld));
+    __m512i four = _mm512_set1_epi32(four_bytes(x + r * INT8_GROUP));
     sums[r] = (i32x)_mm512_dpbusd_epi32((__m512i)sums[r], _mm512_loadu_si512(w), four);
   }
 }
 #elif defined(__AVX2__) && !defined(__AVX512F__)
 template <int R>
-static inline void add_step8(i32x* sums, const uint8_t* w, const int8_t* x, int64_t ld) {
+static inline void add_step8(i32x* sums, const uint8_t* w, const int8_t* x) {
   const __m256i bytes = _mm256_loadu_si256((const __m256i*)w);
   const __m256i own = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));  // w - 128
   const __m256i size = _mm256_abs_epi8(own);
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
     // |w| * (x with the sign of w): the sum of two products of 127 * 127 still fits 16 bits
-    __m256i four = _mm256_sign_epi8(_mm256_set1_epi32(four_bytes(x + r * ld)), own);
+    __m256i four = _mm256_sign_epi8(_mm256_set1_epi32(four_bytes(x + r * INT8_GROUP)), own);
     __m256i pairs = _mm256_maddubs_epi16(size, four);
     sums[r] += (i32x)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
 }
 #else
 template <int R>
-static inline void add_step8(i32x* sums, const uint8_t* w, const int8_t* x, int64_t ld) {
+static inline void add_step8(i32x* sums, const uint8_t* w, const int8_t* x) {
   for (int r = 0; r < R; r++)
     for (int o = 0; o < LANES; o++)
       for (int i = 0; i < INT8_STEP; i++)
-        sums[r][o] += int32_t(w[INT8_STEP * o + i]) * x[r * ld + i];
+        sums[r][o] += int32_t(w[INT8_STEP * o + i]) * x[r * INT8_GROUP + i];
 }
 #endif
 
@@ -96,11 +99,11 @@ static inline void multiply_tile8(const Int8Rows& x, int64_t size, const uint8_t
 #pragma GCC unroll 8
       for (int i = 0; i < INT8_GROUP; i += INT8_STEP) {
         if (i * LANES % CACHE_LINE == 0) ahead.fetch(CACHE_LINE);
-        add_step8<R>(whole, w + i * LANES, x.bytes + g * INT8_GROUP + i, size);
+        add_step8<R>(whole, w + i * LANES, x.bytes + g * x.count * INT8_GROUP + i);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++)
-        sums[r] += __builtin_convertvector(whole[r], f32x) * x.scales[r * groups + g];
+        sums[r] += __builtin_convertvector(whole[r], f32x) * x.scales[g * x.count + r];
     }
     for (int r = 0; r < R; r++) {
       f32x scaled = (sums[r] - x.offsets[r]) * load(scale + h * LANES);
@@ -115,22 +118,22 @@ static inline void multiply_tile8(const Int8Rows& x, int64_t size, const uint8_t
 class Quantizer {
  public:
   Quantizer(int64_t rows, int64_t size)
-      : bytes(rows * size), scales(rows * size / INT8_GROUP), offsets(rows) {}
+      : bytes(rows * size), scales(rows * size / INT8_GROUP), starts(scales.size()), offsets(rows) {}
 
   // x [rows, size] in 8 bits; valid until the next call.
   template <class X> Int8Rows operator()(const X* x, int64_t size, int rows) {
     if (bytes.empty()) return {};
     for (int r = 0; r < rows; r++) {
       f32x total = {};
-      for (int64_t at = r * size; at < (r + 1) * size; at += INT8_GROUP)
-        quantize_group(x + at, at, total);
+      for (int64_t g = 0; g < size / INT8_GROUP; g++)
+        quantize_group(x + r * size + g * INT8_GROUP, g * rows + r, total);
       offsets[r] = INT8_OFFSET * sum(total);
     }
-    return {bytes.data(), scales.data(), offsets.data()};
+    return {bytes.data(), scales.data(), starts.data(), offsets.data(), rows};
   }
 
  private:
-  // total: to which the values that the bytes stand for are added.
+  // at: the group's number among all. total: to which the values of its bytes are added.
   template <class X> void quantize_group(const X* x, int64_t at, f32x& total) {
     f32x largest = {};
     for (int h = 0; h < INT8_GROUP; h += LANES) {
@@ -139,15 +142,20 @@ class Quantizer {
       largest = a > largest ? a : largest;
     }
     const float top = std::max(INT8_TINY, largest_lane(largest));
-    scales[at / INT8_GROUP] = top / INT8_LARGEST;
+    scales[at] = top / INT8_LARGEST;
+    f32x units = {};
     for (int h = 0; h < INT8_GROUP; h += LANES) {
       f32x whole = nearest_whole(load(x + h) * (INT8_LARGEST / top));
       total += whole * (top / INT8_LARGEST);
+      units += whole;
       i8x small = __builtin_convertvector(__builtin_convertvector(whole, i32x), i8x);
-      memcpy(bytes.data() + at + h, &small, LANES);
+      memcpy(bytes.data() + at * INT8_GROUP + h, &small, LANES);
     }
+    starts[at] = -INT5_OFFSET * int32_t(sum(units));
   }
 
   std::vector<int8_t> bytes;
-  std::vector<float> scales, offsets;
+  std::vector<float> scales;
+  std::vector<int32_t> starts;
+  std::vector<float> offsets;
 };

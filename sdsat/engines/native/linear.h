@@ -7,6 +7,7 @@
 #pragma once
 #include <vector>
 
+#include "int5.h"
 #include "int8.h"
 #include "kernels.h"
 #include "structs.h"
@@ -17,7 +18,7 @@ template <class T> struct Rows {
   const Input<T>* values;  // [rows, size]
   int64_t size;
   Int8Rows int8;
-  Rows from(int64_t row) const { return {values + row * size, size, int8.from(row, size)}; }
+  Rows from(int64_t row) const { return {values + row * size, size, int8.from(row)}; }
 };
 
 // y [rows, BLOCK] = x . w for block b of outputs. next: what is read after it.
@@ -25,10 +26,16 @@ template <class T>
 static void multiply_block(const Rows<T>& x, int rows, const Matrix& w, int64_t b,
                            const char* next, float* y) {
   const char* weight = w.block(b);
-  if (w.scale) {
+  if (w.bits == 5) {
+    const int64_t bytes = x.size / INT8_GROUP * 2 * INT5_BYTES;
+    in_tiles<INT5_TILE>(rows, next, bytes, [&](int first, auto count, Prefetch ahead) {
+      multiply_tile5<decltype(count)::value>(x.int8.from(first), x.size, weight, ahead,
+                                             y + first * BLOCK);
+    });
+  } else if (w.bits == 8) {
     const float* scale = (const float*)(w.scale + b * w.stride);
     in_tiles<INT8_TILE>(rows, next, x.size * BLOCK, [&](int first, auto count, Prefetch ahead) {
-      multiply_tile8<decltype(count)::value>(x.int8.from(first, x.size), x.size,
+      multiply_tile8<decltype(count)::value>(x.int8.from(first), x.size,
                                              (const uint8_t*)weight, scale, ahead,
                                              y + first * BLOCK);
     });

@@ -89,7 +89,7 @@ template <class T> class PassThread {
         gathered((state.rows + STEP<T>) * m.dim), normed(state.rows * m.hidden),
         quantize(in_8_bits(m) * state.rows, std::max({m.hidden, m.inner, m.heads * m.dim})) {}
 
-  static bool in_8_bits(const Model& m) { return m.head.weight.scale; }
+  static bool in_8_bits(const Model& m) { return m.head.weight.bits; }
 
   Rows<T> rows_of(const Input<T>* x, int64_t size) {
     return {x, size, quantize(x, size, state.rows)};

@@ -12,6 +12,7 @@ struct Matrix {
   const char* weight;
   const char* scale;  // floats, one an output, where the weights are in 8 bits; else null
   int64_t stride;     // bytes from one block to the next: what is read together lies together
+  int64_t bits;       // 8, 5 (scales are among the weights); 0: of the model's type
   const char* block(int64_t b) const { return weight + b * stride; }
 };
 

@@ -62,17 +62,39 @@ def pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
     ).contiguous(), scale
 
 
+def pack5(weight: Tensor) -> Tensor:
+    """Round a weight [out, in] to 5 bits, one scale for 32 inputs of an output, and pack it.
+
+    Returns bytes [out / L, in / 32, 22 L], L the lanes of a vector, out padded; int5.h says which.
+    """
+    lanes = library().sdsat_lanes()
+    weight = nn.functional.pad(weight.detach().float(), (0, 0, 0, -weight.shape[0] % MULTIPLE))
+    groups = weight.view(-1, lanes, weight.shape[1] // 32, 32).transpose(1, 2)  # [o, g, L, 32]
+    # The number of the largest size becomes the end of the range that has one more.
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scale = (extreme / -16).to(torch.bfloat16)
+    inverse = torch.where(scale == 0, 0.0, 1 / scale.float())
+    value = (groups * inverse).round().clamp(-16, 15).add_(16).to(torch.uint8)
+    steps = value.unflatten(-1, (8, 4)).transpose(2, 3)  # [o, g, 8, L, 4]
+    low = steps & 15
+    both = low[:, :, ::2] | low[:, :, 1::2] << 4
+    bits = torch.arange(8, dtype=torch.uint8)[:, None, None]
+    high = ((steps >> 4) << bits).sum(2, dtype=torch.uint8)
+    parts = (both, high, scale.contiguous().view(torch.uint8))
+    return torch.cat([part.flatten(2) for part in parts], -1)
+
+
 class NativeWeights:
     """The weights of a model, and of its adapter, in the order that C++ reads.
 
     The copy takes as much memory as the weights. `struct` is what C++ reads. Raises Unavailable for
     what the engine was not written for.
 
-    int8: linear layers in 8 bits, for passes that only draft: half the bytes to read, and nearly
-    the same guesses.
+    rounded: linear layers in 5 bits, the adapter's in 8, for passes that only draft: a third of the
+    bytes to read, and nearly the same guesses.
     """
 
-    def __init__(self, model: SatModel, int8: bool = False):
+    def __init__(self, model: SatModel, rounded: bool = False):
         lm = model.lm
         config = model.config
         base = lm.base_model
@@ -84,7 +106,7 @@ class NativeWeights:
         self._step = 1 + self.is_bf16
         self._kept = []
         self._adapter = model.adapter
-        self._int8 = int8
+        self._rounded = rounded
         # Drafts and the probe look ahead.
         self._positions = min(model.max_context, 2**20) + 2 * MAX_ROWS
         positions = torch.arange(self._positions)[None]
@@ -100,7 +122,7 @@ class NativeWeights:
         )
         self._kept.append(layers)
         head = lm.get_output_embeddings()
-        draft_head = None if int8 else model.head
+        draft_head = None if rounded else model.head
         tokens = lm.get_input_embeddings()
         vocabulary = head.weight.shape[0]
         self.struct = Model(
@@ -113,14 +135,14 @@ class NativeWeights:
             pointer(self._keep(head.weight)),
             *self._head(draft_head, hidden), torch.finfo(self.dtype).eps, *_gains(draft_head),
         )  # fmt: skip
-        if int8 and model.draft_ids is not None:
+        if rounded and model.draft_ids is not None:
             self.struct.vocabulary = len(model.draft_ids)
 
     def _output_layers(self, head: nn.Linear, ids: Tensor | None) -> tuple[Linear, Linear, int]:
         """Pack the output layer.
 
         ids: [C] of the draft vocabulary, None where there is none. Returns the layer, the rows of
-        it that are the draft vocabulary's, and C. Passes in 8 bits have those rows only.
+        it that are the draft vocabulary's, and C. rounded passes have those rows only.
         """
         whole = head.weight, head.weight.shape, head.bias
         if ids is None:
@@ -128,7 +150,7 @@ class NativeWeights:
         part = head.weight.detach()[ids]
         bias = None if head.bias is None else head.bias.detach()[ids]
         drafts = self._linear("lm_head", part, part.shape, bias)
-        if self._int8:
+        if self._rounded:
             return drafts, Linear(), 0
         return self._linear("lm_head", *whole), drafts, len(ids)
 
@@ -165,25 +187,31 @@ class NativeWeights:
         self._kept.append(tensor.detach().contiguous())
         return self._kept[-1]
 
-    def _packed(self, *weights: Tensor) -> list[Matrix]:
-        """Pack weights with as many outputs, block by block beside each other in memory."""
-        blocks = (weights[0].shape[0] + -weights[0].shape[0] % MULTIPLE) // (
-            2 * library().sdsat_lanes()
-        )
+    def _packed(self, *weights: Tensor, small: bool = False) -> list[Matrix]:
+        """Pack weights with as many outputs, block by block beside each other in memory.
+
+        small: of the adapter, in 8 bits where others are in 5.
+        """
+        outputs = weights[0].shape[0] + -weights[0].shape[0] % MULTIPLE
+        blocks = outputs // (2 * library().sdsat_lanes())
+        kinds = [self._bits(number, small) for number in range(len(weights))]
         packed = [
-            pack8(weight) if self._int8 else (pack(weight, self._step),) for weight in weights
+            _pack(weight, bits, self._step) for weight, bits in zip(weights, kinds, strict=True)
         ]
         # All parts as bytes, the scales of weights in 8 bits too.
         held = [[part.view(blocks, -1).view(torch.uint8) for part in parts] for parts in packed]
         together = self._keep(torch.cat([part for parts in held for part in parts], 1))
         at = together.data_ptr()
         matrices = []
-        for parts in held:
-            matrices.append(
-                Matrix(at, at + parts[0].shape[1] if self._int8 else None, together.shape[1])
-            )
+        for parts, bits in zip(held, kinds, strict=True):
+            scale = at + parts[0].shape[1] if bits == 8 else None
+            matrices.append(Matrix(at, scale, together.shape[1], bits))
             at += sum(part.shape[1] for part in parts)
         return matrices
+
+    def _bits(self, number: int, small: bool) -> int:
+        """Return in how many bits a layer's weight is, and what lies behind it; 0: as it is."""
+        return (8 if small or number else 5) if self._rounded else 0
 
     def _linear(
         self, name: str, weight: Tensor, shape: tuple[int, ...], bias: Tensor | None = None
@@ -205,7 +233,7 @@ class NativeWeights:
         down = nn.functional.pad(down, (0, 0, 0, padding))
         up = nn.functional.pad(up, (0, padding))
         (struct.down,), (struct.weight, struct.up), struct.rank = (
-            self._packed(down),
+            self._packed(down, small=True),
             self._packed(weight, up),
             len(down),
         )
@@ -233,6 +261,13 @@ class NativeWeights:
                 self._linear(f"{where}/{part}/{name}", linear.weight, shapes[name], linear.bias)
             )
         return Layer(*norms, *parts)
+
+
+def _pack(weight: Tensor, bits: int, step: int) -> tuple[Tensor, ...]:
+    """Pack a weight as C++ reads it. bits: in how many, 0 as it is."""
+    if bits == 5:
+        return (pack5(weight),)
+    return pack8(weight) if bits == 8 else (pack(weight, step),)
 
 
 def _kv_heads(config: Any) -> int:
