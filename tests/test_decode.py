@@ -223,8 +223,8 @@ def test_sats_that_see_what_the_model_sees_draft_what_it_samples(strategy, sampl
         DecodeConfig(4, 50, "chain", sampling, strategy=strategy, lookup=0, budget=32),
     )
     assert len(set(out.token_ids)) > 5
-    rounded = out.num_rounded_passes > 0  # whose logits are nearly the same
-    assert out.acceptance_rate == 1 or (rounded and out.acceptance_rate > 0.8)
+    rounded = out.num_rounded_passes > 0  # whose logits are near; by chance one of 60 would do
+    assert out.acceptance_rate == 1 or (rounded and out.acceptance_rate > 0.4)
     assert rounded or strategy != "rounded"
     # One-pass has SATs at every draft, so that each of its passes but the first makes five tokens;
     # two-step makes six in two.

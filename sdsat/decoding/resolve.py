@@ -107,7 +107,7 @@ def checked(engine: Engine, prompt_ids: list[int], config: DecodeConfig) -> Deco
     )
     tree = given_tree(config.tree, config.num_sats)
     if tree is not None:
-        size = model.vocabulary
-        candidates = f"{tree.width} candidates, but the vocabulary has {size} tokens"
-        require(tree.width < size, f"tree={config.tree}: {candidates}")
+        size = model.vocabulary - 1 if model.draft_ids is None else len(model.draft_ids)
+        candidates = f"{tree.width} candidates, but SATs guess among {size} tokens"
+        require(tree.width <= size, f"tree={config.tree}: {candidates}")
     return config
