@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import CHARACTERS, drafted, forward, one_line_error, tiny_llama, tiny_tokenizer
+from common import CHARACTERS, drafted, forward, one_line_error, tiny_llama, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import EXACT, NUCLEUS, WHOLE, drafting

@@ -21,7 +21,7 @@ import processes
 import psutil
 import pytest
 import torch
-from conftest import adapted, tiny_tokenizer
+from common import adapted, tiny_tokenizer
 from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config

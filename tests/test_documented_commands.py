@@ -16,7 +16,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from conftest import adapted, function, long_doc, tiny_llama, tiny_tokenizer, write
+from common import adapted, function, long_doc, tiny_llama, tiny_tokenizer, write
 from gguf_files import write_gguf
 from random_checkpoint import make_pieces, save_tokenizer
 from test_docs import COMMANDS, ROOT

@@ -7,7 +7,7 @@ import zipfile
 from dataclasses import replace
 
 import pytest
-from conftest import one_line_error
+from common import one_line_error
 from gguf_files import write_gguf
 from test_gguf import random_model
 

@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from conftest import forward, one_line_error, tiny_tokenizer, with_adapter
+from common import forward, one_line_error, tiny_tokenizer, with_adapter
 from test_graphs import traced
 from transformers import (
     AutoModelForCausalLM,

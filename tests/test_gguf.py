@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import one_line_error
+from common import one_line_error
 from gguf_files import EOS, KINDS, TOKENS, write_gguf
 from transformers import (
     LlamaConfig,

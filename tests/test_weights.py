@@ -14,7 +14,7 @@ from functools import cache
 import peft
 import pytest
 import torch
-from conftest import adapted, forward, one_line_error, tiny_tokenizer
+from common import adapted, forward, one_line_error, tiny_tokenizer
 from test_families import COSTS, FAMILIES, PROMPT, VOCAB, alone, checkpoint
 from torch import nn
 from torch.nn.utils import parametrize
