@@ -1,4 +1,4 @@
-"""1,000 random settings and prompts, single and batched: `sdsat.generate` gives what plain
+"""600 random settings and prompts, single and batched: `sdsat.generate` gives what plain
 `generate` does, or refuses by name.
 
 The oracle is transformers' own `generate` of a model that knows nothing of sdsat; sampling, its
@@ -33,7 +33,7 @@ from sdsat.method.sampling import as_seed, gumbel_noise
 from sdsat.models.loading import equip
 
 VOCAB = 16
-COUNT = 1000
+COUNT = 600
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 TOKENIZER = tiny_tokenizer(LETTERS)
 
