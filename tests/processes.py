@@ -40,8 +40,10 @@ started = []  # of a test, in order
 
 def begin_server():
     """Have this process forked, now, into the server of `context()`."""
-    resource_tracker.ensure_running()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # Killed processes leave semaphores behind, as they should.
+        patch.setenv("PYTHONWARNINGS", "ignore")
+        resource_tracker.ensure_running()
         warnings.simplefilter("ignore")  # that there are threads: none that the server needs
         patch.setattr(util, "spawnv_passfds", _fork)
         forkserver.ensure_running()
