@@ -34,6 +34,7 @@ from sdsat.tasks.prompts import humaneval
 
 CONTEXT = 256
 SHAPES = ((1, 0), (6, 0), (6, 5), (16, 0))  # rows, SATs among them
+NEW_TOKENS = 200  # of a generation
 PARTS = {
     "linear layers": r"\b(tile|block|outputs|lower)<",
     "attention, rotary embedding, activations, cache": r"\b(run|attend|rotate)<",
@@ -130,7 +131,7 @@ def main(model: Model = "smollm2-135m-sdsat", out: Path | None = None) -> None:
     prompt = list(humaneval(decoder.model.tokenizer, 1)[0].prompt_ids)
     found = {}
     for name, k in (("ar", 0), ("two-step", 5), ("rounded", 5), ("auto", 7)):
-        config = DecodeConfig(k, 200, strategy=name if k else "two-step")
+        config = DecodeConfig(k, NEW_TOKENS, strategy=name if k else "two-step")
         decoder.generate(prompt, config)
         found[name] = shares_of_generation(decoder, prompt, config)
     document["generation"] = found

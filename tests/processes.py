@@ -1,26 +1,19 @@
 """Processes that begin at once: a new Python imports torch and transformers for seconds.
 
-They are forks of a server that has imported both, and has done nothing else: no model, no thread.
-So what they do is what a new process does, but for what it reads while it starts.
+They are forks of a server, which is a fork of the process that runs the tests, from before its
+first test: it has imported all that tests need, and has done nothing else: no model, no thread. So
+what they do is what a new process does, but for what it reads while it starts.
 """
 
 import multiprocessing
 import os
-from multiprocessing import forkserver
+import sys
+import warnings
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-_IMPORTED = (
-    "conftest",
-    "sdsat.cli.main",
-    "sdsat.evaluation.bench",
-    "sdsat.training.loop",
-    "transformers.models.llama.modeling_llama",
-    "hypothesis",
-)
 
 
 class QuickProcess(ForkServerProcess):
@@ -45,14 +38,41 @@ _CONTEXT = QuickContext()
 started = []  # of a test, in order
 
 
-def context():
-    """What starts such processes; each has one thread, and looks no model up in the hub."""
-    _CONTEXT.set_forkserver_preload(list(_IMPORTED))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+def begin_server():
+    """Have this process forked, now, into the server of `context()`."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # Killed processes leave semaphores behind, as they should.
+        patch.setenv("PYTHONWARNINGS", "ignore")
+        resource_tracker.ensure_running()
+        warnings.simplefilter("ignore")  # that there are threads: none that the server needs
+        patch.setattr(util, "spawnv_passfds", _fork)
         forkserver.ensure_running()
+
+
+def _fork(python, arguments, descriptors):
+    """Do in a fork of this process what `python arguments` does; returns its id.
+
+    It has one thread, and looks no model up in the hub.
+    """
+    if process := os.fork():
+        return process
+    try:
+        kept = sorted({0, 1, 2, *descriptors})
+        for before, after in zip(kept, [*kept[1:], 2**16], strict=True):
+            os.closerange(before + 1, after)
+        sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+        import huggingface_hub.constants
+        import torch
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        torch.set_num_threads(1)
+        exec(arguments[-1], {})
+    finally:
+        os._exit(0)
+
+
+def context():
+    """What starts such processes."""
     return _CONTEXT
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import adapted, one_line_error, tiny_llama
+from common import adapted, one_line_error, tiny_llama
 from hypothesis import given
 from hypothesis.strategies import booleans, floats, integers, sampled_from
 from safetensors.torch import load_file, save_file

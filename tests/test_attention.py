@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
+from common import tiny_llama
 
 from sdsat.models.attention import grouped_attention
 

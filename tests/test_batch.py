@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import CHARACTERS, drafted, forward, one_line_error, tiny_llama, tiny_tokenizer
+from common import CHARACTERS, drafted, forward, one_line_error, tiny_llama, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import EXACT, NUCLEUS, WHOLE, drafting
@@ -282,7 +282,7 @@ def test_answers_to_one_prompt_share_its_pass(engine, size, monkeypatch):
     prompts = [prompt for prompt in ([5, 9] * 35, [8, 4, 11], [3]) for _ in range(3)]
     sampling = [SamplingConfig(1.3 * (i % 3 > 0), seed=i) for i in range(9)]
     configs = [
-        DecodeConfig(i % 2 * K, 5 + 20 * (i % 3), sampling=each) for i, each in enumerate(sampling)
+        DecodeConfig(i % 2 * K, 5 + 10 * (i % 3), sampling=each) for i, each in enumerate(sampling)
     ]
     kind = type(decoder_with(engine).engine)
     _ = decoder_with(engine).engine.row_policy  # looking for it reads a text of its own

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from conftest import CHARACTERS, EOS, adapted, tiny_llama, tiny_tokenizer
+from common import CHARACTERS, EOS, adapted, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from sdsat.cli import main as cli

@@ -6,7 +6,7 @@ import signal
 import string
 
 import pytest
-from conftest import VOCAB, tiny_llama, tiny_tokenizer, with_adapter
+from common import VOCAB, tiny_llama, tiny_tokenizer, with_adapter
 from test_decode import CIRCLE, drafting
 
 from sdsat.config import DecodeConfig, InputError, SamplingConfig

@@ -4,7 +4,7 @@ tokens.
 
 import pytest
 import torch
-from conftest import VOCAB, decoder_of, tiny_llama
+from common import VOCAB, decoder_of, tiny_llama
 from torch.nn.utils.rnn import pad_sequence
 
 from sdsat.engines.cache import SlotCache, SlotPlace, pass_mask, slot_positions

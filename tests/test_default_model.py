@@ -18,8 +18,8 @@ def decoder():
 
 @pytest.fixture(scope="module")
 def drafted(decoder):
-    """[(prompt ids, its greedy output with drafts)] of three problems."""
-    prompts = [list(problem.prompt_ids) for problem in humaneval(decoder.model.tokenizer, 3)]
+    """[(prompt ids, its greedy output with drafts)] of two problems."""
+    prompts = [list(problem.prompt_ids) for problem in humaneval(decoder.model.tokenizer, 2)]
     config = DecodeConfig(5, 24, stop_ids=decoder.model.stop_ids)
     return [(prompt_ids, decoder.generate(prompt_ids, config)) for prompt_ids in prompts]
 

@@ -8,7 +8,7 @@ import fake_gpus
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
+from common import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama, with_adapter
+from common import tiny_llama, with_adapter
 from scipy.stats import chisquare
 
 from sdsat.config import DecodeConfig, SamplingConfig

@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 import typer
 import yaml
-from conftest import tiny_llama, tiny_tokenizer
+from common import tiny_llama, tiny_tokenizer
 
 from sdsat.cli.main import app
 

@@ -10,13 +10,15 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
 import torch
-from conftest import adapted, function, long_doc, tiny_llama, tiny_tokenizer, write
+from common import adapted, function, long_doc, tiny_llama, tiny_tokenizer, write
 from gguf_files import write_gguf
 from random_checkpoint import make_pieces, save_tokenizer
 from test_docs import COMMANDS, ROOT
@@ -44,10 +46,9 @@ SMALL = {
 CONSTANTS = {
     "peers": {"BASE_NAME": "base", "base_dir": lambda: Path("base")},  # of the tiny adapter
     "pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)},
-    "profile_passes": {"SHAPES": ((2, 1),)},
+    "profile_passes": {"SHAPES": ((2, 1),), "NEW_TOKENS": 12},
 }
-# Functions that start a process each time: the first is real, with the base that the program ships,
-# and the others have its result.
+# Functions that start a process each time: the first is real, and the others have its result.
 ONCE = {"peers": ("memory_of",)}
 # These name something else, need what a test has not, or are what runs these tests.
 ELSEWHERE = {
@@ -122,9 +123,9 @@ def workplace(tmp_path_factory):
     root = tmp_path_factory.mktemp("documents")
     pieces = make_pieces()
     tokenizer = tiny_tokenizer(["<unk>", *map(chr, range(32, 127)), "\n"])
-    published = ("ainergy/CodeLlama-SDSAT_L5_7B", "ainergy/CodeLlama-SDSAT_L7_13B")
-    for name in (*published, "runs/full", "runs/model", "base"):
-        vocabulary = 32016 if name in published else 128
+    published = "ainergy/CodeLlama-SDSAT_L5_7B"
+    for name in (published, "runs/full", "runs/model", "base"):
+        vocabulary = 32016 if name == published else 128
         lm = tiny(vocabulary)
         if name != "base":
             lm.config.sdsat = {"sat_token_id": vocabulary - 5, "k": 5}
@@ -166,6 +167,20 @@ def once(function):
     return held
 
 
+def quickly(command, **_):
+    """What `subprocess.run` of a script does, in a process that begins at once."""
+    _, script, *arguments = command
+    with tempfile.TemporaryDirectory() as folder:
+        process = processes.OwnProcess(Path(folder), run_apart, (Path(script).stem, arguments), {})
+        done = process.end()
+    return SimpleNamespace(returncode=done.code, stdout=done.out)
+
+
+def run_apart(program, arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, program, arguments)
+
+
 def run(patch, program, arguments):
     """As `sdsat program arguments` or `python scripts/program.py ..`, with what SMALL adds."""
     arguments = [*arguments, *SMALL.get(program, "").split()]
@@ -179,6 +194,7 @@ def run(patch, program, arguments):
         script = importlib.import_module(program)
         for name in ONCE.get(program, ()):
             patch.setattr(script, name, once(getattr(script, name)))
+            patch.setattr(script, "subprocess", SimpleNamespace(run=quickly, PIPE=None))
         for name, value in CONSTANTS.get(program, {}).items():
             patch.setattr(script, name, value)
         patch.setattr(sys, "argv", [f"{program}.py", *arguments])
@@ -202,6 +218,7 @@ def filled_in(program, arguments):
         "PROMPT": "def f(x):",
         "FILE": "made.json",
         "FOLDER": "results/MODEL/greedy",
+        "ainergy/CodeLlama-SDSAT_L7_13B": "ainergy/CodeLlama-SDSAT_L5_7B",
         "smollm2-135m-sdsat": "MODEL",
         "qwen2.5-coder-0.5b-instruct": "base",
         "path/to/file.gguf": "file.gguf",

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import adapted, one_line_error, tiny_tokenizer
+from common import adapted, one_line_error, tiny_tokenizer
 from test_families import COSTS, FAMILIES, PROMPT, SAT, VOCAB, alone, checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (

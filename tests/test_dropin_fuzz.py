@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import tiny_llama, tiny_tokenizer, with_adapter
+from common import tiny_llama, tiny_tokenizer, with_adapter
 from test_dropin import LETTERS
 from test_families import COSTS
 from transformers import (

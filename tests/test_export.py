@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import VOCAB, one_line_error, tiny_llama, tiny_tokenizer
+from common import VOCAB, one_line_error, tiny_llama, tiny_tokenizer
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -10,7 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import one_line_error
+from common import one_line_error
 
 from sdsat import cache_folder as kept
 from sdsat.cache_folder import remembered_sha256

@@ -6,8 +6,6 @@ import copy
 import json
 import resource
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import one_line_error
+from common import one_line_error
 from gguf_files import EOS, KINDS, TOKENS, write_gguf
 from transformers import (
     LlamaConfig,
@@ -296,14 +294,12 @@ def test_what_would_be_another_model_is_refused(raw, more, message, tmp_path, ca
         loading.load(str(file), "float32", "cpu")
 
 
-def test_flipped_bytes_of_a_header_are_refused_at_once(tmp_path):
+def test_flipped_bytes_of_a_header_are_refused_at_once(own_process, tmp_path):
     """Each within seconds and a few hundred MiB, in one line; what still reads is converted."""
     file = write_gguf(random_model(), tmp_path / "a.gguf")
-    done = subprocess.run(
-        [sys.executable, __file__, file, "0"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    outcomes = json.loads(done.stdout)
+    done = own_process(convert_with_flipped_bytes, file, 0).end()
+    assert done.code == 0, done.errors[-2000:]
+    outcomes = json.loads(done.out)
     assert len(outcomes["said"]) > 20  # in many ways
     assert outcomes["slowest"] < 10 and outcomes["more_mib"] < 500, outcomes
 
@@ -390,7 +386,3 @@ def test_a_damaged_conversion_is_made_again(tmp_path, cache):
     assert reading.directory(str(file)) == folder and weights.read_bytes() == whole
     header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
     assert header["__metadata__"] == {"format": "pt"}
-
-
-if __name__ == "__main__":
-    convert_with_flipped_bytes(sys.argv[1], int(sys.argv[2]))

@@ -2,7 +2,7 @@
 
 import pytest
 import random_checkpoint
-from conftest import one_line_error
+from common import one_line_error
 from gguf_files import BYTES, MERGES, TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st

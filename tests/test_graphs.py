@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import CHARACTERS, forward, tiny_llama, tiny_tokenizer, with_adapter
+from common import CHARACTERS, forward, tiny_llama, tiny_tokenizer, with_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import VOCAB, one_line_error, text_adds, tiny_llama, with_adapter
+from common import VOCAB, one_line_error, text_adds, tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

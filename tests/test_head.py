@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import VOCAB, random_sequences, text_adds, tiny_llama, with_adapter
+from common import VOCAB, random_sequences, text_adds, tiny_llama, with_adapter
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import decoder_of, one_line_error, tiny_llama, with_adapter
+from common import decoder_of, one_line_error, tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console

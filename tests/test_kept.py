@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import one_line_error, tiny_llama, tiny_tokenizer
+from common import one_line_error, tiny_llama, tiny_tokenizer
 
 from sdsat.cache_folder import load_library
 from sdsat.engines.native import bindings

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import adapted, one_line_error, random_sequences, text_adds, tiny_llama
+from common import adapted, one_line_error, random_sequences, text_adds, tiny_llama
 
 from sdsat.training.evaluate import evaluate
 from sdsat.training.loss import (

@@ -8,7 +8,7 @@ import shutil
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
+from common import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
 from transformers import GPT2Config
 
 from sdsat.config import DecodeConfig, SatConfig

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from common import (
     decoder_of,
     forward,
     one_line_error,

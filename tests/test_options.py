@@ -10,7 +10,7 @@ from typing import Annotated
 
 import pytest
 import typer
-from conftest import one_line_error
+from common import one_line_error
 from typer.testing import CliRunner
 
 from sdsat.cli.main import app

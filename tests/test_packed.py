@@ -4,7 +4,7 @@ traceless switch.
 
 import pytest
 import torch
-from conftest import tiny_llama
+from common import tiny_llama
 from torch import nn
 
 from sdsat.models.packed import PackedLinears, best_linear, can_pack, in_use, pack, packed_linear

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama, with_adapter
+from common import tiny_llama, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_plans import build, read

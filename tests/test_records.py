@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import adapted, one_line_error, tiny_llama, with_adapter
+from common import adapted, one_line_error, tiny_llama, with_adapter
 from safetensors.torch import load_file, save_file
 
 from sdsat import environment

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import one_line_error, tiny_llama
+from common import one_line_error, tiny_llama
 from test_decode import WHOLE, drafting
 
 from sdsat.config import DecodeConfig, InputError

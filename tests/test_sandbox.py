@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import one_line_error
+from common import one_line_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

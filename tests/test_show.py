@@ -5,7 +5,7 @@ beside it.
 import re
 
 import pytest
-from conftest import VOCAB, decoder_of, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
+from common import VOCAB, decoder_of, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import CIRCLE

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import adapted
+from common import adapted
 from test_dropin import PAD, PROMPTS, batch, drafting
 from test_families import COSTS, FAMILIES, PROMPT, alone, checkpoint
 from transformers import LogitsProcessor, LogitsProcessorList

@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
-from conftest import VOCAB, one_line_error, random_sequences, tiny_llama, tiny_tokenizer
+from common import VOCAB, one_line_error, random_sequences, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

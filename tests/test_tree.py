@@ -4,7 +4,7 @@ import itertools
 import operator
 
 import pytest
-from conftest import one_line_error
+from common import one_line_error
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,7 +6,7 @@ import string
 
 import pytest
 import torch
-from conftest import decoder_of, tiny_llama, tiny_tokenizer, with_adapter
+from common import decoder_of, tiny_llama, tiny_tokenizer, with_adapter
 
 from sdsat.config import SamplingConfig
 from sdsat.decoding.loop import Decoder

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCAB, adapted, decoder_of, one_line_error, random_sequences, tiny_llama
+from common import VOCAB, adapted, decoder_of, one_line_error, random_sequences, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
