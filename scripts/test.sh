@@ -15,4 +15,4 @@ mypy
 unset PYTHONDONTWRITEBYTECODE
 # One process a core, one thread a process: many small models. Neighbours share a process, and with
 # it what a module makes once; whoever is done takes over from the others.
-OMP_NUM_THREADS=1 python -m pytest -q -n "$(nproc 2>/dev/null || echo 2)" --dist worksteal "$@"
+OMP_NUM_THREADS=1 python -m pytest -q -n "$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)" --dist worksteal "$@"

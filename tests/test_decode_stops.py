@@ -38,6 +38,7 @@ class ScriptedSats:
     def __init__(self, lm, drafts):
         self.sat_embedding = torch.zeros(lm.config.hidden_size)
         self.head = None
+        self.draft_ids = None
         self.drafts = drafts
         self.rows = range(0)
         self.loop = 0
