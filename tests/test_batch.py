@@ -79,7 +79,7 @@ def test_each_row_equals_that_row_alone(engine, strategy, sampling):
     for k, tree, lookup, size in ((K, "chain", 0, 5), (3, (2, 2, 1), 5, 2), (K, "grown", 0, 3)):
         budget = 24 if strategy == "one-pass" else None
         config = drafted(strategy, k, lookup, 12, tree, sampling, stop_ids=(9,), budget=budget)
-        configs = [replace(config, max_new_tokens=6 + 2 * i) for i in range(len(PROMPTS))]
+        configs = [replace(config, max_new_tokens=4 + 2 * i) for i in range(len(PROMPTS))]
         assert_as_alone(decoder_with(engine), PROMPTS, configs, batch_size=size)
 
 

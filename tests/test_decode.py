@@ -58,7 +58,7 @@ def naive(lm, prompt, num_tokens, sampling, forbidden=None):
 @cache
 def naive_of_plain(sampling):
     """Of the model that `decoder` has an adapter for."""
-    return naive(tiny_llama(), PROMPT, 15, sampling)
+    return naive(tiny_llama(), PROMPT, 12, sampling)
 
 
 def drafting(lm, costs=CURVES[0], native=False, **adapter):
@@ -94,7 +94,7 @@ SETTINGS = {
 def test_equals_naive_decoding(decoder, sampling, strategy, k, tree):
     lookup = SETTINGS[strategy].get("lookup", 0)
     budget = SETTINGS[strategy].get("budget")
-    out = decoder.generate(PROMPT, drafted(strategy, k, lookup, 15, tree, sampling, budget=budget))
+    out = decoder.generate(PROMPT, drafted(strategy, k, lookup, 12, tree, sampling, budget=budget))
     assert out.token_ids == naive_of_plain(sampling)
     assert out.finish == "length"
 
@@ -182,11 +182,11 @@ def test_native_passes_choose_what_transformers_chooses(
 @pytest.mark.parametrize("head", [0, 6], ids=["", "head"])
 def test_native_bfloat16_drafts_equal_ar(head, sampling, strategy):
     decoder = drafting(tiny_llama(torch.bfloat16, **WHOLE), native=True, k=5, head=head)
-    want = decoder.generate(PROMPT, DecodeConfig(0, 36, sampling=sampling)).token_ids
+    want = decoder.generate(PROMPT, DecodeConfig(0, 24, sampling=sampling)).token_ids
     assert decoder.engine.row_policy.stable and len(set(want)) > 5
     for k, tree in SHAPES[::2]:
         for lookup, budget in ((0, 16), (5, 32)):
-            config = drafted(strategy, k, lookup, 36, tree, sampling, budget=budget)
+            config = drafted(strategy, k, lookup, 24, tree, sampling, budget=budget)
             assert decoder.generate(PROMPT, config).token_ids == want
 
 

@@ -362,7 +362,7 @@ def test_auto_is_never_much_slower_than_plain_decoding_and_finds_what_pays(costs
     costs = CURVES[costs]
     claims = CLAIMS[claims]
     ar = 1 / costs.seconds(1, 0, 100)
-    rate = World(costs, claims).run(auto(5, costs), 3000).rate
+    rate = World(costs, claims).run(auto(5, costs), 2000).rate
     assert rate >= 0.95 * ar
     assert rate >= 0.9 * best
 
@@ -376,7 +376,7 @@ def test_one_pass_places_as_many_groups_as_pay(costs, claims):
     best = best_exact(costs, claims)
     claims = CLAIMS[claims]
     world = World(decoder.costs, claims).run(
-        decoder.planner(DecodeConfig(5, strategy="one-pass")), 3000
+        decoder.planner(DecodeConfig(5, strategy="one-pass")), 2000
     )
     assert world.rounded == 0
     assert world.rate >= 0.9 * best

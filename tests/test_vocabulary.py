@@ -119,7 +119,7 @@ def test_sats_guess_among_the_vocabulary_and_the_text_so_far(native, strategy, m
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "transformers"])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_outputs_do_not_depend_on_the_vocabulary(native, data):
     """Batches of all strategies, greedy and sampled, against plain decoding."""
