@@ -37,7 +37,7 @@ from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.interfaces.generate_arguments import ONLY
 from sdsat.method.sampling import gumbel_noise
 
-NUM = 20
+NUM = 16
 MODELS = [
     ("llama 3", "native"),
     ("llama 3", "transformers"),

