@@ -10,7 +10,7 @@ from common import VOCAB, adapted, decoder_of, one_line_error, random_sequences,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdsat.config import DecodeConfig, SamplingConfig, TrainConfig
+from sdsat.config import DecodeConfig, SamplingConfig, SatConfig, TrainConfig
 from sdsat.decoding.loop import Decoder
 from sdsat.engines.base import PassInput
 from sdsat.engines.native.engine import NativeEngine
@@ -141,6 +141,41 @@ def test_outputs_do_not_depend_on_the_vocabulary(native, data):
     plain = [DecodeConfig(0, 12, sampling=config.sampling) for config in configs]
     want = decoder.generate_batch([PROMPT] * 3, plain)
     assert [out.token_ids for out in outs] == [out.token_ids for out in want]
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+@torch.inference_mode()
+def test_a_sat_that_is_a_token_is_never_guessed(engine):
+    """A checkpoint whose SAT is in its vocabulary; that token's logits are the largest of all."""
+    lm = tiny_llama(torch.float32, **WHOLE)
+    sat = SatConfig(VOCAB - 1, 4)
+    states = lm.base_model(torch.tensor([[*PROMPT, *[sat.token_id] * 4]])).last_hidden_state[0]
+    lm.get_output_embeddings().weight[sat.token_id] = states.sum(0)
+    engine = Decoder(SatModel(lm, None, "tiny", sat), engine).engine
+    for rounded in {False, engine.has_rounded}:
+        cache = engine.new_cache(64)
+        engine.prefill(cache, torch.tensor(PROMPT[:-1]))
+        root = PassInput(cache, PROMPT[-1:], make_tree("chain", 0), (SatGroup(0, 4),))
+        out = engine.forward([root], rounded=rounded)
+        for logits in (out.logits, out.sat_logits):
+            assert logits[:, sat.token_id].isneginf().all()
+            assert logits[:, : sat.token_id].isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_an_output_layer_that_lost_tokens_of_the_vocabulary(engine):
+    lm = tiny_llama(torch.float32, **WHOLE)
+    decoder = Decoder(adapted(lm, k=4, draft_ids=IDS), engine)
+    config = DecodeConfig(4, 6, "chain", strategy="two-step")
+    plain = DecodeConfig(0, 6)
+    for size in (VOCAB + 9, IDS[-1] + 1):
+        lm.resize_token_embeddings(size, mean_resizing=False)
+        prompt = [*PROMPT[:4], size - 1]
+        want = decoder.generate(prompt, plain).token_ids
+        assert decoder.generate(prompt, config).token_ids == want
+    lm.resize_token_embeddings(IDS[-1])
+    with one_line_error("draft_ids", f"below {IDS[-1]}", f"from {IDS[0]} to {IDS[-1]}"):
+        decoder.generate(PROMPT[:4], config)
 
 
 def trained(out, **settings):
