@@ -137,10 +137,10 @@ class AdapterMode:
             (other.targets, other.scale) == (own.targets, own.scale),
             f"{name}: has targets and scale of its own; expected {own.targets}, {own.scale}",
         )
-        known = (0, own.head)  # without a head, a new one is added
+        known = sorted({0, own.head})  # without a head, a new one is added
         require(
             self.everywhere or other.head in known,
-            f"{name}: its head is {other.head}, expected one of {known}",
+            f"{name}: its head is {other.head}, expected {' or '.join(map(str, known))}",
         )
         held = self.adapter.state_dict()
         taken = {key: value for key, value in start.state_dict().items() if key in held}
