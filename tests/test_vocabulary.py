@@ -19,7 +19,9 @@ from sdsat.method.tree import make_tree
 from sdsat.method.vocabulary import OtherTokens, most_used
 from sdsat.models.adapter import CONFIG_FILE, load
 from sdsat.models.sat_model import SatModel
+from sdsat.training.evaluate import among_best
 from sdsat.training.loop import train
+from sdsat.training.loss import IGNORED
 
 IDS = (0, 3, 7, *range(20, 53))
 # What the native engine takes.
@@ -176,6 +178,17 @@ def test_an_output_layer_that_lost_tokens_of_the_vocabulary(engine):
     lm.resize_token_embeddings(IDS[-1])
     with one_line_error("draft_ids", f"below {IDS[-1]}", f"from {IDS[0]} to {IDS[-1]}"):
         decoder.generate(PROMPT[:4], config)
+
+
+def test_a_token_that_no_sat_can_guess_is_not_among_the_best():
+    """Nor where fewer can be guessed than are counted as the best."""
+
+    def only_zero(batch):
+        logits = torch.full((int((batch.label != IGNORED).sum()), VOCAB), -torch.inf)
+        return logits.index_fill(1, torch.tensor([0]), 0.0)
+
+    found = among_best(only_zero, random_sequences([9, 12]), 2, torch.device("cpu"))
+    assert set(found["accepted_of_best"].values()) == {0.0}
 
 
 def trained(out, **settings):
