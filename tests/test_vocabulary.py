@@ -10,7 +10,7 @@ from common import VOCAB, adapted, decoder_of, one_line_error, random_sequences,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdsat.config import DecodeConfig, SamplingConfig, TrainConfig
+from sdsat.config import DecodeConfig, SamplingConfig, SatConfig, TrainConfig
 from sdsat.decoding.loop import Decoder
 from sdsat.engines.base import PassInput
 from sdsat.engines.native.engine import NativeEngine
@@ -19,7 +19,9 @@ from sdsat.method.tree import make_tree
 from sdsat.method.vocabulary import OtherTokens, most_used
 from sdsat.models.adapter import CONFIG_FILE, load
 from sdsat.models.sat_model import SatModel
+from sdsat.training.evaluate import among_best
 from sdsat.training.loop import train
+from sdsat.training.loss import IGNORED
 
 IDS = (0, 3, 7, *range(20, 53))
 # What the native engine takes.
@@ -143,6 +145,52 @@ def test_outputs_do_not_depend_on_the_vocabulary(native, data):
     assert [out.token_ids for out in outs] == [out.token_ids for out in want]
 
 
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+@torch.inference_mode()
+def test_a_sat_that_is_a_token_is_never_guessed(engine):
+    """A checkpoint whose SAT is in its vocabulary; that token's logits are the largest of all."""
+    lm = tiny_llama(torch.float32, **WHOLE)
+    sat = SatConfig(VOCAB - 1, 4)
+    states = lm.base_model(torch.tensor([[*PROMPT, *[sat.token_id] * 4]])).last_hidden_state[0]
+    lm.get_output_embeddings().weight[sat.token_id] = states.sum(0)
+    engine = Decoder(SatModel(lm, None, "tiny", sat), engine).engine
+    for rounded in {False, engine.has_rounded}:
+        cache = engine.new_cache(64)
+        engine.prefill(cache, torch.tensor(PROMPT[:-1]))
+        root = PassInput(cache, PROMPT[-1:], make_tree("chain", 0), (SatGroup(0, 4),))
+        out = engine.forward([root], rounded=rounded)
+        for logits in (out.logits, out.sat_logits):
+            assert logits[:, sat.token_id].isneginf().all()
+            assert logits[:, : sat.token_id].isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_an_output_layer_that_lost_tokens_of_the_vocabulary(engine):
+    lm = tiny_llama(torch.float32, **WHOLE)
+    decoder = Decoder(adapted(lm, k=4, draft_ids=IDS), engine)
+    config = DecodeConfig(4, 6, "chain", strategy="two-step")
+    plain = DecodeConfig(0, 6)
+    for size in (VOCAB + 9, IDS[-1] + 1):
+        lm.resize_token_embeddings(size, mean_resizing=False)
+        prompt = [*PROMPT[:4], size - 1]
+        want = decoder.generate(prompt, plain).token_ids
+        assert decoder.generate(prompt, config).token_ids == want
+    lm.resize_token_embeddings(IDS[-1])
+    with one_line_error("draft_ids", f"below {IDS[-1]}", f"from {IDS[0]} to {IDS[-1]}"):
+        decoder.generate(PROMPT[:4], config)
+
+
+def test_a_token_that_no_sat_can_guess_is_not_among_the_best():
+    """Nor where fewer can be guessed than are counted as the best."""
+
+    def only_zero(batch):
+        logits = torch.full((int((batch.label != IGNORED).sum()), VOCAB), -torch.inf)
+        return logits.index_fill(1, torch.tensor([0]), 0.0)
+
+    found = among_best(only_zero, random_sequences([9, 12]), 2, torch.device("cpu"))
+    assert set(found["accepted_of_best"].values()) == {0.0}
+
+
 def trained(out, **settings):
     """Train on texts of ten tokens, of which 0 is the most frequent, 9 the least."""
     data = [replace(s, ids=(s.ids * s.ids) % 10) for s in random_sequences([24] * 12)]
@@ -162,7 +210,10 @@ def test_training_takes_the_data_s_most_frequent_tokens_and_keeps_them(tmp_path)
     assert min(counts[token] for token in ids) >= max(
         count for token, count in counts.items() if token not in ids
     ) - sum(len(s.ids) for s in data[-2:])
-    _, second = trained(tmp_path / "second", init=str(tmp_path / "first"), draft_vocabulary=5)
+    first = str(tmp_path / "first")
+    with one_line_error("draft_vocabulary=5", f"{first} has one of 3 tokens"):
+        trained(tmp_path / "refused", init=first, draft_vocabulary=5)
+    _, second = trained(tmp_path / "second", init=first)
     assert second.draft_ids.tolist() == ids
     _, fewer = trained(tmp_path / "fewer", draft_vocabulary=60)
     assert fewer.draft_ids.tolist() == sorted({t for s in data for t in s.ids.tolist()})

@@ -57,10 +57,18 @@ from sdsat.config.strategies import (
     looks_up,
     speed_bound,
 )
-from sdsat.config.training import MAX_TRAINED_K, TARGETS, TRAIN_MODES, DistillConfig, TrainConfig
+from sdsat.config.training import (
+    DRAFT_VOCABULARY,
+    MAX_TRAINED_K,
+    TARGETS,
+    TRAIN_MODES,
+    DistillConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "ALL_STRATEGIES",
+    "DRAFT_VOCABULARY",
     "LOOKUP",
     "MAX_K",
     "MAX_NEW_TOKENS",

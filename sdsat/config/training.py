@@ -11,6 +11,7 @@ from sdsat.config.decoding import SamplingConfig
 from sdsat.config.options import MAX_NEW_TOKENS, NUMBERS, SEED, TEMPLATE_OPTIONS, option
 
 MAX_TRAINED_K = 16  # depth of an adapter
+DRAFT_VOCABULARY = 16384  # tokens
 TRAIN_MODES = ("adapter", "everywhere", "full")
 _ONLY_IN = {
     "rank": ("adapter", "everywhere"), "targets": ("adapter", "everywhere"), "head": ("adapter",),
@@ -37,7 +38,8 @@ class TrainConfig:
         head: inner size of the draft head that sees the token before; 0 for none; only for
             'adapter'.
         draft_vocabulary: how many tokens SATs may guess, beside those of the text so far: the ones
-            that the data use most; 0 for all; only for 'adapter'. A model with fewer has all.
+            that the data use most; 0 for all; None for those of `init`, or DRAFT_VOCABULARY; only
+            for 'adapter'. A model with fewer has all.
         anchors: SAT groups of a sequence in a step at most.
         keep: depth i+1 of a group exists with this probability given depth i; expected rows a group
             (1 - keep^k) / (1 - keep).
@@ -69,7 +71,9 @@ class TrainConfig:
     targets: str = option(TARGETS, "Adapter: names of the linear layers that get an update.")
     head: int = option(1024, "Adapter: inner size of the draft head, 0 for none.")
     draft_vocabulary: int = option(
-        16384, "Adapter: how many tokens SATs may guess, the data's most frequent; 0 for all."
+        None,
+        "Adapter: how many tokens SATs may guess, the data's most frequent; 0 for all. Default: "
+        f"{DRAFT_VOCABULARY}, or those of --init.",
     )
     anchors: int = option(96, "SAT groups per sequence and step.")
     keep: float = option(0.8, "A group goes one deeper with this probability.")
@@ -121,7 +125,8 @@ class TrainConfig:
         if self.lr is None:
             keep(self, lr=2e-5 if self.mode == "full" else 1e-3)
         whole("head", self.head, "0 (none) or a positive size", 0)
-        whole("draft_vocabulary", self.draft_vocabulary, "0 (all) or a number of tokens", 0)
+        if self.draft_vocabulary is not None:
+            whole("draft_vocabulary", self.draft_vocabulary, "0 (all) or a number of tokens", 0)
         whole("k", self.k, f"a whole number from 1 to {MAX_TRAINED_K}", 1, MAX_TRAINED_K)
         whole("seed", self.seed, "a whole number")
         real("soft", self.soft, "a number from 0 to 1", 0, 1)

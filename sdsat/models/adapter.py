@@ -222,8 +222,8 @@ class SatAdapter(nn.Module):
     def follow(self, model: nn.Module) -> SatAdapter:
         """Go where `model`, the one that it was made for, is now; and fuse.
 
-        The adapter takes the model's dtype, devices and layers. Raises InputError where a layer is
-        gone, and for numbers that are NaN or infinite.
+        The adapter takes the model's dtype, devices and layers. Raises InputError where a layer or
+        a token that SATs may guess is gone, and for numbers that are NaN or infinite.
         """
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         layers = dict(self._targeted(model))
@@ -235,6 +235,7 @@ class SatAdapter(nn.Module):
                 "any more"
             ),
         )
+        _check_draft_ids(self.draft_ids, model, "adapter")
         self.detach()
         self.to(embedding.device, embedding.dtype)
         for key in self.down:
@@ -510,13 +511,17 @@ def _check_sizes(config: AdapterConfig, weights: dict[str, Tensor], directory: s
     )
 
 
-def _check_draft_ids(ids: Tensor | None, model: Any, directory: str | Path) -> None:
-    """Refuse a draft vocabulary [C] that is not one of the model's; raises InputError."""
+def _check_draft_ids(ids: Tensor | None, model: Any, name: str) -> None:
+    """Refuse a draft vocabulary [C] that is not one of the model's.
+
+    name: of the adapter. Raises InputError.
+    """
     if ids is None:
         return
     size = model.get_output_embeddings().weight.shape[0]
     good = int(ids[0]) >= 0 and int(ids[-1]) < size and bool((ids.diff() > 0).all())
-    require(good, f"adapter {directory}: draft_ids: expected ascending tokens below {size}")
+    outside = f"{name}: draft_ids: expected ascending tokens below {size}, the model's"
+    require(good, f"{outside}; they go from {int(ids[0])} to {int(ids[-1])}")
 
 
 @torch.no_grad()
@@ -556,5 +561,5 @@ def load(model: nn.Module, directory: str | Path) -> SatAdapter:
             ),
         )
         parameter.copy_(weights[name])
-    _check_draft_ids(adapter.draft_ids, model, directory)
+    _check_draft_ids(adapter.draft_ids, model, f"adapter {directory}")
     return adapter.requires_grad_(False)

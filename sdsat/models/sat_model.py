@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdsat.config import InputError, SatConfig, require
@@ -142,7 +142,8 @@ class SatModel:
 
     def output_rows(self, ids: Tensor) -> Tensor:
         """Take the output layer's rows of token ids: [...] -> [..., D]."""
-        return self.lm.get_output_embeddings().weight[ids]
+        # several times as fast as by an index
+        return embedding(ids, self.lm.get_output_embeddings().weight)
 
     def mask(self, attend: Tensor, rows: Tensor, columns: Tensor) -> Tensor | dict[str, Tensor]:
         """Make a pass's bool mask in the form that every layer's attention uses as it is.
@@ -195,7 +196,7 @@ class SatModel:
         """Compute logits [N, C] of last hidden states [N, D], of the tokens ids [C] alone."""
         head = self.lm.get_output_embeddings()
         bias = None if head.bias is None else head.bias[ids]
-        return self._capped(linear(states, head.weight[ids], bias))
+        return self._capped(linear(states, self.output_rows(ids), bias))
 
     def _capped(self, logits: Tensor) -> Tensor:
         cap = getattr(self.lm.config, "final_logit_softcapping", None)

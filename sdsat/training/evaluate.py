@@ -108,7 +108,9 @@ def among_best(
         ids = torch.arange(logits.shape[-1], device=logits.device)
         # Of equal logits the first is the best, as for argmax.
         ahead = (logits > score) | ((logits == score) & (ids < label))
-        ranks.append(ahead.sum(-1).cpu())
+        # What can't be guessed is behind all.
+        never = score[:, 0].isneginf()
+        ranks.append(ahead.sum(-1).masked_fill(never, logits.shape[-1] + max(BEST)).cpu())
         depths.append(batch.depth[labelled].cpu())
     rank = torch.cat(ranks)
     depth = torch.cat(depths)

@@ -207,12 +207,15 @@ def sat_logits(model: SatModel, batch: SatBatch, states: Tensor) -> tuple[Tensor
     if model.draft_ids is None:
         return model.logits(states), None
     tokens = batch.tokens
-    others = tokens[~torch.isin(tokens, model.draft_ids)].unique()
+    outside = ~torch.isin(tokens, model.draft_ids)
+    others = tokens[outside].unique()
     ids = torch.cat([model.draft_ids, others])
-    # Where each of the others comes first: [B, E], L where it doesn't.
-    length = tokens.shape[1]
-    places = torch.arange(length, device=tokens.device)[:, None]
-    first = torch.where(tokens[:, :, None] == others, places, length).amin(1)
+    # Where each of the others comes first: [B, E], L where it doesn't. The last column is no one's.
+    count = len(others)
+    columns = torch.searchsorted(others, tokens).masked_fill(~outside, count)
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    first = tokens.new_full((len(tokens), count + 1), tokens.shape[1])
+    first = first.scatter_reduce(1, columns, places, "amin")[:, :count]
     unseen = first[batch.sequence] >= batch.known[:, None]
     logits = model.logits_of(states, ids)
     size = len(model.draft_ids)

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
-from sdsat.config import SatConfig, TrainConfig, require
+from sdsat.config import DRAFT_VOCABULARY, SatConfig, TrainConfig, require
 from sdsat.method.vocabulary import most_used
 from sdsat.models.adapter import AdapterConfig, SatAdapter, sample_weights
 from sdsat.models.adapter import load as load_adapter
@@ -137,10 +137,10 @@ class AdapterMode:
             (other.targets, other.scale) == (own.targets, own.scale),
             f"{name}: has targets and scale of its own; expected {own.targets}, {own.scale}",
         )
-        known = (0, own.head)  # without a head, a new one is added
+        known = sorted({0, own.head})  # without a head, a new one is added
         require(
             self.everywhere or other.head in known,
-            f"{name}: its head is {other.head}, expected one of {known}",
+            f"{name}: its head is {other.head}, expected {' or '.join(map(str, known))}",
         )
         held = self.adapter.state_dict()
         taken = {key: value for key, value in start.state_dict().items() if key in held}
@@ -409,14 +409,24 @@ def _draft_ids(
     Args:
         start: adapter to start from, whose draft vocabulary is kept; None where there is none.
         vocabulary: how many tokens there are.
-        config: for how many tokens are wanted.
+        config: says how many tokens are wanted.
         data: whose tokens count.
+
+    Raises:
+        InputError: where another number is wanted than `start` has.
     """
+    wanted = config.draft_vocabulary
     if start is not None and start.draft_ids is not None:
+        held = len(start.draft_ids)
+        message = (
+            f"draft_vocabulary={wanted}: {config.init} has one of {held} tokens, which is kept"
+        )
+        require(wanted in (None, held), message)
         return start.draft_ids
-    if config.draft_vocabulary == 0 or config.draft_vocabulary >= vocabulary:
+    size = DRAFT_VOCABULARY if wanted is None else wanted
+    if size == 0 or size >= vocabulary:
         return None
-    return most_used((sequence.ids for sequence in data), config.draft_vocabulary)
+    return most_used((sequence.ids for sequence in data), size)
 
 
 def adam(

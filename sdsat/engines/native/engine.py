@@ -134,7 +134,8 @@ class NativeEngine(Engine):
         if rounded and ids is not None:
             logits = logits.new_full((len(nodes), self.exact.struct.vocabulary), -torch.inf)
             logits[:, ids] = out.logits
-        return out._replace(logits=self.model.legal(logits))
+        legal = self.model.legal
+        return out._replace(logits=legal(logits), sat_logits=legal(out.sat_logits))
 
     def run(
         self,
