@@ -419,7 +419,7 @@ def _draft_ids(
     if start is not None and start.draft_ids is not None:
         held = len(start.draft_ids)
         message = (
-            f"draft_vocabulary={wanted}: {config.init} has one of {held} tokens, which is kept"
+            f"draft_vocabulary={wanted}: {config.init} has one of {held} tokens"
         )
         require(wanted in (None, held), message)
         return start.draft_ids
