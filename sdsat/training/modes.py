@@ -418,9 +418,7 @@ def _draft_ids(
     wanted = config.draft_vocabulary
     if start is not None and start.draft_ids is not None:
         held = len(start.draft_ids)
-        message = (
-            f"draft_vocabulary={wanted}: {config.init} has one of {held} tokens"
-        )
+        message = f"draft_vocabulary={wanted}: {config.init} has one of {held} tokens"
         require(wanted in (None, held), message)
         return start.draft_ids
     size = DRAFT_VOCABULARY if wanted is None else wanted
