@@ -154,7 +154,8 @@ def test_the_audits_in_the_table_are_those_of_their_files():
 def test_what_runs_before_a_commit_is_what_ci_runs():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     hooks = {hook["id"]: hook for hook in config["repos"][0]["hooks"]}
-    checks = (ROOT / "scripts/test.sh").read_text().splitlines()
+    lines = (ROOT / "scripts/test.sh").read_text().splitlines()
+    checks = [line.split(" &")[0] for line in lines]  # one runs beside the tests
     assert {hooks[name]["entry"] for name in ("format", "lint", "types")} <= set(checks)
     assert hooks["tests"]["entry"] in (ROOT / ".ci/run").read_text()
 

@@ -293,7 +293,7 @@ def test_init_starts_from_another_adapter(tmp_path):
     assert_close({name: held[name].float() for name in first}, second, rtol=0, atol=1e-6)
     with one_line_error(f"init={tmp_path / 'first'}", "rank is 2, expected 3"):
         train_tiny(tmp_path / "third", init=str(tmp_path / "first"), rank=3)
-    with one_line_error(f"init={tmp_path / 'first'}", "head is 8", "(0, 4)"):
+    with one_line_error(f"init={tmp_path / 'first'}", "head is 8", "0 or 4"):
         train_tiny(tmp_path / "third", init=str(tmp_path / "first"), head=4)
     train_tiny(tmp_path / "headless", head=0)
     added = train_tiny(tmp_path / "added", init=str(tmp_path / "headless"), lr=1e-12, steps=1)
