@@ -25,8 +25,8 @@ from sdsat.decoding.auto_planner import AutoPlanner
 from sdsat.decoding.beliefs import loop_rate
 from sdsat.decoding.fixed_planner import (
     FixedPlanner,
-    Int8Planner,
     OnePassPlanner,
+    RoundedPlanner,
     TwoStepPlanner,
 )
 from sdsat.decoding.loop import Decoder
@@ -60,7 +60,7 @@ CURVES = {
     "linear": LINEAR,
     "steep": STEEP,
 }
-FIXED = {"two-step": TwoStepPlanner, "rounded": Int8Planner, "one-pass": OnePassPlanner}
+FIXED = {"two-step": TwoStepPlanner, "rounded": RoundedPlanner, "one-pass": OnePassPlanner}
 
 
 @st.composite

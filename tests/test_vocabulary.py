@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import VOCAB, adapted, decoder_of, one_line_error, random_sequences, tiny_llama
+from common import VOCAB, adapted, one_line_error, random_sequences, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_decode import drafting
 
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig, TrainConfig
 from sdsat.decoding.loop import Decoder
 from sdsat.engines.base import PassInput
-from sdsat.engines.native.engine import NativeEngine
 from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree
 from sdsat.method.vocabulary import OtherTokens, most_used
@@ -47,12 +47,9 @@ def test_other_tokens_of_a_text_come_once(parts, vocabulary):
     assert others.ids.tolist() == [token for token in text if token not in vocabulary]
 
 
-def with_vocabulary(dtype=torch.float32, native=True, draft_ids=IDS, head=6):
+def with_vocabulary(dtype=torch.float32, native=True, draft_ids=IDS):
     lm = tiny_llama(dtype, **WHOLE)
-    model = adapted(lm, k=4, head=head, strength=0.3, draft_ids=draft_ids)
-    if native:
-        return Decoder(model, NativeEngine(model))
-    return decoder_of(lm, sat=model.sat, adapter=model.adapter)
+    return drafting(lm, native=native, k=4, head=6, strength=0.3, draft_ids=draft_ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -95,7 +92,6 @@ def test_sats_guess_among_the_vocabulary_and_the_text_so_far(native, strategy, m
     decoder = with_vocabulary(native=native)
     model = decoder.model
     config = DecodeConfig(4, 40, "chain", strategy=strategy, lookup=0)
-    decoder.planner(decoder.resolved(config))  # what it measures drafts too
     seen = []
     draft = type(decoder.engine).draft
 

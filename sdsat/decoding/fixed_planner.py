@@ -43,7 +43,7 @@ class FixedPlanner:
         """See Planner.observe_drafting; here nothing is learned."""
 
 
-class Int8Planner(FixedPlanner):
+class RoundedPlanner(FixedPlanner):
     """A rounded pass drafts before every pass, which then verifies (strategy `rounded`)."""
 
     def draft_first(self, drafts: Drafts, left: int, context: int) -> int:

@@ -11,8 +11,8 @@ from sdsat.config import DecodeConfig
 from sdsat.decoding.auto_planner import AutoPlanner
 from sdsat.decoding.fixed_planner import (
     FixedPlanner,
-    Int8Planner,
     OnePassPlanner,
+    RoundedPlanner,
     TwoStepPlanner,
 )
 
@@ -21,7 +21,7 @@ Kind = type[FixedPlanner] | type[AutoPlanner]
 # `one-pass` without a budget takes as many rows as pay; of `lookup` nothing is left to plan.
 PLANNERS: dict[str, Callable[[DecodeConfig], Kind]] = {
     "two-step": lambda config: TwoStepPlanner,
-    "rounded": lambda config: Int8Planner,
+    "rounded": lambda config: RoundedPlanner,
     "one-pass": lambda config: OnePassPlanner if config.budget else AutoPlanner,
     "auto": lambda config: AutoPlanner,
     "lookup": lambda config: FixedPlanner,

@@ -295,18 +295,19 @@ def sat_loss(model: SatModel, batch: SatBatch, soft: float = 0.0, decay: float =
         there = base[rows, columns]
         return model.logits(there) if ids is None else model.logits_of(there, ids)
 
-    loss = _weighted(logits, batch, soft, decay, teacher, ids)
+    label, possible = _places_of_labels(batch, logits, ids)
+    weights = batch.weights(decay) * possible
+    loss = _weighted(logits, batch, label, weights, soft, teacher)
     if model.head is None:
         return loss
     places, scores = _ranked(model, batch, states, logits, ids)
-    label, possible = _places_of_labels(batch, logits, ids)
     found, place = (places == label[:, None]).max(-1)
     found &= possible
     wide = torch.promote_types(scores.dtype, torch.float32)
     ranked = torch.nn.functional.cross_entropy(
         scores[found].to(wide), place[found], reduction="none"
     )
-    return loss + (batch.weights(decay)[found].to(wide) * ranked).sum()
+    return loss + (weights[found].to(wide) * ranked).sum()
 
 
 def joint_logits(
@@ -362,9 +363,16 @@ def joint_loss(
         ignore_index=IGNORED,
         reduction="sum",
     )
-    return _weighted(
-        logits, batch, soft, decay, lambda rows, columns: standard.detach()[rows, columns]
-    ), plain
+    label = batch.label[batch.label != IGNORED]
+    sats = _weighted(
+        logits,
+        batch,
+        label,
+        batch.weights(decay),
+        soft,
+        lambda rows, columns: standard.detach()[rows, columns],
+    )
+    return sats, plain
 
 
 def _places_of_labels(batch: SatBatch, logits: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -389,30 +397,28 @@ def _places_of_labels(batch: SatBatch, logits: Tensor, ids: Tensor | None) -> tu
 def _weighted(
     logits: Tensor,
     batch: SatBatch,
+    label: Tensor,
+    weights: Tensor,
     soft: float,
-    decay: float,
     teacher: Callable[[Tensor, Tensor], Tensor],
-    ids: Tensor | None = None,
 ) -> Tensor:
     """Sum the SATs' loss.
 
     Args:
         logits: [M, C] of the labelled SAT rows.
         batch: what is learned.
+        label: [M] the place of each row's label among the C.
+        weights: [M] of the rows; 0 leaves one out.
         soft: as of `sat_loss`.
-        decay: as of `sat_loss`.
         teacher: (rows [U], columns [U]) of standard tokens -> their logits [U, C].
-        ids: [C] the token of each logit, as of `sat_logits`.
     """
-    labelled = batch.label != IGNORED
-    label, possible = _places_of_labels(batch, logits, ids)
-    weights = batch.weights(decay) * possible
     wide = torch.promote_types(logits.dtype, torch.float32)
     if soft:
         log_q = logits.to(wide).log_softmax(-1)
         hard = -log_q.gather(-1, label[:, None])[:, 0]
         # Where the base predicts the same token.
-        place = torch.stack([batch.sequence, (batch.anchor + batch.depth)[labelled]])
+        places = (batch.anchor + batch.depth)[batch.label != IGNORED]
+        place = torch.stack([batch.sequence, places])
         (rows, columns), index = place.unique(dim=1, return_inverse=True)
         with torch.no_grad():
             theirs = teacher(rows, columns).to(wide)[index]

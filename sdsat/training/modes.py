@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListOf
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -210,16 +210,15 @@ class EverywhereMode(AdapterMode):
 
     everywhere = True
 
-    def __init__(
-        self,
-        model: SatModel,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        data: ListOf[Sequence],
-    ):
-        super().__init__(model, config, accelerator, data)
-        self.lm = _Updated(self.model)
-        self.token_id = self.adapter.config.sat.token_id
+    @cached_property
+    def lm(self) -> _Updated:
+        """The base with the update on every row."""
+        return _Updated(self.model)
+
+    @property
+    def token_id(self) -> int:
+        """The id of the SAT."""
+        return self.adapter.config.sat.token_id
 
     def weight(self, batch: SatBatch) -> float:
         """See Mode.weight; standard tokens count too."""

@@ -124,17 +124,21 @@ class Quantizer {
   template <class X> Int8Rows operator()(const X* x, int64_t size, int rows) {
     if (bytes.empty()) return {};
     for (int r = 0; r < rows; r++) {
-      f32x total = {};
-      for (int64_t g = 0; g < size / INT8_GROUP; g++)
-        quantize_group(x + r * size + g * INT8_GROUP, g * rows + r, total);
-      offsets[r] = INT8_OFFSET * sum(total);
+      float total = 0;  // of the values that the bytes stand for
+      for (int64_t g = 0; g < size / INT8_GROUP; g++) {
+        const int64_t at = g * rows + r;
+        const int32_t units = quantize_group(x + r * size + g * INT8_GROUP, at);
+        starts[at] = -INT5_OFFSET * units;
+        total += units * scales[at];
+      }
+      offsets[r] = INT8_OFFSET * total;
     }
     return {bytes.data(), scales.data(), starts.data(), offsets.data(), rows};
   }
 
  private:
-  // at: the group's number among all. total: to which the values of its bytes are added.
-  template <class X> void quantize_group(const X* x, int64_t at, f32x& total) {
+  // at: the group's number among all. Returns the sum of its bytes.
+  template <class X> int32_t quantize_group(const X* x, int64_t at) {
     f32x largest = {};
     for (int h = 0; h < INT8_GROUP; h += LANES) {
       f32x a = load(x + h);
@@ -146,12 +150,11 @@ class Quantizer {
     f32x units = {};
     for (int h = 0; h < INT8_GROUP; h += LANES) {
       f32x whole = nearest_whole(load(x + h) * (INT8_LARGEST / top));
-      total += whole * (top / INT8_LARGEST);
       units += whole;
       i8x small = __builtin_convertvector(__builtin_convertvector(whole, i32x), i8x);
       memcpy(bytes.data() + at * INT8_GROUP + h, &small, LANES);
     }
-    starts[at] = -INT5_OFFSET * int32_t(sum(units));
+    return int32_t(sum(units));
   }
 
   std::vector<int8_t> bytes;

@@ -107,6 +107,7 @@ class NativeWeights:
         self._kept = []
         self._adapter = model.adapter
         self._rounded = rounded
+        self._bits, self._adapter_bits = (5, 8) if rounded else (0, 0)
         # Drafts and the probe look ahead.
         self._positions = min(model.max_context, 2**20) + 2 * MAX_ROWS
         positions = torch.arange(self._positions)[None]
@@ -187,31 +188,26 @@ class NativeWeights:
         self._kept.append(tensor.detach().contiguous())
         return self._kept[-1]
 
-    def _packed(self, *weights: Tensor, small: bool = False) -> list[Matrix]:
+    def _packed(self, *parts: tuple[Tensor, int]) -> list[Matrix]:
         """Pack weights with as many outputs, block by block beside each other in memory.
 
-        small: of the adapter, in 8 bits where others are in 5.
+        parts: (weight, in how many bits; 0: as it is) of each.
         """
-        outputs = weights[0].shape[0] + -weights[0].shape[0] % MULTIPLE
-        blocks = outputs // (2 * library().sdsat_lanes())
-        kinds = [self._bits(number, small) for number in range(len(weights))]
-        packed = [
-            _pack(weight, bits, self._step) for weight, bits in zip(weights, kinds, strict=True)
+        outputs = parts[0][0].shape[0]
+        blocks = (outputs + -outputs % MULTIPLE) // (2 * library().sdsat_lanes())
+        # All as bytes, the scales of weights in 8 bits too.
+        held = [
+            [part.view(blocks, -1).view(torch.uint8) for part in _pack(weight, bits, self._step)]
+            for weight, bits in parts
         ]
-        # All parts as bytes, the scales of weights in 8 bits too.
-        held = [[part.view(blocks, -1).view(torch.uint8) for part in parts] for parts in packed]
-        together = self._keep(torch.cat([part for parts in held for part in parts], 1))
+        together = self._keep(torch.cat([part for packed in held for part in packed], 1))
         at = together.data_ptr()
         matrices = []
-        for parts, bits in zip(held, kinds, strict=True):
-            scale = at + parts[0].shape[1] if bits == 8 else None
+        for packed, (_, bits) in zip(held, parts, strict=True):
+            scale = at + packed[0].shape[1] if bits == 8 else None
             matrices.append(Matrix(at, scale, together.shape[1], bits))
-            at += sum(part.shape[1] for part in parts)
+            at += sum(part.shape[1] for part in packed)
         return matrices
-
-    def _bits(self, number: int, small: bool) -> int:
-        """Return in how many bits a layer's weight is, and what lies behind it; 0: as it is."""
-        return (8 if small or number else 5) if self._rounded else 0
 
     def _linear(
         self, name: str, weight: Tensor, shape: tuple[int, ...], bias: Tensor | None = None
@@ -222,7 +218,7 @@ class NativeWeights:
             bias = self._checked(f"{name}'s bias", bias, out)
             struct.bias = pointer(self._keep(nn.functional.pad(bias, (0, -out % MULTIPLE))))
         if self._adapter is None or name not in self._adapter.down:
-            (struct.weight,) = self._packed(weight)
+            (struct.weight,) = self._packed((weight, self._bits))
             return struct
         rank = len(self._adapter.down[name])
         down = self._checked(f"adapter's down of {name}", self._adapter.down[name], rank, inner)
@@ -233,8 +229,8 @@ class NativeWeights:
         down = nn.functional.pad(down, (0, 0, 0, padding))
         up = nn.functional.pad(up, (0, padding))
         (struct.down,), (struct.weight, struct.up), struct.rank = (
-            self._packed(down, small=True),
-            self._packed(weight, up),
+            self._packed((down, self._adapter_bits)),
+            self._packed((weight, self._bits), (up, self._adapter_bits)),
             len(down),
         )
         return struct
