@@ -31,12 +31,12 @@ def code_hash() -> str:
     return folder_hash(Path(__file__).parent, ("**/*.py", "**/*.cpp", "**/*.h"))
 
 
-def machine(devices: Sequence[torch.device], dtype: torch.dtype, engine: str) -> dict[str, Any]:
+def machine(devices: Sequence[torch.device], dtype: str, engine: str) -> dict[str, Any]:
     """Collect versions and devices, on which the time of a pass depends, whatever the weights.
 
     Args:
         devices: that hold the weights, the first one first.
-        dtype: of the weights.
+        dtype: of the weights, its name.
         engine: the name of what runs a pass.
     """
     versions = {
@@ -50,7 +50,7 @@ def machine(devices: Sequence[torch.device], dtype: torch.dtype, engine: str) ->
         "device": kind,
         "device_name": " + ".join(names),
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "engine": engine,
     }
 

@@ -9,7 +9,7 @@ import random
 import sys
 
 import torch
-from test_native import FLOAT, HALF, VOCAB, decoder_with, strange_rows
+from test_native import FLOAT, HALF, INT8, VOCAB, decoder_with, strange_rows
 
 from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.engines.base import RowPolicy
@@ -51,9 +51,9 @@ def some_config(rng: random.Random) -> DecodeConfig:
 def generation(rng: random.Random) -> None:
     """A batch of any model, on any number of threads: each row is what plain decoding of it is."""
     name = rng.choice(["biases", "groups of 4", "groups of 5", "head dim 96", "qwen3"])
-    dtype = rng.choice([FLOAT, HALF])
+    kind = rng.choice([FLOAT, HALF, INT8])
     guessed = rng.choice([(), tuple(range(1, VOCAB))])
-    decoder = decoder_with(name, dtype, rng.choice(TARGETS), rng.choice([0, 7]), guessed)
+    decoder = decoder_with(name, kind, rng.choice(TARGETS), rng.choice([0, 7]), guessed)
     # neither measured nor probed: that takes seconds here
     decoder.costs = COSTS
     decoder.engine.row_policy = RowPolicy(1, 1)
@@ -66,7 +66,7 @@ def generation(rng: random.Random) -> None:
     plain = decoder.generate_batch(prompts, [config.plain for config in configs])
     assert [out.token_ids for out in outs] == [out.token_ids for out in plain], (
         name,
-        dtype,
+        kind,
         prompts,
         configs,
     )

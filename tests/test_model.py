@@ -73,7 +73,7 @@ def adapter_dir(local, tmp_path):
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_an_adapter_directory(local, adapter_dir, dtype):
     model = load(str(adapter_dir), dtype, "cpu")
     base = load(str(local), dtype, "cpu")
@@ -149,7 +149,7 @@ def test_a_damaged_directory(local, damage):
 
 @pytest.mark.parametrize("dtype", ["float8", "", "fp16", "torch.float32"])
 def test_bad_dtype(local, dtype):
-    with one_line_error(f"dtype={dtype}: expected auto, float32, bfloat16, float16"):
+    with one_line_error(f"dtype={dtype}: expected auto, float32, bfloat16, float16, int8"):
         load(str(local), dtype, "cpu")
 
 

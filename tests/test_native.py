@@ -54,6 +54,7 @@ from sdsat.method.sampling import as_seed, choose, gumbel_noise
 from sdsat.method.tree import DraftTree, make_tree
 from sdsat.models import attention
 from sdsat.models.adapter import AdapterConfig, SatAdapter
+from sdsat.models.int8 import Int8Linear, round_linears, round_weight
 from sdsat.models.sat_model import SatModel
 
 VOCAB = 75
@@ -92,6 +93,8 @@ CONFIGS = {
 }
 FLOAT = torch.float32
 HALF = torch.bfloat16
+INT8 = "int8"  # HALF with linear layers in 8 bits
+each_kind = pytest.mark.parametrize("kind", [FLOAT, HALF, INT8], ids=str)
 each_dtype = pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 TOKENS = torch.randint(VOCAB, (400,), generator=torch.Generator().manual_seed(0))
 
@@ -102,14 +105,20 @@ def _no_gradients():
         yield
 
 
-def random_lm(name, dtype=FLOAT):
-    """A random model of CONFIGS whose norms and biases are no ones and zeros either."""
+def random_lm(name, kind=FLOAT):
+    """A random model of CONFIGS whose norms and biases are no ones and zeros either.
+
+    kind: its dtype, or INT8.
+    """
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(CONFIGS[name]).eval().requires_grad_(False)
     for key, parameter in lm.named_parameters():
         if parameter.dim() == 1:
             parameter.normal_(1.0 if key.endswith("norm.weight") else 0.0, 0.3)
-    return lm.to(dtype)
+    if kind != INT8:
+        return lm.to(kind)
+    round_linears(lm.to(HALF))
+    return lm
 
 
 def natively(lm, adapter=None):
@@ -120,13 +129,13 @@ def natively(lm, adapter=None):
 @cache
 def decoder_with(
     name,
-    dtype,
+    kind,
     targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     head=0,
     draft_ids=(),
 ):
     """A native model with an adapter whose rank, like its head's size, is no multiple of 32."""
-    lm = random_lm(name, dtype)
+    lm = random_lm(name, kind)
     lm.set_attn_implementation(attention.NAME)
     adapter = SatAdapter(
         lm,
@@ -203,7 +212,7 @@ def test_bfloat16_is_as_near_to_the_exact_as_transformers_bfloat16(name):
 def test_weights_in_8_bits(shape):
     weight = torch.randn(shape) * torch.rand(shape[0], 1)
     weight[3] = 0
-    packed, scale = weights.pack8(weight)
+    packed, scale = weights.pack8(round_weight(weight))
     lanes = bindings.library().sdsat_lanes()
     assert (
         packed.shape == (len(scale) // lanes, shape[1] // 4, lanes, 4)
@@ -292,6 +301,47 @@ def test_a_linear_layer_in_5_bits(name):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max(), rows
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_linear_layer_in_8_bits(name):
+    """As the one in 5 bits; in float32, where nothing else is rounded."""
+    lm = random_lm(name)
+    round_linears(lm)
+    decoder = natively(lm)
+    head = lm.get_output_embeddings()
+    weight = head.weight.double() * head.scale.double()[:, None]
+    for rows in (1, 3, 4, 10, 11):
+        cache = decoder.engine.new_cache(rows)
+        states, got = forward(decoder, cache, TOKENS[:rows], chain(rows))
+        want = rows_in_8_bits(None, [states.double()]) @ weight.T
+        want += 0 if head.bias is None else head.bias.double()
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max(), rows
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_of_a_model_in_8_bits_are_those_of_its_modules(name):
+    lm = random_lm(name)
+    plain = random_lm(name)
+    round_linears(lm)
+    lm.set_attn_implementation("sdpa")
+    want = lm(TOKENS[None, :60]).logits[0]
+    got = in_passes(natively(lm), TOKENS[:60], [0, 7, 53])
+    before = plain(TOKENS[None, :60]).logits[0]
+    # rounding is a step: near an edge it may fall either way
+    assert (got - want).norm() <= 0.6 * (got - before).norm()
+    assert (got - before).norm() <= 0.1 * before.norm()
+
+
+def test_layers_of_which_only_some_are_in_8_bits():
+    lm = random_lm("llama")
+    layer = lm.model.layers[1].mlp
+    layer.up_proj = Int8Linear(layer.up_proj)
+    unavailable(lm, "model/layers/1/mlp/up_proj is in 8 bits, and the output layer is not")
+    lm = random_lm("llama", INT8)
+    layer = lm.model.layers[0].self_attn
+    layer.q_proj = torch.nn.Linear(64, 128, bias=False, dtype=HALF)
+    unavailable(lm, "the output layer is in 8 bits, and model/layers/0/self_attn/q_proj is not")
+
+
 @pytest.mark.parametrize("factor", [20, 200])
 def test_gates_far_below_zero(factor):
     """silu is 0 there, though exp(-gate) is more than a float can be."""
@@ -377,7 +427,7 @@ def assert_bits(decoder, context, rounds, generator, slots=300):
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(["llama", "biases", "groups of 4", "groups of 5", "head dim 96", "qwen3"]),
-    dtype=st.sampled_from([FLOAT, HALF]),
+    kind=st.sampled_from([FLOAT, HALF, INT8]),
     targets=st.sampled_from(
         [
             ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -388,27 +438,27 @@ def assert_bits(decoder, context, rounds, generator, slots=300):
     rounds=st.lists(passes(), min_size=1, max_size=3),
     seed=st.integers(0, 99),
 )
-def test_a_row_has_the_bits_that_it_has_alone(name, dtype, targets, context, rounds, seed):
+def test_a_row_has_the_bits_that_it_has_alone(name, kind, targets, context, rounds, seed):
     generator = torch.Generator().manual_seed(seed)
     context = torch.randint(VOCAB, (context,), generator=generator)
-    assert_bits(decoder_with(name, dtype, targets), context, rounds, generator)
+    assert_bits(decoder_with(name, kind, targets), context, rounds, generator)
 
 
-@each_dtype
+@each_kind
 @pytest.mark.parametrize("context", [255, 256, 257])
-def test_the_same_bits_across_passes_of_the_prefill(dtype, context):
+def test_the_same_bits_across_passes_of_the_prefill(kind, context):
     tree = DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
     assert_bits(
-        decoder_with("llama", dtype),
+        decoder_with("llama", kind),
         TOKENS[:context],
         [(tree, ((7, 2), (0, 3)))] * 2,
         torch.Generator().manual_seed(1),
     )
 
 
-@each_dtype
-def test_the_same_bits_for_any_number_of_rows_and_threads(dtype):
-    decoder = decoder_with("groups of 5", dtype)
+@each_kind
+def test_the_same_bits_for_any_number_of_rows_and_threads(kind):
+    decoder = decoder_with("groups of 5", kind)
     threads = torch.get_num_threads()
     want = in_passes(decoder, TOKENS[:97], [1] * 97)
     for rows in (*range(2, 33), 47, 48, 95, 96):
@@ -1279,8 +1329,8 @@ if platform.machine() in ("x86_64", "AMD64"):
             )[1]
 
         tree = DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
-        for dtype, close in ((FLOAT, 1e-5), (HALF, 0.05)):
-            decoder = decoder_with("groups of 5", dtype)
+        for kind, close in ((FLOAT, 1e-5), (HALF, 0.05), (INT8, 0.1)):
+            decoder = decoder_with("groups of 5", kind)
             want = in_passes(decoder, TOKENS[:120], [40, 7, 73])
             guessed = drafts(decoder)
             with monkeypatch.context() as patch:

@@ -46,6 +46,7 @@ def train(
     # then takes two to ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from sdsat.models import devices, loading
+    from sdsat.models.dtypes import INT8
     from sdsat.training import loop, shards
 
     require(
@@ -55,6 +56,7 @@ def train(
     )
     device = load.device or own_gpu()
     dtype = "float32" if config.mode == "full" else dtype or devices.training_dtype(device)
+    require(dtype != INT8, f"dtype={dtype}: only for decoding; expected float32 or bfloat16")
     loaded = loading.load(model, dtype, device)
     loop.train(loaded, shards.read_sequences(data, loaded.tokenizer), out, config)
     if is_first():

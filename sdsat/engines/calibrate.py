@@ -160,8 +160,8 @@ def _circumstances(engine: Engine) -> dict[str, Any]:
         **sizes,
     }
     native = source_hash() if isinstance(engine, NativeEngine) else None
-    where = machine(model.devices, model.dtype, engine.name)
-    return where | {"dtype": str(model.dtype), "shape": shape, "native": native, "form": _FORM}
+    where = machine(model.devices, model.dtype_name, engine.name)
+    return where | {"shape": shape, "native": native, "form": _FORM}
 
 
 def _read(name: str) -> CostCurve | None:

@@ -47,7 +47,7 @@ def environment(decoder: Decoder) -> dict[str, Any]:
     model = decoder.model
     return {
         **system(),
-        **machine(model.devices, model.dtype, decoder.engine.name),
+        **machine(model.devices, model.dtype_name, decoder.engine.name),
         **identity(model.name, model),
         "commit": commit(),
         "row_policy": asdict(decoder.engine.row_policy),
@@ -122,7 +122,7 @@ def _head(decoder: Decoder, config: Any) -> dict[str, Any]:
         "environment": environment(decoder),
         "settings": {
             "model": model.name,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": model.dtype_name,
             "sat": [model.sat.token_id, model.sat.k] if model.sat else None,
             **plain(config),
         },

@@ -298,7 +298,7 @@ class BenchConfig(Sweep, CheckpointConfig):
     turns: int = option(1, "Times each is measured; the median run counts.", env="TURNS")
 
     def __post_init__(self) -> None:
-        from sdsat.models.dtypes import check_dtype
+        from sdsat.models.dtypes import INT8, check_dtype
 
         require(
             self.method in ("greedy", "nucleus"),
@@ -315,6 +315,11 @@ class BenchConfig(Sweep, CheckpointConfig):
             "greedy only",
         )
         check_dtype(self.dtype)
+        require(
+            not self.with_generate or self.dtype != INT8,
+            f"dtype={self.dtype}: transformers has no such layers for with_generate to time; "
+            "expected bfloat16, or no with_generate",
+        )
         whole("turns", self.turns, "1 or more, a whole number", 1)
         named = several("strategies", self.strategies, "a tuple of names")
         names = ",".join(map(str, named))

@@ -281,9 +281,8 @@ def generate_in_terminal(
             _lane("Plain decoding (AR)", ar, "", new_stream()),
             _lane(f"SDSAT: {_how(decode)}", run, f": {ratio}", new_stream()),
         )
-        where = machine(model.devices, model.dtype, decoder.engine.name)["device_name"]
-        dtype = str(model.dtype).removeprefix("torch.")
-        picture = race_svg(sides, f"{model.name}, {dtype}, {where}: {same}")
+        where = machine(model.devices, model.dtype_name, decoder.engine.name)["device_name"]
+        picture = race_svg(sides, f"{model.name}, {model.dtype_name}, {where}: {same}")
     else:
         title = f"sdsat generate: accepted drafts in green ({model.name}, {_how(decode)})"
         picture = console.export_svg(title=title)

@@ -56,7 +56,7 @@ def load(
 
     Args:
         name: a hub id, a directory, a GGUF file, an adapter directory or an embedded name.
-        dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own.
+        dtype: 'float32', 'bfloat16', 'float16', 'int8', or 'auto' for the checkpoint's own.
         device: 'cpu', a GPU number, or several joined by +; None for the first GPU, else the CPU.
         options: further ones of `sdsat.decoding.loop.Decoder.load`.
 

@@ -9,13 +9,19 @@ import torch
 from sdsat.config import require
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INT8 = "int8"  # linear layers in 8 bits (int8.py), all else in bfloat16
+
+
+def torch_dtype(dtype: str) -> torch.dtype | None:
+    """Return the type of embeddings and states of a model loaded in `dtype`; None for 'auto'."""
+    return DTYPES.get("bfloat16" if dtype == INT8 else dtype)
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse anything but 'auto' or a name in DTYPES, with an InputError."""
+    """Refuse anything but 'auto', a name in DTYPES and INT8, with an InputError."""
     require(
-        isinstance(dtype, str) and dtype in ("auto", *DTYPES),
-        f"dtype={dtype}: expected auto, {', '.join(DTYPES)}",
+        isinstance(dtype, str) and dtype in ("auto", *DTYPES, INT8),
+        f"dtype={dtype}: expected auto, {', '.join(DTYPES)}, {INT8}",
     )
 
 

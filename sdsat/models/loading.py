@@ -22,8 +22,9 @@ from sdsat.cache_folder import cache_dir
 from sdsat.config import InputError, SatConfig, require, whole
 from sdsat.models import adapter as adapters
 from sdsat.models import attention, devices, embedded, gguf
-from sdsat.models.dtypes import DTYPES, check_dtype, check_dtype_of
+from sdsat.models.dtypes import INT8, check_dtype, check_dtype_of, torch_dtype
 from sdsat.models.families import CODELLAMA_VOCABULARY, PUBLISHED, check_family
+from sdsat.models.int8 import round_linears
 from sdsat.models.sat_model import SatModel
 
 
@@ -132,15 +133,13 @@ def sized(name: str, dtype: str) -> devices.Size:
     with _one_line(base, path):
         config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
         check_family(config, base)
-        torch_dtype = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+        held = torch_dtype(dtype) or getattr(config, "dtype", None) or torch.float32
         # The file has two bytes a number; in memory are the adapter and its fused copy.
         weights = adapter_directory(name) / adapters.WEIGHTS_FILE
         adapter = (
-            weights.stat().st_size * torch_dtype.itemsize
-            if is_adapter(name) and weights.is_file()
-            else 0
+            weights.stat().st_size * held.itemsize if is_adapter(name) and weights.is_file() else 0
         )
-        return devices.model_size(name, config, torch_dtype, adapter)
+        return devices.model_size(name, config, held, adapter)
 
 
 def load_base(
@@ -277,7 +276,8 @@ def load(
 
     Args:
         name: of the model.
-        dtype: 'float32', 'bfloat16', 'float16', or 'auto' for the checkpoint's own, which is read
+        dtype: 'float32', 'bfloat16', 'float16'; 'int8' for linear layers in 8 bits (int8.py) and
+            all else in bfloat16, on a CPU; or 'auto' for the checkpoint's own, which is read
             without a second copy in memory.
         device: see `devices.pick_devices`.
         sat_token_id: of the SAT, in place of what the checkpoint says.
@@ -296,10 +296,17 @@ def load(
     check_dtype(dtype)
     whole("context", context, "1 or more, a whole number", 1)
     check_options(name, sat_token_id, trained_k)
-    devices.pick_devices(device)  # refuses a wrong name before anything is fetched
+    found = devices.pick_devices(device)  # refuses a wrong name before anything is fetched
+    require(
+        dtype != INT8 or found[0].type == "cpu",
+        f"dtype={dtype}: on a CPU only; expected device=cpu, or bfloat16 or float16 on a GPU",
+    )
     device_map = devices.place(sized(name, dtype), device, context)
-    model, tokenizer = load_base(_base_of(name), DTYPES.get(dtype, "auto"), device_map)
-    return equip(model, tokenizer, name, sat_token_id, trained_k)
+    model, tokenizer = load_base(_base_of(name), torch_dtype(dtype) or "auto", device_map)
+    equipped = equip(model, tokenizer, name, sat_token_id, trained_k)
+    if dtype == INT8:
+        round_linears(model)  # after an adapter has compared the base with its own
+    return equipped
 
 
 def check_options(name: str, sat_token_id: int | None, trained_k: int | None) -> None:

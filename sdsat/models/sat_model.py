@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sdsat.config import InputError, SatConfig, require
 from sdsat.models import attention
 from sdsat.models.adapter import SatAdapter
-from sdsat.models.dtypes import check_dtype_of
+from sdsat.models.dtypes import INT8, check_dtype_of
 from sdsat.models.head import DraftHead
+from sdsat.models.int8 import Int8Linear
 from sdsat.models.packed import in_use
 
 
@@ -102,8 +103,14 @@ class SatModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
+        """The dtype of embeddings, states, keys, values and logits; as a rule of all weights."""
         return self.lm.get_input_embeddings().weight.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """The name of the dtype that the model was loaded in, as `models.loading.load` takes it."""
+        in_8_bits = isinstance(self.lm.get_output_embeddings(), Int8Linear)
+        return INT8 if in_8_bits else str(self.dtype).removeprefix("torch.")
 
     @property
     def head(self) -> DraftHead | None:
@@ -142,8 +149,20 @@ class SatModel:
 
     def output_rows(self, ids: Tensor) -> Tensor:
         """Take the output layer's rows of token ids: [...] -> [..., D]."""
-        # several times as fast as by an index
-        return embedding(ids, self.lm.get_output_embeddings().weight)
+        return embedding(ids, self.unembedding)  # several times as fast as by an index
+
+    @property
+    def unembedding(self) -> Tensor:
+        """The output layer's weight [V, D] for drafts, as numbers of `dtype`.
+
+        Of a layer in 8 bits it is the input embedding where the two are one.
+        """
+        head = self.lm.get_output_embeddings()
+        if not isinstance(head, Int8Linear):
+            return head.weight
+        if self.lm.config.tie_word_embeddings:
+            return self.lm.get_input_embeddings().weight
+        return head.plain(self.dtype)
 
     def mask(self, attend: Tensor, rows: Tensor, columns: Tensor) -> Tensor | dict[str, Tensor]:
         """Make a pass's bool mask in the form that every layer's attention uses as it is.
@@ -238,11 +257,10 @@ class SatModel:
         weights = self.lm.named_parameters()
         broken = next((name for name, part in weights if not part.isfinite().all()), None)
         if broken is None:
-            dtype = str(self.dtype).removeprefix("torch.")
             raise InputError(
                 f"model {self.name}: a pass gave NaN or infinite logits, though all weights are "
-                f"finite: its numbers don't fit in {dtype}; expected another dtype, as a rule "
-                "bfloat16 or float32"
+                f"finite: its numbers don't fit in {self.dtype_name}; expected another dtype, as "
+                "a rule bfloat16 or float32"
             )
         raise InputError(
             f"model {self.name}: the weight {broken} holds NaN or infinite numbers; expected "

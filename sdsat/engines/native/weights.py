@@ -23,6 +23,7 @@ from sdsat.engines.native.bindings import (
 from sdsat.method.copies import LONGEST
 from sdsat.models.attention import sliding_window
 from sdsat.models.head import DraftHead
+from sdsat.models.int8 import Int8Linear, Int8Weight, round_weight, weight_of
 from sdsat.models.sat_model import SatModel
 from sdsat.models.weights import strange_part
 
@@ -48,18 +49,21 @@ def pack(weight: Tensor, step: int) -> Tensor:
     )
 
 
-def pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight [out, in] to 8 bits, one scale an output, and pack it.
+def pack8(weight: Int8Weight) -> tuple[Tensor, Tensor]:
+    """Pack a weight [out, in] in 8 bits.
 
     Returns bytes [out / L, in / 4, L, 4] from 1 to 255, L the lanes of a vector, and scales [out],
     out padded. An element is (byte - 128) * scale.
     """
-    weight = nn.functional.pad(weight.detach().float(), (0, 0, 0, -weight.shape[0] % MULTIPLE))
-    scale = weight.abs().amax(1).clamp_min(1e-20) / 127
-    whole = (weight / scale[:, None]).round().add_(128).to(torch.uint8)
-    return whole.view(-1, library().sdsat_lanes(), weight.shape[1] // 4, 4).transpose(
-        1, 2
-    ).contiguous(), scale
+    padding = -len(weight.scale) % MULTIPLE
+    values = nn.functional.pad(weight.values.detach(), (0, 0, 0, padding))
+    scale = nn.functional.pad(weight.scale, (0, padding))
+    steps = (
+        values.view(torch.uint8)
+        .bitwise_xor(128)
+        .view(-1, library().sdsat_lanes(), values.shape[1] // 4, 4)
+    )
+    return steps.transpose(1, 2).contiguous(), scale
 
 
 def pack5(weight: Tensor) -> Tensor:
@@ -91,7 +95,8 @@ class NativeWeights:
     what the engine was not written for.
 
     rounded: linear layers in 5 bits, the adapter's in 8, for passes that only draft: a third of the
-    bytes to read, and nearly the same guesses.
+    bytes to read, and nearly the same guesses. Of a model in 8 bits (models/int8.py) the exact
+    weights are in 8 bits too, the adapter's included.
     """
 
     def __init__(self, model: SatModel, rounded: bool = False):
@@ -107,7 +112,7 @@ class NativeWeights:
         self._kept = []
         self._adapter = model.adapter
         self._rounded = rounded
-        self._bits, self._adapter_bits = (5, 8) if rounded else (0, 0)
+        self._in_8_bits = isinstance(lm.get_output_embeddings(), Int8Linear)
         # Drafts and the probe look ahead.
         self._positions = min(model.max_context, 2**20) + 2 * MAX_ROWS
         positions = torch.arange(self._positions)[None]
@@ -133,7 +138,7 @@ class NativeWeights:
             cos.data_ptr(), sin.data_ptr(), self._norm("norm", base.norm, hidden),
             *self._output_layers(head, model.draft_ids), layers,
             pointer(self._keep(self._checked("embed_tokens", tokens.weight, vocabulary, hidden))),
-            pointer(self._keep(head.weight)),
+            pointer(self._keep(self._checked("lm_head", model.unembedding, vocabulary, hidden))),
             *self._head(draft_head, hidden), torch.finfo(self.dtype).eps, *_gains(draft_head),
         )  # fmt: skip
         if rounded and model.draft_ids is not None:
@@ -145,12 +150,13 @@ class NativeWeights:
         ids: [C] of the draft vocabulary, None where there is none. Returns the layer, the rows of
         it that are the draft vocabulary's, and C. rounded passes have those rows only.
         """
-        whole = head.weight, head.weight.shape, head.bias
+        weight = weight_of(head)
+        whole = weight, head.weight.shape, head.bias
         if ids is None:
             return self._linear("lm_head", *whole), Linear(), 0
-        part = head.weight.detach()[ids]
+        part = weight.rows(ids) if isinstance(weight, Int8Weight) else weight.detach()[ids]
         bias = None if head.bias is None else head.bias.detach()[ids]
-        drafts = self._linear("lm_head", part, part.shape, bias)
+        drafts = self._linear("lm_head", part, (len(ids), head.weight.shape[1]), bias)
         if self._rounded:
             return drafts, Linear(), 0
         return self._linear("lm_head", *whole), drafts, len(ids)
@@ -160,11 +166,7 @@ class NativeWeights:
 
         Raises Unavailable, with the name, unless it has the engine's dtype and this shape.
         """
-        if not fits(tensor, self.dtype, shape):
-            found = described(tensor.dtype, tensor.shape, tensor.device.type)
-            wanted = described(self.dtype, shape, "cpu")
-            raise Unavailable(f"{name} is {found}, and not {wanted}")
-        return tensor
+        return _checked_as(name, tensor, self.dtype, *shape)
 
     def _head(self, head: DraftHead | None, hidden: int) -> tuple[Linear, Linear]:
         if head is None:
@@ -188,12 +190,13 @@ class NativeWeights:
         self._kept.append(tensor.detach().contiguous())
         return self._kept[-1]
 
-    def _packed(self, *parts: tuple[Tensor, int]) -> list[Matrix]:
+    def _packed(self, *parts: tuple[Tensor | Int8Weight, int]) -> list[Matrix]:
         """Pack weights with as many outputs, block by block beside each other in memory.
 
         parts: (weight, in how many bits; 0: as it is) of each.
         """
-        outputs = parts[0][0].shape[0]
+        first = parts[0][0]
+        outputs = len(first.scale if isinstance(first, Int8Weight) else first)
         blocks = (outputs + -outputs % MULTIPLE) // (2 * library().sdsat_lanes())
         # All as bytes, the scales of weights in 8 bits too.
         held = [
@@ -210,16 +213,27 @@ class NativeWeights:
         return matrices
 
     def _linear(
-        self, name: str, weight: Tensor, shape: tuple[int, ...], bias: Tensor | None = None
+        self,
+        name: str,
+        weight: Tensor | Int8Weight,
+        shape: tuple[int, ...],
+        bias: Tensor | None = None,
     ) -> Linear:
-        (out, inner), weight = shape, self._checked(name, weight, *shape)
+        out, inner = shape
+        self._check_bits(name, weight)
+        if isinstance(weight, Int8Weight):
+            _checked_as(name, weight.values, torch.int8, *shape)
+        else:
+            self._checked(name, weight, *shape)
+        bits = 5 if self._rounded else 8 if isinstance(weight, Int8Weight) else 0
         struct = Linear(out=out + -out % MULTIPLE, in_=inner)
         if bias is not None:
             bias = self._checked(f"{name}'s bias", bias, out)
             struct.bias = pointer(self._keep(nn.functional.pad(bias, (0, -out % MULTIPLE))))
         if self._adapter is None or name not in self._adapter.down:
-            (struct.weight,) = self._packed((weight, self._bits))
+            (struct.weight,) = self._packed((weight, bits))
             return struct
+        own_bits = 8 if bits else 0  # of the adapter
         rank = len(self._adapter.down[name])
         down = self._checked(f"adapter's down of {name}", self._adapter.down[name], rank, inner)
         up = self._adapter.config.scale * self._checked(
@@ -229,11 +243,21 @@ class NativeWeights:
         down = nn.functional.pad(down, (0, 0, 0, padding))
         up = nn.functional.pad(up, (0, padding))
         (struct.down,), (struct.weight, struct.up), struct.rank = (
-            self._packed((down, self._adapter_bits)),
-            self._packed((weight, self._bits), (up, self._adapter_bits)),
+            self._packed((down, own_bits)),
+            self._packed((weight, bits), (up, own_bits)),
             len(down),
         )
         return struct
+
+    def _check_bits(self, name: str, weight: Tensor | Int8Weight) -> None:
+        """Refuse a layer in 8 bits where the output layer is not, and the other way round.
+
+        Raises Unavailable; only a draft head is never in 8 bits.
+        """
+        own = isinstance(weight, Int8Weight)
+        if own != self._in_8_bits and not name.startswith("head."):
+            names = (name, "the output layer") if own else ("the output layer", name)
+            raise Unavailable("{} is in 8 bits, and {} is not".format(*names))
 
     def _layer(
         self, layer: Any, shapes: dict[str, tuple[int, ...]], hidden: int, dim: int
@@ -254,16 +278,25 @@ class NativeWeights:
             )
             linear = getattr(module, name)
             parts.append(
-                self._linear(f"{where}/{part}/{name}", linear.weight, shapes[name], linear.bias)
+                self._linear(f"{where}/{part}/{name}", weight_of(linear), shapes[name], linear.bias)
             )
         return Layer(*norms, *parts)
 
 
-def _pack(weight: Tensor, bits: int, step: int) -> tuple[Tensor, ...]:
+def _checked_as(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Return the tensor, if C++ may read it as `dtype` [shape]; else raises Unavailable."""
+    if not fits(tensor, dtype, shape):
+        found = described(tensor.dtype, tensor.shape, tensor.device.type)
+        raise Unavailable(f"{name} is {found}, and not {described(dtype, shape, 'cpu')}")
+    return tensor
+
+
+def _pack(weight: Tensor | Int8Weight, bits: int, step: int) -> tuple[Tensor, ...]:
     """Pack a weight as C++ reads it. bits: in how many, 0 as it is."""
-    if bits == 5:
-        return (pack5(weight),)
-    return pack8(weight) if bits == 8 else (pack(weight, step),)
+    if bits == 8:
+        return pack8(weight if isinstance(weight, Int8Weight) else round_weight(weight))
+    plain = weight.plain() if isinstance(weight, Int8Weight) else weight
+    return (pack5(plain),) if bits else (pack(plain, step),)
 
 
 def _kv_heads(config: Any) -> int:
