@@ -102,7 +102,7 @@ def own_decoder(name: str) -> Decoder:
 @cache
 def plain_base() -> Decoder:
     """The base as transformers loads it: no adapter, no packed layers."""
-    loaded = load_base(BASE_NAME, getattr(torch, DTYPE), {"": torch.device("cpu")})
+    loaded, *_ = load_base(BASE_NAME, getattr(torch, DTYPE), {"": torch.device("cpu")})
     model = SatModel(*loaded, BASE_NAME)
     return Decoder(model, TransformersEngine(model))
 

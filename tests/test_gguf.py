@@ -90,7 +90,7 @@ def cache(tmp_path, monkeypatch):
 
 def plain(file, dtype="float32"):
     """What transformers makes of the directory that a file is converted to."""
-    loaded, tokenizer = loading.load_base(str(file), dtype, {"": torch.device("cpu")})
+    loaded, tokenizer, _ = loading.load_base(str(file), dtype, {"": torch.device("cpu")})
     loaded.set_attn_implementation("sdpa")
     return loaded, tokenizer
 

@@ -287,19 +287,22 @@ def probe_rows(engine: Engine) -> RowPolicy:
     cache = engine.new_cache(512)
     engine.prefill(cache, tokens[:_PROBE_CONTEXT])
 
-    @lru_cache
     def logits_of(first: int, rows: int, padded: int) -> Tensor:
         cache.length = _PROBE_CONTEXT + first
         part = tokens[cache.length : cache.length + rows].tolist()
         chain = PassInput(cache, part, make_tree("chain", rows - 1))
         return engine.forward([chain], policy=RowPolicy(padded, 1)).logits
 
+    whole = logits_of(0, _PROBE_ROWS, _PROBE_ROWS)
+
+    @lru_cache
+    def same(first: int, rows: int, padded: int) -> bool:
+        return torch.equal(logits_of(first, rows, padded), whole[first : first + rows])
+
     def stable(policy: RowPolicy) -> bool:
-        whole = logits_of(0, _PROBE_ROWS, _PROBE_ROWS)
-        for i in range(16):
-            if not torch.equal(logits_of(i, 1, policy.rows(1))[0], whole[i]):
-                return False
         sizes = sorted({policy.rows(count) for count in (*range(1, 33), 48, 64)})
-        return all(torch.equal(logits_of(0, n, n), whole[:n]) for n in sizes)
+        return all(same(i, 1, policy.rows(1)) for i in range(16)) and all(
+            same(0, n, n) for n in sizes
+        )
 
     return next((policy for policy in engine.policies if stable(policy)), engine.fallback)

@@ -151,7 +151,7 @@ class SatAdapter(nn.Module):
         embedding = model.get_input_embeddings().weight
         dtype = embedding.dtype
         device = embedding.device
-        self.sat_embedding = nn.Parameter(embedding.detach().float().mean(0).to(dtype))
+        self.sat_embedding = nn.Parameter(embedding.detach().mean(0, dtype=torch.float32).to(dtype))
         self.down = nn.ParameterDict()
         self.up = nn.ParameterDict()
         for name, layer in self._targeted(model):

@@ -1,9 +1,9 @@
 """Linear layers in 8 bits: what `dtype='int8'` makes of a model.
 
-Weights are rounded to 8 bits with one scale an output, once; inputs with one scale for each 32 of
-them, in every pass. Products are added up as integers, so what a row gets can't depend on the rows
-beside it. The modules here say what is computed; the native engine computes it (engines/native/
-int8.h), and makes each sum in the same order in any pass.
+Weights are rounded to 8 bits with one scale an output; inputs with one scale for each 32 of them.
+Products are added up as integers, so what a row gets can't depend on the rows beside it. The layers
+here say what is computed, and keep their weights as they were; the native engine computes it
+(engines/native/int8.h), and holds the rounded ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 GROUP = 32  # inputs of a row that share a scale
 LARGEST = 127  # in size, of a weight or an input
 _TINY = 1e-20  # the largest of a group counts as no less
-_AT_ONCE = 2**14  # outputs whose weights are turned into floats together
+_AT_ONCE = 2**14  # outputs whose weights are rounded together
 
 
 class Int8Weight(NamedTuple):
@@ -24,14 +24,6 @@ class Int8Weight(NamedTuple):
 
     values: Tensor
     scale: Tensor
-
-    def plain(self) -> Tensor:
-        """Return the numbers that it stands for, [out, in] in float32."""
-        return self.values.float() * self.scale[:, None]
-
-    def rows(self, ids: Tensor) -> Int8Weight:
-        """Take the outputs `ids` alone."""
-        return Int8Weight(self.values[ids], self.scale[ids])
 
 
 def round_weight(weight: Tensor) -> Int8Weight:
@@ -53,45 +45,29 @@ def round_inputs(x: Tensor) -> Tensor:
 
 
 class Int8Linear(nn.Linear):
-    """A linear layer in 8 bits, made of one in another type.
-
-    Attributes:
-        weight: [out, in] of int8.
-        scale: [out] of float32; an element of the weight stands for its product with it.
-        bias: as it was, or None.
-    """
-
-    scale: Tensor
+    """A linear layer that computes in 8 bits, with the weight and bias of another one."""
 
     def __init__(self, plain: nn.Linear):
         nn.Module.__init__(self)
         self.in_features = plain.in_features
         self.out_features = plain.out_features
-        values, scale = round_weight(plain.weight)
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self.register_buffer("scale", scale)
+        self.weight = plain.weight
         self.bias = plain.bias
-
-    def plain(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight as numbers [out, in] of another type."""
-        return Int8Weight(self.weight, self.scale).plain().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute [..., out] of inputs [..., in], in their type. No gradients."""
         inputs = round_inputs(x)
-        parts = [inputs @ part.float().T for part in self.weight.split(_AT_ONCE)]
-        out = torch.cat(parts, -1) * self.scale
+        outputs = []
+        for part in self.weight.split(_AT_ONCE):
+            values, scale = round_weight(part)
+            outputs.append(inputs @ values.float().T * scale)
+        out = torch.cat(outputs, -1)
         return (out if self.bias is None else out + self.bias.float()).to(x.dtype)
 
 
 def round_linears(model: nn.Module) -> None:
-    """Put every linear layer of a model into 8 bits, the output layer too; embeddings stay."""
+    """Have every linear layer of a model compute in 8 bits, the output layer too."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear:
                 setattr(parent, name, Int8Linear(layer))
-
-
-def weight_of(layer: nn.Linear) -> Tensor | Int8Weight:
-    """Return a linear layer's weight [out, in], or what it is rounded to."""
-    return Int8Weight(layer.weight, layer.scale) if isinstance(layer, Int8Linear) else layer.weight

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,6 +27,7 @@ from sdsat.models import attention, devices, embedded, gguf
 from sdsat.models.dtypes import INT8, check_dtype, check_dtype_of, torch_dtype
 from sdsat.models.families import CODELLAMA_VOCABULARY, PUBLISHED, check_family
 from sdsat.models.int8 import round_linears
+from sdsat.models.mapped import MappedWeights
 from sdsat.models.sat_model import SatModel
 
 
@@ -142,28 +145,67 @@ def sized(name: str, dtype: str) -> devices.Size:
         return devices.model_size(name, config, held, adapter)
 
 
+_CPU = {"": torch.device("cpu")}
+
+
+def _is_plain(config: Any) -> bool:
+    """Tell whether a checkpoint is a causal LM of transformers', as it is and not quantized."""
+    (name,) = getattr(config, "architectures", None) or [""]
+    plain = name.endswith("ForCausalLM") and hasattr(transformers, name)
+    return plain and getattr(config, "quantization_config", None) is None
+
+
+def _from_tensors(
+    config: Any, tensors: dict[str, torch.Tensor], options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Make a model of tensors, which stay where they are, as `from_pretrained` makes it of files.
+
+    Args:
+        config: of a checkpoint that `_is_plain`.
+        tensors: by their names in the checkpoint.
+        options: of `from_pretrained`.
+    """
+    path = config.name_or_path
+    kind = getattr(transformers, config.architectures[0])
+    model, loaded = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
+    model.name_or_path = model.config.name_or_path = path
+    with suppress(OSError):  # not every checkpoint has one
+        local = options["local_files_only"]
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=local)
+    return model, loaded
+
+
 def load_base(
     name: str, dtype: torch.dtype | str, device_map: dict[str, torch.device]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base's model and tokenizer. Raises InputError, one line, for what can't be read."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, MappedWeights | None]:
+    """Load a base's model and tokenizer. Raises InputError, one line, for what can't be read.
+
+    On a CPU, weights that `dtype` leaves as they are stay in their files, which are returned too.
+    """
     path = _path_of(name)
     if local := Path(path).is_dir():
         transformers_logging.disable_progress_bar()  # for a download it is worth seeing
     with _one_line(name, path):
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            device_map=device_map,
-            local_files_only=local,
-            output_loading_info=True,
-        )
+        config = AutoConfig.from_pretrained(path, local_files_only=local)
+        mapped = MappedWeights(path) if device_map == _CPU and _is_plain(config) else None
+        options = {
+            "dtype": dtype,
+            "attn_implementation": attention.NAME,
+            "device_map": device_map,
+            "local_files_only": local,
+            "output_loading_info": True,
+        }
+        if mapped is None or not mapped.tensors:
+            model, loaded = AutoModelForCausalLM.from_pretrained(path, **options)
+        else:
+            model, loaded = _from_tensors(config, mapped.tensors, options)
+            mapped.tensors.clear()
         missing = sorted(loaded["missing_keys"])
         require(
             not missing,
             f"model {name}: its checkpoint lacks {len(missing)} tensors, such as {missing[:1]}",
         )
-    return model.eval().requires_grad_(False), load_tokenizer(name)
+    return model.eval().requires_grad_(False), load_tokenizer(name), mapped
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -302,8 +344,9 @@ def load(
         f"dtype={dtype}: on a CPU only; expected device=cpu, or bfloat16 or float16 on a GPU",
     )
     device_map = devices.place(sized(name, dtype), device, context)
-    model, tokenizer = load_base(_base_of(name), torch_dtype(dtype) or "auto", device_map)
+    model, tokenizer, mapped = load_base(_base_of(name), torch_dtype(dtype) or "auto", device_map)
     equipped = equip(model, tokenizer, name, sat_token_id, trained_k)
+    equipped.mapped = mapped
     if dtype == INT8:
         round_linears(model)  # after an adapter has compared the base with its own
     return equipped

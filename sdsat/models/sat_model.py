@@ -18,6 +18,7 @@ from sdsat.models.adapter import SatAdapter
 from sdsat.models.dtypes import INT8, check_dtype_of
 from sdsat.models.head import DraftHead
 from sdsat.models.int8 import Int8Linear
+from sdsat.models.mapped import MappedWeights
 from sdsat.models.packed import in_use
 
 
@@ -34,6 +35,7 @@ class SatModel:
         name: for messages and results.
         sat: None for a plain model, which decodes without SATs only.
         adapter: None for a checkpoint that has its SAT itself, and for a plain model.
+        mapped: the files that its weights are views of; None where they are in memory.
     """
 
     lm: PreTrainedModel
@@ -41,6 +43,7 @@ class SatModel:
     name: str
     sat: SatConfig | None = None
     adapter: SatAdapter | None = None
+    mapped: MappedWeights | None = None
 
     def follow(self) -> None:
         """Take the LM as it is now: its dtype, its devices and its layers may have changed.
@@ -149,20 +152,8 @@ class SatModel:
 
     def output_rows(self, ids: Tensor) -> Tensor:
         """Take the output layer's rows of token ids: [...] -> [..., D]."""
-        return embedding(ids, self.unembedding)  # several times as fast as by an index
-
-    @property
-    def unembedding(self) -> Tensor:
-        """The output layer's weight [V, D] for drafts, as numbers of `dtype`.
-
-        Of a layer in 8 bits it is the input embedding where the two are one.
-        """
-        head = self.lm.get_output_embeddings()
-        if not isinstance(head, Int8Linear):
-            return head.weight
-        if self.lm.config.tie_word_embeddings:
-            return self.lm.get_input_embeddings().weight
-        return head.plain(self.dtype)
+        # several times as fast as by an index
+        return embedding(ids, self.lm.get_output_embeddings().weight)
 
     def mask(self, attend: Tensor, rows: Tensor, columns: Tensor) -> Tensor | dict[str, Tensor]:
         """Make a pass's bool mask in the form that every layer's attention uses as it is.

@@ -23,7 +23,7 @@ from sdsat.engines.native.bindings import (
 from sdsat.method.copies import LONGEST
 from sdsat.models.attention import sliding_window
 from sdsat.models.head import DraftHead
-from sdsat.models.int8 import Int8Linear, Int8Weight, round_weight, weight_of
+from sdsat.models.int8 import Int8Linear, round_weight
 from sdsat.models.sat_model import SatModel
 from sdsat.models.weights import strange_part
 
@@ -31,6 +31,7 @@ from sdsat.models.weights import strange_part
 FORMS = ("llama", "mistral", "qwen2", "qwen3")
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_AT_ONCE = 2**13  # outputs that are packed together: blocks of all, little memory beside them
 # Sizes of linear layers are multiples of this: whole blocks (kernels.h) on any processor.
 MULTIPLE = 32
 
@@ -49,21 +50,17 @@ def pack(weight: Tensor, step: int) -> Tensor:
     )
 
 
-def pack8(weight: Int8Weight) -> tuple[Tensor, Tensor]:
-    """Pack a weight [out, in] in 8 bits.
+def pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight [out, in] to 8 bits, one scale an output, and pack it.
 
     Returns bytes [out / L, in / 4, L, 4] from 1 to 255, L the lanes of a vector, and scales [out],
     out padded. An element is (byte - 128) * scale.
     """
-    padding = -len(weight.scale) % MULTIPLE
-    values = nn.functional.pad(weight.values.detach(), (0, 0, 0, padding))
-    scale = nn.functional.pad(weight.scale, (0, padding))
-    steps = (
-        values.view(torch.uint8)
-        .bitwise_xor(128)
-        .view(-1, library().sdsat_lanes(), values.shape[1] // 4, 4)
-    )
-    return steps.transpose(1, 2).contiguous(), scale
+    values, scale = round_weight(nn.functional.pad(weight, (0, 0, 0, -len(weight) % MULTIPLE)))
+    whole = values.view(torch.uint8) ^ 128
+    return whole.view(-1, library().sdsat_lanes(), weight.shape[1] // 4, 4).transpose(
+        1, 2
+    ).contiguous(), scale
 
 
 def pack5(weight: Tensor) -> Tensor:
@@ -91,12 +88,12 @@ def pack5(weight: Tensor) -> Tensor:
 class NativeWeights:
     """The weights of a model, and of its adapter, in the order that C++ reads.
 
-    The copy takes as much memory as the weights. `struct` is what C++ reads. Raises Unavailable for
-    what the engine was not written for.
+    The copy takes as much memory as the weights; what was copied leaves memory, if it is in a file.
+    `struct` is what C++ reads. Raises Unavailable for what the engine was not written for.
 
     rounded: linear layers in 5 bits, the adapter's in 8, for passes that only draft: a third of the
-    bytes to read, and nearly the same guesses. Of a model in 8 bits (models/int8.py) the exact
-    weights are in 8 bits too, the adapter's included.
+    bytes to read, and nearly the same guesses. Those of a model in 8 bits (models/int8.py) are in 8
+    bits without that.
     """
 
     def __init__(self, model: SatModel, rounded: bool = False):
@@ -111,8 +108,12 @@ class NativeWeights:
         self._step = 1 + self.is_bf16
         self._kept = []
         self._adapter = model.adapter
+        self._mapped = model.mapped
         self._rounded = rounded
-        self._in_8_bits = isinstance(lm.get_output_embeddings(), Int8Linear)
+        self._bits = (
+            5 if rounded else 8 if isinstance(lm.get_output_embeddings(), Int8Linear) else 0
+        )
+        self._adapter_bits = 8 if self._bits else 0
         # Drafts and the probe look ahead.
         self._positions = min(model.max_context, 2**20) + 2 * MAX_ROWS
         positions = torch.arange(self._positions)[None]
@@ -131,14 +132,16 @@ class NativeWeights:
         draft_head = None if rounded else model.head
         tokens = lm.get_input_embeddings()
         vocabulary = head.weight.shape[0]
+        output = self._output_layers(head, model.draft_ids)
+        self._bits = self._adapter_bits = 0  # of a draft head
         self.struct = Model(
             config.num_hidden_layers, hidden, config.num_attention_heads, _kv_heads(config), dim,
             config.intermediate_size, vocabulary, self._positions, 1,
             config.rms_norm_eps, base.layers[0].self_attn.scaling,
             cos.data_ptr(), sin.data_ptr(), self._norm("norm", base.norm, hidden),
-            *self._output_layers(head, model.draft_ids), layers,
+            *output, layers,
             pointer(self._keep(self._checked("embed_tokens", tokens.weight, vocabulary, hidden))),
-            pointer(self._keep(self._checked("lm_head", model.unembedding, vocabulary, hidden))),
+            pointer(self._keep(head.weight)),
             *self._head(draft_head, hidden), torch.finfo(self.dtype).eps, *_gains(draft_head),
         )  # fmt: skip
         if rounded and model.draft_ids is not None:
@@ -150,13 +153,12 @@ class NativeWeights:
         ids: [C] of the draft vocabulary, None where there is none. Returns the layer, the rows of
         it that are the draft vocabulary's, and C. rounded passes have those rows only.
         """
-        weight = weight_of(head)
-        whole = weight, head.weight.shape, head.bias
+        whole = head.weight, head.weight.shape, head.bias
         if ids is None:
             return self._linear("lm_head", *whole), Linear(), 0
-        part = weight.rows(ids) if isinstance(weight, Int8Weight) else weight.detach()[ids]
+        part = head.weight.detach()[ids]
         bias = None if head.bias is None else head.bias.detach()[ids]
-        drafts = self._linear("lm_head", part, (len(ids), head.weight.shape[1]), bias)
+        drafts = self._linear("lm_head", part, part.shape, bias)
         if self._rounded:
             return drafts, Linear(), 0
         return self._linear("lm_head", *whole), drafts, len(ids)
@@ -166,7 +168,11 @@ class NativeWeights:
 
         Raises Unavailable, with the name, unless it has the engine's dtype and this shape.
         """
-        return _checked_as(name, tensor, self.dtype, *shape)
+        if not fits(tensor, self.dtype, shape):
+            found = described(tensor.dtype, tensor.shape, tensor.device.type)
+            wanted = described(self.dtype, shape, "cpu")
+            raise Unavailable(f"{name} is {found}, and not {wanted}")
+        return tensor
 
     def _head(self, head: DraftHead | None, hidden: int) -> tuple[Linear, Linear]:
         if head is None:
@@ -190,20 +196,28 @@ class NativeWeights:
         self._kept.append(tensor.detach().contiguous())
         return self._kept[-1]
 
-    def _packed(self, *parts: tuple[Tensor | Int8Weight, int]) -> list[Matrix]:
+    def _packed(self, *parts: tuple[Tensor, int]) -> list[Matrix]:
         """Pack weights with as many outputs, block by block beside each other in memory.
 
         parts: (weight, in how many bits; 0: as it is) of each.
         """
-        first = parts[0][0]
-        outputs = len(first.scale if isinstance(first, Int8Weight) else first)
-        blocks = (outputs + -outputs % MULTIPLE) // (2 * library().sdsat_lanes())
-        # All as bytes, the scales of weights in 8 bits too.
-        held = [
-            [part.view(blocks, -1).view(torch.uint8) for part in _pack(weight, bits, self._step)]
-            for weight, bits in parts
-        ]
-        together = self._keep(torch.cat([part for packed in held for part in packed], 1))
+        outputs = parts[0][0].shape[0]
+        together = torch.empty(0)
+        for first in range(0, outputs, _AT_ONCE):
+            some = [(weight[first : first + _AT_ONCE], bits) for weight, bits in parts]
+            blocks = _blocks(len(some[0][0]))
+            # All as bytes, the scales of weights in 8 bits too.
+            held = [
+                [part.view(blocks, -1).view(torch.uint8) for part in _pack(*each, self._step)]
+                for each in some
+            ]
+            joined = torch.cat([part for packed in held for part in packed], 1)
+            if not first:
+                together = joined.new_empty(_blocks(outputs), joined.shape[1])
+                self._kept.append(together)
+            together[_blocks(first) :][:blocks] = joined
+            if self._mapped is not None:
+                self._mapped.page_out()
         at = together.data_ptr()
         matrices = []
         for packed, (_, bits) in zip(held, parts, strict=True):
@@ -213,27 +227,16 @@ class NativeWeights:
         return matrices
 
     def _linear(
-        self,
-        name: str,
-        weight: Tensor | Int8Weight,
-        shape: tuple[int, ...],
-        bias: Tensor | None = None,
+        self, name: str, weight: Tensor, shape: tuple[int, ...], bias: Tensor | None = None
     ) -> Linear:
-        out, inner = shape
-        self._check_bits(name, weight)
-        if isinstance(weight, Int8Weight):
-            _checked_as(name, weight.values, torch.int8, *shape)
-        else:
-            self._checked(name, weight, *shape)
-        bits = 5 if self._rounded else 8 if isinstance(weight, Int8Weight) else 0
+        (out, inner), weight = shape, self._checked(name, weight, *shape)
         struct = Linear(out=out + -out % MULTIPLE, in_=inner)
         if bias is not None:
             bias = self._checked(f"{name}'s bias", bias, out)
             struct.bias = pointer(self._keep(nn.functional.pad(bias, (0, -out % MULTIPLE))))
         if self._adapter is None or name not in self._adapter.down:
-            (struct.weight,) = self._packed((weight, bits))
+            (struct.weight,) = self._packed((weight, self._bits))
             return struct
-        own_bits = 8 if bits else 0  # of the adapter
         rank = len(self._adapter.down[name])
         down = self._checked(f"adapter's down of {name}", self._adapter.down[name], rank, inner)
         up = self._adapter.config.scale * self._checked(
@@ -243,21 +246,11 @@ class NativeWeights:
         down = nn.functional.pad(down, (0, 0, 0, padding))
         up = nn.functional.pad(up, (0, padding))
         (struct.down,), (struct.weight, struct.up), struct.rank = (
-            self._packed((down, own_bits)),
-            self._packed((weight, bits), (up, own_bits)),
+            self._packed((down, self._adapter_bits)),
+            self._packed((weight, self._bits), (up, self._adapter_bits)),
             len(down),
         )
         return struct
-
-    def _check_bits(self, name: str, weight: Tensor | Int8Weight) -> None:
-        """Refuse a layer in 8 bits where the output layer is not, and the other way round.
-
-        Raises Unavailable; only a draft head is never in 8 bits.
-        """
-        own = isinstance(weight, Int8Weight)
-        if own != self._in_8_bits and not name.startswith("head."):
-            names = (name, "the output layer") if own else ("the output layer", name)
-            raise Unavailable("{} is in 8 bits, and {} is not".format(*names))
 
     def _layer(
         self, layer: Any, shapes: dict[str, tuple[int, ...]], hidden: int, dim: int
@@ -278,25 +271,21 @@ class NativeWeights:
             )
             linear = getattr(module, name)
             parts.append(
-                self._linear(f"{where}/{part}/{name}", weight_of(linear), shapes[name], linear.bias)
+                self._linear(f"{where}/{part}/{name}", linear.weight, shapes[name], linear.bias)
             )
         return Layer(*norms, *parts)
 
 
-def _checked_as(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Return the tensor, if C++ may read it as `dtype` [shape]; else raises Unavailable."""
-    if not fits(tensor, dtype, shape):
-        found = described(tensor.dtype, tensor.shape, tensor.device.type)
-        raise Unavailable(f"{name} is {found}, and not {described(dtype, shape, 'cpu')}")
-    return tensor
+def _blocks(outputs: int) -> int:
+    """Count the blocks (kernels.h) of so many outputs, filled up."""
+    return (outputs + -outputs % MULTIPLE) // (2 * library().sdsat_lanes())
 
 
-def _pack(weight: Tensor | Int8Weight, bits: int, step: int) -> tuple[Tensor, ...]:
+def _pack(weight: Tensor, bits: int, step: int) -> tuple[Tensor, ...]:
     """Pack a weight as C++ reads it. bits: in how many, 0 as it is."""
-    if bits == 8:
-        return pack8(weight if isinstance(weight, Int8Weight) else round_weight(weight))
-    plain = weight.plain() if isinstance(weight, Int8Weight) else weight
-    return (pack5(plain),) if bits else (pack(plain, step),)
+    if bits == 5:
+        return (pack5(weight),)
+    return pack8(weight) if bits else (pack(weight, step),)
 
 
 def _kv_heads(config: Any) -> int:
@@ -326,6 +315,9 @@ def _check_form(model: SatModel, dim: int) -> None:
         raise Unavailable(f"activation {config.hidden_act}")
     if strange := strange_part(model.lm):
         raise Unavailable(strange)
+    linears = [type(part) for part in model.lm.modules() if isinstance(part, nn.Linear)]
+    if len(set(linears)) > 1:
+        raise Unavailable("some linear layers are in 8 bits, and others are not")
     if config.num_attention_heads % _kv_heads(config):
         raise Unavailable(f"{config.num_attention_heads} heads on {_kv_heads(config)} of keys")
 

@@ -1,0 +1,95 @@
+"""Weights that stay in their file: mapped into memory, they take none until they are read.
+
+The native engine holds all that it reads in an order of its own. So that a model isn't in memory
+twice, the weights of its modules are views of the file that they were read from: what of it lies in
+memory can go at any time, and comes back when a module is used. A change in place makes a page this
+process's own, and never reaches the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+from contextlib import suppress
+from ctypes import c_size_t, c_void_p
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from sdsat.files import read_json
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_PAGEOUT = 21  # MADV_PAGEOUT of Linux: pages that are as in the file leave memory
+
+
+class MappedWeights:
+    """The safetensors files of a folder or hub id, as tensors that are views of them.
+
+    A copy of it has no files: the tensors of a copied model are in memory.
+    """
+
+    def __init__(self, path: str):
+        """Map the files. Raises OSError, ValueError or KeyError for damaged ones.
+
+        path: a folder, or a hub id, whose files are fetched.
+        """
+        self.tensors: dict[str, Tensor] = {}
+        self._storages: list[torch.UntypedStorage] = []
+        for file in _files(path):
+            self._map(file)
+
+    def _map(self, file: Path) -> None:
+        with file.open("rb") as opened:
+            (size,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(size))
+        size_of_file = file.stat().st_size
+        storage = cast(
+            torch.UntypedStorage, torch.UntypedStorage.from_file(str(file), False, size_of_file)
+        )
+        self._storages.append(storage)
+        header.pop("__metadata__", None)
+        for name, facts in header.items():
+            dtype = _DTYPES[facts["dtype"]]
+            first, last = (8 + size + offset for offset in facts["data_offsets"])
+            shape = facts["shape"]
+            if first % dtype.itemsize or last - first != prod(shape) * dtype.itemsize:
+                raise ValueError(f"{file.name}: {name} lies at bytes {first} to {last}")
+            if last > storage.nbytes():
+                raise ValueError(f"{file.name}: it ends before {name} does")
+            flat = torch.empty(0, dtype=dtype)
+            flat.set_(storage, first // dtype.itemsize, (prod(shape),), (1,))
+            self.tensors[name] = flat.view(shape)
+
+    def page_out(self) -> None:
+        """Take the files out of memory until they are read again, where the system can.
+
+        What this process has freed goes back to the system, too.
+        """
+        with suppress(AttributeError, OSError, TypeError):  # of a system that is not Linux
+            system = ctypes.CDLL(None)
+            for storage in self._storages:
+                system.madvise(c_void_p(storage.data_ptr()), c_size_t(storage.nbytes()), _PAGEOUT)
+            system.malloc_trim(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the files out of a copy."""
+        return {"tensors": {}, "_storages": []}
+
+
+def _files(path: str) -> list[Path]:
+    """Find the safetensors files of a folder or of a hub id; none where there are none."""
+
+    def found(name: str) -> Path | None:
+        local = Path(path).is_dir()
+        missing = {"_raise_exceptions_for_missing_entries": False}
+        file = cached_file(path, name, local_files_only=local, **missing)
+        return None if file is None else Path(file)
+
+    index = None if (single := found(SAFE_WEIGHTS_NAME)) else found(SAFE_WEIGHTS_INDEX_NAME)
+    names = sorted(set(read_json(index)["weight_map"].values())) if index else []
+    return [file for file in (single, *map(found, names)) if file is not None]

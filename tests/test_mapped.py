@@ -1,0 +1,99 @@
+"""Weights that stay in their files, against what transformers reads of them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from common import one_line_error, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from sdsat.config import DecodeConfig
+from sdsat.decoding.loop import Decoder
+from sdsat.models.loading import load
+from sdsat.models.mapped import MappedWeights
+
+PIECES = ["<unk>", *(f"t{n} " for n in range(1, 64))]
+NATIVE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # the engine's sizes
+PROMPT = [1, 5, 9]
+
+
+@pytest.fixture(params=["one file", "shards", "tied"])
+def folder(request, tmp_path):
+    lm = tiny_llama(torch.bfloat16, tie_word_embeddings=request.param == "tied", **NATIVE)
+    size = "20KB" if request.param == "shards" else "5GB"
+    lm.save_pretrained(tmp_path, max_shard_size=size)
+    GenerationConfig(eos_token_id=[3, 7], temperature=0.5, do_sample=True).save_pretrained(tmp_path)
+    tiny_tokenizer(PIECES).save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or request.param != "shards"
+    return tmp_path
+
+
+def files_of(lm):
+    """Addresses of the memory that parameters are in."""
+    return {p.untyped_storage().data_ptr() for p in lm.parameters()}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "auto"])
+def test_a_model_is_what_transformers_reads(folder, dtype):
+    named = {"int8": "bfloat16"}.get(dtype, dtype)
+    want = AutoModelForCausalLM.from_pretrained(folder, dtype=named)
+    lm = load(str(folder), dtype, "cpu").lm
+    parameters = dict(want.named_parameters())
+    assert [name for name, _ in lm.named_parameters()] == [*parameters]
+    for name, tensor in lm.named_parameters():
+        assert tensor.dtype == parameters[name].dtype and torch.equal(tensor, parameters[name])
+    for name, tensor in want.named_buffers():
+        assert torch.equal(lm.get_buffer(name), tensor)
+    assert lm.generation_config.to_dict() == want.generation_config.to_dict()
+    assert (lm.name_or_path, lm.config.name_or_path) == (str(folder), str(folder))
+    assert lm.config.dtype == want.config.dtype and not lm.training
+    mapped = len(files_of(lm)) == len(list(folder.glob("*.safetensors")))
+    assert mapped == (dtype != "float32")
+
+
+def test_a_change_is_kept_and_never_reaches_the_file(folder):
+    before = {file: file.read_bytes() for file in folder.glob("*.safetensors")}
+    decoder = Decoder.load(str(folder), "bfloat16", "cpu")
+    config = DecodeConfig(0, 12)
+    first = decoder.generate(PROMPT, config).token_ids
+    layer = decoder.model.lm.model.layers[0].mlp.down_proj
+    layer.weight.mul_(-3)
+    changed = layer.weight.clone()
+    second = decoder.generate(PROMPT, config).token_ids  # packed anew, and paged out
+    assert second != first
+    assert torch.equal(layer.weight, changed)
+    assert {file: file.read_bytes() for file in before} == before
+    assert Decoder.load(str(folder), "bfloat16", "cpu").generate(PROMPT, config).token_ids == first
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_in_memory(folder, again):
+    model = load(str(folder), "bfloat16", "cpu")
+    other = again(model)
+    assert not files_of(other.lm) & files_of(model.lm)
+    assert len(pickle.dumps(other.mapped)) < 500
+    want = Decoder(model).generate(PROMPT, DecodeConfig(0, 12)).token_ids
+    assert Decoder(other).generate(PROMPT, DecodeConfig(0, 12)).token_ids == want
+
+
+def test_transformers_own_generation_reads_the_file_again(folder):
+    decoder = Decoder.load(str(folder), "bfloat16", "cpu")
+    out = decoder.generate(PROMPT, DecodeConfig(0, 12)).token_ids
+    with decoder.engine.detached():
+        plain = decoder.model.lm.generate(
+            torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=-1
+        )
+    assert plain[0, len(PROMPT) :].tolist()[:4] == out[:4]
+
+
+@pytest.mark.parametrize("keep", [4, 30, -3])
+def test_a_file_that_was_cut(folder, keep):
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:keep])
+    with one_line_error(f"model {folder}: this directory cannot be loaded"):
+        load(str(folder), "bfloat16", "cpu")
+
+
+def test_a_folder_of_no_such_files(tmp_path):
+    assert MappedWeights(str(tmp_path)).tensors == {}
