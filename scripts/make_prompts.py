@@ -24,11 +24,11 @@ from typing import Annotated
 
 import typer
 from chat_prompts import chat_requests, paragraphs_of
-from transformers import AutoTokenizer
 
 from sdsat.cli.program import run
 from sdsat.config import require
 from sdsat.files import replacing
+from sdsat.models.loading import load_tokenizer
 from sdsat.tasks.datasets import EVERYDAY_FILE
 from sdsat.tasks.kinds import Request
 from sdsat.tasks.prompts import Sieve, code_requests, licences, parse_kinds
@@ -64,7 +64,9 @@ def installed(folder: Path) -> Path:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Hub id or directory with the tokenizer.")],
+    model: Annotated[
+        str, typer.Option(help="Whose tokenizer counts: a hub id, a directory, an embedded name.")
+    ],
     out: Annotated[Path, typer.Option(help="The .jsonl file.")],
     corpus: Annotated[Path, typer.Option(help="Folder of the packages.")] = Path("runs/corpus"),
     count: Annotated[int, typer.Option(help="How many prompts.")] = 30_000,
@@ -86,7 +88,7 @@ def main(
     require(0 <= chat <= 1, f"chat={chat}: expected a share from 0 to 1")
     weights = parse_kinds(kinds)
     benchmarks = [MBPP, EVERYDAY_FILE, *(avoid or ())]
-    sieve = Sieve(AutoTokenizer.from_pretrained(model), max_prompt_tokens, benchmarks)
+    sieve = Sieve(load_tokenizer(model), max_prompt_tokens, benchmarks)
     num_chat = round(count * chat)
     folders = [installed(corpus), Path(sysconfig.get_paths()["stdlib"])]
     asked = [

@@ -36,10 +36,12 @@ CONTEXT = 256
 SHAPES = ((1, 0), (6, 0), (6, 5), (16, 0))  # rows, SATs among them
 NEW_TOKENS = 200  # of a generation
 PARTS = {
-    "linear layers": r"\b(tile|block|outputs|lower)<",
-    "attention, rotary embedding, activations, cache": r"\b(run|attend|rotate)<",
-    "norms": r"\bnorm<",
-    "waiting for the other threads": r"0x[0-9a-f]{16}|gomp|Meeting",
+    "rows into 8 bits": r"\bQuantizer\b",
+    "linear layers": r"\b(multiply_\w+|LinearShare|LowRank)<",
+    "norms": r"\brms_norm<",
+    "waiting for the other threads": r"0x[0-9a-f]{16}|gomp|\bBarrier\b",
+    "attention, rotary embedding, activations, cache": r"\b(forward|attend\w*|rotate\w*|softmax|"
+    r"score_slots|add_values|gather_values|gate_and_up)<",
 }
 
 

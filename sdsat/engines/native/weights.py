@@ -192,6 +192,11 @@ class NativeWeights:
     def _norm(self, name: str, norm: Any, size: int) -> int | None:
         return None if norm is None else pointer(self._keep(self._checked(name, norm.weight, size)))
 
+    def _page_out(self) -> None:
+        """Let what was packed leave memory, if it is in a file."""
+        if self._mapped is not None:
+            self._mapped.page_out()
+
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.detach().contiguous())
         return self._kept[-1]
@@ -216,8 +221,8 @@ class NativeWeights:
                 together = joined.new_empty(_blocks(outputs), joined.shape[1])
                 self._kept.append(together)
             together[_blocks(first) :][:blocks] = joined
-            if self._mapped is not None:
-                self._mapped.page_out()
+            if first:
+                self._page_out()
         at = together.data_ptr()
         matrices = []
         for packed, (_, bits) in zip(held, parts, strict=True):
@@ -273,6 +278,7 @@ class NativeWeights:
             parts.append(
                 self._linear(f"{where}/{part}/{name}", linear.weight, shapes[name], linear.bias)
             )
+        self._page_out()
         return Layer(*norms, *parts)
 
 
