@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from common import one_line_error, tiny_llama, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sdsat.config import DecodeConfig
@@ -18,15 +19,18 @@ NATIVE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # the eng
 PROMPT = [1, 5, 9]
 
 
-@pytest.fixture(params=["one file", "shards", "tied"])
-def folder(request, tmp_path):
-    lm = tiny_llama(torch.bfloat16, tie_word_embeddings=request.param == "tied", **NATIVE)
-    size = "20KB" if request.param == "shards" else "5GB"
-    lm.save_pretrained(tmp_path, max_shard_size=size)
-    GenerationConfig(eos_token_id=[3, 7], temperature=0.5, do_sample=True).save_pretrained(tmp_path)
-    tiny_tokenizer(PIECES).save_pretrained(tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or request.param != "shards"
-    return tmp_path
+def saved(folder, kind):
+    lm = tiny_llama(torch.bfloat16, tie_word_embeddings=kind == "tied", **NATIVE)
+    lm.save_pretrained(folder, max_shard_size="20KB" if kind == "shards" else "5GB")
+    GenerationConfig(eos_token_id=[3, 7], temperature=0.5, do_sample=True).save_pretrained(folder)
+    tiny_tokenizer(PIECES).save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1 or kind != "shards"
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return saved(tmp_path, "shards")
 
 
 def files_of(lm):
@@ -35,7 +39,9 @@ def files_of(lm):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "auto"])
-def test_a_model_is_what_transformers_reads(folder, dtype):
+@pytest.mark.parametrize("kind", ["one file", "shards", "tied"])
+def test_a_model_is_what_transformers_reads(tmp_path, kind, dtype):
+    folder = saved(tmp_path, kind)
     named = {"int8": "bfloat16"}.get(dtype, dtype)
     want = AutoModelForCausalLM.from_pretrained(folder, dtype=named)
     lm = load(str(folder), dtype, "cpu").lm
@@ -93,6 +99,18 @@ def test_a_file_that_was_cut(folder, keep):
     file.write_bytes(file.read_bytes()[:keep])
     with one_line_error(f"model {folder}: this directory cannot be loaded"):
         load(str(folder), "bfloat16", "cpu")
+
+
+def test_numbers_of_another_kind(tmp_path):
+    """A file that has some is read as transformers reads it."""
+    lm = tiny_llama(torch.bfloat16, **NATIVE)
+    lm.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "count": torch.arange(3)}, file, {"format": "pt"})
+    tiny_tokenizer(PIECES).save_pretrained(tmp_path)
+    found = load(str(tmp_path), "bfloat16", "cpu").lm
+    for name, tensor in lm.named_parameters():
+        assert torch.equal(found.get_parameter(name), tensor)
 
 
 def test_a_folder_of_no_such_files(tmp_path):

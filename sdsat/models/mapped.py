@@ -23,7 +23,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from sdsat.files import read_json
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux: pages that are as in the file leave memory
 
 
@@ -34,25 +39,28 @@ class MappedWeights:
     """
 
     def __init__(self, path: str):
-        """Map the files. Raises OSError, ValueError or KeyError for damaged ones.
+        """Map the files; all of them, or none if one has numbers of another kind.
 
-        path: a folder, or a hub id, whose files are fetched.
+        path: a folder, or a hub id, whose files are fetched. Raises OSError, ValueError or KeyError
+        for damaged ones.
         """
         self.tensors: dict[str, Tensor] = {}
         self._storages: list[torch.UntypedStorage] = []
-        for file in _files(path):
-            self._map(file)
+        if not all(map(self._map, _files(path))):
+            self.tensors.clear()
 
-    def _map(self, file: Path) -> None:
+    def _map(self, file: Path) -> bool:
         with file.open("rb") as opened:
             (size,) = struct.unpack("<Q", opened.read(8))
             header = json.loads(opened.read(size))
         size_of_file = file.stat().st_size
+        header.pop("__metadata__", None)
+        if any(facts["dtype"] not in _DTYPES for facts in header.values()):
+            return False
         storage = cast(
             torch.UntypedStorage, torch.UntypedStorage.from_file(str(file), False, size_of_file)
         )
         self._storages.append(storage)
-        header.pop("__metadata__", None)
         for name, facts in header.items():
             dtype = _DTYPES[facts["dtype"]]
             first, last = (8 + size + offset for offset in facts["data_offsets"])
@@ -64,6 +72,7 @@ class MappedWeights:
             flat = torch.empty(0, dtype=dtype)
             flat.set_(storage, first // dtype.itemsize, (prod(shape),), (1,))
             self.tensors[name] = flat.view(shape)
+        return True
 
     def page_out(self) -> None:
         """Take the files out of memory until they are read again, where the system can.
