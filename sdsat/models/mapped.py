@@ -29,7 +29,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_PAGEOUT = 21  # MADV_PAGEOUT of Linux: pages that are as in the file leave memory
+_DONTNEED = 4  # MADV_DONTNEED of Linux: pages leave, and come back as they are in the file
 
 
 class MappedWeights:
@@ -75,19 +75,39 @@ class MappedWeights:
         return True
 
     def page_out(self) -> None:
-        """Take the files out of memory until they are read again, where the system can.
+        """Take the files out of this process's memory until they are read again; on Linux only.
 
-        What this process has freed goes back to the system, too.
+        One of which a page was changed in place stays, as the change would be lost. What this
+        process has freed goes back to the system, too.
         """
-        with suppress(AttributeError, OSError, TypeError):  # of a system that is not Linux
+        with suppress(AttributeError, OSError, TypeError, ValueError):
             system = ctypes.CDLL(None)
+            changed = _changed_mappings()
             for storage in self._storages:
-                system.madvise(c_void_p(storage.data_ptr()), c_size_t(storage.nbytes()), _PAGEOUT)
+                begin = storage.data_ptr()
+                end = begin + storage.nbytes()
+                if not any(first < end and begin < last for first, last in changed):
+                    system.madvise(c_void_p(begin), c_size_t(storage.nbytes()), _DONTNEED)
             system.malloc_trim(0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the files out of a copy."""
         return {"tensors": {}, "_storages": []}
+
+
+def _changed_mappings() -> list[tuple[int, int]]:
+    """List [begin, end) of this process's mappings that hold pages of its own.
+
+    Raises OSError where the system doesn't say.
+    """
+    found = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if "-" in name and not name.endswith(":"):
+            begin, end = (int(part, 16) for part in name.split("-"))
+        elif name == "Anonymous:" and values[0] != "0":
+            found.append((begin, end))
+    return found
 
 
 def _files(path: str) -> list[Path]:
