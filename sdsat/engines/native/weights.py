@@ -32,6 +32,7 @@ FORMS = ("llama", "mistral", "qwen2", "qwen3")
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _AT_ONCE = 2**13  # outputs that are packed together: blocks of all, little memory beside them
+_PAGE_OUT_AFTER = 2**28  # bytes that are packed: letting memory go takes a tenth of a second
 # Sizes of linear layers are multiples of this: whole blocks (kernels.h) on any processor.
 MULTIPLE = 32
 
@@ -109,6 +110,7 @@ class NativeWeights:
         self._kept = []
         self._adapter = model.adapter
         self._mapped = model.mapped
+        self._packed_bytes = 0  # since something left memory
         self._rounded = rounded
         self._bits = (
             5 if rounded else 8 if isinstance(lm.get_output_embeddings(), Int8Linear) else 0
@@ -146,6 +148,7 @@ class NativeWeights:
         )  # fmt: skip
         if rounded and model.draft_ids is not None:
             self.struct.vocabulary = len(model.draft_ids)
+        self._page_out()
 
     def _output_layers(self, head: nn.Linear, ids: Tensor | None) -> tuple[Linear, Linear, int]:
         """Pack the output layer.
@@ -194,6 +197,7 @@ class NativeWeights:
 
     def _page_out(self) -> None:
         """Let what was packed leave memory, if it is in a file."""
+        self._packed_bytes = 0
         if self._mapped is not None:
             self._mapped.page_out()
 
@@ -221,7 +225,8 @@ class NativeWeights:
                 together = joined.new_empty(_blocks(outputs), joined.shape[1])
                 self._kept.append(together)
             together[_blocks(first) :][:blocks] = joined
-            if first:
+            self._packed_bytes += joined.nbytes
+            if self._packed_bytes >= _PAGE_OUT_AFTER:
                 self._page_out()
         at = together.data_ptr()
         matrices = []
@@ -278,7 +283,6 @@ class NativeWeights:
             parts.append(
                 self._linear(f"{where}/{part}/{name}", linear.weight, shapes[name], linear.bias)
             )
-        self._page_out()
         return Layer(*norms, *parts)
 
 
