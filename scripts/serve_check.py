@@ -172,8 +172,11 @@ class Load:
                 await self.ask(prompt, kind)
 
 
-def by_schemathesis(url: str, number: int) -> dict[str, int]:
-    """Send what schemathesis makes of the OpenAPI document; counts by method, path and status."""
+def by_schemathesis(url: str, model: str, number: int) -> dict[str, int]:
+    """Send what schemathesis makes of the OpenAPI document; counts by method, path and status.
+
+    What keeps to the document asks for the model that is there, and for two tokens.
+    """
     found: Counter[str] = Counter()
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     modes = schemathesis.GenerationMode
@@ -192,6 +195,8 @@ def by_schemathesis(url: str, number: int) -> dict[str, int]:
             )
             @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
             def send(case: Any) -> None:
+                if mode is modes.POSITIVE and isinstance(case.body, dict):  # noqa: B023
+                    case.body |= {"model": model, "max_tokens": 2}
                 answer = case.call(timeout=600)
                 found[f"{case.method} {case.path} {answer.status_code}"] += 1
 
@@ -296,7 +301,9 @@ async def _check(
     before = process.memory_info().rss
     load.done.clear()
     began = time.monotonic()
-    made = asyncio.create_task(asyncio.to_thread(by_schemathesis, url, hostile))
+    made = asyncio.create_task(
+        asyncio.to_thread(by_schemathesis, url, load.decoder.model.name, hostile)
+    )
     await load.keep_asking(clients, seconds)
     minutes = (time.monotonic() - began) / 60
     schema = await made
