@@ -4,8 +4,8 @@ which need not know of it (docs/serving.md).
 sdsat export ADAPTER --out runs/draft  prints the server's command; add --served-model-name sdsat
 .venv-vllm/bin/python examples/serving.py [QUESTION]
 
-OPENAI_BASE_URL: where the server is, if not here on port 8000. OPENAI_MODEL: the model's name there,
-if not sdsat.
+OPENAI_BASE_URL: where the server is, if not here on port 8000. OPENAI_MODEL: the model's name
+there, if not sdsat.
 """
 
 import os

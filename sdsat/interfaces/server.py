@@ -29,7 +29,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
-from prometheus_client import Counter, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, generate_latest
 from starlette import exceptions
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
@@ -304,7 +304,7 @@ async def _health() -> dict[str, str]:
 
 async def _metrics() -> Response:
     """Give counters in Prometheus' text format."""
-    return Response(generate_latest(), media_type="text/plain")
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _failed(_: Any, error: Any) -> Response:
