@@ -1,10 +1,11 @@
-"""A client of `vllm serve` with an SDSAT draft: the plain `openai` client, which need not know of
-it (docs/serving.md).
+"""A client of `sdsat serve`, or of `vllm serve` with an SDSAT draft: the plain `openai` client,
+which need not know of it (docs/serving.md).
 
 sdsat export ADAPTER --out runs/draft  prints the server's command; add --served-model-name sdsat
 .venv-vllm/bin/python examples/serving.py [QUESTION]
 
-OPENAI_BASE_URL: where the server is, if not here on port 8000.
+OPENAI_BASE_URL: where the server is, if not here on port 8000. OPENAI_MODEL: the model's name
+there, if not sdsat.
 """
 
 import os
@@ -19,7 +20,7 @@ question = (
     " ".join(sys.argv[1:]) or "Write a Python function that reverses the words of a sentence."
 )
 stream = client.chat.completions.create(
-    model="sdsat",
+    model=os.environ.get("OPENAI_MODEL", "sdsat"),
     messages=[{"role": "user", "content": question}],
     max_tokens=200,
     temperature=0,

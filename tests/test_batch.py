@@ -256,6 +256,57 @@ def test_waiting_prompts_enter_as_others_leave(engine, monkeypatch):
     assert [events[2][0][0] - events[1][-1][0], events[3][0][0] - events[0][-1][0]] == [1, 1]
 
 
+@pytest.mark.parametrize("engine", ["native, bfloat16", "modules, float32"])
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_what_arrives_while_others_go_on_is_as_alone(engine, data):
+    """And whatever is ended by its caller is the beginning of that."""
+    decoder = decoder_with(engine)
+    asked = dict(enumerate(data.draw(st.lists(requests(engine), min_size=1, max_size=7))))
+    leaves = {number: data.draw(st.none() | st.integers(1, 6)) for number in asked}
+    size = data.draw(st.integers(1, 4))
+    coming = list(asked)
+    told = {number: [] for number in asked}
+    free_places = []
+
+    def arrivals(free):
+        free_places.append(free)
+        count = data.draw(st.integers(0, free)) if free < size else free  # none would end it
+        come, coming[:] = coming[:count], coming[count:]
+        return [decoder.request(number, *asked[number]) for number in come]
+
+    def on_tokens(number, tokens, drafted):
+        told[number] += tokens
+        return leaves[number] is not None and len(told[number]) >= leaves[number]
+
+    outs = {}
+    for number, out in decoder.iterate_arrivals(arrivals, 32, on_tokens, size):
+        assert number not in outs
+        outs[number] = out
+    assert outs.keys() == asked.keys() and min(free_places) >= 1
+    for number, out in outs.items():
+        alone = decoder.generate(*asked[number])
+        assert out.token_ids == told[number] == alone.token_ids[: len(out.token_ids)]
+        if out.finish == "caller":
+            assert len(out.token_ids) >= leaves[number]
+        else:
+            assert (out.token_ids, out.text, out.finish) == (
+                alone.token_ids,
+                alone.text,
+                alone.finish,
+            )
+
+
+def test_a_caller_ends_its_output_and_no_other():
+    decoder = decoder_with("native, float32")
+    config = DecodeConfig(0, 12)
+    outs = decoder.generate_batch(PROMPTS[:2], config, lambda number, *_: number == 1)
+    alone = [decoder.generate(prompt, config) for prompt in PROMPTS[:2]]
+    assert outs[0].token_ids == alone[0].token_ids and outs[0].finish == "length"
+    assert outs[1].token_ids == alone[1].token_ids[:1] and outs[1].finish == "caller"
+    assert outs[1].text and alone[1].text.startswith(outs[1].text)
+
+
 def test_of_many_places_several_are_filled_at_once(monkeypatch):
     decoder = decoder_with("modules, float32")
     seen = []
@@ -420,6 +471,16 @@ def test_sequences_of_one_batch_share_what_auto_learns():
     decoder.generate_batch(PROMPTS, DecodeConfig(K, 12, strategy="auto"))
     (planner,) = decoder.planners.values()
     assert planner.costs.num_timed > 3
+
+
+def test_what_is_learned_of_many_temperatures_is_not_kept_for_ever():
+    """A server may be asked with another one each time."""
+    decoder = decoder_with("native, float32")
+    for number in range(40):
+        sampling = SamplingConfig(temperature=0.5 + number / 100)
+        decoder.planner(decoder.resolved(DecodeConfig(K, strategy="auto", sampling=sampling)))
+    assert len(decoder.planners) == 32
+    decoder.planners.clear()
 
 
 # ---- scripts/batch_throughput.py ----

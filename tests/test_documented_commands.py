@@ -65,6 +65,8 @@ ELSEWHERE = {
     "python scripts/make_prompts.py": (
         "fetches a gigabyte of packages; test_prompts.py runs it on a small corpus"
     ),
+    "sdsat serve": "serves until it is ended; test_serve.py starts it",
+    "python scripts/serve_check.py": "takes a minute of load",
     "python dev/measure_code.py": "reads the repository's history; test_measure_code.py runs it",
     "accelerate launch": "takes GPUs",
     "torchrun": "test_train.py starts two processes",

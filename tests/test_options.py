@@ -111,6 +111,6 @@ def test_every_command_is_there():
     commands = typer.main.get_command(app).commands
     assert list(commands) == [
         *("generate", "bench", "report", "verify", "eval", "inspect"),
-        *("distill", "train", "export"),
+        *("distill", "train", "export", "serve"),
     ]
     assert all(command.help for command in commands.values())

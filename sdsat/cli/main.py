@@ -1,7 +1,7 @@
 """The command line, `sdsat COMMAND`: one file for each command.
 
-They are generate, bench, report, verify, eval, inspect, distill, train and export. torch is
-imported where a command begins its work, so that `--help` need not wait for it.
+They are generate, bench, report, verify, eval, inspect, distill, train, export and serve.
+torch is imported where a command begins its work, so that `--help` need not wait for it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sdsat.cli.generate import generate
 from sdsat.cli.inspect import inspect
 from sdsat.cli.program import run_app
 from sdsat.cli.report import report
+from sdsat.cli.serve import serve
 from sdsat.cli.train import train
 from sdsat.cli.verify import verify
 
@@ -37,6 +38,7 @@ app.command()(inspect)
 app.command()(distill)
 app.command()(train)
 app.command()(export)
+app.command()(serve)
 
 
 def main() -> None:

@@ -74,10 +74,11 @@ def show(table: Table, width: int) -> None:
     Console(width=max(width, Console().width)).print(table)
 
 
-def load_decoder(name: str, config: LoadConfig) -> Any:
+def load_decoder(name: str, config: LoadConfig, context: int = 2048) -> Any:
     """Load the model that a command works on.
 
-    Raises InputError, one line, for what can't be loaded.
+    context: positions of the cache that memory must be left for. Raises InputError, one line, for
+    what can't be loaded.
     """
     from sdsat.decoding.loop import Decoder
 
@@ -88,6 +89,7 @@ def load_decoder(name: str, config: LoadConfig) -> Any:
         config.sat_token_id,
         config.engine,
         trained_k=config.trained_k,
+        context=context,
     )
 
 

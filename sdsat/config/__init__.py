@@ -5,6 +5,7 @@ A bad value raises `InputError`, which is every bad-input message of the program
     checks      what a value must be              options     how a command gives it
     strategies  what drafts                       loading     which model, and how
     decoding    a generation                      training    distillation and training
+    serving     an endpoint
 """
 
 from sdsat.config.checks import (
@@ -43,6 +44,7 @@ from sdsat.config.options import (
     numbers_of,
     option,
 )
+from sdsat.config.serving import ServeConfig
 from sdsat.config.strategies import (
     ALL_STRATEGIES,
     LOOKUP,
@@ -95,6 +97,7 @@ __all__ = [
     "Option",
     "SamplingConfig",
     "SatConfig",
+    "ServeConfig",
     "Strategy",
     "Text",
     "TrainConfig",

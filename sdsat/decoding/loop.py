@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListOf
 from dataclasses import replace
 from typing import Any
@@ -39,6 +39,7 @@ from sdsat.decoding.sequence import (
     Generation,
     OnBatchTokens,
     OnTokens,
+    Request,
     Sequence,
     num_slots,
 )
@@ -58,6 +59,8 @@ from sdsat.models.sat_model import SatModel
 from sdsat.models.weights import Snapshot
 
 Event = tuple[int, list[int], list[bool]]  # of `OnBatchTokens`
+Arrivals = Callable[[int], ListOf[Request]]
+_KEPT_PLANNERS = 32  # of as many ways of sampling, what was learned is kept
 
 
 class Decoder:
@@ -204,7 +207,7 @@ class Decoder:
             prompt_ids: its tokens, one at least.
             config: how.
             on_tokens: called after each step with the new tokens and, for each, whether it was an
-                accepted draft.
+                accepted draft; the output ends there if it returns True.
             chooser: (logits [V] after all tokens so far) -> (the next token, whether the output
                 ends with it); it then chooses instead of config.sampling, which only drafts go by.
 
@@ -215,13 +218,34 @@ class Decoder:
             InputError: where the prompt, the settings and the model do not fit together.
         """
         self.renew()
-        config = checked(self.engine, prompt_ids, config)
+        request = self.request(0, prompt_ids, config, chooser)
         _check_callables("on_tokens", [on_tokens])
-        _check_callables("chooser", [chooser])
         report = None
         if on_tokens is not None:
             report = lambda _, tokens, drafted: on_tokens(tokens, drafted)  # noqa: E731
-        return next(self._decode([prompt_ids], [config], 1, report, [chooser]))[1]
+        return next(self._decode([request], 1, request.slots, report))[1]
+
+    def request(
+        self,
+        number: int,
+        prompt_ids: list[int],
+        config: DecodeConfig,
+        chooser: Chooser | None = None,
+    ) -> Request:
+        """Resolve the settings of a generation, and check them.
+
+        Args:
+            number: names it in what `iterate_arrivals` gives.
+            prompt_ids: as of `generate`.
+            config: as of `generate`.
+            chooser: as of `generate`.
+
+        Raises:
+            InputError: where the prompt, the settings and the model do not fit together.
+        """
+        config = checked(self.engine, prompt_ids, config)
+        _check_callables("chooser", [chooser])
+        return Request(number, prompt_ids, config, chooser)
 
     def generate_batch(
         self,
@@ -290,11 +314,6 @@ class Decoder:
             len(each) == len(prompts),
             f"configs: {len(each)} for {len(prompts)} prompts; expected one, or one a prompt",
         )
-        for number, (prompt_ids, config) in enumerate(zip(prompts, each, strict=True)):
-            try:
-                each[number] = checked(self.engine, prompt_ids, config)
-            except InputError as error:
-                raise InputError(f"prompts[{number}]: {error}") from None
         expected = f"a list of {len(prompts)}, one a prompt"
         asked = (
             [None] * len(prompts) if choosers is None else several("choosers", choosers, expected)
@@ -302,7 +321,36 @@ class Decoder:
         require(len(asked) == len(prompts), f"choosers: {len(asked)}; expected {expected}")
         _check_callables("choosers", asked)
         _check_callables("on_tokens", [on_tokens])
-        return self._decode(prompts, each, batch_size, on_tokens, asked)
+        requests = list[Request]()
+        for number, one in enumerate(zip(prompts, each, asked, strict=True)):
+            try:
+                requests.append(self.request(number, *one))
+            except InputError as error:
+                raise InputError(f"prompts[{number}]: {error}") from None
+        slots = max((request.slots for request in requests), default=0)
+        return self._decode(requests, min(batch_size, len(requests)), slots, on_tokens)
+
+    def iterate_arrivals(
+        self,
+        arrivals: Arrivals,
+        context: int,
+        on_tokens: OnBatchTokens | None = None,
+        batch_size: int = 32,
+    ) -> Iterator[tuple[int, Generation]]:
+        """Continue prompts that come while others go on, and yield each result when it is there.
+
+        Args:
+            arrivals: called before each pass with how many sequences may enter; returns so many at
+                most, made by `request`. When there are none, and none is live, the iterator ends.
+            context: tokens of prompt and output together, at most.
+            on_tokens: as of `generate_batch`.
+            batch_size: as of `generate_batch`.
+
+        Returns:
+            (number of the request, its result), in the order of their ends.
+        """
+        self.renew()
+        return self._decode([], batch_size, num_slots(0, context), on_tokens, arrivals)
 
     @torch.inference_mode()
     def next_logits(self, token_ids: list[int], prompt_length: int, config: DecodeConfig) -> Tensor:
@@ -345,62 +393,63 @@ class Decoder:
             return known
         adapter = self.model.adapter
         accuracy = adapter.config.training.get("accuracy_by_depth", []) if adapter else []
+        while len(self.planners) >= _KEPT_PLANNERS:
+            self.planners.pop(next(iter(self.planners)))
         self.planners[key] = kind(config, curve, config.num_sats, accuracy)
         return self.planners[key]
 
     @torch.inference_mode()
     def _decode(
         self,
-        prompts: ListOf[list[int]],
-        configs: ListOf[DecodeConfig],
+        requests: ListOf[Request],
         size: int,
+        slots: int,
         on_tokens: OnBatchTokens | None,
-        choosers: ListOf[Chooser | None],
+        arrivals: Arrivals | None = None,
     ) -> Iterator[tuple[int, Generation]]:
-        """Run the loop, and yield (index of the prompt, its result) at each end.
+        """Run the loop, and yield (number of the request, its result) at each end.
 
         Other threads' passes come between these, never beside them; while the caller has what a
         pass made, the model is free.
 
         Args:
-            prompts: tokens of each.
-            configs: one a prompt, checked.
+            requests: what waits from the beginning.
             size: how many sequences are live at most; each pass carries what their plans want.
+            slots: of the longest of their caches.
             on_tokens: as of `generate_batch`.
-            choosers: one a prompt.
+            arrivals: as of `iterate_arrivals`.
         """
-        with self.lock.held():
-            _ = self.engine.row_policy  # it is found now, before seconds count
-            planners = [self.planner(config) for config in configs]
-            self.engine.prepare(rounded=any(config.may_round for config in configs))
-        both = zip(prompts, configs, strict=True)
-        slots = [num_slots(len(ids), config.max_new_tokens) for ids, config in both]
-        size = max(1, min(size, len(prompts)))
-        caches = self.engine.batch_caches(size, max(slots, default=0))
-        waiting = deque(range(len(prompts)))
+        size = max(1, size)
+        waiting = deque[tuple[Request, Planner]]()
         live = list[Sequence]()
 
-        def entered(numbers: list[int]) -> list[Sequence]:
-            held = self._prefill(caches, [prompts[n] for n in numbers], [slots[n] for n in numbers])
-            return [
-                self._sequence(n, prompts[n], configs[n], planners[n], choosers[n], *each)
-                for n, each in zip(numbers, held, strict=True)
-            ]
+        def wait(some: ListOf[Request]) -> None:
+            waiting.extend([(each, self.planner(each.config)) for each in some])
+            self.engine.prepare(rounded=any(each.config.may_round for each in some))
 
+        with self.lock.held():
+            _ = self.engine.row_policy  # it is found now, before seconds count
+            wait(requests)
         engine = self.engine
-        while waiting or live:
+        caches = engine.batch_caches(size, slots)
+        while True:
             free = size - len(live)
+            came = arrivals(free - len(waiting)) if arrivals and free > len(waiting) else ()
+            if not (waiting or live or came):
+                return
             with self.lock.held():
                 self._refuse_change(engine)
+                if came:
+                    wait(came)
                 # Several prompts are read in one pass where that can be.
                 if waiting and 16 * free >= size:
                     count = min(free, len(waiting))
-                    live += entered([waiting.popleft() for _ in range(count)])
+                    live += self._entered(caches, [waiting.popleft() for _ in range(count)])
                 self._draft_first(live)
                 events = self._step(live)
-            if on_tokens is not None:
-                for event in events:
-                    on_tokens(*event)
+            for sequence, event in zip(live, events, strict=True):
+                if on_tokens is not None and on_tokens(*event) is True and not sequence.out.finish:
+                    sequence.end("caller")
             for sequence in [each for each in live if each.out.finish is not None]:
                 live.remove(sequence)
                 caches.leave(sequence.cache)
@@ -416,42 +465,35 @@ class Decoder:
             "were still to come; expected them to stay until the last one is there",
         )
 
-    def _prefill(
-        self, caches: BatchCaches, prompts: list[list[int]], slots: list[int]
-    ) -> list[tuple[Any, float, float]]:
-        """Read prompts into caches of these numbers of slots.
-
-        Returns (cache, when its prompt began to be read, when all were read) of each prompt.
-        """
+    def _entered(
+        self, caches: BatchCaches, entering: list[tuple[Request, Planner]]
+    ) -> list[Sequence]:
+        """Read prompts into caches, and make their sequences."""
         began = time.perf_counter()
-        held = caches.enter(prompts, slots)
+        requests = [request for request, _ in entering]
+        held = caches.enter(
+            [each.prompt_ids for each in requests], [each.slots for each in requests]
+        )
         self.engine.synchronize()
-        done = time.perf_counter()
-        return [(cache, began, done) for cache in held]
+        prefilled = time.perf_counter()
+        return [
+            self._sequence(*each, cache, began, prefilled)
+            for each, cache in zip(entering, held, strict=True)
+        ]
 
     def _sequence(
-        self,
-        number: int,
-        prompt_ids: list[int],
-        config: DecodeConfig,
-        planner: Planner,
-        chooser: Chooser | None,
-        cache: Any,
-        began: float,
-        prefilled: float,
+        self, request: Request, planner: Planner, cache: Any, began: float, prefilled: float
     ) -> Sequence:
         """Make the sequence of a prompt that has just been prefilled.
 
         Args:
-            number: the prompt's index in the call.
-            prompt_ids: its tokens.
-            config: its settings.
+            request: what is asked.
             planner: the planner of its passes.
-            chooser: as of `generate`.
             cache: filled.
             began: when its prompt began to be read, on time.perf_counter.
             prefilled: when it was read.
         """
+        prompt_ids, config = request.prompt_ids, request.config
         out = Generation(
             proposed_by_depth=[0] * config.depth,
             accepted_by_depth=[0] * config.depth,
@@ -459,7 +501,7 @@ class Decoder:
         )
         vocabulary = self.model.draft_ids
         return Sequence(
-            number=number,
+            number=request.number,
             prompt_ids=prompt_ids,
             config=config,
             planner=planner,
@@ -474,7 +516,7 @@ class Decoder:
             others=None if vocabulary is None else OtherTokens(vocabulary, prompt_ids),
             x=prompt_ids[-1],
             drafts=Drafts.none(prompt_ids[-1]),
-            chooser=chooser,
+            chooser=request.chooser,
         )
 
     def _step(self, live: list[Sequence]) -> list[Event]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from sdsat.method.lookup import Lookup
 from sdsat.method.tree import DraftTree
 from sdsat.method.vocabulary import OtherTokens
 
-OnTokens = Callable[[list[int], list[bool]], None]
-OnBatchTokens = Callable[[int, list[int], list[bool]], None]
+OnTokens = Callable[[list[int], list[bool]], bool | None]
+OnBatchTokens = Callable[[int, list[int], list[bool]], bool | None]
 Chooser = Callable[[Tensor], tuple[int, bool]]
 LOOKED_UP = 0.6  # how likely a looked-up token is taken to be before anything is known
 
@@ -120,6 +120,27 @@ def num_slots(prompt_length: int, max_new_tokens: int) -> int:
     It is the same for AR and every k and tree, because attention rounds by length.
     """
     return -(-(prompt_length + max_new_tokens + MAX_ROWS + 16) // 64) * 64
+
+
+class Request(NamedTuple):
+    """What is asked, checked (`Decoder.request`).
+
+    Attributes:
+        number: of its prompt in the call.
+        prompt_ids: the prompt's tokens.
+        config: its settings.
+        chooser: see `Decoder.generate`.
+    """
+
+    number: int
+    prompt_ids: list[int]
+    config: DecodeConfig
+    chooser: Chooser | None = None
+
+    @property
+    def slots(self) -> int:
+        """The length of its cache."""
+        return num_slots(len(self.prompt_ids), self.config.max_new_tokens)
 
 
 @dataclass(eq=False)
@@ -229,8 +250,14 @@ class Sequence:
         if self.others:
             self.others.add(block)
         if out.finish is not None:
-            out.decode_seconds = time.perf_counter() - self.began
-            out.text = text_of(
-                self.tokenizer, self.prompt_ids[-1], out.token_ids, self.config.stop_strings
-            )
+            self.end(out.finish)
         return block, [i < len(accepted) for i in range(len(block))]
+
+    def end(self, finish: Finish) -> None:
+        """Complete the output, which ends for this reason."""
+        out = self.out
+        out.finish = finish
+        out.decode_seconds = time.perf_counter() - self.began
+        out.text = text_of(
+            self.tokenizer, self.prompt_ids[-1], out.token_ids, self.config.stop_strings
+        )

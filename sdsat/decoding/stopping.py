@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from sdsat.config import DecodeConfig
 
-# Why an output ended; 'chooser' where a `Chooser` ended it.
-Finish = Literal["stop_id", "stop_string", "length", "chooser"]
+# Why an output ended; 'chooser' where a `Chooser` ended it, 'caller' where `on_tokens` did.
+Finish = Literal["stop_id", "stop_string", "length", "chooser", "caller"]
 
 
 def text_after(tokenizer: Any, before: int, tokens: list[int], skip_special: bool = True) -> str:

@@ -186,10 +186,27 @@ def encode(
             f"template_option={' '.join(options)}: the model has no chat template; leave it out",
         )
         return tokenizer(request.code or request.text + request.opening)["input_ids"]
-    text = _chat(tokenizer, request.text, options)
+    text = _chat(tokenizer, [{"role": "user", "content": request.text}], options)
     return tokenizer(
         text + ("" if _opens_thought(text) else request.opening), add_special_tokens=False
     )["input_ids"]
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], options: Sequence[str] = ()
+) -> list[int]:
+    """Encode a conversation that the model is to answer; of one user's turn, as `encode_request`.
+
+    Args:
+        tokenizer: of the model.
+        turns: each with the texts `role` and `content`.
+        options: see `encode`.
+
+    Raises:
+        InputError: for a model without a chat template, and for turns that its template refuses.
+    """
+    require(bool(tokenizer.chat_template), "messages: the model has no chat template")
+    return tokenizer(_chat(tokenizer, turns, options), add_special_tokens=False)["input_ids"]
 
 
 def thinks_first(tokenizer: PreTrainedTokenizerBase, options: Sequence[str] = ()) -> bool:
@@ -197,11 +214,14 @@ def thinks_first(tokenizer: PreTrainedTokenizerBase, options: Sequence[str] = ()
 
     Raises InputError as `encode`.
     """
-    return bool(tokenizer.chat_template) and _opens_thought(_chat(tokenizer, "", options))
+    return bool(tokenizer.chat_template) and _opens_thought(
+        _chat(tokenizer, [{"role": "user", "content": ""}], options)
+    )
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, question: str, options: Sequence[str]) -> str:
-    turns = [{"role": "user", "content": question}]
+def _chat(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], options: Sequence[str]
+) -> str:
     given = _template_options(tokenizer, options)
     try:
         return tokenizer.apply_chat_template(
@@ -209,8 +229,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, question: str, options: Sequence[s
         )
     except TemplateError as error:
         raise InputError(
-            f"tokenizer: its chat template fails ({reason(error)}); expected one for a single "
-            "question by the user"
+            f"tokenizer: its chat template refuses these turns ({reason(error)})"
         ) from None
 
 
