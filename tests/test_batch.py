@@ -340,14 +340,16 @@ def test_answers_to_one_prompt_share_its_pass(engine, size, monkeypatch):
     read = []
     plain = kind.prefill
 
-    def prefill(self, cache, tokens):
-        read.append(tokens.shape)
-        plain(self, cache, tokens)
+    def prefill(self, cache, tokens, *further):
+        if len(tokens):
+            read.append(tokens.shape)
+        plain(self, cache, tokens, *further)
 
     monkeypatch.setattr(kind, "prefill", prefill)
     decoder_with(engine).generate_batch(prompts, configs, batch_size=size)
     sequences = sum(shape[0] if len(shape) > 1 else 1 for shape in read)
-    assert sequences == 3 if ENGINES[engine][0] else 3 <= sequences < 9
+    # a native one reads no last tokens, and the third prompt is nothing else
+    assert sequences == 2 if ENGINES[engine][0] else 3 <= sequences < 9
     assert_as_alone(decoder_with(engine), prompts, configs, batch_size=size)
 
 

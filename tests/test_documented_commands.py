@@ -68,6 +68,7 @@ ELSEWHERE = {
     "sdsat serve": "serves until it is ended; test_serve.py starts it",
     "python scripts/serve_check.py": "takes a minute of load",
     "python dev/measure_code.py": "reads the repository's history; test_measure_code.py runs it",
+    "sdsat chat": "takes a terminal; test_chat.py has one",
     "accelerate launch": "takes GPUs",
     "torchrun": "test_train.py starts two processes",
 }

@@ -110,7 +110,7 @@ def test_help_does_not_wait_for_torch(words):
 def test_every_command_is_there():
     commands = typer.main.get_command(app).commands
     assert list(commands) == [
-        *("generate", "bench", "report", "verify", "eval", "inspect"),
+        *("generate", "chat", "bench", "report", "verify", "eval", "inspect"),
         *("distill", "train", "export", "serve"),
     ]
     assert all(command.help for command in commands.values())

@@ -108,8 +108,8 @@ def terminal(monkeypatch, capsys):
         generate = Decoder.generate
         made = []
 
-        def kept(*arguments):
-            made.append(generate(*arguments))
+        def kept(*arguments, **named):
+            made.append(generate(*arguments, **named))
             return made[-1]
 
         monkeypatch.setattr(Decoder, "generate", kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,7 @@ from sdsat.cli.options import (
     from_settings,
     writable,
 )
-from sdsat.cli.program import load_decoder
+from sdsat.cli.program import decode_settings, load_decoder
 from sdsat.config import DecodeConfig, LoadConfig, SamplingConfig, require, utf8
 from sdsat.models import embedded
 
@@ -45,16 +44,12 @@ def generate(
 ) -> None:
     """Stream an answer; accepted drafts are green, the model's own tokens plain."""
     from sdsat.interfaces.terminal import encode, generate_in_terminal
-    from sdsat.method.tree import given_tree, parse_tree
     from sdsat.models import loading
 
     require(prompt != "", "prompt: empty; expected some text")
     utf8("prompt", prompt)
     require(style in ("chat", "code", "raw"), f"--as={style}: expected chat, code or raw")
-    decode = replace(decode, sampling=sampling, tree=parse_tree(decode.tree_name))
-    sat = loading.sat_of(model, load.sat_token_id, load.trained_k) if decode.k is None else None
-    if k := sat.k if sat else decode.k:
-        given_tree(decode.tree, k)  # refuses what can't be made, before weights are read
+    decode = decode_settings(model, decode, sampling, load)
     options = tuple(template_option or ())
     if options:
         encode(loading.load_tokenizer(model), prompt, style, options)  # refuses them, as well

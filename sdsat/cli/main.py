@@ -1,6 +1,6 @@
 """The command line, `sdsat COMMAND`: one file for each command.
 
-They are generate, bench, report, verify, eval, inspect, distill, train, export and serve.
+They are generate, chat, bench, report, verify, eval, inspect, distill, train, export and serve.
 torch is imported where a command begins its work, so that `--help` need not wait for it.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import typer
 
 from sdsat.cli.bench import bench
+from sdsat.cli.chat import chat
 from sdsat.cli.distill import distill
 from sdsat.cli.eval import evaluate
 from sdsat.cli.export import export
@@ -30,6 +31,7 @@ app = typer.Typer(
     ),
 )
 app.command()(generate)
+app.command()(chat)
 app.command()(bench)
 app.command()(report)
 app.command()(verify)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import typer
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sdsat.config import InputError, LoadConfig, plain_warnings
+from sdsat.config import DecodeConfig, InputError, LoadConfig, SamplingConfig, plain_warnings
 
 _INTERRUPTED = "interrupted; what was finished is kept, and the same command resumes"
 # Typer carries a click of its own, without a public name for it.
@@ -91,6 +92,23 @@ def load_decoder(name: str, config: LoadConfig, context: int = 2048) -> Any:
         trained_k=config.trained_k,
         context=context,
     )
+
+
+def decode_settings(
+    name: str, decode: DecodeConfig, sampling: SamplingConfig, load: LoadConfig
+) -> DecodeConfig:
+    """Put the settings of a generation together, before the model's weights are read.
+
+    Raises InputError, one line, for a tree that can't be made with the model's SATs.
+    """
+    from sdsat.method.tree import given_tree, parse_tree
+    from sdsat.models import loading
+
+    decode = replace(decode, sampling=sampling, tree=parse_tree(decode.tree_name))
+    sat = loading.sat_of(name, load.sat_token_id, load.trained_k) if decode.k is None else None
+    if k := sat.k if sat else decode.k:
+        given_tree(decode.tree, k)
+    return decode
 
 
 def check_template_options(name: str, options: Sequence[str]) -> None:

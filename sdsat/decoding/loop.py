@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sdsat.config import DecodeConfig, InputError, require, several, whole
 from sdsat.decoding.auto_planner import AutoPlanner
+from sdsat.decoding.kept import KeptCache
 from sdsat.decoding.lock import FairLock
 from sdsat.decoding.passes import PassResult
 from sdsat.decoding.plan import Planner
@@ -44,7 +45,7 @@ from sdsat.decoding.sequence import (
     num_slots,
 )
 from sdsat.decoding.strategies import planner_of
-from sdsat.engines.base import BatchCaches, Engine, PassInput, rows_of
+from sdsat.engines.base import BatchCaches, Engine, OnRead, PassInput, rows_of
 from sdsat.engines.calibrate import measured_costs
 from sdsat.engines.choose import check_engine, choose_engine, refuse_in_fork
 from sdsat.method.costs import CostCurve
@@ -200,6 +201,8 @@ class Decoder:
         config: DecodeConfig,
         on_tokens: OnTokens | None = None,
         chooser: Chooser | None = None,
+        kept: KeptCache | None = None,
+        on_read: OnRead | None = None,
     ) -> Generation:
         """Continue a prompt. The output is the same for every strategy, k and tree.
 
@@ -210,6 +213,9 @@ class Decoder:
                 accepted draft; the output ends there if it returns True.
             chooser: (logits [V] after all tokens so far) -> (the next token, whether the output
                 ends with it); it then chooses instead of config.sampling, which only drafts go by.
+            kept: of an earlier generation: what the prompt begins with as its text did is not read
+                again. Then it holds this one's.
+            on_read: called with (tokens read, how many are to be read) while the prompt is read.
 
         Returns:
             The output, and what it cost.
@@ -220,10 +226,13 @@ class Decoder:
         self.renew()
         request = self.request(0, prompt_ids, config, chooser)
         _check_callables("on_tokens", [on_tokens])
+        _check_callables("on_read", [on_read])
+        kept = KeptCache() if kept is None else kept
+        require(isinstance(kept, KeptCache), f"kept={kept!r}: expected a KeptCache")
         report = None
         if on_tokens is not None:
             report = lambda _, tokens, drafted: on_tokens(tokens, drafted)  # noqa: E731
-        return next(self._decode([request], 1, request.slots, report))[1]
+        return next(self._decode([request], 1, request.slots, report, None, kept, on_read))[1]
 
     def request(
         self,
@@ -406,6 +415,8 @@ class Decoder:
         slots: int,
         on_tokens: OnBatchTokens | None,
         arrivals: Arrivals | None = None,
+        kept: KeptCache | None = None,
+        on_read: OnRead | None = None,
     ) -> Iterator[tuple[int, Generation]]:
         """Run the loop, and yield (number of the request, its result) at each end.
 
@@ -418,6 +429,8 @@ class Decoder:
             slots: of the longest of their caches.
             on_tokens: as of `generate_batch`.
             arrivals: as of `iterate_arrivals`.
+            kept: where a single sequence begins, and what keeps it; None: nothing does.
+            on_read: as of `generate`.
         """
         size = max(1, size)
         waiting = deque[tuple[Request, Planner]]()
@@ -431,7 +444,8 @@ class Decoder:
             _ = self.engine.row_policy  # it is found now, before seconds count
             wait(requests)
         engine = self.engine
-        caches = engine.batch_caches(size, slots)
+        caches: BatchCaches
+        caches = kept.caches(engine, on_read) if kept else engine.batch_caches(size, slots)
         while True:
             free = size - len(live)
             came = arrivals(free - len(waiting)) if arrivals and free > len(waiting) else ()
@@ -444,7 +458,10 @@ class Decoder:
                 # Several prompts are read in one pass where that can be.
                 if waiting and 16 * free >= size:
                     count = min(free, len(waiting))
-                    live += self._entered(caches, [waiting.popleft() for _ in range(count)])
+                    new = self._entered(caches, [waiting.popleft() for _ in range(count)])
+                    live += new
+                    if kept is not None:
+                        kept.keep(engine, *new)
                 self._draft_first(live)
                 events = self._step(live)
             for sequence, event in zip(live, events, strict=True):

@@ -11,11 +11,11 @@ does faster than here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from sdsat.method.layout import SatGroup
 from sdsat.method.sampling import choose
 from sdsat.method.tree import DraftTree, make_tree
 from sdsat.models.sat_model import SatModel
+
+# (tokens of a prompt that were read so far, how many are to be read)
+OnRead = Callable[[int, int], None]
 
 
 class Cache(Protocol):
@@ -146,8 +149,14 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def prefill(self, cache: Cache, tokens: Tensor) -> None:
-        """Fill `cache` anew with the keys and values of `tokens` [N]."""
+    def prefill(
+        self, cache: Cache, tokens: Tensor, held: int = 0, on_read: OnRead | None = None
+    ) -> None:
+        """Read `tokens` [N] into `cache`, behind the first `held` tokens that it holds.
+
+        What it held behind those is forgotten. on_read: called before the first pass, and after
+        every one.
+        """
 
     @abstractmethod
     def forward(
@@ -170,6 +179,15 @@ class Engine(ABC):
 
     def synchronize(self) -> None:  # noqa: B027
         """Wait until all passes are done."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a token's keys and values may serve any text that begins as its own.
+
+        They may where outputs are the same whatever pass has made them. Caches then have a method
+        `copy(source, length)`: hold the first `length` tokens of another cache, and nothing else.
+        """
+        return False
 
     @property
     def reads_freely(self) -> bool:
@@ -241,30 +259,49 @@ class Engine(ABC):
 
 
 class SeparateCaches:
-    """A cache of its own for each sequence; equal prompts one after another are read once."""
+    """A cache of its own for each sequence; what a prompt shares with the last text is copied."""
 
-    def __init__(self, engine: Engine):
+    def __init__(
+        self,
+        engine: Engine,
+        last: tuple[list[int], Cache] | None = None,
+        on_read: OnRead | None = None,
+    ):
+        """Begin with the cache of an earlier text.
+
+        Args:
+            engine: whose caches.
+            last: the text, and a cache of this engine that holds it; None where nothing is kept.
+            on_read: as of `Engine.prefill`.
+        """
         self.engine = engine
-        self._last: tuple[list[int], Cache] | None = None  # what was read last, and its cache
+        self._last = last
+        self._on_read = on_read
 
     def enter(self, prompts: list[list[int]], num_slots: list[int]) -> list[Cache]:
         """See BatchCaches.enter."""
         return [self._enter(*each) for each in zip(prompts, num_slots, strict=True)]
 
     def _enter(self, prompt: list[int], num_slots: int) -> Cache:
-        cache = self.engine.new_cache(num_slots)
-        copy = getattr(cache, "copy", None)
-        if copy is not None and self._last is not None and self._last[0] == prompt:
-            copy(self._last[1], len(prompt) - 1)
-        else:
-            device = self.engine.model.device
-            tokens = torch.tensor(prompt[:-1], device=device, dtype=torch.long)
-            self.engine.prefill(cache, tokens)
-        self._last = (prompt, cache) if copy is not None else None
+        cache: Any = self.engine.new_cache(num_slots)
+        text = prompt[:-1]
+        held = 0
+        if self._last is not None:
+            held = _shared(self._last[0], text)
+            cache.copy(self._last[1], held)
+        new = torch.tensor(text[held:], device=self.engine.model.device, dtype=torch.long)
+        self.engine.prefill(cache, new, held, self._on_read)
+        self._last = (text, cache) if self.engine.keeps else None
         return cache
 
     def leave(self, cache: Cache) -> None:
         """See BatchCaches.leave: whoever drops the cache frees it."""
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """Count the tokens with which both texts begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 _PROBE_CONTEXT = 64  # committed tokens before the probe's passes

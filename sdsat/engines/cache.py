@@ -112,6 +112,15 @@ class SlotCache(Cache):
         _move_rows(self, slice(None), self.length, rows)
         self.length += len(rows)
 
+    def copy(self, source: SlotCache, length: int) -> None:
+        """Hold the first `length` tokens of another cache, and nothing else."""
+        for layer, other in zip(self.layers, source.layers, strict=True) if length else ():
+            if not layer.is_initialized:
+                layer.lazy_initialization(other.keys, other.values)
+            layer.keys[:, :, :length] = other.keys[:, :, :length]
+            layer.values[:, :, :length] = other.values[:, :, :length]
+        self.length = length
+
     def copy_sequences(
         self, source: SlotCache, rows: list[int], places: list[int], batch: int
     ) -> None:

@@ -22,6 +22,7 @@ from sdsat.engines.base import (
     BatchCaches,
     Cache,
     Engine,
+    OnRead,
     PassInput,
     PassOutput,
     RowPolicy,
@@ -96,23 +97,39 @@ class TransformersEngine(Engine):
         """See Engine.batch_caches: several sequences share one tensor, which attention reads."""
         return SharedCaches(self, size, num_slots) if size > 1 else SeparateCaches(self)
 
+    @property
+    def keeps(self) -> bool:
+        """See Engine.keeps: in half precision passes of other sizes round differently.
+
+        And on a GPU another cache may write where this one's numbers are (graphs.py).
+        """
+        exact = self.model.dtype in (torch.float32, torch.float64)
+        return exact and self.model.device.type == "cpu"
+
     @in_use()
-    def prefill(self, cache: Cache, tokens: Tensor) -> None:
-        """Fill `cache` anew with keys and values of `tokens`: [N], or [B, N] for B sequences."""
+    def prefill(
+        self, cache: Cache, tokens: Tensor, held: int = 0, on_read: OnRead | None = None
+    ) -> None:
+        """See Engine.prefill; in one pass. tokens: [N], or [B, N] for B sequences."""
         assert isinstance(cache, SlotCache)
-        cache.length = 0
+        cache.length = held
         count = tokens.shape[-1]
+        if on_read is not None:
+            on_read(0, count)
         if not count:
             return
         model = self.model
         tokens = tokens.reshape(-1, count)
-        rows = torch.arange(count, device=model.device)
-        causal = (rows <= rows[:, None]).expand(len(tokens), 1, count, count)
-        cache.visible = count
-        mask = model.mask(causal, rows[None], rows[None])
+        columns = torch.arange(held + count, device=model.device)
+        rows = columns[held:]
+        causal = (columns <= rows[:, None]).expand(len(tokens), 1, -1, -1)
+        cache.visible = held + count
+        mask = model.mask(causal, rows[None], columns[None])
         model.states(model.embed(tokens), mask, rows[None], cache)
         cache.visible = cache.num_slots
         cache.commit(tuple(range(count)))
+        if on_read is not None:
+            on_read(count, count)
 
     def forward(
         self, inputs: Sequence[PassInput], rounded: bool = False, policy: RowPolicy | None = None

@@ -6,7 +6,8 @@ Accepted drafts are in colour; the text can be saved as a picture too, and besid
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -14,18 +15,21 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sdsat.config import DecodeConfig, require
 from sdsat.decoding.loop import Decoder
 from sdsat.decoding.sequence import Generation, OnTokens
 from sdsat.decoding.stopping import end_of_text, text_after
+from sdsat.engines.base import OnRead
 from sdsat.environment import machine
 from sdsat.files import replacing
 from sdsat.interfaces.race import Lane, LanePass, race_svg
 from sdsat.tasks.prompts import WARM_UP, encode_prompt, encode_request
 
 ACCEPTED = "bold green"
+LONG_PROMPT = 2000  # tokens to read, above which a bar shows how far it has come
 
 
 class TokenStream:
@@ -149,6 +153,50 @@ class Run:
         return self.out.num_new_tokens / self.seconds
 
 
+class Recorder:
+    """An `OnTokens` that writes down when each pass was there, from when it was made.
+
+    show: called with what every pass emits; the clock stands still meanwhile.
+    """
+
+    def __init__(self, show: OnTokens | None = None):
+        self.steps: list[Step] = []
+        self._show = show
+        self._began = time.perf_counter()
+
+    def __call__(self, tokens: list[int], drafted: list[bool]) -> None:
+        """Take what a pass emits."""
+        now = time.perf_counter()
+        self.steps.append(Step(now - self._began, tokens, drafted))
+        if self._show is not None:
+            self._show(tokens, drafted)
+        self._began += time.perf_counter() - now
+
+
+@contextmanager
+def reading_bar() -> Iterator[OnRead]:
+    """Give what shows how far a long prompt has been read: a bar on stderr, if that is a terminal.
+
+    It goes when the prompt is read.
+    """
+    bar = None
+
+    def on_read(count: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and total > LONG_PROMPT:
+            bar = tqdm(total=total, desc="reading", unit="token", disable=None, leave=False)
+        if bar is not None:
+            bar.update(count - bar.n)
+            if count == total:
+                bar.close()
+
+    try:
+        yield on_read
+    finally:
+        if bar is not None:
+            bar.close()
+
+
 def timed(
     decoder: Decoder, prompt_ids: list[int], decode: DecodeConfig, show: OnTokens | None = None
 ) -> Run:
@@ -158,24 +206,25 @@ def timed(
         decoder: that generates.
         prompt_ids: tokens of the prompt.
         decode: how.
-        show: called with what every pass emits; the clock stands still meanwhile.
+        show: see `Recorder`.
 
     Raises:
         InputError: as `Decoder.generate`.
     """
-    steps = list[Step]()
-    showing = 0.0
-    began = time.perf_counter()
+    recorder = Recorder(show)
+    with reading_bar() as on_read:
+        out = decoder.generate(prompt_ids, decode, recorder, on_read=on_read)
+    return Run(out, recorder.steps)
 
-    def record(tokens: list[int], drafted: list[bool]) -> None:
-        nonlocal showing
-        now = time.perf_counter()
-        steps.append(Step(now - began - showing, tokens, drafted))
-        if show is not None:
-            show(tokens, drafted)
-        showing += time.perf_counter() - now
 
-    return Run(decoder.generate(prompt_ids, decode, record), steps)
+def warm_up(decoder: Decoder, decode: DecodeConfig) -> None:
+    """Have all measured and made that a first generation waits for.
+
+    The prompt is another one: planners learn as they go. Raises InputError as `Decoder.generate`.
+    """
+    assert decoder.model.tokenizer is not None
+    prompt_ids = encode_prompt(decoder.model.tokenizer, WARM_UP)
+    decoder.generate(prompt_ids, replace(decode, max_new_tokens=min(8, decode.max_new_tokens)))
 
 
 def figures(run: Run, depth: int) -> str:
@@ -256,8 +305,7 @@ def generate_in_terminal(
     assert model.tokenizer is not None
     decode = decoder.resolved(replace(decode, stop_ids=model.stop_ids))
     prompt_ids = encode(model.tokenizer, prompt, style, template_options)
-    warm_up = encode_prompt(model.tokenizer, WARM_UP)  # another prompt: planners learn as they go
-    decoder.generate(warm_up, replace(decode, max_new_tokens=min(8, decode.max_new_tokens)))
+    warm_up(decoder, decode)
     new_stream = partial(TokenStream, model.tokenizer, prompt_ids[-1], decode.stop_strings)
     stream = new_stream()
     console = Console(record=svg is not None, highlight=False)

@@ -197,6 +197,17 @@ def encode_turns(
 ) -> list[int]:
     """Encode a conversation that the model is to answer; of one user's turn, as `encode_request`.
 
+    Arguments and errors as of `text_of_turns`.
+    """
+    text = text_of_turns(tokenizer, turns, options)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def text_of_turns(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], options: Sequence[str] = ()
+) -> str:
+    """Write a conversation as the model's chat template does, up to where the next answer begins.
+
     Args:
         tokenizer: of the model.
         turns: each with the texts `role` and `content`.
@@ -205,8 +216,9 @@ def encode_turns(
     Raises:
         InputError: for a model without a chat template, and for turns that its template refuses.
     """
-    require(bool(tokenizer.chat_template), "messages: the model has no chat template")
-    return tokenizer(_chat(tokenizer, turns, options), add_special_tokens=False)["input_ids"]
+    lacking = "model: it has no chat template to write turns with; expected a chat model"
+    require(bool(tokenizer.chat_template), lacking)
+    return _chat(tokenizer, turns, options)
 
 
 def thinks_first(tokenizer: PreTrainedTokenizerBase, options: Sequence[str] = ()) -> bool:

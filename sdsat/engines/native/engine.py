@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sdsat.config import SamplingConfig, require
-from sdsat.engines.base import Cache, Engine, PassInput, PassOutput, RowPolicy
+from sdsat.engines.base import Cache, Engine, OnRead, PassInput, PassOutput, RowPolicy
 from sdsat.engines.drafting import Guesses, shortlist_of
 from sdsat.engines.native.bindings import (
     CacheStruct,
@@ -96,6 +96,11 @@ class NativeEngine(Engine):
         """The rounded weights, made when first asked for."""
         return NativeWeights(self.model, rounded=True)
 
+    @property
+    def keeps(self) -> bool:
+        """See Engine.keeps: a row has the same bits in any pass."""
+        return True
+
     def prepare(self, rounded: bool) -> None:
         """See Engine.prepare."""
         if rounded:
@@ -105,15 +110,21 @@ class NativeEngine(Engine):
         """See Engine.new_cache."""
         return NativeCache(self.exact, num_slots)
 
-    def prefill(self, cache: Cache, tokens: Tensor) -> None:
+    def prefill(
+        self, cache: Cache, tokens: Tensor, held: int = 0, on_read: OnRead | None = None
+    ) -> None:
         """See Engine.prefill."""
         own = cast(NativeCache, cache)
-        own.length = 0
+        own.length = held
+        if on_read is not None:
+            on_read(0, len(tokens))
         for part in tokens.split(PREFILL_ROWS) if len(tokens) else ():
             rows = torch.arange(len(part))
             causal = Layout(rows <= rows[:, None], rows, torch.zeros_like(rows), rows, len(part))
             self.run([own], self.model.embed(part[None])[0], causal, last=0)
             own.commit(tuple(range(len(part))))
+            if on_read is not None:
+                on_read(own.length - held, len(tokens))
 
     def forward(
         self, inputs: Sequence[PassInput], rounded: bool = False, policy: RowPolicy | None = None

@@ -1,0 +1,40 @@
+"""`sdsat chat`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sdsat.cli.options import Defaults, Model, TemplateOptions, from_settings
+from sdsat.cli.program import decode_settings, load_decoder
+from sdsat.config import DecodeConfig, LoadConfig, SamplingConfig, utf8
+from sdsat.models import embedded
+
+
+@from_settings
+def chat(
+    model: Model = embedded.NAME,
+    *,
+    system: Annotated[str, typer.Option(help="What the model is told before the first turn.")] = "",
+    template_option: TemplateOptions = None,
+    decode: Annotated[DecodeConfig, Defaults(k=None, strategy="auto", max_new_tokens=1024)],
+    sampling: SamplingConfig,
+    load: LoadConfig,
+) -> None:
+    """Talk with a model; accepted drafts are green. Piped, each line is a turn."""
+    from sdsat.interfaces.chat import system_turns
+    from sdsat.interfaces.chat_terminal import Face, Piped, Typed, chat_in_terminal
+    from sdsat.models import loading
+    from sdsat.tasks.prompts import text_of_turns
+
+    typed = sys.stdin.isatty() and sys.stdout.isatty()
+    face: Face = Typed() if typed else Piped(sys.stdin.buffer)
+    decode = decode_settings(model, decode, sampling, load)
+    options = tuple(template_option or ())
+    turns = [*system_turns(utf8("system", system)), {"role": "user", "content": ""}]
+    text_of_turns(loading.load_tokenizer(model), turns, options)  # refuses what it doesn't take
+    if typed:
+        face.note(f"loading {model}")
+    chat_in_terminal(load_decoder(model, load), decode, face, system, options)
