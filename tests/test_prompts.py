@@ -362,11 +362,7 @@ def test_one_command_mixes_the_prompts(tmp_path, monkeypatch, capsys):
     )
     write(tmp_path / "corpus", code=code + function("pancake_sort", long_doc("flipping")))
     monkeypatch.setattr(
-        make_prompts,
-        "AutoTokenizer",
-        types.SimpleNamespace(
-            from_pretrained=lambda name: tiny_tokenizer(["<unk>", *string.printable])
-        ),
+        make_prompts, "load_tokenizer", lambda name: tiny_tokenizer(["<unk>", *string.printable])
     )
     monkeypatch.setattr(
         make_prompts.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "none")}
