@@ -417,10 +417,6 @@ BAD_INPUT = [
     (["bench", "greedy", "gguf", "cpu"], "model gguf: a folder of GGUF files"),
     (["verify", "gguf/loading.gguf"], "model gguf/loading.gguf: damaged or cut short"),
     (["inspect", "none.gguf"], "model none.gguf: no such file"),
-    (
-        ["generate", "hello", "--model", "qwen2.5-coder-0.5b-sdsat"],
-        "model qwen2.5-coder-0.5b-sdsat: its adapter is not part of this version",
-    ),
     (["bench", "nucleus", "TINY", "cpu", "0.2,1.0"], "temperature=0.2,1.0: expected one number"),
     (["verify", "TINY", "--temperature", "0,-1"], "temperature=-1.0: expected 0 (greedy)"),
     (["verify", "TINY", "--k-list", "99"], "k=99: expected"),

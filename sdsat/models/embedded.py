@@ -199,11 +199,6 @@ class Embedded:
         """The adapter's folder."""
         return _ADAPTERS / self.name
 
-    @property
-    def has_adapter(self) -> bool:
-        """Whether the adapter is part of this package."""
-        return self.adapter.is_dir()
-
 
 SMOLLM2 = Embedded(
     name="smollm2-135m-sdsat",
@@ -238,13 +233,7 @@ BASE_NAME = SMOLLM2.base
 
 def names() -> list[str]:
     """List the names that can be given as a model."""
-    return [name for model in MODELS for name in (model.name, model.base) if is_offered(name)]
-
-
-def is_offered(name: str) -> bool:
-    """Tell whether `name` is a base's, or has its adapter in this package."""
-    model = named(name)
-    return model is not None and (name == model.base or model.has_adapter)
+    return [name for model in MODELS for name in (model.name, model.base)]
 
 
 def named(name: str) -> Embedded | None:
@@ -253,19 +242,9 @@ def named(name: str) -> Embedded | None:
 
 
 def adapter_of(name: str) -> Path | None:
-    """Return the folder of an embedded adapter; None where `name` is none.
-
-    Raises InputError, one line, for one that is not part of this package.
-    """
+    """Return the folder of an embedded adapter; None where `name` is none."""
     model = named(name)
-    if model is None or name == model.base:
-        return None
-    require(
-        model.has_adapter,
-        f"model {name}: its adapter is not part of this version; expected {model.base}, the base "
-        f"alone, or {NAME}",
-    )
-    return model.adapter
+    return None if model is None or name == model.base else model.adapter
 
 
 def base_dir(model: Embedded = SMOLLM2) -> Path:

@@ -92,15 +92,12 @@ def read_config(path: str) -> Any:
 
 
 def is_adapter(name: str) -> bool:
-    """Tell whether `name` is an adapter: a directory of one, or embedded.
-
-    Raises InputError, one line, for an embedded one that is not part of this package.
-    """
+    """Tell whether `name` is an adapter: a directory of one, or embedded."""
     return embedded.adapter_of(name) is not None or (Path(name) / adapters.CONFIG_FILE).is_file()
 
 
 def adapter_directory(name: str) -> Path:
-    """Return the folder of an adapter. Raises InputError as `is_adapter`."""
+    """Return the folder of an adapter."""
     return embedded.adapter_of(name) or Path(name)
 
 
