@@ -126,7 +126,9 @@ def test_the_readmes_figures_are_those_of_its_results():
             speed, *gains = cells[: 1 + len(measured)]
             cells = cells[1 + len(measured) :]
             for folder, gain in zip(measured, gains, strict=True):
-                summary = json.loads((REFERENCE / model / folder / "summary.json").read_text())
+                summary = json.loads(
+                    (REFERENCE.parent / model / folder / "summary.json").read_text()
+                )
                 runs = [run for run in summary["runs"] if run["strategy"] == strategy]
                 if folder == "greedy" and speed:
                     runs = [run for run in runs if f"{run['tokens_per_second']:.1f}" == speed]

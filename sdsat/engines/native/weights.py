@@ -32,7 +32,7 @@ FORMS = ("llama", "mistral", "qwen2", "qwen3")
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _AT_ONCE = 2**13  # outputs that are packed together: blocks of all, little memory beside them
-_PAGE_OUT_AFTER = 2**28  # bytes that are packed: letting memory go takes a tenth of a second
+_PAGE_OUT_AFTER = 2**27  # bytes that were read: letting memory go takes a tenth of a second
 # Sizes of linear layers are multiples of this: whole blocks (kernels.h) on any processor.
 MULTIPLE = 32
 
@@ -110,7 +110,7 @@ class NativeWeights:
         self._kept = []
         self._adapter = model.adapter
         self._mapped = model.mapped
-        self._packed_bytes = 0  # since something left memory
+        self._read_bytes = 0  # since something left memory
         self._rounded = rounded
         self._bits = (
             5 if rounded else 8 if isinstance(lm.get_output_embeddings(), Int8Linear) else 0
@@ -197,7 +197,7 @@ class NativeWeights:
 
     def _page_out(self) -> None:
         """Let what was packed leave memory, if it is in a file."""
-        self._packed_bytes = 0
+        self._read_bytes = 0
         if self._mapped is not None:
             self._mapped.page_out()
 
@@ -225,8 +225,8 @@ class NativeWeights:
                 together = joined.new_empty(_blocks(outputs), joined.shape[1])
                 self._kept.append(together)
             together[_blocks(first) :][:blocks] = joined
-            self._packed_bytes += joined.nbytes
-            if self._packed_bytes >= _PAGE_OUT_AFTER:
+            self._read_bytes += sum(weight.nbytes for weight, _ in some)
+            if self._read_bytes >= _PAGE_OUT_AFTER:
                 self._page_out()
         at = together.data_ptr()
         matrices = []
