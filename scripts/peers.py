@@ -102,8 +102,9 @@ def own_decoder(name: str) -> Decoder:
 @cache
 def plain_base() -> Decoder:
     """The base as transformers loads it: no adapter, no packed layers."""
-    loaded, *_ = load_base(BASE_NAME, getattr(torch, DTYPE), {"": torch.device("cpu")})
-    model = SatModel(*loaded, BASE_NAME)
+    cpu = {"": torch.device("cpu")}
+    lm, tokenizer, _ = load_base(BASE_NAME, getattr(torch, DTYPE), cpu)
+    model = SatModel(lm, tokenizer, BASE_NAME)
     return Decoder(model, TransformersEngine(model))
 
 

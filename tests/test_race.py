@@ -154,7 +154,7 @@ def test_the_clock_stands_still_while_text_is_shown(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(show, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
-    def generate(prompt_ids, decode, on_tokens):
+    def generate(prompt_ids, decode, on_tokens, on_read):
         for number in range(3):
             clock.now += 1.0
             on_tokens([number, 7], [True, False])
