@@ -119,13 +119,14 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
 
 
-def write_json(path: Path, document: Any) -> None:
+def write_json(path: Path, document: Any, ascii_only: bool = True) -> None:
     """Write a document as JSON, whole or not at all.
 
-    Raises InputError, one line, where it can't be written.
+    ascii_only: whether other characters are written as escapes. Raises InputError, one line, where
+    it can't be written.
     """
     with replacing(path) as part:
-        part.write_text(json.dumps(document, indent=1) + "\n")
+        part.write_text(json.dumps(document, indent=1, ensure_ascii=ascii_only) + "\n", "utf-8")
 
 
 def read_json(path: Path) -> Any:

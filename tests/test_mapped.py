@@ -1,6 +1,7 @@
 """Weights that stay in their files, against what transformers reads of them."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -111,6 +112,17 @@ def test_numbers_of_another_kind(tmp_path):
     found = load(str(tmp_path), "bfloat16", "cpu").lm
     for name, tensor in lm.named_parameters():
         assert torch.equal(found.get_parameter(name), tensor)
+
+
+@pytest.mark.parametrize("names", [None, [], ["LlamaForCausalLM", "Another"], ["Another"]])
+def test_a_checkpoint_that_does_not_say_what_it_is(folder, names):
+    """Transformers goes by the model type then."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": names}))
+    model = load(str(folder), "bfloat16", "cpu")
+    want = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    for name, tensor in want.named_parameters():
+        assert torch.equal(model.lm.get_parameter(name), tensor)
 
 
 def test_a_folder_of_no_such_files(tmp_path):

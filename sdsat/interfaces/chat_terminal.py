@@ -5,7 +5,6 @@ A line that begins with /WORD is a command (`COMMANDS`), every other one a quest
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import sys
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from sdsat.config import DecodeConfig, InputError, require, utf8
 from sdsat.decoding.loop import Decoder
-from sdsat.files import replacing
+from sdsat.files import write_json
 from sdsat.interfaces.chat import Answer, Conversation, Stopped
 from sdsat.interfaces.terminal import reading_bar, warm_up
 
@@ -184,8 +183,7 @@ def _save(chat: Conversation, face: Face, argument: str) -> None:
     require(argument != "", "/save: no file; expected /save FILE")
     document = {"model": chat.decoder.model.name, "messages": chat.turns}
     path = Path(argument).expanduser()
-    with replacing(path) as part:
-        part.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_json(path, document, ascii_only=False)
     face.note(f"saved: {path}")
 
 

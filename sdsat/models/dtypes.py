@@ -9,6 +9,13 @@ import torch
 from sdsat.config import require
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Names of numbers in safetensors files: https://github.com/huggingface/safetensors#format.
+SAFETENSORS_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 INT8 = "int8"  # linear layers in 8 bits (int8.py), all else in bfloat16
 
 

@@ -35,6 +35,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from sdsat.cache_folder import PATIENCE_SECONDS, cache_dir, creating, remembered_sha256
 from sdsat.config import InputError, is_whole, require
 from sdsat.files import read_json, reason, write_json
+from sdsat.models.dtypes import SAFETENSORS_DTYPES
 from sdsat.models.families import check_family
 from sdsat.models.gguf_header import check_header
 from sdsat.models.gguf_tokenizer import read_tokenizer
@@ -77,7 +78,7 @@ _GIVEN_UP = {
     38: "IQ4_NL_8_8",
 }
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors'
+_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 _ROPE_FACTORS = "rope_freqs.weight"
 _LIST = "files"  # in a kept directory: {name: bytes} of its files, as JSON
 _FORM = 2  # version of what a file is converted to

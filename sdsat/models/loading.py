@@ -88,7 +88,12 @@ def read_config(path: str) -> Any:
     Raises InputError, one line, where it can't be read.
     """
     with _one_line(path, path):
-        return AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
+        return _auto_config(path)
+
+
+def _auto_config(path: str) -> Any:
+    """As `read_config`, with transformers' own errors."""
+    return AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
 
 
 def is_adapter(name: str) -> bool:
@@ -131,7 +136,7 @@ def sized(name: str, dtype: str) -> devices.Size:
     base = _base_of(name)
     path = _path_of(base)
     with _one_line(base, path):
-        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
+        config = _auto_config(path)
         check_family(config, base)
         held = torch_dtype(dtype) or getattr(config, "dtype", None) or torch.float32
         # The file has two bytes a number; in memory are the adapter and its fused copy.
@@ -147,9 +152,9 @@ _CPU = {"": torch.device("cpu")}
 
 def _is_plain(config: Any) -> bool:
     """Tell whether a checkpoint is a causal LM of transformers', as it is and not quantized."""
-    (name,) = getattr(config, "architectures", None) or [""]
-    plain = name.endswith("ForCausalLM") and hasattr(transformers, name)
-    return plain and getattr(config, "quantization_config", None) is None
+    names = getattr(config, "architectures", None) or []
+    known = [name for name in names if name.endswith("ForCausalLM") and hasattr(transformers, name)]
+    return len(names) == len(known) == 1 and getattr(config, "quantization_config", None) is None
 
 
 def _from_tensors(
@@ -183,7 +188,7 @@ def load_base(
     if local := Path(path).is_dir():
         transformers_logging.disable_progress_bar()  # for a download it is worth seeing
     with _one_line(name, path):
-        config = AutoConfig.from_pretrained(path, local_files_only=local)
+        config = _auto_config(path)
         mapped = MappedWeights(path) if device_map == _CPU and _is_plain(config) else None
         options = {
             "dtype": dtype,
@@ -293,7 +298,7 @@ def in_papers_form(
         return True
     try:
         path = _path_of(name)
-        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
+        config = _auto_config(path)
     except Exception:  # as in _one_line
         return False
     codellama = (config.model_type, getattr(config, "vocab_size", None)) == (

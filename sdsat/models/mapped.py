@@ -22,13 +22,8 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from sdsat.files import read_json
+from sdsat.models.dtypes import SAFETENSORS_DTYPES
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 _DONTNEED = 4  # MADV_DONTNEED of Linux: pages leave, and come back as they are in the file
 
 
@@ -48,6 +43,7 @@ class MappedWeights:
         self._storages: list[torch.UntypedStorage] = []
         if not all(map(self._map, _files(path))):
             self.tensors.clear()
+            self._storages.clear()
 
     def _map(self, file: Path) -> bool:
         with file.open("rb") as opened:
@@ -55,14 +51,14 @@ class MappedWeights:
             header = json.loads(opened.read(size))
         size_of_file = file.stat().st_size
         header.pop("__metadata__", None)
-        if any(facts["dtype"] not in _DTYPES for facts in header.values()):
+        if any(facts["dtype"] not in SAFETENSORS_DTYPES for facts in header.values()):
             return False
         storage = cast(
             torch.UntypedStorage, torch.UntypedStorage.from_file(str(file), False, size_of_file)
         )
         self._storages.append(storage)
         for name, facts in header.items():
-            dtype = _DTYPES[facts["dtype"]]
+            dtype = SAFETENSORS_DTYPES[facts["dtype"]]
             first, last = (8 + size + offset for offset in facts["data_offsets"])
             shape = facts["shape"]
             if first % dtype.itemsize or last - first != prod(shape) * dtype.itemsize:

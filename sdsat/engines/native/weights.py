@@ -22,8 +22,9 @@ from sdsat.engines.native.bindings import (
 )
 from sdsat.method.copies import LONGEST
 from sdsat.models.attention import sliding_window
+from sdsat.models.dtypes import INT8
 from sdsat.models.head import DraftHead
-from sdsat.models.int8 import Int8Linear, round_weight
+from sdsat.models.int8 import round_weight
 from sdsat.models.sat_model import SatModel
 from sdsat.models.weights import strange_part
 
@@ -112,10 +113,7 @@ class NativeWeights:
         self._mapped = model.mapped
         self._read_bytes = 0  # since something left memory
         self._rounded = rounded
-        self._bits = (
-            5 if rounded else 8 if isinstance(lm.get_output_embeddings(), Int8Linear) else 0
-        )
-        self._adapter_bits = 8 if self._bits else 0
+        self._bits = 5 if rounded else 8 if model.dtype_name == INT8 else 0
         # Drafts and the probe look ahead.
         self._positions = min(model.max_context, 2**20) + 2 * MAX_ROWS
         positions = torch.arange(self._positions)[None]
@@ -134,14 +132,12 @@ class NativeWeights:
         draft_head = None if rounded else model.head
         tokens = lm.get_input_embeddings()
         vocabulary = head.weight.shape[0]
-        output = self._output_layers(head, model.draft_ids)
-        self._bits = self._adapter_bits = 0  # of a draft head
         self.struct = Model(
             config.num_hidden_layers, hidden, config.num_attention_heads, _kv_heads(config), dim,
             config.intermediate_size, vocabulary, self._positions, 1,
             config.rms_norm_eps, base.layers[0].self_attn.scaling,
             cos.data_ptr(), sin.data_ptr(), self._norm("norm", base.norm, hidden),
-            *output, layers,
+            *self._output_layers(head, model.draft_ids), layers,
             pointer(self._keep(self._checked("embed_tokens", tokens.weight, vocabulary, hidden))),
             pointer(self._keep(head.weight)),
             *self._head(draft_head, hidden), torch.finfo(self.dtype).eps, *_gains(draft_head),
@@ -188,9 +184,11 @@ class NativeWeights:
             self._checked("head.inner", inner, size, 2 * hidden), (0, 0, 0, padding)
         )
         outer = nn.functional.pad(self._checked("head.outer", outer, hidden, size), (0, padding))
-        return self._linear("head.inner", inner, inner.shape), self._linear(
-            "head.outer", outer, outer.shape
-        )
+        layers = []
+        for weight in (inner, outer):  # as they are, whatever the model's are rounded to
+            (packed,) = self._packed((weight, 0))
+            layers.append(Linear(packed, out=len(weight), in_=weight.shape[1]))
+        return layers[0], layers[1]
 
     def _norm(self, name: str, norm: Any, size: int) -> int | None:
         return None if norm is None else pointer(self._keep(self._checked(name, norm.weight, size)))
@@ -247,6 +245,7 @@ class NativeWeights:
         if self._adapter is None or name not in self._adapter.down:
             (struct.weight,) = self._packed((weight, self._bits))
             return struct
+        adapter_bits = 8 if self._bits else 0
         rank = len(self._adapter.down[name])
         down = self._checked(f"adapter's down of {name}", self._adapter.down[name], rank, inner)
         up = self._adapter.config.scale * self._checked(
@@ -256,8 +255,8 @@ class NativeWeights:
         down = nn.functional.pad(down, (0, 0, 0, padding))
         up = nn.functional.pad(up, (0, padding))
         (struct.down,), (struct.weight, struct.up), struct.rank = (
-            self._packed((down, self._adapter_bits)),
-            self._packed((weight, self._bits), (up, self._adapter_bits)),
+            self._packed((down, adapter_bits)),
+            self._packed((weight, self._bits), (up, adapter_bits)),
             len(down),
         )
         return struct
