@@ -22,7 +22,8 @@ import typer
 
 from sdsat.cli.program import run
 from sdsat.config import SamplingConfig, TrainConfig, require
-from sdsat.decoding.loop import Decoder, num_slots
+from sdsat.decoding.decoder import Decoder
+from sdsat.decoding.sequence import num_slots
 from sdsat.engines.base import PassInput, probe_tokens
 from sdsat.engines.drafting import Guesses
 from sdsat.evaluation.records import environment

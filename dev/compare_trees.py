@@ -19,7 +19,7 @@ WORKER = """
 import json, sys, time
 from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.tasks.prompts import humaneval
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 decoder = Decoder.load("smollm2-135m-sdsat", "bfloat16", "cpu")
 generate, model = decoder.generate, decoder.model
 """

@@ -32,8 +32,9 @@ from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.decoding import passes, strategies
 from sdsat.decoding.auto_planner import AutoPlanner
 from sdsat.decoding.beliefs import Acceptance
-from sdsat.decoding.loop import Decoder, num_slots
+from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.plan import reach
+from sdsat.decoding.sequence import num_slots
 from sdsat.engines.base import PassInput
 from sdsat.engines.drafting import Guesses
 from sdsat.evaluation.records import environment

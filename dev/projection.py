@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sdsat.cli.options import Device
 from sdsat.cli.program import run
 from sdsat.config import SamplingConfig, SatConfig, require
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines.base import Engine, PassInput, probe_tokens
 from sdsat.engines.drafting import Guesses
 from sdsat.engines.graphs import CudaCapture, Graphs, padded

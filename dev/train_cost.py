@@ -26,7 +26,7 @@ from rich.table import Table
 
 from sdsat.cli.program import run
 from sdsat.config import SatConfig, TrainConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
 from sdsat.models.adapter import AdapterConfig, SatAdapter

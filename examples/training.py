@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from sdsat.config import DecodeConfig, DistillConfig, TrainConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.models.loading import load
 from sdsat.training.distill import distill
 from sdsat.training.loop import train

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from sdsat.cli.options import Device, Dtype, Model
 from sdsat.cli.program import run
 from sdsat.config import DecodeConfig, beside, decode_config_of, require
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.records import environment, resumed
 from sdsat.files import sha256_of, write_json
 from sdsat.models.embedded import NAME

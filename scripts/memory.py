@@ -29,7 +29,7 @@ from sdsat.models.dtypes import check_dtype
 _CHILD = """
 import sys
 from sdsat.config import DecodeConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 model, dtype = sys.argv[1:]
 if dtype != "imports":
     print("ready", flush=True)

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from sdsat.cli.options import Device, Dtype, Model
 from sdsat.cli.program import run
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines.base import Engine, PassInput, probe_tokens
 from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json

@@ -41,7 +41,7 @@ from sdsat.cache_folder import cache_dir
 from sdsat.cli.options import Model
 from sdsat.cli.program import run
 from sdsat.config import DecodeConfig, beside, decode_config_of, require
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.engines.transformers import TransformersEngine
 from sdsat.evaluation.records import environment, resumed

@@ -24,7 +24,7 @@ from sdsat.cli.options import Model
 from sdsat.cli.program import run
 from sdsat.config import DecodeConfig
 from sdsat.decoding import auto_planner, fixed_planner
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines.base import Engine, PassInput, probe_tokens
 from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json

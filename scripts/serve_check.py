@@ -40,7 +40,7 @@ from rich.table import Table
 from sdsat.cli.options import Model
 from sdsat.cli.program import run
 from sdsat.config import DecodeConfig, SamplingConfig, require
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
 from sdsat.interfaces.terminal import encode

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sdsat.cli.options import Model
 from sdsat.cli.program import run
 from sdsat.config import STRATEGIES, DecodeConfig, SamplingConfig, require
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
 from sdsat.tasks.prompts import humaneval

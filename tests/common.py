@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sdsat.config import LOOKUP, DecodeConfig, InputError, SatConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines.base import PassInput
 from sdsat.engines.transformers import TransformersEngine
 from sdsat.method.layout import SatGroup

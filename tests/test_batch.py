@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from sdsat.config import LOOKUP, MAX_ROWS, STRATEGIES, DecodeConfig, InputError, SamplingConfig
 from sdsat.decoding.auto_planner import AutoPlanner
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines.base import PassInput
 from sdsat.engines.transformers import SharedCaches
 from sdsat.method.costs import CONTEXTS
@@ -471,7 +471,7 @@ def test_sequences_of_one_batch_share_what_auto_learns():
     decoder = decoder_with("native, float32")
     decoder.planners.clear()
     decoder.generate_batch(PROMPTS, DecodeConfig(K, 12, strategy="auto"))
-    (planner,) = decoder.planners.values()
+    (planner,) = decoder.planners.kept.values()
     assert planner.costs.num_timed > 3
 
 
@@ -481,7 +481,7 @@ def test_what_is_learned_of_many_temperatures_is_not_kept_for_ever():
     for number in range(40):
         sampling = SamplingConfig(temperature=0.5 + number / 100)
         decoder.planner(decoder.resolved(DecodeConfig(K, strategy="auto", sampling=sampling)))
-    assert len(decoder.planners) == 32
+    assert len(decoder.planners.kept) == 32
     decoder.planners.clear()
 
 

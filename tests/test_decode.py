@@ -19,7 +19,7 @@ from sdsat.config import (
     InputError,
     SamplingConfig,
 )
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines.native.engine import NativeEngine
 from sdsat.method.costs import COUNTS, CostCurve
 from sdsat.method.sampling import choose, gumbel_noise

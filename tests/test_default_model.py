@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.reference import transformers_generate
 from sdsat.models import adapter as adapters
 from sdsat.models import embedded

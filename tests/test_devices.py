@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from sdsat.config import DecodeConfig, SatConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.workers import in_own_process
 from sdsat.models import devices
 from sdsat.models.devices import GIB, Size, model_size, pick_devices, place, split_layers

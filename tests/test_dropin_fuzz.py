@@ -27,7 +27,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 import sdsat
 from sdsat.config import InputError
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.interfaces import transformers_hook as dropin
 from sdsat.method.sampling import as_seed, gumbel_noise
 from sdsat.models.loading import equip

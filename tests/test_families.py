@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from sdsat.config import DecodeConfig, SamplingConfig, TrainConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines.graphs import Graphs
 from sdsat.evaluation.reference import transformers_generate
 from sdsat.method.costs import COUNTS, CostCurve

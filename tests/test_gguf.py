@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from sdsat.config import DecodeConfig, InputError
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.sweep import BenchConfig
 from sdsat.models import gguf as reading
 from sdsat.models import identity, loading

@@ -11,7 +11,7 @@ from common import CHARACTERS, forward, tiny_llama, tiny_tokenizer, with_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines import graphs as recording
 from sdsat.engines.cache import SlotCache
 from sdsat.engines.graphs import MAX_CACHES, SLOTS, Graphs, eager, padded

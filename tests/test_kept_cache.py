@@ -13,8 +13,8 @@ from test_batch import ENGINES, VOCAB, K, decoder_with, strategies
 from test_decode import WHOLE, drafting
 
 from sdsat.config import DecodeConfig, SamplingConfig
+from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.kept import KeptCache
-from sdsat.decoding.loop import Decoder
 from sdsat.engines.native.engine import PREFILL_ROWS
 from sdsat.models.int8 import round_linears
 from sdsat.models.sat_model import SatModel

@@ -12,7 +12,7 @@ from common import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapt
 from transformers import GPT2Config
 
 from sdsat.config import DecodeConfig, SatConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines.base import RowPolicy, probe_rows
 from sdsat.engines.cache import SlotCache, pass_mask
 from sdsat.files import read_json

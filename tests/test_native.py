@@ -42,7 +42,7 @@ from transformers import (
 import sdsat
 from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines import drafting
 from sdsat.engines.base import RowPolicy, probe_rows
 from sdsat.engines.drafting import Guesses

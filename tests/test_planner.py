@@ -23,13 +23,13 @@ from sdsat.config import ALL_STRATEGIES, MAX_ROWS, STRATEGIES, DecodeConfig, Sam
 from sdsat.decoding import auto_planner
 from sdsat.decoding.auto_planner import AutoPlanner
 from sdsat.decoding.beliefs import loop_rate
+from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.fixed_planner import (
     FixedPlanner,
     OnePassPlanner,
     RoundedPlanner,
     TwoStepPlanner,
 )
-from sdsat.decoding.loop import Decoder
 from sdsat.decoding.plan import KINDS, PLACES, PLAIN, Plan, ends, reach
 from sdsat.decoding.search import MARGIN, MAX_GROUPS, Terms, search
 from sdsat.decoding.strategies import PLANNERS

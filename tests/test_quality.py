@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import decoder_of, one_line_error, tiny_llama, tiny_tokenizer
 
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.evaluation import sandbox
 from sdsat.evaluation.quality import completion, evaluate

@@ -258,7 +258,7 @@ def test_failed_write_leaves_the_old_document(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     write_json(path, {"old": 1})
 
-    def full(self, text):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_text", full)

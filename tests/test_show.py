@@ -13,7 +13,7 @@ from test_race import Picture
 from tokenizers import decoders
 
 from sdsat.config import DecodeConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.interfaces import terminal as show
 
 # the last two are bytes, together one character

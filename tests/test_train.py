@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SatConfig, TrainConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.models.adapter import read_config
 from sdsat.models.compact import compacted, restored
 from sdsat.models.loading import load

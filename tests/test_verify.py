@@ -9,7 +9,7 @@ import torch
 from common import decoder_of, tiny_llama, tiny_tokenizer, with_adapter
 
 from sdsat.config import SamplingConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.sweep import VerifyConfig
 from sdsat.evaluation.verify import sampled_margin, verify
 from sdsat.method.sampling import choose, gumbel_noise

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_decode import drafting
 
 from sdsat.config import DecodeConfig, SamplingConfig, SatConfig, TrainConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines.base import PassInput
 from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree

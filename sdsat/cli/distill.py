@@ -31,7 +31,7 @@ def distill(
     load: Annotated[LoadConfig, Only("dtype", "device")],
 ) -> None:
     """Write the model's own answers to prompts, as training shards; resumes."""
-    from sdsat.decoding.loop import Decoder
+    from sdsat.decoding.decoder import Decoder
     from sdsat.tasks import prompts
     from sdsat.training import distill as distillation
 

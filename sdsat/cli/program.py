@@ -81,7 +81,7 @@ def load_decoder(name: str, config: LoadConfig, context: int = 2048) -> Any:
     context: positions of the cache that memory must be left for. Raises InputError, one line, for
     what can't be loaded.
     """
-    from sdsat.decoding.loop import Decoder
+    from sdsat.decoding.decoder import Decoder
 
     return Decoder.load(
         name,

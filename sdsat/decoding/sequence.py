@@ -18,6 +18,7 @@ from sdsat.method.drafts import Drafts
 from sdsat.method.lookup import Lookup
 from sdsat.method.tree import DraftTree
 from sdsat.method.vocabulary import OtherTokens
+from sdsat.models.sat_model import SatModel
 
 OnTokens = Callable[[list[int], list[bool]], bool | None]
 OnBatchTokens = Callable[[int, list[int], list[bool]], bool | None]
@@ -182,6 +183,50 @@ class Sequence:
     chooser: Chooser | None
     ended: bool = False
     plan: Plan = PLAIN
+
+    @classmethod
+    def begun(
+        cls,
+        model: SatModel,
+        request: Request,
+        planner: Planner,
+        cache: Cache,
+        prefilled: float,
+        seconds: float,
+    ) -> Sequence:
+        """Make the sequence of a prompt that has just been prefilled.
+
+        Args:
+            model: continues it.
+            request: what is asked.
+            planner: the planner of its passes.
+            cache: filled.
+            prefilled: when its prompt was read, on time.perf_counter.
+            seconds: what that took.
+        """
+        prompt_ids, config = request.prompt_ids, request.config
+        text = torch.tensor([*prompt_ids, *[0] * config.max_new_tokens], device=model.device)
+        vocabulary = model.draft_ids
+        return cls(
+            number=request.number,
+            prompt_ids=prompt_ids,
+            config=config,
+            planner=planner,
+            tokenizer=model.tokenizer,
+            cache=cache,
+            out=Generation(
+                proposed_by_depth=[0] * config.depth,
+                accepted_by_depth=[0] * config.depth,
+                prefill_seconds=seconds,
+            ),
+            began=prefilled,
+            text=text,
+            lookup=Lookup(prompt_ids, config.num_lookup) if config.num_lookup else None,
+            others=None if vocabulary is None else OtherTokens(vocabulary, prompt_ids),
+            x=prompt_ids[-1],
+            drafts=Drafts.none(prompt_ids[-1]),
+            chooser=request.chooser,
+        )
 
     @property
     def emitted(self) -> int:

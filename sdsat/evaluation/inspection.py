@@ -21,7 +21,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sdsat.config import require
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.sweep import InspectConfig
 from sdsat.models.head import SHORTLIST
 from sdsat.models.sat_model import SatModel

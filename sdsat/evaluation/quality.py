@@ -18,7 +18,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sdsat.config import require
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation import sandbox
 from sdsat.evaluation.records import open_record
 from sdsat.evaluation.sweep import AR, QualityConfig, Setting

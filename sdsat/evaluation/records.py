@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.environment import code_hash, commit, machine, system
 from sdsat.evaluation.summary import SCHEMA_VERSION, read_workers
 from sdsat.evaluation.sweep import BenchConfig

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from sdsat.config import DecodeConfig, require
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.decoding.stopping import Finish
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.records import open_record
 from sdsat.evaluation.reference import transformers_generate
 from sdsat.evaluation.sweep import TRANSFORMERS, VerifyConfig

@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sdsat.config import InputError
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.measure import measure_problem, warm_up
 from sdsat.evaluation.records import environment, open_worker_document
 from sdsat.evaluation.sweep import BenchConfig

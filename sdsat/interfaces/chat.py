@@ -9,8 +9,8 @@ from typing import Any
 from rich.text import Text
 
 from sdsat.config import DecodeConfig, require
+from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.kept import KeptCache
-from sdsat.decoding.loop import Decoder
 from sdsat.decoding.stopping import Finish, text_after
 from sdsat.engines.base import OnRead
 from sdsat.interfaces.terminal import Recorder, Step, TokenStream

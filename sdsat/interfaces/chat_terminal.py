@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sdsat.config import DecodeConfig, InputError, require, utf8
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.files import write_json
 from sdsat.interfaces.chat import Answer, Conversation, Stopped
 from sdsat.interfaces.terminal import reading_bar, warm_up

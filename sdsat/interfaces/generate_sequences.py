@@ -19,7 +19,7 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from sdsat.config import DecodeConfig, SamplingConfig, require, whole
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.resolve import check_context, check_tokens
 from sdsat.decoding.sequence import Generation
 from sdsat.interfaces.generate_arguments import refuse_without_room

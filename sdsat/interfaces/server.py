@@ -38,7 +38,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sdsat.config import DecodeConfig, InputError, SamplingConfig, ServeConfig, require
 from sdsat.decoding import sequence
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.interfaces.openai_requests import Asked, ChatAsked, TextAsked
 from sdsat.interfaces.terminal import TokenStream, encode

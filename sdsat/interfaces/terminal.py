@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sdsat.config import DecodeConfig, require
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation, OnTokens
 from sdsat.decoding.stopping import end_of_text, text_after
 from sdsat.engines.base import OnRead

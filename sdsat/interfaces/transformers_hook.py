@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from sdsat.config import require, whole
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.engines.choose import check_engine
 from sdsat.interfaces.generate_arguments import (
     check_kinds,
@@ -58,7 +58,7 @@ def load(
         name: a hub id, a directory, a GGUF file, an adapter directory or an embedded name.
         dtype: 'float32', 'bfloat16', 'float16', 'int8', or 'auto' for the checkpoint's own.
         device: 'cpu', a GPU number, or several joined by +; None for the first GPU, else the CPU.
-        options: further ones of `sdsat.decoding.loop.Decoder.load`.
+        options: further ones of `sdsat.decoding.decoder.Decoder.load`.
 
     Returns:
         The model and its tokenizer.
@@ -95,7 +95,7 @@ def attach(
         tokenizer: for stop strings.
         adapter: directory of an adapter made for it, or its embedded name; None for a checkpoint
             that has SATs itself.
-        sat_token_id: as of `sdsat.decoding.loop.Decoder.load`.
+        sat_token_id: as of `sdsat.decoding.decoder.Decoder.load`.
         engine: as there.
         graphs: as there.
         trained_k: as there.

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from sdsat.config import DecodeConfig, DistillConfig, SamplingConfig, require
-from sdsat.decoding.loop import Decoder
+from sdsat.decoding.decoder import Decoder
 from sdsat.models.identity import base_hash
 from sdsat.models.sat_model import SatModel
 from sdsat.resume import Place
