@@ -1,14 +1,14 @@
 """Speed beside peers, on a CPU: transformers, its prompt lookup, this program's strategies, and
 llama.cpp where it is installed.
 
-    python scripts/peers.py [MODEL] [--ours two-step:5 ...] [--data-limit N] [--general N]
-    [--max-new-tokens N] [--out FILE.json]
+    python scripts/peers.py [MODEL] [--ours two-step:5 ...] [--int8 auto ...] [--data-limit N]
+    [--general N] [--max-new-tokens N] [--out FILE.json]
 
-MODEL: the embedded default, or an adapter for the same base. All strategies take turns on each
-prompt (HumanEval, and requests without code), greedy, on the same token ids and threads, in
-bfloat16, and llama.cpp also in 4 bits: with the file that the base was made from (Q4_1), and with
-that rounded once more to its fastest kind (Q4_0). Peak memory: each in a process of its own, on the
-first prompt. The same command resumes an interrupted run.
+MODEL: an embedded one, or an adapter for its base. All decoders take turns on each prompt
+(HumanEval, and requests without code), greedy, on the same token ids and threads, in bfloat16; ours
+also in 8 bits, and llama.cpp also in 8 bits (Q8_0) and with the file that the base was made from,
+without and with its own prompt lookup. Peak memory: each in a process of its own, on the first
+prompt. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -49,36 +49,36 @@ from sdsat.evaluation.reference import transformers_generate
 from sdsat.evaluation.report import with_interval
 from sdsat.evaluation.summary import interval, seconds_of, speedup
 from sdsat.files import sha256_of, write_json
-from sdsat.models.embedded import BASE_NAME, NAME, SMOLLM2, base_dir, fetched
-from sdsat.models.loading import load_base
+from sdsat.models.adapter import read_config
+from sdsat.models.embedded import NAME, Embedded, base_dir, fetched, named
+from sdsat.models.loading import adapter_directory, is_adapter, load_base
 from sdsat.models.sat_model import SatModel
 from sdsat.tasks.prompts import WARM_UP, Problem, encode, encode_prompt, given_requests, humaneval
 
 try:
     import llama_cpp
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 except ImportError:
     llama_cpp = None
 
 DTYPE = "bfloat16"
+INT8 = "int8 "  # begins the names of ours in 8 bits
 WARM_UP_TOKENS = 16
 LOOKUP_TOKENS = 10
 AR = "ar"
 TRANSFORMERS = {"transformers": None, "transformers prompt lookup": LOOKUP_TOKENS}
-LLAMA = (
-    {"llama.cpp bfloat16": "bfloat16", "llama.cpp Q4_1": "Q4_1", "llama.cpp Q4_0": "Q4_0"}
-    if llama_cpp
-    else {}
-)
+LLAMA = "llama.cpp "
+LOOKUP = " prompt lookup"
 INSTALL = 'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-deps llama-cpp-python==0.3.36 diskcache'
 GENERAL = Path(__file__).parent.parent / "data/general.jsonl"
-OUT = Path("results/reference/smollm2-135m-sdsat/peers.json")
 COLUMNS = (
     "strategy",
     "tokens/s",
     "over ar",
     "over transformers",
+    "over llama.cpp",
     "tokens/pass",
-    "as ar",
+    "as its ar",
     "peak MiB",
     "less imports",
 )
@@ -91,26 +91,47 @@ def decode_config(strategy: str, model: SatModel, max_new_tokens: int) -> Decode
 
 
 @cache
-def own_decoder(name: str) -> Decoder:
-    decoder = Decoder.load(name, DTYPE, "cpu")
-    model = decoder.model
-    same = model.adapter is not None and model.adapter.config.base_model == BASE_NAME
-    require(same, f"model {name}: expected an adapter for {BASE_NAME}, the base that the peers run")
-    return decoder
+def own_decoder(name: str, dtype: str = DTYPE) -> Decoder:
+    return Decoder.load(name, dtype, "cpu")
+
+
+def base_of(name: str) -> Embedded:
+    """The embedded base of an adapter, which the peers run."""
+    base = named(read_config(adapter_directory(name)).base_model) if is_adapter(name) else None
+    require(base is not None, f"model {name}: expected an adapter for an embedded base")
+    assert base is not None
+    return base
+
+
+def kind_of(base: Embedded) -> str:
+    """What llama.cpp calls the numbers of the base's file, as 'Q4_K_M'."""
+    return re.findall(r"Q\d\w*(?=\.gguf)", base.file, re.IGNORECASE)[0].upper()
+
+
+def llama_names(base: Embedded) -> list[str]:
+    file = LLAMA + kind_of(base)
+    return [LLAMA + DTYPE, f"{LLAMA}Q8_0", file, file + LOOKUP] if llama_cpp else []
+
+
+def ar_of(strategy: str) -> str:
+    """The decoder whose outputs a decoder's should be: its own without drafts."""
+    if strategy in TRANSFORMERS or strategy.startswith(LLAMA):
+        return strategy.removesuffix(LOOKUP)
+    return INT8 + AR if strategy.startswith(INT8) else AR
 
 
 @cache
-def plain_base() -> Decoder:
+def plain_base(base: Embedded) -> Decoder:
     """The base as transformers loads it: no adapter, no packed layers."""
     cpu = {"": torch.device("cpu")}
-    lm, tokenizer, _ = load_base(BASE_NAME, getattr(torch, DTYPE), cpu)
-    model = SatModel(lm, tokenizer, BASE_NAME)
+    lm, tokenizer, _ = load_base(base.base, getattr(torch, DTYPE), cpu)
+    model = SatModel(lm, tokenizer, base.base)
     return Decoder(model, TransformersEngine(model))
 
 
-def transformers_decoder(lookup: int | None) -> Decode:
+def transformers_decoder(base: Embedded, lookup: int | None) -> Decode:
     """lookup: prompt_lookup_num_tokens of transformers' `generate`; None for plain decoding."""
-    plain = plain_base()
+    plain = plain_base(base)
     passes = [0]
     lm = plain.model.lm
     lm.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
@@ -126,43 +147,63 @@ def transformers_decoder(lookup: int | None) -> Decode:
     return decode
 
 
-def gguf(kind: str) -> Path:
-    """The base's GGUF file, kept in the cache folder: Q4_1 as it ships, the same weights as
-    bfloat16, or rounded to Q4_0.
-    """
-    target = cache_dir() / f"{BASE_NAME}.{kind}.gguf"
+def gguf(base: Embedded, kind: str) -> Path:
+    """The base's GGUF file, kept in the cache folder: as it ships, or its weights as `kind`."""
+    shipped = kind_of(base)
+    target = cache_dir() / f"{base.base}.{kind}.gguf"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
             made = Path(folder) / "made.gguf"
-            if kind == "Q4_1":
-                with fetched(SMOLLM2) as file:
+            if kind == shipped:
+                with fetched(base) as file:
                     shutil.copyfile(file, made)
             else:
                 logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
                 settings = llama_cpp.llama_model_quantize_default_params()
                 ftypes = {
                     "bfloat16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
-                    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+                    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
                 }
                 settings.ftype = ftypes[kind]
                 settings.allow_requantize = True
                 code = llama_cpp.llama_model_quantize(
-                    bytes(gguf("Q4_1")), bytes(made), ctypes.byref(settings)
+                    bytes(gguf(base, shipped)), bytes(made), ctypes.byref(settings)
                 )
                 require(code == 0, f"{target}: llama.cpp cannot make it (code {code})")
             made.replace(target)
     return target
 
 
-def llama_decoder(kind: str, context: int, stop_id: int) -> Decode:
+def llama_decoder(file: Path, context: int, stop_id: int, lookup: bool) -> Decode:
     """llama.cpp fed with token ids; the next token is the largest logit.
 
-    context: tokens of the longest prompt and answer.
+    context: tokens of the longest prompt and answer. lookup: by its own `generate`, with its
+    prompt lookup.
     """
     threads = torch.get_num_threads()
+    draft = LlamaPromptLookupDecoding(num_pred_tokens=LOOKUP_TOKENS) if lookup else None
     llama = llama_cpp.Llama(
-        str(gguf(kind)), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+        str(file),
+        n_ctx=context + LOOKUP_TOKENS,
+        n_threads=threads,
+        n_threads_batch=threads,
+        draft_model=draft,
+        verbose=False,
     )
+
+    def looking_up(ids: list[int], limit: int) -> Generation:
+        out = Generation()
+        began = time.perf_counter()
+        llama.reset()
+        for token in llama.generate(ids, temp=0.0, repeat_penalty=1.0):
+            out.prefill_seconds = out.prefill_seconds or time.perf_counter() - began
+            out.token_ids.append(token)
+            if token == stop_id or len(out.token_ids) == limit:
+                out.finish = "stop_id" if token == stop_id else "length"
+                break
+        out.decode_seconds = time.perf_counter() - began - out.prefill_seconds
+        out.num_passes = max(1, len(out.token_ids) - 1)  # at most: it does not say
+        return out
 
     def decode(ids: list[int], limit: int) -> Generation:
         out = Generation()
@@ -185,23 +226,25 @@ def llama_decoder(kind: str, context: int, stop_id: int) -> Decode:
         out.num_passes = max(1, len(out.token_ids) - 1)
         return out
 
-    return decode
+    return looking_up if lookup else decode
 
 
-def make_decoder(strategy: str, name: str, context: int) -> Decode:
+def make_decoder(strategy: str, name: str, base: Embedded, context: int) -> Decode:
     """Loads what the strategy needs, and nothing else."""
     if strategy in TRANSFORMERS:
-        return transformers_decoder(TRANSFORMERS[strategy])
-    if strategy in LLAMA:
-        return llama_decoder(
-            LLAMA[strategy], context, GenerationConfig.from_pretrained(base_dir()).eos_token_id
-        )
-    decoder = own_decoder(name)
-    return lambda ids, limit: decoder.generate(ids, decode_config(strategy, decoder.model, limit))
+        return transformers_decoder(base, TRANSFORMERS[strategy])
+    if strategy.startswith(LLAMA):
+        kind = ar_of(strategy).removeprefix(LLAMA)
+        stop_id = GenerationConfig.from_pretrained(base_dir(base)).eos_token_id
+        stop_id = stop_id[0] if isinstance(stop_id, list) else stop_id
+        return llama_decoder(gguf(base, kind), context, stop_id, strategy.endswith(LOOKUP))
+    decoder = own_decoder(name, "int8" if strategy.startswith(INT8) else DTYPE)
+    own = strategy.removeprefix(INT8)
+    return lambda ids, limit: decoder.generate(ids, decode_config(own, decoder.model, limit))
 
 
-def read_prompts(data_limit: int, general: int) -> list[Problem]:
-    tokenizer = AutoTokenizer.from_pretrained(base_dir())
+def read_prompts(base: Embedded, data_limit: int, general: int) -> list[Problem]:
+    tokenizer = AutoTokenizer.from_pretrained(base_dir(base))
     texts = list(given_requests([str(GENERAL)]))[:general]
     requests = [
         Problem(f"general/{i}", tuple(encode(tokenizer, text))) for i, text in enumerate(texts)
@@ -247,27 +290,38 @@ def measure(prompt: Problem, decoders: dict[str, Decoder], limit: int, turn: int
     return {"id": prompt.task_id, "num_prompt_tokens": len(prompt.prompt_ids), "runs": runs}
 
 
-def summarize(group: str, strategy: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of a strategy over the prompts of one set; runs: {strategy: run} of each prompt."""
-    names = (strategy, AR, "transformers")
-    own, ar, peer = (
-        np.array([[run[name]["num_new_tokens"], seconds_of(run[name])] for run in runs])
-        for name in names
-    )
+def summarize(
+    group: str, strategy: str, runs: list[dict[str, Any]], baselines: dict[str, str]
+) -> dict[str, Any]:
+    """Figures of a strategy over the prompts of one set.
+
+    runs: {strategy: run} of each prompt. baselines: {name of a ratio: strategy it is over}.
+    """
+    counts = {
+        name: np.array([[run[name]["num_new_tokens"], seconds_of(run[name])] for run in runs])
+        for name in {strategy, *baselines.values()}
+    }
+    own = counts[strategy]
+    ratios = {}
+    for key, name in baselines.items():
+        both = np.hstack([own, counts[name]])
+        ratios[key] = round(float(speedup(both.sum(0))), 4)
+        ratios[f"{key}_ci95"] = interval(both, speedup)
+    same = ar_of(strategy)
     return {
         "prompts": group,
         "strategy": strategy,
         "num_prompts": len(runs),
         "tokens_per_second": round(float(own[:, 0].sum() / own[:, 1].sum()), 4),
-        "speedup": round(float(speedup(np.hstack([own, ar]).sum(0))), 4),
-        "speedup_ci95": interval(np.hstack([own, ar]), speedup),
-        "speedup_over_transformers": round(float(speedup(np.hstack([own, peer]).sum(0))), 4),
-        "speedup_over_transformers_ci95": interval(np.hstack([own, peer]), speedup),
+        **ratios,
         "tokens_per_pass": round(
             float(own[:, 0].sum() / sum(run[strategy]["num_passes"] for run in runs)), 4
         ),
+        "seconds_to_first_token": round(
+            sum(run[strategy]["prefill_seconds"] for run in runs) / len(runs), 4
+        ),
         "identical_outputs": sum(
-            run[strategy]["output_sha256"] == run[AR]["output_sha256"] for run in runs
+            run[strategy]["output_sha256"] == run[same]["output_sha256"] for run in runs
         ),
     }
 
@@ -280,8 +334,12 @@ def summarize_all(document: dict[str, Any], asked: set[str]) -> list[dict[str, A
         if prompt["id"] in asked
     ]
     groups = {group: [run for of, run in runs if of == group] for group, _ in runs}
+    baselines = {"speedup": AR, "speedup_over_transformers": "transformers"}
+    for name in document["settings"]["strategies"]:
+        if name.startswith(LLAMA) and name.endswith(LOOKUP):
+            baselines["speedup_over_llama_cpp"] = ar_of(name)
     return [
-        summarize(group, name, held)
+        summarize(group, name, held, baselines)
         for group, held in groups.items()
         for name in document["settings"]["strategies"]
     ]
@@ -325,8 +383,8 @@ def show(document: dict[str, Any]) -> None:
             speed = f"{row['tokens_per_second']:.1f}"
             memory = document["memory"][row["strategy"]]
             ratios = [
-                with_interval(row[key], row[f"{key}_ci95"])
-                for key in ("speedup", "speedup_over_transformers")
+                with_interval(row[key], row[f"{key}_ci95"]) if key in row else ""
+                for key in ("speedup", "speedup_over_transformers", "speedup_over_llama_cpp")
             ]
             passes = f"{row['tokens_per_pass']:.2f}"
             same = f"{row['identical_outputs']}/{row['num_prompts']}"
@@ -339,27 +397,36 @@ def main(
     ours: Annotated[
         list[str] | None, typer.Option(help="'two-step:5', 'auto', ...; repeat for more.")
     ] = None,
+    int8: Annotated[
+        list[str] | None, typer.Option(help="Of ours, those to measure in 8 bits, too.")
+    ] = None,
     data_limit: Annotated[int, typer.Option(min=1, help="How many HumanEval problems.")] = 12,
     general: Annotated[int, typer.Option(min=1, help="How many requests without code.")] = 12,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    out: Path = OUT,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: results/reference/MODEL/peers.json.")
+    ] = None,
     alone: Annotated[str, typer.Option("--memory-of", hidden=True)] = "",
 ) -> None:
     """Measure, print a table, and write --out after every prompt."""
-    prompts = read_prompts(data_limit, general)
+    base = base_of(model)
+    prompts = read_prompts(base, data_limit, general)
     context = max(len(prompt.prompt_ids) for prompt in prompts) + max_new_tokens
     if alone:
         imports = peak_mib()
-        make_decoder(alone, model, context)(list(prompts[0].prompt_ids), max_new_tokens)
+        make_decoder(alone, model, base, context)(list(prompts[0].prompt_ids), max_new_tokens)
         print(json.dumps({"peak_mib": peak_mib(), "peak_less_imports_mib": peak_mib() - imports}))
         return
     if not llama_cpp:
         print(f"llama.cpp is left out, for it is not installed: {INSTALL}")
-    strategies = [*TRANSFORMERS, AR, *beside(ours or ["two-step:5"]), *LLAMA]
-    for strategy in ours or ():
+    every = beside(ours or ["two-step:5"])
+    in_int8 = [INT8 + name for name in (AR, *int8)] if int8 else []
+    strategies = [*TRANSFORMERS, AR, *every, *in_int8, *llama_names(base)]
+    for strategy in (*every, *(int8 or ())):
         # refuses bad ones before anything is measured
         decode_config(strategy, own_decoder(model).model, max_new_tokens)
-    decoders = {strategy: make_decoder(strategy, model, context) for strategy in strategies}
+    decoders = {name: make_decoder(name, model, base, context) for name in strategies}
+    out = out or Path("results/reference") / Path(model).name / "peers.json"
     with resumed(out, new_document(own_decoder(model), strategies, max_new_tokens)) as document:
         options = [
             f"--data-limit={data_limit}",

@@ -1,25 +1,31 @@
 #!/usr/bin/env bash
-# Measure everything that the README and docs/exactness.md quote, into results/reference. Every step resumes.
+# Measure everything that the documents quote of a model, into results/reference/MODEL. Every step resumes.
 # Speed first, on an otherwise idle machine; then the audits, which time nothing and run two at once.
 #
-#   bash scripts/reference.sh            well over an hour on two cores
+#   bash scripts/reference.sh                              well over an hour on two cores
+#   bash scripts/reference.sh qwen2.5-coder-0.5b-sdsat     several hours
+#   AUDITS=0 DATA_LIMIT=8 TURNS=1 bash scripts/reference.sh MODEL     speed alone, of fewer problems
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+model="${1:-smollm2-135m-sdsat}"
 export RESULTS_DIR="$SDSAT_ROOT/results/reference"
-model=smollm2-135m-sdsat
-mkdir -p "$RESULTS_DIR/$model"
 results="$RESULTS_DIR/$model"
-python "$SDSAT_ROOT/scripts/pass_cost.py" "$model" --out "$results/passes_bfloat16.json"
-python "$SDSAT_ROOT/scripts/pass_cost.py" "$model" --busy 1 --out "$results/passes_busy.json"
-python "$SDSAT_ROOT/scripts/profile_passes.py" "$model" --out "$results/profile.json"
-export STRATEGIES=two-step,rounded,one-pass,auto K_LIST=0,3,5,7 TURNS="${TURNS:-3}"
+mkdir -p "$results"
+measure() { python "$SDSAT_ROOT/scripts/$1.py" "$model" --out "$results/$2.json" "${@:3}"; }
+measure pass_cost passes_bfloat16
+measure pass_cost passes_busy --busy 1
+measure profile_passes profile
+export STRATEGIES="${STRATEGIES:-two-step,rounded,one-pass,auto}" K_LIST="${K_LIST:-0,3,5,7}" TURNS="${TURNS:-3}"
 DATA_LIMIT="${DATA_LIMIT:-16}" sdsat bench greedy "$model" cpu --with-generate
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 1.0
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 0.2
-python "$SDSAT_ROOT/scripts/peers.py" "$model" --ours two-step:5 --ours rounded:7 --ours one-pass:5 --ours auto --data-limit 8 --general 8 --out "$results/peers.json"
-python "$SDSAT_ROOT/scripts/batch_throughput.py" "$model" --strategy two-step:3 --strategy auto --prompts 32 --max-new-tokens 64 --turns 2 --out "$results/batch.json"
+DATA_LIMIT="${DATA_LIMIT:-12}" DATASET=everyday sdsat bench greedy "$model" cpu
+measure peers peers --ours two-step:5 --ours auto --int8 auto --data-limit 8 --general 8
+measure batch_throughput batch --strategy two-step:3 --strategy auto --prompts 32 --max-new-tokens 64 --turns 2
+measure memory memory
 python "$SDSAT_ROOT/scripts/soak.py" --out "$results/soak.json"
 sdsat inspect "$model" --out "$results/inspect.json"
+[ "${AUDITS:-1}" = 1 ] || exit 0
 
 mkdir -p "$results/exactness"
 sdsat eval "$model" --dtype float32 --k-list 5 --strategies two-step,auto --device cpu --out "$results/eval.json"

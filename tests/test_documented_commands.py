@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from test_docs import COMMANDS, ROOT
 from sdsat.cli import main as cli
 from sdsat.cli import program as running
 from sdsat.models.adapter import AdapterConfig
+from sdsat.models.embedded import SMOLLM2
 
 # What makes a run short. Of two equal options the last one counts.
 SMALL = {
@@ -44,7 +46,10 @@ SMALL = {
     "soak": "--generations 20",
 }
 CONSTANTS = {
-    "peers": {"BASE_NAME": "base", "base_dir": lambda: Path("base")},  # of the tiny adapter
+    "peers": {  # of the tiny adapter
+        "base_of": lambda _: replace(SMOLLM2, base="base"),
+        "base_dir": lambda _: Path("base"),
+    },
     "pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)},
     "profile_passes": {"SHAPES": ((2, 1),), "NEW_TOKENS": 12},
 }

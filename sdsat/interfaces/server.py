@@ -1,23 +1,21 @@
 """`sdsat serve`: OpenAI's endpoints for one model on one machine.
 
 uvicorn speaks HTTP, FastAPI checks requests, and answers have the form of the openai package's
-types. One thread decodes: what is asked enters its batch between two passes.
+types. What is asked enters the batch of served_batch.py between two passes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from typing import Annotated, Any
 
@@ -29,7 +27,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, generate_latest
 from starlette import exceptions
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
@@ -41,88 +39,14 @@ from sdsat.decoding import sequence
 from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.interfaces.openai_requests import Asked, ChatAsked, TextAsked
+from sdsat.interfaces.served_batch import Full, ServedBatch
 from sdsat.interfaces.terminal import TokenStream, encode
 from sdsat.tasks.prompts import encode_turns
 
 MAX_BODY = 2**20  # bytes
 PATIENCE = 30  # seconds until a client must have sent its request, or read what it was sent
-TOKENS = Counter("sdsat_tokens", "Tokens of answers.", ["kind"])
 REFUSED = Counter("sdsat_refused_requests", "Requests without an answer.", ["status"])
-RUNNING = Gauge("sdsat_running_sequences", "Sequences that are decoded now.")
-WAITING = Gauge("sdsat_waiting_sequences", "Sequences that wait for a place.")
 Key = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
-
-
-class Batch:
-    """What waits, and what is decoded by a thread; both by the requests' numbers."""
-
-    def __init__(self, decoder: Decoder, config: ServeConfig):
-        self._decoder = decoder
-        self._config = config
-        self._waiting = dict[int, sequence.Request]()
-        self._tell = dict[int, Callable[[Any], Any]]()  # of those that somebody wants
-        self._came = asyncio.Event()
-        WAITING.set_function(lambda: len(self._waiting))
-        RUNNING.set_function(lambda: len(self._tell) - len(self._waiting))
-
-    async def run(self) -> None:
-        """Decode what comes, until this is cancelled."""
-        try:
-            while await self._came.wait():
-                self._came.clear()
-                while self._waiting:
-                    await asyncio.to_thread(self._decode)
-        finally:
-            self.leave(list(self._tell))  # so what is decoded ends with its next pass
-
-    def enter(self, requests: list[sequence.Request]) -> asyncio.Queue[tuple[int, Any]]:
-        """Queue requests. Raises HTTPException, 429, where there is no room.
-
-        Returns where (number, new tokens, the result at the end, or an error) will be.
-        """
-        if len(self._waiting) + len(requests) > self._config.queue:
-            raise HTTPException(429, "the queue is full; come back", {"Retry-After": "1"})
-        pieces, loop = asyncio.Queue[tuple[int, Any]](), asyncio.get_running_loop()
-        for request in requests:
-            self._tell[request.number] = partial(_put, loop, pieces, request.number)
-        self._waiting |= {request.number: request for request in requests}
-        self._came.set()
-        return pieces
-
-    def leave(self, numbers: Iterable[int]) -> None:
-        """Free the places of requests that are answered, or whose client has gone."""
-        for number in numbers:
-            self._waiting.pop(number, None)
-            self._tell.pop(number, None)
-
-    def _decode(self) -> None:
-        batch = (self._arrivals, self._config.context, self._on_tokens, self._config.batch_size)
-        try:
-            for number, out in self._decoder.iterate_arrivals(*batch):
-                self._tell.pop(number, _nobody)(out)
-        except Exception as error:
-            logging.exception("decoding failed")
-            for number in list(self._tell):
-                self._waiting.pop(number, None)
-                self._tell.pop(number, _nobody)(error)
-
-    def _arrivals(self, free: int) -> list[sequence.Request]:
-        came = [self._waiting.pop(number, None) for number in list(self._waiting)[:free]]
-        return [request for request in came if request is not None]
-
-    def _on_tokens(self, number: int, tokens: list[int], drafted: list[bool]) -> bool:
-        TOKENS.labels("own").inc(drafted.count(False))
-        TOKENS.labels("accepted drafts").inc(drafted.count(True))
-        self._tell.get(number, _nobody)(tokens)
-        return number not in self._tell
-
-
-def _put(loop: Any, pieces: asyncio.Queue[Any], number: int, piece: Any) -> None:
-    loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
-
-
-def _nobody(piece: Any) -> None:
-    """Take what nobody waits for any more."""
 
 
 class Server:
@@ -146,7 +70,7 @@ class Server:
         self.options = options
         self.tokenizer: Any = decoder.model.tokenizer
         self._numbers = count()
-        self._batch = Batch(decoder, self.config)
+        self._batch = ServedBatch(decoder, self.config)
         errors = (InputError, RequestValidationError, exceptions.HTTPException, Exception)
         handlers: Any = dict.fromkeys(errors, _failed)
         self.app = app = FastAPI(
@@ -228,7 +152,10 @@ class Server:
         options = asked.stream_options
         require(asked.stream or options is None, "stream_options: expected only with stream=true")
         requests = await run_in_threadpool(lambda: list(self._requests(asked, prompts, ids_of)))
-        pieces = self._batch.enter(requests)
+        try:
+            pieces = self._batch.enter(requests)
+        except Full:
+            raise HTTPException(429, "the queue is full; come back", {"Retry-After": "1"}) from None
         is_chat = isinstance(asked, ChatAsked)
         kind = f"chat.completion{'.chunk' * asked.stream}" if is_chat else "text_completion"
         head = {"id": secrets.token_hex(12), "object": kind, "created": int(time.time())}
