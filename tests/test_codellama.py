@@ -359,28 +359,23 @@ def test_start_greedy_with_the_papers_settings(start, checkpoint, pieces):
 
 def test_start_nucleus_with_the_papers_settings(start, checkpoint, pieces):
     """The paper's k and trees, half precision as it is stored; outputs are those of seeded AR."""
-    names = ("humaneval", "infilling-psm")
     limits = {"DATA_LIMIT": "2", "MAX_NEW_TOKENS": "6", "STRATEGIES": "two-step"}
-    folder = start("nucleus", checkpoint, "cpu", "0.2", DATASET=",".join(names), **limits)
+    folder = start("nucleus", checkpoint, "cpu", "0.2", DATASET="infilling-psm", **limits)
     keys = [("ar", 0, 0), *(("two-step", k, 0) for k in (5, 7, 9, 11, 13))]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the workers
     try:
         decoder = Decoder.load(str(checkpoint), "float16", "cpu")
-        for name, stop_ids in zip(names, ((2,), (2, EOT)), strict=True):
-            sampling = SamplingConfig(0.2, 10, 0.95, 0)
-            decode = DecodeConfig(0, 6, stop_ids=stop_ids)
+        sampling = SamplingConfig(0.2, 10, 0.95, 0)
+        decode = DecodeConfig(0, 6, stop_ids=(2, EOT))
 
-            def answer(ids, task_id, decode=decode, sampling=sampling):
-                return decoder.generate(
-                    ids, replace(decode, sampling=sampling.of_problem(task_id))
-                ).token_ids
+        def answer(ids, task_id):
+            drawn = replace(decode, sampling=sampling.of_problem(task_id))
+            return decoder.generate(ids, drawn).token_ids
 
-            path = folder / ("nucleus_t0.2" if name == "humaneval" else f"nucleus_t0.2_{name}")
-            summary = expect(path, keys, asked(pieces)[name], answer)
-            assert (summary["environment"]["dtype"], summary["settings"]["tree"]) == (
-                "float16",
-                "paper",
-            )
+        prompts = asked(pieces)["infilling-psm"]
+        summary = expect(folder / "nucleus_t0.2_infilling-psm", keys, prompts, answer)
+        found = (summary["environment"]["dtype"], summary["settings"]["tree"])
+        assert found == ("float16", "paper")
     finally:
         torch.set_num_threads(threads)

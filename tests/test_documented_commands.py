@@ -37,6 +37,7 @@ SMALL = {
     ),
     "eval": "--data-limit 1 --max-new-tokens 4",
     "generate": "--max-new-tokens 8 --device cpu",
+    "memory": "--dtype int8",
     "inspect": "--data-limit 1 --max-new-tokens 6",
     "train": ("--steps 2 --eval-every 1 --held-out 2 --anchors 2 --batch-size 1 --dtype float32"),
     "verify": "--data-limit 1 --max-new-tokens 6",

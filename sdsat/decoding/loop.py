@@ -6,11 +6,12 @@ x. One speculative step (`Loop.step`):
     plan      which drafts to verify, and where SATs draft on                (plan.py)
     pass      x, drafts, SATs in one forward pass                            (sdsat/engines)
     walk      from x down the tree while a draft is the model's own token    (method/tree.py)
-    accept    the drafts on that path, and the token after them: the next x  (sequence.py)
     draft     the SATs where the walk ended guess what follows it            (passes.py)
+    accept    the drafts on that path, and the token after them: the next x  (sequence.py)
 
-A step emits 1 + accepted tokens. The paper's two-step loop is the plan that alternates between [x,
-SATs] and [x, drafts]; AR is the plan without SATs. Every token is the model's own choice given true
+A step emits 1 + accepted tokens. The paper's two-step loop is the plan that alternates between a
+draft pass, [x, SATs], and a verify pass, [x, drafts]; AR (plain autoregressive decoding) is the
+plan without SATs. Every token is the model's own choice given true
 tokens only, so the output equals AR's: at temperature 0 and, because the noise belongs to the
 emitted position (method/sampling.py), for any seed; to the last bit of a logit in half precision
 too where the engine keeps its promise (engines/base.py).

@@ -1,6 +1,6 @@
 """The planner of each strategy: to add a strategy, write a planner and enter it here.
 
-What a strategy drafts with (SATs, looked-up tokens, 8 bits) stands in `config.STRATEGY`.
+What a strategy drafts with (SATs, looked-up tokens, rounded weights) stands in `config.STRATEGY`.
 """
 
 from __future__ import annotations

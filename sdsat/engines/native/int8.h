@@ -1,4 +1,4 @@
-// Linear layers in 8 bits: half the bytes to read, for passes that only draft.
+// Linear layers in 8 bits: half the bytes to read, for a model in 8 bits (models/int8.py).
 //
 // An element of a weight is (byte - 128) * its output's scale; weights lie [out / LANES][in / 4]
 // [LANES][4]. Rows are put into 8 bits too, with a scale for each INT8_GROUP inputs. Fast: the
