@@ -37,7 +37,7 @@ import sdsat
 _attaching = threading.Lock()
 
 
-def generate(inputs=None, *, model, **arguments):
+def generate(inputs=None, *, model, trust_remote_code=None, revision=None, **arguments):
     """Generate what the model generates alone, in less time: https://arxiv.org/abs/2403.18647.
 
     All arguments of transformers' `generate` are honoured or refused by name; `strategy`, `k`,
@@ -46,7 +46,6 @@ def generate(inputs=None, *, model, **arguments):
     with _attaching:
         if getattr(model, "sdsat", None) is None:
             sdsat.attach(model, revision=getattr(model.config, "_commit_hash", None))
-    arguments.pop("trust_remote_code", None)
     arguments["custom_generate"] = sdsat.generate
     return type(model).generate(model, inputs, **arguments)
 '''
