@@ -18,7 +18,7 @@ from sdsat.cache_folder import cache_dir, creating
 from sdsat.config import InputError, SamplingConfig
 from sdsat.engines.base import Cache, Engine, PassInput, probe_tokens
 from sdsat.engines.drafting import Guesses
-from sdsat.engines.native.bindings import source_hash
+from sdsat.engines.native.compiler import source_hash
 from sdsat.engines.native.engine import NativeEngine
 from sdsat.environment import machine
 from sdsat.files import make_folder, read_json, write_json

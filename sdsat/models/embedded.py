@@ -18,12 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import (
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
 from tqdm import tqdm
 
 from sdsat.cache_folder import PATIENCE_SECONDS, cache_dir, creating
@@ -64,6 +58,13 @@ class HubFile:
         The hub's library shows its own bar, and goes on where a download was interrupted. Raises
         Unreached.
         """
+        from huggingface_hub import (  # takes longer than all else that `--help` imports
+            get_hf_file_metadata,
+            hf_hub_download,
+            hf_hub_url,
+            try_to_load_from_cache,
+        )
+
         try:
             held = try_to_load_from_cache(self.repo, self.file)
             if isinstance(held, str):
