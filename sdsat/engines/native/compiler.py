@@ -9,10 +9,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tqdm import tqdm
+
 from sdsat.files import sha256_of_all
 
 FOLDER = Path(__file__).parent
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+_LOOK_SECONDS = 0.5  # between two looks at whether the compiler has ended
 
 
 class Unavailable(Exception):
@@ -42,12 +45,37 @@ def compile_library(command: list[str], source: Path, target: Path) -> None:
     Raises Unavailable, with the compiler's first line, where it fails, and OSError where it can't
     be run.
     """
-    done = subprocess.run(
-        [*command, *FLAGS, str(source), "-o", str(target)], capture_output=True, text=True
+    bar = tqdm(
+        desc="native engine: compiling, once",
+        bar_format="{desc}, {elapsed}",
+        disable=None,
+        leave=False,
+        delay=1,
     )
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no message"])[0]
-        raise Unavailable(f"{' '.join(command)} failed ({said})")
+    words = [*command, *FLAGS, str(source), "-o", str(target)]
+    with (
+        bar,
+        subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process,
+    ):
+        try:
+            said = _said(process, bar)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        first = (said.strip().splitlines() or ["no message"])[0]
+        raise Unavailable(f"{' '.join(command)} failed ({first})")
+
+
+def _said(process: subprocess.Popen[str], bar: tqdm) -> str:
+    """Wait for a process to end, and return what it wrote to stderr; the bar shows the time."""
+    while True:
+        try:
+            return process.communicate(timeout=_LOOK_SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            bar.update()
 
 
 def source_hash() -> str:
