@@ -20,6 +20,7 @@ from sdsat.models import embedded
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BESIDE_BASE = "adapter"  # the folder of an adapter in its base's checkpoint
+_PLACES = ("", f"{BESIDE_BASE}/")  # of a repository, where an adapter is looked for
 _PROBE_SECONDS = 5  # to find out that the hub can't be reached
 
 
@@ -84,15 +85,10 @@ def _fetched(repository: str, revision: str | None) -> Found | None:
 
     Where the hub can't be reached, what an earlier process has fetched counts.
     """
-    from huggingface_hub import (
-        get_hf_file_metadata,
-        hf_hub_download,
-        hf_hub_url,
-        try_to_load_from_cache,
-    )
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
-    for inner in ("", f"{BESIDE_BASE}/"):
+    for inner in _PLACES:
         file = inner + CONFIG_FILE
         try:
             url = hf_hub_url(repository, file, revision=revision)
@@ -100,10 +96,7 @@ def _fetched(repository: str, revision: str | None) -> Found | None:
         except (EntryNotFoundError, HFValidationError):
             continue
         except Exception:  # of several libraries, each with exceptions of its own
-            held = try_to_load_from_cache(repository, file, revision=revision)
-            if isinstance(held, str):
-                return Found(Path(held).parent, bool(inner))
-            continue
+            return _held(repository, revision)
         try:
             config = hf_hub_download(repository, file, revision=revision)
             hf_hub_download(repository, inner + WEIGHTS_FILE, revision=revision)
@@ -111,4 +104,15 @@ def _fetched(repository: str, revision: str | None) -> Found | None:
             why = f"its adapter cannot be fetched ({reason(error)})"
             raise InputError(f"model {repository}: {why}; run it again") from None
         return Found(Path(config).parent, bool(inner))
+    return None
+
+
+def _held(repository: str, revision: str | None) -> Found | None:
+    """Find the adapter of a repository in the hub's own cache folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for inner in _PLACES:
+        held = try_to_load_from_cache(repository, inner + CONFIG_FILE, revision=revision)
+        if isinstance(held, str):
+            return Found(Path(held).parent, bool(inner))
     return None
