@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sdsat
 from sdsat.cli import main as cli
 from sdsat.config import SatConfig
+from sdsat.evaluation.sweep import BenchConfig
 from sdsat.interfaces.hub_export import export_to_hub
 from sdsat.models import hub, loading
 from sdsat.models.identity import adapter_hash
@@ -294,6 +295,12 @@ def test_an_adapter_of_which_a_file_is_missing(tiny, repositories, tmp_path):
 )
 def test_names_with_a_revision(name, revision, parts):
     assert hub.split(hub.at_revision(name, revision)) == parts
+
+
+def test_results_of_revisions_lie_apart():
+    names = ("user/name", "user/name@v1", "user/name@refs/pr/3", "runs/name")
+    folders = [BenchConfig(name).folder for name in names]
+    assert folders == [f"name{at}/greedy" for at in ("", "@v1", "@refs-pr-3", "")]
 
 
 def test_a_folder_may_have_a_name_with_an_at(tmp_path):

@@ -108,15 +108,18 @@ def _requirements(extra: str = "") -> list[Requirement]:
     ]
 
 
+def _pip(requirements: list[Requirement]) -> str:
+    return "pip install " + " ".join(f"'{each.name}{each.specifier}'" for each in requirements)
+
+
 def _packages() -> Finding:
     try:
         required = _requirements()
     except metadata.PackageNotFoundError:
         return Finding("packages", "sdsat itself is not installed", "pip install .", True)
     if wrong := [each for each in required if _missing(each)]:
-        pip = " ".join(f"'{each.name}{each.specifier}'" for each in wrong)
         said = ", ".join(map(_missing, wrong))
-        return Finding("packages", f"missing or too old: {said}", f"pip install {pip}", True)
+        return Finding("packages", f"missing or of another version: {said}", _pip(wrong), True)
     main = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
     return Finding("packages", f"{main}, and {len(required) - 2} more")
 
@@ -127,11 +130,12 @@ def _extras() -> Finding:
     except metadata.PackageNotFoundError:
         return Finding("extras", "not known", "pip install .")
     names = [name for name in names if name != _DEVELOPMENT]
-    lacking = [name for name in names if any(map(_missing, _requirements(name)))]
+    wrong = {name: [each for each in _requirements(name) if _missing(each)] for name in names}
+    lacking = [name for name in names if wrong[name]]
     there = ", ".join(name for name in names if name not in lacking) or "none"
     if not lacking:
         return Finding("extras", there)
-    fix = f"pip install 'sdsat[{','.join(lacking)}]' for them"
+    fix = _pip([each for name in lacking for each in wrong[name]])
     return Finding("extras", f"{there}; without {', '.join(lacking)}", fix)
 
 
