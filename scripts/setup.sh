@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make an environment that can run sdsat, or reuse one. Idempotent; the other scripts source it.
+# Make an environment that can run sdsat, or reuse one. The other scripts source it. An interrupted one goes on where it was.
 #
 #   bash scripts/setup.sh        make .venv, or complete the active environment if it has a CUDA torch >= 2.11
 #   PYTHON=python3.12 ...        the interpreter to make .venv with (default python3)
@@ -21,6 +21,13 @@ sys.exit(0 if torch.version.cuda and torch.cuda.is_available() and version >= (2
 PY
 }
 
+# Have pip install "${@:2}", and keep in the file $1 what it says.
+sdsat_install() {
+  "$python" "$SDSAT_ROOT/scripts/install.py" "$@" && return
+  [ $? != 130 ] || exit 130  # interrupted
+  sdsat_fail "installing ${*:2} failed; pip's errors are above, and all that it said is in $1"
+}
+
 sdsat_setup() {
   local python="${PYTHON:-python3}" requirements="$SDSAT_ROOT/requirements.txt" bin stamp wanted
   command -v "$python" >/dev/null || sdsat_fail "no $python on PATH; install Python 3.10 or later, or set PYTHON"
@@ -33,20 +40,22 @@ sdsat_setup() {
   else
     bin="$SDSAT_ROOT/.venv/bin"
     stamp="$SDSAT_ROOT/.venv/sdsat-setup"
-    [ -x "$bin/python" ] || "$python" -m venv "$SDSAT_ROOT/.venv" || sdsat_fail "$python -m venv failed; install python3-venv"
+    if [ ! -e "$stamp" ] && ! "$bin/python" -m pip --version >/dev/null 2>&1; then  # absent, or left half-made
+      echo "setup: making $SDSAT_ROOT/.venv" >&2
+      "$python" -m venv --clear "$SDSAT_ROOT/.venv" || sdsat_fail "$python -m venv failed; install python3-venv"
+    fi
     python="$bin/python"
   fi
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    echo "setup: installing requirements into $(dirname "$bin") (once; some minutes)" >&2
+    echo "setup: installing packages into $(dirname "$bin"), once; what pip says is in $stamp.log" >&2
+    : >"$stamp.log" || sdsat_fail "$stamp.log cannot be written"
     if sdsat_has_cuda_torch "$python"; then
       requirements="$(mktemp)"
       # The torch, and a transformers in range, that are already there stay as they are.
       grep -v '^torch==' "$SDSAT_ROOT/requirements.txt" | sed 's/==\([^ ]*\)/>=0/; s/^transformers>=0/transformers>=5.16.1,<5.20/' >"$requirements"
     fi
-    "$python" -m pip install -q --disable-pip-version-check --root-user-action=ignore -r "$requirements" ||
-      sdsat_fail "installing $requirements failed; pip's message is above"
-    "$python" -m pip install -q --disable-pip-version-check --root-user-action=ignore --no-deps -e "$SDSAT_ROOT" ||
-      sdsat_fail "installing sdsat itself failed; pip's message is above"
+    sdsat_install "$stamp.log" -r "$requirements"
+    sdsat_install "$stamp.log" --no-deps -e "$SDSAT_ROOT"
     echo "$wanted" >"$stamp" || sdsat_fail "$stamp cannot be written"
   fi
   export PATH="$bin:$PATH" TOKENIZERS_PARALLELISM=false

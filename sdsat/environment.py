@@ -7,13 +7,14 @@ import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sdsat import __version__
 from sdsat.cache_folder import remembered_sha256
 from sdsat.files import sha256_of_all
+
+if TYPE_CHECKING:
+    import torch
 
 
 def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
@@ -39,6 +40,8 @@ def machine(devices: Sequence[torch.device], dtype: str, engine: str) -> dict[st
         dtype: of the weights, its name.
         engine: the name of what runs a pass.
     """
+    import torch
+
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")
     }
@@ -66,14 +69,37 @@ def system() -> dict[str, str]:
 
 def cpu_name() -> str:
     """Return the processor's own name for itself, and the number of threads that torch uses."""
+    import torch
+
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """Return the processor's own name for itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(
+        return next(
             line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
         )
     except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+        return platform.processor() or platform.machine()
+
+
+def free_memory() -> int | None:
+    """Return the memory to be had, in bytes; None where the system doesn't say.
+
+    It is no more than the container's limit.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(
+            int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")
+        )
+    except (OSError, StopIteration):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return free if text == "max" else min(free, int(text))
 
 
 def commit() -> str | None:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -117,6 +119,31 @@ def replacing(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def new_folder(path: Path, argument: str) -> Iterator[Path]:
+    """Yield a folder beside `path` to write into, which then takes its name.
+
+    So `path` is there whole or not at all.
+
+    argument: what gave the path, such as 'out'. Raises InputError, one line, where it is there
+    already or can't be written.
+    """
+    name = _named(path, argument)
+    require(not os.path.lexists(path), f"{name}: exists already; choose a new directory")
+    part: str | None = None
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        part = tempfile.mkdtemp(dir=path.absolute().parent, prefix=path.name + "-part-")
+        Path(part).chmod(0o755)
+        yield Path(part)
+        Path(part).rename(path)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be written ({error})") from None
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def write_json(path: Path, document: Any, ascii_only: bool = True) -> None:

@@ -74,6 +74,8 @@ ELSEWHERE = {
     "sdsat serve": "serves until it is ended; test_serve.py starts it",
     "python scripts/serve_check.py": "takes a minute of load",
     "python dev/measure_code.py": "reads the repository's history; test_measure_code.py runs it",
+    "sdsat --install-completion": "changes the settings of a shell",
+    "sdsat --show-completion": "asks which shell it runs in; test_package.py completes",
     "sdsat chat": "takes a terminal; test_chat.py has one",
     "accelerate launch": "takes GPUs",
     "torchrun": "test_train.py starts two processes",
@@ -227,6 +229,7 @@ def filled_in(program, arguments):
         "PROMPT": "def f(x):",
         "FILE": "made.json",
         "FOLDER": "results/MODEL/greedy",
+        "results/adapter/greedy": "results/MODEL/greedy",  # of the same weights
         "ainergy/CodeLlama-SDSAT_L7_13B": "ainergy/CodeLlama-SDSAT_L5_7B",
         "smollm2-135m-sdsat": "MODEL",
         "qwen2.5-coder-0.5b-sdsat": "MODEL",
@@ -238,7 +241,7 @@ def filled_in(program, arguments):
     if program in MODEL_OPTION:
         return words if "--model" in words else [*words, "--model", "base" if base else "MODEL"]
     place = 1 if program == "bench" else 0
-    if program not in ("export", "report") and (
+    if program not in ("doctor", "export", "report") and (
         len(words) <= place or words[place].startswith("--")
     ):
         words.insert(place, "MODEL")

@@ -167,8 +167,8 @@ def test_the_hub_comes_first_is_accepted_by_hash_and_given_up_quickly(
         if not held.exists():
             raise OSError("Name or service not known")
 
-    monkeypatch.setattr(embedded, "get_hf_file_metadata", metadata)
-    monkeypatch.setattr(embedded, "hf_hub_download", lambda repo, file: str(held))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", metadata)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: str(held))
     with embedded.fetched(model):
         assert len(asked) == PARTS
     assert asked_hub[0][0].endswith("someone/tiny-GGUF/resolve/main/tiny.gguf")

@@ -46,8 +46,8 @@ from sdsat.decoding.decoder import Decoder
 from sdsat.engines import drafting
 from sdsat.engines.base import RowPolicy, probe_rows
 from sdsat.engines.drafting import Guesses
-from sdsat.engines.native import bindings, weights
-from sdsat.engines.native.bindings import Unavailable
+from sdsat.engines.native import bindings, compiler, weights
+from sdsat.engines.native.compiler import Unavailable
 from sdsat.engines.native.engine import NativeEngine
 from sdsat.method.layout import Layout
 from sdsat.method.sampling import as_seed, choose, gumbel_noise
@@ -1008,31 +1008,14 @@ def test_a_change_in_any_source_is_another_library(tmp_path, monkeypatch):
             shutil.copy(folder / name, tmp_path)
             waiting += re.findall('#include "(.+)"', (folder / name).read_text())
     assert len(included) > 1
-    first = bindings.source_hash()
-    monkeypatch.setattr(bindings, "_FOLDER", tmp_path)
-    assert bindings.source_hash() == first  # wherever it is installed; and there are no others
+    first = compiler.source_hash()
+    monkeypatch.setattr(compiler, "FOLDER", tmp_path)
+    assert compiler.source_hash() == first  # wherever it is installed; and there are no others
     for name in included:
-        before = bindings.source_hash()
+        before = compiler.source_hash()
         with (tmp_path / name).open("a") as file:
             file.write("// another comment\n")
-        assert bindings.source_hash() != before
-
-
-def test_a_built_package_holds_the_sources(monkeypatch):
-    """As setuptools reads pyproject.toml; nothing is built."""
-    distribution = pytest.importorskip("setuptools.dist").Distribution()
-    monkeypatch.chdir(Path(__file__).parent.parent)
-    distribution.parse_config_files(["pyproject.toml"])
-    command = distribution.get_command_obj("build_py")
-    command.ensure_finalized()
-    held = {
-        name
-        for package, _, _, names in command.get_data_files_without_manifest()
-        for name in names
-        if package == "sdsat.engines.native"
-    }
-    folder = bindings.SOURCE.parent
-    assert held == {file.name for file in folder.iterdir() if file.suffix in (".cpp", ".h")}
+        assert compiler.source_hash() != before
 
 
 def unavailable(lm, *parts):
@@ -1044,7 +1027,7 @@ def unavailable(lm, *parts):
 
 def test_without_a_compiler(fresh_library):
     fresh_library.delenv("CXX", raising=False)
-    fresh_library.setattr(bindings.shutil, "which", lambda name: None)
+    fresh_library.setattr(compiler.shutil, "which", lambda name: None)
     unavailable(random_lm("llama"), "no C++ compiler was found")
 
 
@@ -1259,7 +1242,7 @@ def sanitizer(tmp_path):
     has no sanitizers.
     """
     try:
-        compiler = bindings._compiler()
+        command = compiler.compiler()
         flags = [
             "-fsanitize=address,undefined",
             "-shared",
@@ -1270,10 +1253,10 @@ def sanitizer(tmp_path):
             "-o",
             str(tmp_path / "empty.so"),
         ]
-        if subprocess.run([*compiler, *flags], capture_output=True).returncode:
+        if subprocess.run([*command, *flags], capture_output=True).returncode:
             return None
         found = subprocess.run(
-            [*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
+            [*command, "-print-file-name=libasan.so"], capture_output=True, text=True
         ).stdout.strip()
     except (Unavailable, OSError):
         return None
@@ -1309,7 +1292,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         if processor == "x86-64-v4" and "avx512vl" not in Path("/proc/cpuinfo").read_text():
             pytest.skip("this processor has no AVX-512")
         target = tmp_path / "native.so"
-        flags = ["-Og", f"-march={processor}", *bindings._FLAGS[2:], "-Wno-psabi"]
+        flags = ["-Og", f"-march={processor}", *compiler.FLAGS[2:], "-Wno-psabi"]
         subprocess.run(["c++", *flags, str(bindings.SOURCE), "-o", str(target)], check=True)
         built = ctypes.CDLL(str(target))
 

@@ -24,7 +24,7 @@ from transformers.models.llama import modeling_llama as llama
 import sdsat
 from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.engines.base import RowPolicy
-from sdsat.engines.native.bindings import Unavailable
+from sdsat.engines.native.compiler import Unavailable
 from sdsat.engines.native.engine import NativeEngine
 from sdsat.engines.native.weights import NativeWeights
 from sdsat.engines.transformers import TransformersEngine

@@ -9,9 +9,10 @@ import typer
 
 from sdsat.cli.options import Given, Model, from_settings
 from sdsat.cli.program import show
-from sdsat.config import numbers_of, require
+from sdsat.config import HubConfig, numbers_of, require
 from sdsat.evaluation.sweep import BenchConfig, paper_settings
 from sdsat.models import embedded
+from sdsat.models.hub import at_revision
 from sdsat.tasks.datasets import NAMES
 
 _CPU_PROBLEMS = 6  # of a run on a CPU where nothing else is said
@@ -32,6 +33,7 @@ def bench(
     ] = "",
     temperature: Annotated[str, typer.Argument(help="For nucleus.")] = "1.0",
     *,
+    hub: HubConfig,
     asked: Given[BenchConfig],
     dataset: Annotated[
         str | None,
@@ -53,11 +55,12 @@ def bench(
 
     from sdsat.evaluation.bench import bench as run
 
+    model = at_revision(model or embedded.NAME, hub.revision)
     devices = (gpus or ("0" if torch.cuda.is_available() else "cpu")).split(",")
     if "cpu" in devices:
         asked.values.setdefault("data_limit", _CPU_PROBLEMS)
     died: list[str] = []
-    for config in _configs(asked, method, model or embedded.NAME, temperature, dataset):
+    for config in _configs(asked, method, model, temperature, dataset):
         folder, dead = run(config, devices, results)
         died += dead
         _report(folder, config.dataset)

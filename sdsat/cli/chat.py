@@ -9,14 +9,16 @@ import typer
 
 from sdsat.cli.options import Defaults, Model, TemplateOptions, from_settings
 from sdsat.cli.program import decode_settings, load_decoder
-from sdsat.config import DecodeConfig, LoadConfig, SamplingConfig, utf8
+from sdsat.config import DecodeConfig, HubConfig, LoadConfig, SamplingConfig, utf8
 from sdsat.models import embedded
+from sdsat.models.hub import at_revision
 
 
 @from_settings
 def chat(
     model: Model = embedded.NAME,
     *,
+    hub: HubConfig,
     system: Annotated[str, typer.Option(help="What the model is told before the first turn.")] = "",
     template_option: TemplateOptions = None,
     decode: Annotated[DecodeConfig, Defaults(k=None, strategy="auto", max_new_tokens=1024)],
@@ -31,6 +33,7 @@ def chat(
 
     typed = sys.stdin.isatty() and sys.stdout.isatty()
     face: Face = Typed() if typed else Piped(sys.stdin.buffer)
+    model = at_revision(model, hub.revision)
     decode = decode_settings(model, decode, sampling, load)
     options = tuple(template_option or ())
     turns = [*system_turns(utf8("system", system)), {"role": "user", "content": ""}]

@@ -9,8 +9,9 @@ import typer
 
 from sdsat.cli.options import ModelOption, Only, from_settings
 from sdsat.cli.program import check_template_options, is_first, own_gpu
-from sdsat.config import DistillConfig, LoadConfig
+from sdsat.config import DistillConfig, HubConfig, LoadConfig
 from sdsat.models import embedded
+from sdsat.models.hub import at_revision
 
 
 @from_settings
@@ -27,6 +28,7 @@ def distill(
         ),
     ] = None,
     model: ModelOption = embedded.BASE_NAME,
+    hub: HubConfig,
     config: DistillConfig,
     load: Annotated[LoadConfig, Only("dtype", "device")],
 ) -> None:
@@ -35,6 +37,7 @@ def distill(
     from sdsat.tasks import prompts
     from sdsat.training import distill as distillation
 
+    model = at_revision(model, hub.revision)
     sources = source or prompts.default_sources()
     prompts.check_sources(sources)
     prompts.parse_kinds(config.kinds)

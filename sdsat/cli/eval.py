@@ -7,15 +7,17 @@ from typing import Annotated
 
 from sdsat.cli.options import Model, from_settings, out_file
 from sdsat.cli.program import check_template_options, load_decoder, show
-from sdsat.config import LoadConfig
+from sdsat.config import HubConfig, LoadConfig
 from sdsat.evaluation.sweep import QualityConfig
 from sdsat.models import embedded
+from sdsat.models.hub import at_revision
 
 
 @from_settings
 def evaluate(
     model: Model = embedded.NAME,
     *,
+    hub: HubConfig,
     config: QualityConfig,
     load: LoadConfig,
     out: Annotated[
@@ -29,6 +31,7 @@ def evaluate(
     """
     from sdsat.evaluation import quality
 
+    model = at_revision(model, hub.revision)
     check_template_options(model, config.template_options)
     document = quality.evaluate(load_decoder(model, load), config, out)
     show(quality.quality_table(document, f"{model}, {load.dtype}: HumanEval"), 120)

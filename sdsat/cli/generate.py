@@ -15,8 +15,9 @@ from sdsat.cli.options import (
     writable,
 )
 from sdsat.cli.program import decode_settings, load_decoder
-from sdsat.config import DecodeConfig, LoadConfig, SamplingConfig, require, utf8
+from sdsat.config import DecodeConfig, HubConfig, LoadConfig, SamplingConfig, require, utf8
 from sdsat.models import embedded
+from sdsat.models.hub import at_revision
 
 
 @from_settings
@@ -24,6 +25,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to continue or answer.")],
     *,
     model: ModelOption = embedded.NAME,
+    hub: HubConfig,
     style: Annotated[
         str,
         typer.Option(
@@ -49,6 +51,7 @@ def generate(
     require(prompt != "", "prompt: empty; expected some text")
     utf8("prompt", prompt)
     require(style in ("chat", "code", "raw"), f"--as={style}: expected chat, code or raw")
+    model = at_revision(model, hub.revision)
     decode = decode_settings(model, decode, sampling, load)
     options = tuple(template_option or ())
     if options:

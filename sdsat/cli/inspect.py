@@ -9,16 +9,18 @@ from rich.console import Console
 
 from sdsat.cli.options import Model, Only, from_settings, out_file
 from sdsat.cli.program import check_template_options, load_decoder
-from sdsat.config import LoadConfig, require
+from sdsat.config import HubConfig, LoadConfig, require
 from sdsat.evaluation.sweep import InspectConfig
 from sdsat.files import write_json
 from sdsat.models import embedded
+from sdsat.models.hub import at_revision
 
 
 @from_settings
 def inspect(
     model: Model = embedded.NAME,
     *,
+    hub: HubConfig,
     config: InspectConfig,
     out: Annotated[Path | None, out_file("JSON file for all figures.")] = None,
     load: Annotated[LoadConfig, Only("dtype", "device", "sat_token_id", "trained_k")],
@@ -27,6 +29,7 @@ def inspect(
     from sdsat.evaluation import inspection
     from sdsat.tasks import prompts
 
+    model = at_revision(model, hub.revision)
     check_template_options(model, config.template_options)
     loaded = load_decoder(model, load)
     answered = prompts.answered_problems(

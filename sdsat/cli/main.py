@@ -1,6 +1,7 @@
 """The command line, `sdsat COMMAND`: one file for each command.
 
-They are generate, chat, bench, report, verify, eval, inspect, distill, train, export and serve.
+They are generate, chat, bench, report, verify, eval, inspect, distill, train, export,
+serve and doctor.
 torch is imported where a command begins its work, so that `--help` need not wait for it.
 """
 
@@ -11,6 +12,7 @@ import typer
 from sdsat.cli.bench import bench
 from sdsat.cli.chat import chat
 from sdsat.cli.distill import distill
+from sdsat.cli.doctor import doctor
 from sdsat.cli.eval import evaluate
 from sdsat.cli.export import export
 from sdsat.cli.generate import generate
@@ -22,7 +24,6 @@ from sdsat.cli.train import train
 from sdsat.cli.verify import verify
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help=(
@@ -41,6 +42,7 @@ app.command()(distill)
 app.command()(train)
 app.command()(export)
 app.command()(serve)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -7,14 +7,16 @@ from typing import Annotated
 
 from sdsat.cli.options import Defaults, Model, Only, TemplateOptions, from_settings
 from sdsat.cli.program import check_template_options, load_decoder
-from sdsat.config import DecodeConfig, InputError, LoadConfig, ServeConfig
+from sdsat.config import DecodeConfig, HubConfig, InputError, LoadConfig, ServeConfig
 from sdsat.models import embedded
+from sdsat.models.hub import at_revision
 
 
 @from_settings
 def serve(
     model: Model = embedded.NAME,
     *,
+    hub: HubConfig,
     template_option: TemplateOptions = None,
     decode: Annotated[
         DecodeConfig,
@@ -30,6 +32,7 @@ def serve(
     except ModuleNotFoundError as error:
         missing = f"serve: no package {error.name}; expected `pip install 'sdsat[serve]'` before"
         raise InputError(missing) from None
+    model = at_revision(model, hub.revision)
     options = tuple(template_option or ())
     check_template_options(model, options)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET

@@ -10,8 +10,9 @@ import typer
 
 from sdsat.cli.options import ModelOption, Only, from_settings
 from sdsat.cli.program import is_first, own_gpu
-from sdsat.config import LoadConfig, TrainConfig, require
+from sdsat.config import HubConfig, LoadConfig, TrainConfig, require
 from sdsat.models import embedded
+from sdsat.models.hub import at_revision
 
 
 @from_settings
@@ -27,6 +28,7 @@ def train(
         Path, typer.Option(help="Folder for the result; an interrupted run resumes from it.")
     ],
     model: ModelOption = embedded.BASE_NAME,
+    hub: HubConfig,
     config: TrainConfig,
     dtype: Annotated[
         str | None,
@@ -57,6 +59,7 @@ def train(
     device = load.device or own_gpu()
     dtype = "float32" if config.mode == "full" else dtype or devices.training_dtype(device)
     require(dtype != INT8, f"dtype={dtype}: only for decoding; expected float32 or bfloat16")
+    model = at_revision(model, hub.revision)
     loaded = loading.load(model, dtype, device)
     loop.train(loaded, shards.read_sequences(data, loaded.tokenizer), out, config)
     if is_first():

@@ -11,15 +11,17 @@ import typer
 
 from sdsat.cli.options import Model, Only, from_settings, out_file
 from sdsat.cli.program import check_template_options, load_decoder, show
-from sdsat.config import LoadConfig
+from sdsat.config import HubConfig, LoadConfig
 from sdsat.evaluation.sweep import VerifyConfig
 from sdsat.models import embedded
+from sdsat.models.hub import at_revision
 
 
 @from_settings
 def verify(
     model: Model = embedded.NAME,
     *,
+    hub: HubConfig,
     config: VerifyConfig,
     dtype: Annotated[
         str,
@@ -42,6 +44,7 @@ def verify(
     from sdsat.evaluation import verify as audits
     from sdsat.models import dtypes
 
+    model = at_revision(model, hub.revision)
     names = list(dict.fromkeys(dtype.split(",")))
     for name in names:
         dtypes.check_dtype(name)

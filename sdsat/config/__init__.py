@@ -28,7 +28,7 @@ from sdsat.config.decoding import (
     SatConfig,
     decode_config_of,
 )
-from sdsat.config.loading import CheckpointConfig, LoadConfig
+from sdsat.config.loading import CheckpointConfig, HubConfig, LoadConfig
 from sdsat.config.options import (
     MAX_NEW_TOKENS,
     NUMBERS,
@@ -92,6 +92,7 @@ __all__ = [
     "CheckpointConfig",
     "DecodeConfig",
     "DistillConfig",
+    "HubConfig",
     "InputError",
     "LoadConfig",
     "Option",

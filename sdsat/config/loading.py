@@ -8,6 +8,19 @@ from sdsat.config.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """Which version of a model is meant, where it comes from the hub: see `models.hub`.
+
+    Attributes:
+        revision: a branch, a tag or a commit; None for what is there now.
+    """
+
+    revision: str | None = option(
+        None, "Branch, tag or commit, of a model on the hub.", env="REVISION"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """What `models.loading.load` goes by beside the place and the numbers, and the engine.
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from sdsat.cache_folder import cache_dir, creating
 from sdsat.config import InputError, SamplingConfig
 from sdsat.engines.base import Cache, Engine, PassInput, probe_tokens
 from sdsat.engines.drafting import Guesses
-from sdsat.engines.native.bindings import source_hash
+from sdsat.engines.native.compiler import source_hash
 from sdsat.engines.native.engine import NativeEngine
 from sdsat.environment import machine
 from sdsat.files import make_folder, read_json, write_json
@@ -64,6 +65,14 @@ def measure_costs(engine: Engine) -> CostCurve:
     verify = []
     draft = []
     rounded = []
+    bar = tqdm(
+        total=len(CONTEXTS) * _TURNS,
+        desc="measuring what passes cost here, once",
+        bar_format="{desc}: {percentage:3.0f}% |{bar}|",
+        disable=None,
+        leave=False,
+        delay=1,
+    )
     for context in CONTEXTS:
         context = max(1, min(context, model.max_context - max(COUNTS)))
         cache = engine.new_cache(context + max(COUNTS) + 1)
@@ -71,14 +80,16 @@ def measure_costs(engine: Engine) -> CostCurve:
         after = tokens[context : context + max(COUNTS)].tolist()
         shapes = [_Shape(rows, sats) for rows in COUNTS for sats in {0, rows - 1}]
         shapes += [_Shape(rows, rows - 1, True) for rows in COUNTS if engine.has_rounded]
-        turns = [
-            {shape: shape.seconds(engine, cache, after) for shape in shapes} for _ in range(_TURNS)
-        ]
+        turns = []
+        for _ in range(_TURNS):
+            turns.append({shape: shape.seconds(engine, cache, after) for shape in shapes})
+            bar.update()
         times = {shape: statistics.median(turn[shape] for turn in turns) for shape in shapes}
         verify.append([times[_Shape(rows, 0)] for rows in COUNTS])
         draft.append([times[_Shape(rows, rows - 1)] for rows in COUNTS])
         if engine.has_rounded:
             rounded.append([times[_Shape(rows, rows - 1, True)] for rows in COUNTS])
+    bar.close()
     return CostCurve(verify, draft, _seconds_to_draft(engine, cache, tokens), rounded)
 
 

@@ -10,7 +10,7 @@ import torch
 from sdsat.config import flag, require
 from sdsat.engines.base import UNPADDED, Engine, PassInput, probe_tokens
 from sdsat.engines.graphs import CudaCapture, Graphs
-from sdsat.engines.native.bindings import Unavailable
+from sdsat.engines.native.compiler import Unavailable
 from sdsat.engines.native.engine import NativeEngine
 from sdsat.engines.transformers import TransformersEngine
 from sdsat.method.tree import make_tree

@@ -39,6 +39,7 @@ from sdsat.config import (
     several,
     whole,
 )
+from sdsat.models.hub import split
 from sdsat.tasks.datasets import (
     HUMANEVAL,
     INFILLING,
@@ -359,7 +360,9 @@ class BenchConfig(Sweep, CheckpointConfig):
         """
         method = "greedy" if self.method == "greedy" else f"nucleus_t{self.temperature}"
         dataset = "" if self.dataset == HUMANEVAL else f"_{Path(self.dataset).stem}"
-        model = Path(self.model).name.removesuffix(".gguf")
+        name, revision = split(self.model)
+        model = Path(name).name.removesuffix(".gguf")
+        model += f"@{revision.replace('/', '-')}" if revision else ""
         return f"{model}/{method}{dataset}"
 
 

@@ -20,8 +20,6 @@ from __future__ import annotations
 import copy
 import json
 import shlex
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import torch
 from torch import nn
 
 from sdsat.config import InputError, require
+from sdsat.files import new_folder
 from sdsat.models import adapter as adapters
 from sdsat.models import loading
 from sdsat.models.sat_model import SatModel
@@ -281,21 +280,11 @@ def _untied(lm: Any, output: torch.Tensor) -> Any:
 
 
 def _write(draft: nn.Module, source: SatModel, out: Path) -> None:
-    """Write into a folder beside `out`, which then takes its name.
+    """Write model and tokenizer, whole or not at all.
 
     Raises InputError where that is not possible.
     """
-    part: str | None = None
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        part = tempfile.mkdtemp(dir=out.absolute().parent, prefix=out.name + "-part-")
-        Path(part).chmod(0o755)
+    with new_folder(out, "out") as part:
         draft.save_pretrained(part)  # type: ignore[operator]
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(part)
-        Path(part).rename(out)
-    except OSError as error:
-        raise InputError(f"out={out}: cannot be written ({error})") from None
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)

@@ -43,12 +43,17 @@ from sdsat.interfaces.generate_arguments import (
 )
 from sdsat.interfaces.generate_sequences import SdsatOutput, Sequences, refuse_in_batch
 from sdsat.models import embedded, loading
+from sdsat.models.hub import at_revision
 
 ATTRIBUTE = "sdsat"  # the attribute of a model that holds its Decoder
 
 
 def load(
-    name: str = embedded.NAME, dtype: str = "bfloat16", device: str | None = None, **options: Any
+    name: str = embedded.NAME,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    revision: str | None = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a transformers model that is ready for `custom_generate=sdsat.generate`.
 
@@ -58,6 +63,7 @@ def load(
         name: a hub id, a directory, a GGUF file, an adapter directory or an embedded name.
         dtype: 'float32', 'bfloat16', 'float16', 'int8', or 'auto' for the checkpoint's own.
         device: 'cpu', a GPU number, or several joined by +; None for the first GPU, else the CPU.
+        revision: of a hub id: a branch, a tag or a commit; None for what is there now.
         options: further ones of `sdsat.decoding.decoder.Decoder.load`.
 
     Returns:
@@ -70,7 +76,7 @@ def load(
     for option, value in options.items():
         expected = f"one of {', '.join(further)}"
         require(option in further, f"{option}={value!r}: sdsat.load has no such option; {expected}")
-    decoder = Decoder.load(name, dtype, device, **options)
+    decoder = Decoder.load(at_revision(name, revision), dtype, device, **options)
     return _ready(decoder), decoder.model.tokenizer
 
 
@@ -82,6 +88,7 @@ def attach(
     engine: str = "auto",
     graphs: bool = True,
     trained_k: int | None = None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Make a loaded model ready for `custom_generate=sdsat.generate`, and return it.
 
@@ -93,12 +100,13 @@ def attach(
     Args:
         model: loaded by `AutoModelForCausalLM`.
         tokenizer: for stop strings.
-        adapter: directory of an adapter made for it, or its embedded name; None for a checkpoint
-            that has SATs itself.
+        adapter: directory or hub id of an adapter made for it, or its embedded name; None for a
+            checkpoint that has SATs itself, or an adapter beside it (`sdsat export --hub`).
         sat_token_id: as of `sdsat.decoding.decoder.Decoder.load`.
         engine: as there.
         graphs: as there.
         trained_k: as there.
+        revision: of the adapter, or where none is given of the model, if that is a hub id.
 
     Raises:
         InputError: in one line, for a model or options that can't be used.
@@ -111,15 +119,16 @@ def attach(
     )
     name = str(getattr(model, "name_or_path", "")) or type(model).__name__
     require(getattr(model, ATTRIBUTE, None) is None, f"model {name}: already attached")
+    bringing = at_revision(str(adapter or name), revision)
     require(
-        adapter is None or loading.is_adapter(str(adapter)),
-        f"adapter={adapter}: not an adapter directory",
+        adapter is None or loading.is_adapter(bringing),
+        f"adapter={adapter}: not an adapter directory or hub id",
     )
     check_tokenizer(tokenizer)
     check_engine(engine, graphs)
-    loading.check_options(str(adapter or name), sat_token_id, trained_k)
+    loading.check_options(bringing, sat_token_id, trained_k)
     loading.check_model(model, name)
-    equipped = loading.equip(model, tokenizer, str(adapter or name), sat_token_id, trained_k)
+    equipped = loading.equip(model, tokenizer, bringing, sat_token_id, trained_k)
     return _ready(Decoder(equipped, engine, graphs))
 
 

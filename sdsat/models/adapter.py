@@ -35,11 +35,10 @@ from sdsat.config import TARGETS, InputError, SatConfig, require
 from sdsat.models import packed
 from sdsat.models.compact import compacted, restored
 from sdsat.models.head import DraftHead
+from sdsat.models.hub import CONFIG_FILE, WEIGHTS_FILE
 
 FORMAT = "sdsat-adapter"
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 GAINS = ("head.copies", "head.sharpness")  # which the first adapters do not have
 
 

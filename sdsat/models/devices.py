@@ -14,7 +14,6 @@ head and whatever decoding computes are on the first GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sdsat.config import InputError, require
+from sdsat.environment import free_memory
 from sdsat.models.packed import can_pack
 
 GIB = 2**30
@@ -132,16 +132,8 @@ def free_bytes(device: torch.device) -> int:
             + torch.cuda.memory_reserved(device)
             - torch.cuda.memory_allocated(device)
         )
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(
-            int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")
-        )
-    except (OSError, StopIteration):
-        return 2**62
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return free if text == "max" else min(free, int(text))
+    free = free_memory()
+    return 2**62 if free is None else free
 
 
 def split_layers(num_layers: int, layer: int, other: int, rooms: list[int]) -> list[int] | None:

@@ -18,12 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import (
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
 from tqdm import tqdm
 
 from sdsat.cache_folder import PATIENCE_SECONDS, cache_dir, creating
@@ -64,6 +58,13 @@ class HubFile:
         The hub's library shows its own bar, and goes on where a download was interrupted. Raises
         Unreached.
         """
+        from huggingface_hub import (  # takes longer than all else that `--help` imports
+            get_hf_file_metadata,
+            hf_hub_download,
+            hf_hub_url,
+            try_to_load_from_cache,
+        )
+
         try:
             held = try_to_load_from_cache(self.repo, self.file)
             if isinstance(held, str):
@@ -179,6 +180,7 @@ class Embedded:
     Attributes:
         name: of base and adapter; the adapter is the folder of this name in `sdsat/adapters`.
         base: name of the base alone, for training.
+        origin: hub id of the model that the file is a quantization of.
         licence: of the base's weights.
         file: name of the GGUF file.
         sha256: of the GGUF file.
@@ -188,6 +190,7 @@ class Embedded:
 
     name: str
     base: str
+    origin: str
     licence: str
     file: str
     sha256: str
@@ -203,6 +206,7 @@ class Embedded:
 SMOLLM2 = Embedded(
     name="smollm2-135m-sdsat",
     base="smollm2-135m-instruct",
+    origin="HuggingFaceTB/SmolLM2-135M-Instruct",
     licence="Apache-2.0",
     file="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -212,6 +216,7 @@ SMOLLM2 = Embedded(
 QWEN_CODER = Embedded(
     name="qwen2.5-coder-0.5b-sdsat",
     base="qwen2.5-coder-0.5b-instruct",
+    origin="Qwen/Qwen2.5-Coder-0.5B-Instruct",
     licence="Apache-2.0",
     file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
     sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from sdsat.cache_folder import cache_dir
 from sdsat.config import InputError, SatConfig, require, whole
 from sdsat.models import adapter as adapters
-from sdsat.models import attention, devices, embedded, gguf
+from sdsat.models import attention, devices, embedded, gguf, hub
 from sdsat.models.dtypes import INT8, check_dtype, check_dtype_of, torch_dtype
 from sdsat.models.families import CODELLAMA_VOCABULARY, PUBLISHED, check_family
 from sdsat.models.int8 import round_linears
@@ -91,19 +91,34 @@ def read_config(path: str) -> Any:
         return _auto_config(path)
 
 
+def _place(path: str) -> tuple[str, dict[str, Any]]:
+    """Return where `from_pretrained` reads a base, and its options that say so, too."""
+    repository, revision = hub.split(path)
+    where: dict[str, Any] = {"local_files_only": Path(path).is_dir()}
+    return repository, where | ({"revision": revision} if revision else {})
+
+
 def _auto_config(path: str) -> Any:
     """As `read_config`, with transformers' own errors."""
-    return AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
+    place, where = _place(path)
+    return AutoConfig.from_pretrained(place, **where)
+
+
+def _adapter_of(name: str) -> hub.Found | None:
+    """Find the adapter that a name stands for; None where it is none."""
+    own = embedded.adapter_of(name)
+    return hub.Found(own, False) if own else hub.find_adapter(name)
 
 
 def is_adapter(name: str) -> bool:
-    """Tell whether `name` is an adapter: a directory of one, or embedded."""
-    return embedded.adapter_of(name) is not None or (Path(name) / adapters.CONFIG_FILE).is_file()
+    """Tell whether `name` is an adapter: embedded, or a directory or hub id of one."""
+    return _adapter_of(name) is not None
 
 
 def adapter_directory(name: str) -> Path:
     """Return the folder of an adapter."""
-    return embedded.adapter_of(name) or Path(name)
+    found = _adapter_of(name)
+    return found.folder if found else Path(name)
 
 
 def _base_of(name: str) -> str:
@@ -111,7 +126,9 @@ def _base_of(name: str) -> str:
 
     Raises InputError for what only looks like a model: another file, or a folder of GGUF files.
     """
-    base = adapters.read_config(adapter_directory(name)).base_model if is_adapter(name) else name
+    found = _adapter_of(name)
+    apart = found is not None and not found.has_base
+    base = adapters.read_config(adapter_directory(name)).base_model if apart else name
     path = Path(base)
     require(path.exists() or path.suffix != ".gguf", f"model {name}: no such file")
     require(
@@ -168,12 +185,12 @@ def _from_tensors(
         options: of `from_pretrained`.
     """
     path = config.name_or_path
+    where = {name: options[name] for name in ("local_files_only", "revision") if name in options}
     kind = getattr(transformers, config.architectures[0])
     model, loaded = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
     model.name_or_path = model.config.name_or_path = path
     with suppress(OSError):  # not every checkpoint has one
-        local = options["local_files_only"]
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=local)
+        model.generation_config = GenerationConfig.from_pretrained(path, **where)
     return model, loaded
 
 
@@ -185,20 +202,21 @@ def load_base(
     On a CPU, weights that `dtype` leaves as they are stay in their files, which are returned too.
     """
     path = _path_of(name)
-    if local := Path(path).is_dir():
+    place, where = _place(path)
+    if where["local_files_only"]:
         transformers_logging.disable_progress_bar()  # for a download it is worth seeing
     with _one_line(name, path):
         config = _auto_config(path)
-        mapped = MappedWeights(path) if device_map == _CPU and _is_plain(config) else None
+        mapped = MappedWeights(place, where) if device_map == _CPU and _is_plain(config) else None
         options = {
             "dtype": dtype,
             "attn_implementation": attention.NAME,
             "device_map": device_map,
-            "local_files_only": local,
             "output_loading_info": True,
+            **where,
         }
         if mapped is None or not mapped.tensors:
-            model, loaded = AutoModelForCausalLM.from_pretrained(path, **options)
+            model, loaded = AutoModelForCausalLM.from_pretrained(place, **options)
         else:
             model, loaded = _from_tensors(config, mapped.tensors, options)
             mapped.tensors.clear()
@@ -218,7 +236,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     base = _base_of(name)
     path = _path_of(base)
     with _one_line(base, path):
-        return AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir())
+        place, where = _place(path)
+        return AutoTokenizer.from_pretrained(place, **where)
 
 
 def _published(name: str) -> SatConfig | None:
@@ -226,7 +245,7 @@ def _published(name: str) -> SatConfig | None:
 
     The name is a hub id, a directory of its name, or a snapshot in the hub's cache folder.
     """
-    folder = Path(name).resolve() if Path(name).is_dir() else Path(name)
+    folder = Path(name).resolve() if Path(name).is_dir() else Path(hub.split(name)[0])
     snapshot = folder.parent.name == "snapshots"  # models--ainergy--NAME/snapshots/<commit>
     return PUBLISHED.get(folder.parent.parent.name.rpartition("--")[2] if snapshot else folder.name)
 
@@ -292,10 +311,12 @@ def in_papers_form(
     Only config.json is read. False, too, for what can't be loaded: `load` says why. Raises
     InputError as `load` for the SAT's options.
     """
-    if is_adapter(name) or embedded.named(name):
+    if embedded.named(name):
         return False
     if _published(name):
         return True
+    if is_adapter(name):
+        return False
     try:
         path = _path_of(name)
         config = _auto_config(path)

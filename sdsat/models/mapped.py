@@ -33,15 +33,16 @@ class MappedWeights:
     A copy of it has no files: the tensors of a copied model are in memory.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, where: dict[str, Any] | None = None):
         """Map the files; all of them, or none if one has numbers of another kind.
 
-        path: a folder, or a hub id, whose files are fetched. Raises OSError, ValueError or KeyError
-        for damaged ones.
+        path: a folder, or a hub id, whose files are fetched. where: options of transformers that
+        say whether it is local, and its revision. Raises OSError, ValueError or KeyError for
+        damaged ones.
         """
         self.tensors: dict[str, Tensor] = {}
         self._storages: list[torch.UntypedStorage] = []
-        if not all(map(self._map, _files(path))):
+        if not all(map(self._map, _files(path, where or {}))):
             self.tensors.clear()
             self._storages.clear()
 
@@ -106,13 +107,11 @@ def _changed_mappings() -> list[tuple[int, int]]:
     return found
 
 
-def _files(path: str) -> list[Path]:
+def _files(path: str, where: dict[str, Any]) -> list[Path]:
     """Find the safetensors files of a folder or of a hub id; none where there are none."""
 
     def found(name: str) -> Path | None:
-        local = Path(path).is_dir()
-        missing = {"_raise_exceptions_for_missing_entries": False}
-        file = cached_file(path, name, local_files_only=local, **missing)
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **where)
         return None if file is None else Path(file)
 
     index = None if (single := found(SAFE_WEIGHTS_NAME)) else found(SAFE_WEIGHTS_INDEX_NAME)

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int64, c_void_p
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,19 +13,19 @@ from torch import Tensor
 
 from sdsat.cache_folder import load_library
 from sdsat.config import InputError
-from sdsat.files import sha256_of_all
+from sdsat.engines.native.compiler import (
+    FOLDER,
+    Unavailable,
+    compile_library,
+    compiler,
+    library_name,
+)
 from sdsat.method.copies import LONGEST
 
 if TYPE_CHECKING:
     from sdsat.config import SamplingConfig
 
-_FOLDER = Path(__file__).parent
-SOURCE = _FOLDER / "interface.cpp"  # it includes all others: one translation unit
-_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
-
-
-class Unavailable(Exception):
-    """Why the native engine can't be used here, in one line."""
+SOURCE = FOLDER / "interface.cpp"  # it includes all others: one translation unit
 
 
 class Matrix(Structure):
@@ -136,34 +130,6 @@ class Pass(Structure):
     ]
 
 
-def _compiler() -> list[str]:
-    """Return the beginning of the compiler's command.
-
-    It is $CXX, split as a shell would (`ccache g++`), else c++ or g++. Raises Unavailable where
-    there is none.
-    """
-    given = os.environ.get("CXX", "")
-    try:
-        command = shlex.split(given)
-    except ValueError as error:
-        raise Unavailable(f"CXX={given}: not a command ({error})") from None
-    found = shutil.which("c++") or shutil.which("g++")
-    if not command and found is None:
-        raise Unavailable("no C++ compiler was found (c++, g++ or $CXX)")
-    return command or [str(found)]
-
-
-def source_hash() -> str:
-    """Return one hash for all C++ sources, in hex.
-
-    Raises OSError where one can't be read.
-    """
-    files = [file for pattern in ("*.cpp", "*.h") for file in _FOLDER.glob(pattern)]
-    return sha256_of_all(
-        (file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files
-    )
-
-
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """Return the compiled library, from the cache folder or compiled now.
@@ -171,26 +137,11 @@ def library() -> ctypes.CDLL:
     The cache folder keeps one for each version of the sources, compiler, flags and processor.
     Raises Unavailable where there is no compiler, or it fails.
     """
-    compiler = _compiler()
-
-    def build(target: Path) -> None:
-        done = subprocess.run(
-            [*compiler, *_FLAGS, str(SOURCE), "-o", str(target)], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise Unavailable(
-                f"{' '.join(compiler)} failed "
-                f"({(done.stderr.strip().splitlines() or ['no message'])[0]})"
-            )
-
+    command = compiler()
     try:
-        version = subprocess.run(
-            [*compiler, "-v", "-march=native", "-E", "-x", "c++", os.devnull], capture_output=True
-        ).stderr
-        name = hashlib.sha256(
-            source_hash().encode() + version + " ".join(_FLAGS).encode()
-        ).hexdigest()[:16]
-        return load_library(name, build)
+        return load_library(
+            library_name(command), lambda target: compile_library(command, SOURCE, target)
+        )
     except OSError as error:
         raise Unavailable(f"the native engine could not be built ({error})") from None
 

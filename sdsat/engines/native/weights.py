@@ -14,12 +14,12 @@ from sdsat.engines.native.bindings import (
     Linear,
     Matrix,
     Model,
-    Unavailable,
     described,
     fits,
     library,
     pointer,
 )
+from sdsat.engines.native.compiler import Unavailable
 from sdsat.method.copies import LONGEST
 from sdsat.models.attention import sliding_window
 from sdsat.models.dtypes import INT8
