@@ -69,9 +69,10 @@ def test_stop_strings_end_every_output_alike():
     pieces[free[last - 1]], pieces[free[last]] = "\n", "#"
     decoder.model.tokenizer = tiny_tokenizer(pieces)
     config = BenchConfig("x", k_list=(0, 3), max_new_tokens=20, with_generate=True)
-    runs = measure.measure_problem(
+    entry, outputs = measure.measure_problem(
         decoder, Problem("p", (1, 5, 9), stop_strings=HUMANEVAL_STOPS), config, 0
-    )["runs"]
+    )
+    runs = entry["runs"]
     assert [(run["strategy"], run["num_new_tokens"], run["finish"]) for run in runs] == [
         (strategy, last + 1, "stop_string")
         for strategy in ("transformers", "ar", "two-step", "lookup", "auto", "auto")
@@ -84,7 +85,7 @@ def test_of_several_turns_the_median_run_is_kept_and_the_outputs_of_all(monkeypa
     times = {"ar": [9.0, 1.0, 2.0, 3.0], "two-step": [5.0, 8.0, 7.0, 6.0]}
     measured = []
 
-    def scripted(decoder, prompt, config):
+    def scripted(decoder, prompt, config, on_tokens):
         strategy = config.strategy if config.k else "ar"
         measured.append(strategy)
         turn = measured.count(strategy) - 1
@@ -93,9 +94,8 @@ def test_of_several_turns_the_median_run_is_kept_and_the_outputs_of_all(monkeypa
 
     monkeypatch.setattr(Decoder, "generate", scripted)
     config = BenchConfig("x", k_list=(0, 3), strategies=("two-step",), turns=4)
-    runs = measure.measure_problem(with_adapter(tiny_llama()), Problem("p", (1,)), config, 0)[
-        "runs"
-    ]
+    entry, _ = measure.measure_problem(with_adapter(tiny_llama()), Problem("p", (1,)), config, 0)
+    runs = entry["runs"]
     assert measured == ["ar", "two-step"] * 4
     assert [run["decode_seconds"] for run in runs] == [2.0, 6.0]  # of four the second
     assert [len({*run["outputs_sha256"]}) for run in runs] == [1, 2]
@@ -146,13 +146,13 @@ def measured_by(monkeypatch, decoder, config, *task_ids):
     calls = []
     generate = Decoder.generate
 
-    def kept(decoder, prompt_ids, config):
+    def kept(decoder, prompt_ids, config, on_tokens):
         calls.append((prompt_ids, config))
-        return generate(decoder, prompt_ids, config)
+        return generate(decoder, prompt_ids, config, on_tokens)
 
     monkeypatch.setattr(Decoder, "generate", kept)
     records = [
-        measure.measure_problem(decoder, Problem(task, (1, 5, 9, 1, 5, 9)), config, 0)
+        measure.measure_problem(decoder, Problem(task, (1, 5, 9, 1, 5, 9)), config, 0).entry
         for task in task_ids
     ]
     return calls, records
