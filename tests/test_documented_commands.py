@@ -227,6 +227,7 @@ def filled_in(program, arguments):
         "PROMPT": "def f(x):",
         "FILE": "made.json",
         "FOLDER": "results/MODEL/greedy",
+        "OTHER_FOLDER": "results/MODEL/greedy",
         "ainergy/CodeLlama-SDSAT_L7_13B": "ainergy/CodeLlama-SDSAT_L5_7B",
         "smollm2-135m-sdsat": "MODEL",
         "qwen2.5-coder-0.5b-sdsat": "MODEL",
