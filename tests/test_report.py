@@ -259,11 +259,13 @@ def test_report_writes_summary_plots_and_table(documents, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("sketches")
 def test_report_of_a_single_problem_has_no_interval(documents, tmp_path):
     write_json(tmp_path / "worker_cpu.json", documents[0])
     assert report(tmp_path)["runs"][1]["speedup_ci95"] is None
 
 
+@pytest.mark.usefixtures("sketches")
 def test_report_of_a_strategy_that_never_drafted(documents, tmp_path):
     """`auto` may find plain passes best throughout: no acceptance rate, yet all plots."""
     for lookup in (0, 12):
