@@ -569,6 +569,10 @@ BAD_INPUT = [
     (["export", "TINY", "--out", "a-file"], "out=a-file: exists already; choose a new directory"),
     (["generate", "hello", "--no-such-option"], "--no-such-option"),
     (["generate"], "Missing argument 'prompt'"),
+    (
+        ["generate", "hello", "--model", "TINY", "--sat-token-id", "one"],
+        "sat_token_id=one: expected numbers separated by commas",
+    ),
     (["report", "none", "other"], "results folder none: no such folder"),
     (["report", "TINY", "--out", "no/page.html"], "--out=no/page.html: no such folder"),
     (["report", "none"], "results folder none: no such folder"),
@@ -612,6 +616,7 @@ BAD_INPUT = [
                 "K_LIST": "0,5",
                 "TREE": "chain",
                 "DATA_LIMIT": "all",
+                "SAT_TOKEN_ID": "32011,32012",
                 "TRAINED_K": "6",
             },
             [
@@ -622,6 +627,7 @@ BAD_INPUT = [
                     max_new_tokens=50,
                     k_list=(0, 5),
                     dtype="auto",
+                    sat_token_id=(32011, 32012),
                     trained_k=6,
                     tree="chain",
                 )

@@ -90,7 +90,7 @@ def _configs(
     level = numbers_of("temperature", temperature, float)
     require(len(level) == 1, f"temperature={temperature}: expected one number")
     like_paper = loading.in_papers_form(
-        model, asked.values["sat_token_id"], asked.values["trained_k"]
+        model, asked.values.get("sat_token_id"), asked.values["trained_k"]
     )
     names = dataset or ("humaneval,infilling" if like_paper else "humaneval")
     return [

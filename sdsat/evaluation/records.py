@@ -123,7 +123,7 @@ def _head(decoder: Decoder, config: Any) -> dict[str, Any]:
         "settings": {
             "model": model.name,
             "dtype": model.dtype_name,
-            "sat": [model.sat.token_id, model.sat.k] if model.sat else None,
+            "sat": [model.sat.token_id, model.sat.k, *model.sat.deeper] if model.sat else None,
             **plain(config),
         },
     }
