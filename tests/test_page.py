@@ -44,10 +44,6 @@ def browser():
     opened.quit()
 
 
-def results_in(folder):
-    return read_results(folder, summarize(read_workers(folder)))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Results of three problems: AR's seconds are 4, 10 and 2; the first two have texts."""
@@ -68,7 +64,9 @@ def folder(tmp_path_factory):
             (("two-step", 2, 0), outputs.Output(TEXT, ACCEPTED)),
         ]
         outputs.append_outputs(folder, "cpu", task, lines)
-    write_page([results_in(folder)], folder / "index.html")
+    summary = summarize(read_workers(folder))
+    write_json(folder / "summary.json", summary)
+    write_page([read_results(folder, summary)], folder / "index.html")
     return folder
 
 
@@ -211,7 +209,10 @@ def test_runs_are_compared_and_one_without_texts_says_so(browser, folder, tmp_pa
     old.mkdir()
     held = read_json(folder / "worker_cpu.json")
     write_json(old / "worker_0.json", {**held, "device": "0"})
-    write_page([results_in(folder), results_in(old)], tmp_path / "comparison.html")
+    summary = read_json(folder / "summary.json")
+    write_page(
+        [read_results(each, summary) for each in (folder, old)], tmp_path / "comparison.html"
+    )
     page = opened(browser, tmp_path / "comparison.html")
     notes = [note.text for note in page.find_elements("class name", "no-texts")]
     assert len(notes) == 1 and notes[0].startswith(f"{old}: the texts are not there.")

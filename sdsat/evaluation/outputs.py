@@ -16,7 +16,7 @@ from sdsat.config import InputError, require
 from sdsat.evaluation.summary import Key, key_of
 from sdsat.files import reason, replacing, writing
 
-Place = tuple[str, Key]  # the task's id, and which of its runs
+RunOf = tuple[str, Key]  # a problem's id, and which of its runs
 _PREFIX = "outputs_"
 
 
@@ -69,7 +69,7 @@ def append_outputs(
         content.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_outputs(folder: Path, document: dict[str, Any]) -> dict[Place, Output]:
+def read_outputs(folder: Path, document: dict[str, Any]) -> dict[RunOf, Output]:
     """Read the outputs of the problems that a worker's document names.
 
     Returns none where their file is missing, as beside results that were measured before there were

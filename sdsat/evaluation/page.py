@@ -17,7 +17,7 @@ from typing import Any
 
 from sdsat.config import require
 from sdsat.evaluation.curves import Curve, Plot, plots_of
-from sdsat.evaluation.outputs import Output, Place, read_outputs
+from sdsat.evaluation.outputs import Output, RunOf, read_outputs
 from sdsat.evaluation.report import COLUMNS, caption, table_rows
 from sdsat.evaluation.summary import (
     AR_KEY,
@@ -70,7 +70,7 @@ class Results:
     name: str
     summary: dict[str, Any]
     documents: list[dict[str, Any]]
-    outputs: dict[str, dict[Place, Output]]
+    outputs: dict[str, dict[RunOf, Output]]
 
     @property
     def has_texts(self) -> bool:
@@ -87,8 +87,8 @@ class Row:
         worker: who measured it.
         task_id: of the problem.
         setting: as a plot's legend has it.
-        figures: cells behind these.
-        ar: of its AR row, the number in the table.
+        figures: cells of the table, by the names of their columns.
+        ar: the page's name of AR's answer to the same problem.
         output: None where none was kept.
     """
 
@@ -96,12 +96,9 @@ class Row:
     worker: str
     task_id: str
     setting: str
-    figures: Sequence[str]
+    figures: dict[str, str]
     ar: str
     output: Output | None
-
-
-FIGURES = ("seconds", "speed-up", "passes", "tokens", "acceptance", "AR's output", "fastest k")
 
 
 def can_be_made() -> bool:
@@ -142,7 +139,7 @@ def write_page(results: Sequence[Results], path: Path) -> None:
         captions=sorted({caption(each.summary) for each in results}),
         plots=[(plot, _plotted(plot)) for plot in _compared(results)],
         rows=[row for number, each in enumerate(results) for row in _rows(each, number)],
-        figures=FIGURES,
+        ar=name_of(AR_KEY),
         settings=_settings(results),
         fastest=_fastest(results),
         has_workers=len(workers) > 1,
@@ -195,8 +192,8 @@ def _rows(results: Results, number: int) -> Iterator[Row]:
                 )
 
 
-def _figures(problem: dict[str, Any], key: Key, best: int | None) -> list[str]:
-    """Write the cells under FIGURES.
+def _figures(problem: dict[str, Any], key: Key, best: int | None) -> dict[str, str]:
+    """Write the figures of a run of a problem.
 
     Args:
         problem: of a worker document.
@@ -206,15 +203,15 @@ def _figures(problem: dict[str, Any], key: Key, best: int | None) -> list[str]:
     run = run_of(problem, key)
     proposed = sum(run["proposed_by_depth"])
     same = is_ars(run, run_of(problem, AR_KEY))
-    return [
-        f"{seconds_of(run):.3f}",
-        f"{speed_over([problem], key, AR_KEY):.2f}",
-        str(run["num_passes"]),
-        str(run["num_new_tokens"]),
-        f"{sum(run['accepted_by_depth']) / proposed:.2f}" if proposed else "",
-        "yes" if same else "no",
-        "" if best is None else str(best),
-    ]
+    return {
+        "seconds": f"{seconds_of(run):.3f}",
+        "speed-up": f"{speed_over([problem], key, AR_KEY):.2f}",
+        "passes": str(run["num_passes"]),
+        "tokens": str(run["num_new_tokens"]),
+        "acceptance": f"{sum(run['accepted_by_depth']) / proposed:.2f}" if proposed else "",
+        "AR's output": "yes" if same else "no",
+        "fastest k": "" if best is None else str(best),
+    }
 
 
 def _compared(results: Sequence[Results]) -> list[Plot]:
