@@ -259,6 +259,7 @@ def _plotted(plot: Plot) -> str:
         },
         "hovermode": "closest",
         "dragmode": False,
+        "showlegend": True,
     }
     if plot.top is not None:
         layout["yaxis"]["range"] = [0, plot.top]
