@@ -85,7 +85,7 @@ def tokens_of(inputs: Sequence[PassInput], sat: SatConfig | None) -> list[int]:
     sat = sat or SatConfig(0, 1)
     nodes = [token for part in inputs for token in part.tokens]
     return nodes + [
-        token_id for part in inputs for group in part.groups for token_id in sat.ids(group.size)
+        token_id for part in inputs for _, size in part.groups for token_id in sat.ids(size)
     ]
 
 
