@@ -8,7 +8,9 @@
 #   K_LIST, STRATEGIES (two-step,auto; of lookup, two-step, rounded, one-pass, auto), TREE (auto, grown, chain, paper, 2,1,1),
 #   MAX_NEW_TOKENS, SEED, DTYPE, RESULTS_DIR,
 #   DATASET (humaneval, everyday, infilling, infilling-psm, a .jsonl of prompts; more with commas between), DATA_LIMIT (16, 3%, all),
-#   TURNS (1: how often each is measured; medians count), SAT_TOKEN_ID and TRAINED_K (whatever the checkpoint says), REVISION (of a hub id),
+#   TURNS (1: how often each is measured; medians count), SAT_TOKEN_ID (32011, or 32011,32012,.. one a depth) and TRAINED_K,
+#   whatever the checkpoint says, REVISION (of a hub id),
+#   REPEAT (1: every worker measures all problems, and intervals are over workers),
 #   LOOKUP (12: tokens that auto and lookup look up in the text so far; 0: auto without that, alone), TEMPLATE_OPTIONS (of the chat
 #   template, as enable_thinking=false; more with spaces between). Beside auto stand lookup alone and auto without lookup.
 # Defaults: HumanEval up to 256 tokens, K_LIST 0,1,3,5,7, TREE auto, DTYPE bfloat16; on a CPU 6 problems. For an SDSAT checkpoint

@@ -6,13 +6,13 @@ import signal
 import string
 
 import pytest
-from common import VOCAB, tiny_llama, tiny_tokenizer, with_adapter
+from common import VOCAB, one_line_error, tiny_llama, tiny_tokenizer, with_adapter
 from test_decode import CIRCLE, drafting
 
 from sdsat.config import DecodeConfig, InputError, SamplingConfig
 from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
-from sdsat.evaluation import measure, workers
+from sdsat.evaluation import measure, outputs, workers
 from sdsat.evaluation.sweep import BenchConfig
 from sdsat.tasks.datasets import humaneval_problems
 from sdsat.tasks.prompts import HUMANEVAL_STOPS, Problem
@@ -69,14 +69,64 @@ def test_stop_strings_end_every_output_alike():
     pieces[free[last - 1]], pieces[free[last]] = "\n", "#"
     decoder.model.tokenizer = tiny_tokenizer(pieces)
     config = BenchConfig("x", k_list=(0, 3), max_new_tokens=20, with_generate=True)
-    runs = measure.measure_problem(
+    entry, kept = measure.measure_problem(
         decoder, Problem("p", (1, 5, 9), stop_strings=HUMANEVAL_STOPS), config, 0
-    )["runs"]
+    )
+    runs = entry["runs"]
     assert [(run["strategy"], run["num_new_tokens"], run["finish"]) for run in runs] == [
         (strategy, last + 1, "stop_string")
         for strategy in ("transformers", "ar", "two-step", "lookup", "auto", "auto")
     ]
     assert len({sha for run in runs for sha in run["outputs_sha256"]}) == 1
+    out = decoder.generate([1, 5, 9], DecodeConfig(0, 20, stop_strings=HUMANEVAL_STOPS))
+    assert out.text and {output.text for _, output in kept} == {out.text}
+
+
+def test_texts_are_kept_with_accepted_drafts_marked():
+    """One character a token, so that the marks are the flags that a caller of `generate` gets."""
+    decoder = drafting(tiny_llama(**CIRCLE), k=3)
+    pieces = [*string.ascii_letters, *"<&>\"'\u00e9\u65e5\U0001f389 \n{}"][:VOCAB]
+    decoder.model.tokenizer = tiny_tokenizer(pieces)
+    config = BenchConfig("x", k_list=(3,), max_new_tokens=30, with_generate=True)
+    _, kept = measure.measure_problem(decoder, Problem("p", (1, 5, 9, 1, 5, 9)), config, 0)
+    assert [key for key, _ in kept] == keys_of(config)
+    for setting, (_, output) in zip(config.settings, kept, strict=True):
+        marks = [False] * len(output.text)
+        for first, end in output.accepted:
+            marks[first:end] = [True] * (end - first)
+        if setting.drafts:
+            asked = setting.of(DecodeConfig(0, 30))
+            flags = []
+            out = decoder.generate(
+                [1, 5, 9, 1, 5, 9], asked, lambda _, new, to=flags: to.extend(new)
+            )
+            assert (output.text, marks) == (out.text, flags)
+            assert setting.strategy != "lookup" or sum(marks) > 5
+        else:
+            assert output.text == kept[1][1].text and not any(marks)
+        assert "".join(text for text, _ in output.pieces()) == output.text
+
+
+def test_lines_that_a_killed_run_left_are_skipped_and_taken_away(tmp_path):
+    """It had added a problem's lines, and its document did not name the problem yet."""
+    key = ("ar", 0, 0)
+    document = {"device": "cpu", "problems": [{"task_id": "a"}]}
+    outputs.append_outputs(tmp_path, "cpu", "a", [(key, outputs.Output("\u2028 <\r\n", [[0, 2]]))])
+    file = tmp_path / "outputs_cpu.jsonl"
+    whole = file.read_text()
+    outputs.append_outputs(tmp_path, "cpu", "b", [(key, outputs.Output("not finished", []))])
+    outputs.append_outputs(tmp_path, "1", "b", [(key, outputs.Output("of no document", []))])
+    with file.open("a") as content:
+        content.write('{"task_id": "a", "text": "tor')
+    expected = {("a", key): outputs.Output("\u2028 <\r\n", [[0, 2]])}
+    assert outputs.read_outputs(tmp_path, document) == expected
+    outputs.tidy_outputs(tmp_path, [document])
+    assert file.read_text() == whole and not (tmp_path / "outputs_1.jsonl").read_text()
+    assert outputs.read_outputs(tmp_path, document) == expected
+    assert outputs.read_outputs(tmp_path, {**document, "device": "none"}) == {}
+    file.write_text("[]\n" + whole)
+    with one_line_error(f"{file}: not a worker's outputs"):
+        outputs.read_outputs(tmp_path, document)
 
 
 def test_of_several_turns_the_median_run_is_kept_and_the_outputs_of_all(monkeypatch):
@@ -84,7 +134,7 @@ def test_of_several_turns_the_median_run_is_kept_and_the_outputs_of_all(monkeypa
     times = {"ar": [9.0, 1.0, 2.0, 3.0], "two-step": [5.0, 8.0, 7.0, 6.0]}
     measured = []
 
-    def scripted(decoder, prompt, config):
+    def scripted(decoder, prompt, config, on_tokens):
         strategy = config.strategy if config.k else "ar"
         measured.append(strategy)
         turn = measured.count(strategy) - 1
@@ -93,9 +143,8 @@ def test_of_several_turns_the_median_run_is_kept_and_the_outputs_of_all(monkeypa
 
     monkeypatch.setattr(Decoder, "generate", scripted)
     config = BenchConfig("x", k_list=(0, 3), strategies=("two-step",), turns=4)
-    runs = measure.measure_problem(with_adapter(tiny_llama()), Problem("p", (1,)), config, 0)[
-        "runs"
-    ]
+    entry, _ = measure.measure_problem(with_adapter(tiny_llama()), Problem("p", (1,)), config, 0)
+    runs = entry["runs"]
     assert measured == ["ar", "two-step"] * 4
     assert [run["decode_seconds"] for run in runs] == [2.0, 6.0]  # of four the second
     assert [len({*run["outputs_sha256"]}) for run in runs] == [1, 2]
@@ -146,13 +195,13 @@ def measured_by(monkeypatch, decoder, config, *task_ids):
     calls = []
     generate = Decoder.generate
 
-    def kept(decoder, prompt_ids, config):
+    def kept(decoder, prompt_ids, config, on_tokens):
         calls.append((prompt_ids, config))
-        return generate(decoder, prompt_ids, config)
+        return generate(decoder, prompt_ids, config, on_tokens)
 
     monkeypatch.setattr(Decoder, "generate", kept)
     records = [
-        measure.measure_problem(decoder, Problem(task, (1, 5, 9, 1, 5, 9)), config, 0)
+        measure.measure_problem(decoder, Problem(task, (1, 5, 9, 1, 5, 9)), config, 0).entry
         for task in task_ids
     ]
     return calls, records

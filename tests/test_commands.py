@@ -4,6 +4,7 @@ every bad input.
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -34,6 +35,14 @@ from sdsat.evaluation.sweep import BenchConfig
 from sdsat.models import devices
 
 ROOT = Path(__file__).parent.parent
+PLOTS = (
+    "tokens_per_second",
+    "speedup",
+    "acceptance_rate",
+    "seconds_per_problem",
+    "seconds_per_pass",
+    "acceptance_by_depth",
+)
 RUN_KEYS = {
     "dataset",
     "strategy",
@@ -126,6 +135,24 @@ def wait_for_problems(folder, count):
     raise AssertionError("the benchmark never finished a problem")
 
 
+def assert_texts(folder, may_hold_more=False):
+    """Every run that a worker's document names has a line, once and in this order.
+
+    may_hold_more: lines behind these are of the problem in hand.
+    """
+    for document in documents(folder):
+        named = [
+            (problem["task_id"], run["strategy"], run["k"], run["lookup"])
+            for problem in document["problems"]
+            for run in problem["runs"]
+        ]
+        text = (folder / f"outputs_{document['device']}.jsonl").read_text()
+        lines = [json.loads(line) for line in text.split("\n")[: len(named)]]
+        keys = ("task_id", "strategy", "k", "lookup")
+        assert [tuple(line[key] for key in keys) for line in lines] == named
+        assert may_hold_more or text.count("\n") == len(named)
+
+
 def assert_measured(folder, out):
     """All that a run of SETTINGS makes and says."""
     summary = json.loads((folder / "summary.json").read_text())
@@ -145,8 +172,9 @@ def assert_measured(folder, out):
         # whose own first draft comes before those of its SATs
         rounded = run["strategy"] == "auto"
         assert len(run["acceptance_by_depth"]) == (run["lookup"] or run["k"] + rounded)
-    for plot in ("tokens_per_second", "speedup", "acceptance_rate", "acceptance_by_depth"):
+    for plot in PLOTS:
         assert (folder / f"{plot}.png").exists()
+    assert_texts(folder)
     assert "two-step" in out and str(folder) in out
 
 
@@ -171,7 +199,7 @@ def test_what_is_finished_is_not_measured_again(start, measure):
     assert code == 0
     assert_measured(folder, out)
     before = documents(folder)
-    for file in (*folder.glob("*.png"), folder / "summary.json"):
+    for file in (*folder.glob("*.png"), folder / "summary.json", folder / "index.html"):
         file.unlink()
     code, out, errors = measure("nucleus")
     assert code == 0
@@ -202,11 +230,13 @@ def test_interrupted_run_resumes_and_keeps_others_out_while_it_runs(begin_apart,
     assert code == 130, errors
     assert "resumes" in last_line(errors)
     kept = documents(start.results / "greedy")[0]["problems"]
+    assert_texts(start.results / "greedy", may_hold_more=True)
     limit = len(kept) + 2
     assert measure("greedy", DATA_LIMIT=str(limit))[0] == 0
     problems = documents(start.results / "greedy")[0]["problems"]
     assert problems[: len(kept)] == kept
     assert [problem["task_id"] for problem in problems] == [f"HumanEval/{i}" for i in range(limit)]
+    assert_texts(start.results / "greedy")
 
 
 def test_workers_end_with_a_killed_run(begin_apart, start):
@@ -218,6 +248,7 @@ def test_workers_end_with_a_killed_run(begin_apart, start):
     gone, alive = psutil.wait_procs(workers, timeout=60)
     assert gone and not alive
     assert sum(len(document["problems"]) for document in documents(start.results / "greedy")) >= 1
+    assert_texts(start.results / "greedy", may_hold_more=True)
 
 
 @pytest.mark.usefixtures("sketches")
@@ -284,6 +315,44 @@ def test_a_new_users_path_as_the_readme_has_it(command, measure, tmp_path):
     summary = json.loads((tmp_path / "results/adapter/greedy/summary.json").read_text())
     assert {run["strategy"] for run in summary["runs"]} == {"ar", "lookup", "two-step", "auto"}
     assert {run["identical_outputs"] for run in summary["runs"]} == {2}
+
+
+@pytest.mark.usefixtures("sketches")
+def test_two_workers_write_all_that_the_published_program_writes(measure, start):
+    """Each of its outputs has a file here, as docs/reproduction.md names it; both run all."""
+    code, out, errors = measure("greedy", "cpu,cpu", REPEAT="1", **SHORT)
+    assert code == 0, errors
+    folder = start.results / "greedy"
+    text = (ROOT / "docs/reproduction.md").read_text().split("## What the published program writes")
+    rows = [line for line in text[1].split("\n## ")[0].splitlines() if line.startswith("| ")][2:]
+    named = [re.findall(r"`([\w<>]+\.(?:jsonl?|png|html))`", row.split("|")[2]) for row in rows]
+    assert len(named) == 9 and all(named)
+    for file in {file for files in named for file in files}:
+        for device in ("cpu", "cpu.1"):
+            assert (folder / file.replace("<device>", device)).is_file()
+    both = [{p["task_id"] for p in document["problems"]} for document in documents(folder)]
+    assert both == [{"HumanEval/0", "HumanEval/1"}] * 2
+    assert_texts(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["num_workers"] == 2 and summary["runs"][0]["num_problems"] == 2
+    assert "1.96 standard errors over 2 workers" in " ".join(out.split())
+    before = documents(folder)
+    # one more problem: each worker measures it, and nothing anew
+    assert measure("greedy", "cpu,cpu", REPEAT="1", **{**SHORT, "DATA_LIMIT": "3"})[0] == 0
+    for one, other in zip(before, documents(folder), strict=True):
+        assert other["problems"][:2] == one["problems"] and len(other["problems"]) == 3
+    assert_texts(folder)
+
+
+def test_a_page_is_made_where_plotly_is(command, measure, start, monkeypatch):
+    folder = start.results / "greedy"
+    shutil.copytree(ROOT / "results/reference/smollm2-135m-full/greedy", folder)
+    monkeypatch.setattr("sdsat.evaluation.page.NEEDED", ("no_such_package",))
+    code, _, errors = command("report", str(folder))
+    assert code == 0 and "no page was made: it takes plotly" in errors
+    assert not (folder / "index.html").exists()
+    code, _, errors = command("report", str(folder), "--out", "page.html")
+    assert code == 2 and last_line(errors).startswith("error: no page was made: it takes plotly")
 
 
 @pytest.mark.usefixtures("sketches")
@@ -500,6 +569,12 @@ BAD_INPUT = [
     (["export", "TINY", "--out", "a-file"], "out=a-file: exists already; choose a new directory"),
     (["generate", "hello", "--no-such-option"], "--no-such-option"),
     (["generate"], "Missing argument 'prompt'"),
+    (
+        ["generate", "hello", "--model", "TINY", "--sat-token-id", "one"],
+        "sat_token_id=one: expected numbers separated by commas",
+    ),
+    (["report", "none", "other"], "results folder none: no such folder"),
+    (["report", "TINY", "--out", "no/page.html"], "--out=no/page.html: no such folder"),
     (["report", "none"], "results folder none: no such folder"),
     (["train", "--data", "none", "--out", "out"], "data=none: no such file or folder"),
     (
@@ -541,6 +616,7 @@ BAD_INPUT = [
                 "K_LIST": "0,5",
                 "TREE": "chain",
                 "DATA_LIMIT": "all",
+                "SAT_TOKEN_ID": "32011,32012",
                 "TRAINED_K": "6",
             },
             [
@@ -551,6 +627,7 @@ BAD_INPUT = [
                     max_new_tokens=50,
                     k_list=(0, 5),
                     dtype="auto",
+                    sat_token_id=(32011, 32012),
                     trained_k=6,
                     tree="chain",
                 )
@@ -571,6 +648,7 @@ def test_what_is_measured_by_default(
     )
     monkeypatch.setattr("sdsat.evaluation.report.report", lambda _: {"runs": [{"num_problems": 1}]})
     monkeypatch.setattr("sdsat.evaluation.report.rich_table", lambda _: "")
+    monkeypatch.setattr("sdsat.cli.bench.write_page", lambda *_: None)
     for name in ("K_LIST", "TREE", "DTYPE", "DATASET", "DATA_LIMIT", "MAX_NEW_TOKENS", "TRAINED_K"):
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():

@@ -230,6 +230,7 @@ def filled_in(program, arguments):
         "FILE": "made.json",
         "FOLDER": "results/MODEL/greedy",
         "results/adapter/greedy": "results/MODEL/greedy",  # of the same weights
+        "OTHER_FOLDER": "results/MODEL/greedy",
         "ainergy/CodeLlama-SDSAT_L7_13B": "ainergy/CodeLlama-SDSAT_L5_7B",
         "smollm2-135m-sdsat": "MODEL",
         "qwen2.5-coder-0.5b-sdsat": "MODEL",
@@ -272,11 +273,10 @@ def test_what_is_left_out_is_in_the_documents():
         assert any(command.startswith(start) for command, _ in COMMANDS), start
 
 
+@pytest.mark.usefixtures("sketches")
 @pytest.mark.parametrize("command", sorted(RUNNABLE.values()))
-def test_a_documented_command_runs(command, workplace, tmp_path, monkeypatch, capsys, request):
+def test_a_documented_command_runs(command, workplace, tmp_path, monkeypatch, capsys):
     program, arguments = words_of(command)
-    if program != "report":
-        request.getfixturevalue("sketches")
     words = filled_in(program, arguments)
     for name in workplace.iterdir():  # a copy that it may write in; models are read only
         (shutil.copytree if name.name in ("runs", "results") else os.symlink)(

@@ -101,6 +101,15 @@ def test_a_padding_row_is_taken_first_and_used_tokens_never(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_sat_for_each_depth_is_not_for_servers(tmp_path):
+    lm = tiny_llama(torch.float32)
+    lm.config.sdsat = {"sat_token_id": [5, 6], "k": 3}
+    lm.save_pretrained(tmp_path / "full")
+    tiny_tokenizer([chr(33 + i) for i in range(VOCAB)]).save_pretrained(tmp_path / "full")
+    with one_line_error("has a SAT for each depth; servers draft with one"):
+        export(str(tmp_path / "full"), tmp_path / "served")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_full_checkpoint_is_target_and_draft(tmp_path, tied):
     lm = tiny_llama(torch.float32, tie_word_embeddings=tied)

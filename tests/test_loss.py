@@ -6,6 +6,8 @@ import pytest
 import torch
 from common import adapted, one_line_error, random_sequences, text_adds, tiny_llama
 
+from sdsat.config import SatConfig
+from sdsat.models.sat_model import SatModel
 from sdsat.training.evaluate import evaluate
 from sdsat.training.loss import (
     IGNORED,
@@ -189,16 +191,19 @@ def test_evaluate_needs_a_target():
         evaluate(None, [Sequence(torch.arange(5), 4)], 3, torch.device("cpu"))
 
 
-def test_evaluate_reads_the_drafts_of_a_chain():
+@pytest.mark.parametrize("ids", [(), (60, 7)], ids=["adapter", "a SAT for each depth"])
+def test_evaluate_reads_the_drafts_of_a_chain(ids):
     """Its drafts are the ones that decoding proposes after the same tokens."""
     model = adapted(tiny_llama(torch.float32), k=3, strength=0.3)
+    if ids:
+        model = SatModel(tiny_llama(torch.float32), None, "tiny", SatConfig.of(ids, 3))
     prompt = torch.tensor([5, 9, 2, 7])
     batch = SatBatch(
         prompt[None],
         prompt[None],
         *(torch.tensor([row]) for row in ([3, 3, 3], [1, 2, 3], [1, 1, 1])),
     )
-    sats = torch.full((3,), model.sat.token_id)
+    sats = torch.tensor([60, 7, 7] if ids else [model.sat.token_id] * 3)
     mask = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
     with model.sat_rows(4, 7):
         want = model.lm(

@@ -161,10 +161,24 @@ def test_sat_of_config_json_and_its_override(local):
     for token_id in (64, -1):
         with one_line_error(f"sat_token_id={token_id}"):
             load(str(local), "float32", "cpu", sat_token_id=token_id)
+        with one_line_error(f"sat_token_id={token_id}"):
+            load(str(local), "float32", "cpu", sat_token_id=(3, token_id))
+    assert load(str(local), "float32", "cpu", sat_token_id=(9, 7)).sat == SatConfig(9, 4, (7,))
+    set_config(local, sdsat={"sat_token_id": [9, 7, 8], "k": 3})
+    assert load(str(local), "float32", "cpu").sat == SatConfig(9, 3, (7, 8))
 
 
 @pytest.mark.parametrize(
-    "value", [{"sat_token_id": 7}, {"k": 3}, 7, "7", {"sat_token_id": "a", "k": 3}], ids=str
+    "value",
+    [
+        {"sat_token_id": 7},
+        {"k": 3},
+        7,
+        "7",
+        {"sat_token_id": "a", "k": 3},
+        {"sat_token_id": [], "k": 3},
+    ],
+    ids=str,
 )
 def test_sat_of_config_json_damaged(local, value):
     set_config(local, sdsat=value)

@@ -294,7 +294,13 @@ def test_a_worker_that_cannot_go_on_does_not_end_the_others(tmp_path, monkeypatc
     monkeypatch.setattr(workers_module, "wait", lambda pipes: pipes)
     monkeypatch.setattr(workers_module, "Connection", Pipe)
     config = replace(BenchConfig("x"), data_limit=2)
-    arguments = (config, ["cpu", "cpu"], [Task("a", "a"), Task("b", "b")], tmp_path, seen.append)
+    arguments = (
+        config,
+        ["cpu", "cpu"],
+        [[Task("a", "a")], [Task("b", "b")]],
+        tmp_path,
+        seen.append,
+    )
     if dead is None:
         with pytest.raises(InputError, match="full"):
             workers_module.run_workers(*arguments)

@@ -20,6 +20,14 @@ from sdsat.evaluation.sweep import AR, Setting
 from sdsat.files import read_json, write_json
 
 REFERENCES = sorted((Path(__file__).parent.parent / "results/reference").glob("*/*/summary.json"))
+PLOTS = {
+    "tokens_per_second",
+    "speedup",
+    "acceptance_rate",
+    "seconds_per_problem",
+    "seconds_per_pass",
+    "acceptance_by_depth",
+}
 SETTINGS = {
     "model": "tiny",
     "dataset": "humaneval",
@@ -104,9 +112,69 @@ def test_summary_by_hand(documents):
     assert drafted["tokens_per_pass"] == pytest.approx(16 / 10)
     assert drafted["accepted_histogram"] == [1, 2, 2]
     assert drafted["identical_outputs"] == 1
+    assert (ar["seconds_per_problem"], drafted["seconds_per_problem"]) == (5.0, 2.5)
+    assert drafted["seconds_per_problem_ci95"] == pytest.approx([2, 3], rel=1e-3)
+    # half a second of each problem was the prompt's
+    assert drafted["seconds_per_pass"] == pytest.approx(4 / 10)
     low, high = drafted["tokens_per_second_ci95"]
     # two problems: the extremes
     assert low == pytest.approx(8 / 3, rel=1e-3) and high == pytest.approx(8 / 2, rel=1e-3)
+
+
+def test_bands_over_workers_by_hand():
+    """Two workers with the same problems: 1.96 standard errors of the mean of their figures."""
+    workers = [
+        document(
+            [
+                [
+                    run("ar", 0, 8, 4.0, 8),
+                    run("two-step", 2, 8, seconds, 4, (2, 2), (2, 1), (0, 1, 1)),
+                ]
+            ]
+        )
+        for seconds in (2.0, 1.0)
+    ]
+    for number, each in enumerate(workers):
+        each |= {"device": f"cpu.{number}", "settings": {**SETTINGS, "repeat": True}}
+    lone = document(
+        [[run("ar", 0, 8, 4.0, 8), run("two-step", 2, 8, 9.0, 4, (2, 2), (2, 1), (0, 1, 1))]], "1"
+    )
+    workers[0]["problems"] += lone["problems"]  # which the other has not finished yet
+    summary = summarize(workers)
+    drafted = summary["runs"][1]
+    assert (summary["num_workers"], drafted["num_problems"], drafted["num_new_tokens"]) == (
+        2,
+        1,
+        16,
+    )
+    # 4 and 8 tokens a second: their standard deviation is 2.828, of their mean 2
+    middle = 16 / 3
+    assert drafted["tokens_per_second"] == pytest.approx(middle, abs=1e-4)
+    assert drafted["tokens_per_second_ci95"] == pytest.approx(
+        [middle - 1.96 * 2, middle + 1.96 * 2], abs=1e-4
+    )
+    assert drafted["seconds_per_problem"] == 1.5
+    assert drafted["seconds_per_problem_ci95"] == pytest.approx([1.5 - 0.98, 1.5 + 0.98])
+    assert drafted["acceptance_rate_ci95"] == [0.75, 0.75]
+    assert "1.96 standard errors over 2 workers" in markdown_table(summary)
+    alone = summarize(workers[:1])["runs"][1]
+    assert (alone["num_problems"], alone["speedup_ci95"]) == (2, None)
+
+
+def test_the_fastest_k_of_each_problem_by_hand():
+    def problem(*seconds):
+        return [
+            run("ar", 0, 8, 2.0, 8),
+            *(run("two-step", k, 8, at, 4) for k, at in zip((1, 3, 5), seconds, strict=True)),
+            run("auto", 5, 8, 0.75, 4),  # which chooses itself
+        ]
+
+    summary = summarize([document([problem(2.5, 1.0, 1.25), problem(2.5, 3, 4), problem(1, 1, 2)])])
+    assert summary["best_k"] == [
+        {"task_id": "cpu/0", "strategy": "two-step", "k": 3, "speedup": 2.0},
+        {"task_id": "cpu/1", "strategy": "two-step", "k": 0, "speedup": 1.0},
+        {"task_id": "cpu/2", "strategy": "two-step", "k": 1, "speedup": 2.0},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +250,7 @@ def test_report_writes_summary_plots_and_table(documents, tmp_path):
         write_json(tmp_path / f"worker_{doc['device']}.json", doc)
     summary = report(tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    for name in ("tokens_per_second", "speedup", "acceptance_rate", "acceptance_by_depth"):
+    for name in PLOTS:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part"))
     assert (
@@ -191,11 +259,13 @@ def test_report_writes_summary_plots_and_table(documents, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("sketches")
 def test_report_of_a_single_problem_has_no_interval(documents, tmp_path):
     write_json(tmp_path / "worker_cpu.json", documents[0])
     assert report(tmp_path)["runs"][1]["speedup_ci95"] is None
 
 
+@pytest.mark.usefixtures("sketches")
 def test_report_of_a_strategy_that_never_drafted(documents, tmp_path):
     """`auto` may find plain passes best throughout: no acceptance rate, yet all plots."""
     for lookup in (0, 12):
@@ -211,7 +281,7 @@ def test_report_of_a_strategy_that_never_drafted(documents, tmp_path):
         ("ar", 0), ("lookup", 12), ("two-step", 0), ("auto", 0), ("auto", 12),
     ]  # fmt: skip
     assert runs[3]["acceptance_rate"] is None
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert {path.stem for path in tmp_path.glob("*.png")} == PLOTS
 
 
 HEAD = {"schema_version": 4, "settings": {}, "environment": {}}

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import VOCAB, adapted, one_line_error, random_sequences, tiny_llama
+from common import VOCAB, adapted, drafted, one_line_error, random_sequences, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import drafting
 
-from sdsat.config import DecodeConfig, SamplingConfig, SatConfig, TrainConfig
+from sdsat.config import ALL_STRATEGIES, DecodeConfig, SamplingConfig, SatConfig, TrainConfig
 from sdsat.decoding.decoder import Decoder
 from sdsat.engines.base import PassInput
 from sdsat.method.layout import SatGroup
@@ -158,6 +158,35 @@ def test_a_sat_that_is_a_token_is_never_guessed(engine):
         for logits in (out.logits, out.sat_logits):
             assert logits[:, sat.token_id].isneginf().all()
             assert logits[:, : sat.token_id].isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+@pytest.mark.parametrize("strategy", ALL_STRATEGIES)
+def test_a_sat_for_each_depth(engine, strategy):
+    """Their logits are what the checkpoint itself says of these tokens; none is ever emitted."""
+    lm = tiny_llama(torch.float32, **WHOLE)
+    ids = (60, 3, 41)
+    sat = SatConfig.of(ids, 4)
+    assert sat.ids(2) == [60, 3] and sat.ids(5) == [60, 3, 41, 41, 41]
+    decoder = Decoder(SatModel(lm, None, "tiny", sat), engine)
+    prompt = [1, 5, 9, 2, 5, 33, 5]
+    cache = decoder.engine.new_cache(64)
+    decoder.engine.prefill(cache, torch.tensor(prompt[:-1]))
+    groups = (SatGroup(0, 4), SatGroup(1, 2))
+    root = PassInput(cache, [5, 7], make_tree("chain", 1), groups)
+    found = decoder.engine.forward([root]).sat_logits
+    want = torch.cat(
+        [lm(torch.tensor([prompt + more])).logits[0, -count:] for more, count in (
+            ([60, 3, 41, 41], 4), ([7, 60, 3], 2)
+        )]
+    )  # fmt: skip
+    want[:, list(ids)] = -torch.inf
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    if strategy in decoder.strategies:
+        lm.get_output_embeddings().weight[list(ids)] *= 30  # the likeliest of all, half the time
+        out = decoder.generate(prompt, drafted(strategy, 4, 4, 20))
+        assert out.token_ids == decoder.generate(prompt, DecodeConfig(0, 20)).token_ids
+        assert not {*out.token_ids} & {*ids}
 
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])

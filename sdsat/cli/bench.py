@@ -9,6 +9,7 @@ import typer
 
 from sdsat.cli.options import Given, Model, from_settings
 from sdsat.cli.program import show
+from sdsat.cli.report import write_page
 from sdsat.config import HubConfig, numbers_of, require
 from sdsat.evaluation.sweep import BenchConfig, paper_settings
 from sdsat.models import embedded
@@ -44,7 +45,7 @@ def bench(
     ] = None,
     results: Annotated[Path, typer.Option(envvar="RESULTS_DIR")] = Path("results"),
 ) -> None:
-    """Measure AR and SDSAT, interleaved; writes JSON, a table and plots.
+    """Measure AR and SDSAT, interleaved; writes JSON, texts, a table, plots and a page.
 
     What is left open is as in the paper for CodeLlama-form SDSAT checkpoints: HumanEval's first
     half, up to 512 new tokens, and the first 3 % of single-line infilling, up to 50; k = 0..13
@@ -92,7 +93,7 @@ def _configs(
     level = numbers_of("temperature", temperature, float)
     require(len(level) == 1, f"temperature={temperature}: expected one number")
     like_paper = loading.in_papers_form(
-        model, asked.values["sat_token_id"], asked.values["trained_k"]
+        model, asked.values.get("sat_token_id"), asked.values["trained_k"]
     )
     names = dataset or ("humaneval,infilling" if like_paper else "humaneval")
     return [
@@ -114,8 +115,9 @@ def _report(folder: Path, dataset: str) -> None:
     if any(folder.glob("worker_*.json")):
         summary = reports.report(folder)
         show(reports.rich_table(summary), 110)
+        write_page([folder], [summary], folder / "index.html")
         count = summary["runs"][0]["num_problems"]
         print(
             f"{count} problems of {dataset} (DATA_LIMIT=all for a full run); "
-            f"JSON and plots: {folder}"
+            f"JSON, texts, plots and page: {folder}"
         )

@@ -26,6 +26,7 @@ from sdsat.config.decoding import (
     DecodeConfig,
     SamplingConfig,
     SatConfig,
+    SatIds,
     decode_config_of,
 )
 from sdsat.config.loading import CheckpointConfig, HubConfig, LoadConfig
@@ -98,6 +99,7 @@ __all__ = [
     "Option",
     "SamplingConfig",
     "SatConfig",
+    "SatIds",
     "ServeConfig",
     "Strategy",
     "Text",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from sdsat.config.checks import is_whole, keep, real, require, several, utf8, whole
 from sdsat.config.options import MAX_NEW_TOKENS, SEED, TEMPERATURE, TREE, option
@@ -13,6 +14,8 @@ from sdsat.config.strategies import ALL_STRATEGIES, LOOKUP, STRATEGIES, STRATEGY
 # Rows of one pass: bounds a draft tree with its SATs, and with them the cache's fixed length.
 MAX_ROWS = 96
 MAX_K = MAX_ROWS - 2  # x and, after a rounded pass, one more draft than SATs
+
+SatIds = int | Sequence[int]  # of the SAT at every depth, or one a depth
 
 
 @dataclass(frozen=True)
@@ -76,18 +79,39 @@ class SatConfig:
         token_id: id of the SAT; below the vocabulary size when the checkpoint holds its embedding
             (full mode), equal to it when an adapter brings the embedding (adapter mode).
         k: the depth the SATs were trained for.
+        deeper: ids of the SATs behind the first of a group, where each depth has its own; what is
+            behind the last takes the last.
     """
 
     token_id: int
     k: int
+    deeper: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        token_id = whole("sat_token_id", self.token_id, "a token id, 0 or more", 0)
+        expected = "a token id, 0 or more"
+        ids = [whole("sat_token_id", each, expected, 0) for each in (self.token_id, *self.deeper)]
         keep(
             self,
-            token_id=token_id,
+            token_id=ids[0],
             k=whole("trained_k", self.k, f"a whole number from 1 to {MAX_K}", 1, MAX_K),
+            deeper=tuple(ids[1:]),
         )
+
+    @classmethod
+    def of(cls, token_id: SatIds, k: int) -> SatConfig:
+        """Make the SAT of one id, or of an id for each depth.
+
+        Raises InputError for what is no id.
+        """
+        if not isinstance(token_id, (list, tuple)):
+            return cls(cast(int, token_id), k)
+        require(len(token_id) > 0, "sat_token_id: none; expected a token id, or one a depth")
+        return cls(token_id[0], k, tuple(token_id[1:]))
+
+    def ids(self, count: int) -> list[int]:
+        """List the ids of a group of `count` SATs."""
+        known = (self.token_id, *self.deeper)
+        return [known[min(place, len(known) - 1)] for place in range(count)]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdsat.config.options import option
+from sdsat.config.options import WHOLE_NUMBERS, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +25,17 @@ class CheckpointConfig:
     """What `models.loading.load` goes by beside the place and the numbers, and the engine.
 
     Attributes:
-        sat_token_id: id of the SAT, whatever the checkpoint says of it.
+        sat_token_id: id of the SAT, or one a depth, whatever the checkpoint says of it.
         trained_k: the depth of its training, whatever the checkpoint says of it.
         engine: 'native', 'transformers', or 'auto': native where it can be had.
     """
 
-    sat_token_id: int | None = option(
-        None, "Id of the SAT, whatever the checkpoint says.", env="SAT_TOKEN_ID"
+    sat_token_id: tuple[int, ...] | None = option(
+        None,
+        "Id of the SAT, or one a depth with commas between, whatever the checkpoint says.",
+        env="SAT_TOKEN_ID",
+        text=WHOLE_NUMBERS,
+        is_open=True,
     )
     trained_k: int | None = option(
         None, "Depth of its training, whatever the checkpoint says.", env="TRAINED_K"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdsat.config import DecodeConfig, InputError, require, several, whole
+from sdsat.config import DecodeConfig, InputError, SatIds, require, several, whole
 from sdsat.decoding.kept import KeptCache
 from sdsat.decoding.lock import FairLock
 from sdsat.decoding.loop import Loop
@@ -78,7 +78,7 @@ class Decoder:
         name: str = embedded.NAME,
         dtype: str = "bfloat16",
         device: str | None = None,
-        sat_token_id: int | None = None,
+        sat_token_id: SatIds | None = None,
         engine: str = "auto",
         graphs: bool = True,
         trained_k: int | None = None,
@@ -91,7 +91,7 @@ class Decoder:
             dtype: 'float32', 'bfloat16', 'float16', 'int8', or 'auto' for the checkpoint's own.
             device: 'cpu', a GPU number, or several joined by +; None for the first GPU, else the
                 CPU.
-            sat_token_id: of the SAT, in place of what the checkpoint says.
+            sat_token_id: of the SAT, or one a depth, in place of what the checkpoint says.
             engine: as of `Decoder`.
             graphs: as of `Decoder`.
             trained_k: how many SATs the checkpoint was trained for, in place of what it says.

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sdsat.config import SamplingConfig
+from sdsat.config import SamplingConfig, SatConfig
 from sdsat.engines.drafting import Guesses, draft_tokens, grow_tokens
 from sdsat.method.layout import SatGroup
 from sdsat.method.sampling import choose
@@ -75,6 +75,18 @@ class PassOutput(NamedTuple):
     states: Tensor
     logits: Tensor
     sat_logits: Tensor
+
+
+def tokens_of(inputs: Sequence[PassInput], sat: SatConfig | None) -> list[int]:
+    """List the token ids of a pass's rows, in the order of `PassOutput`.
+
+    sat: None where SATs only take time.
+    """
+    sat = sat or SatConfig(0, 1)
+    nodes = [token for part in inputs for token in part.tokens]
+    return nodes + [
+        token_id for part in inputs for _, size in part.groups for token_id in sat.ids(size)
+    ]
 
 
 def rows_of(inputs: Sequence[PassInput]) -> int:

@@ -27,6 +27,7 @@ from sdsat.engines.base import (
     PassOutput,
     RowPolicy,
     SeparateCaches,
+    tokens_of,
 )
 from sdsat.engines.cache import SlotCache, SlotPlace, pass_mask, slot_positions
 from sdsat.engines.graphs import Graphs, padded
@@ -137,15 +138,13 @@ class TransformersEngine(Engine):
         """See Engine.forward."""
         assert not rounded, "transformers' modules have no rounded weights"
         model = self.model
-        sat = model.sat.token_id if model.sat else 0
         sats = sum(part.num_sats for part in inputs)
-        nodes = [token for part in inputs for token in part.tokens]
-        tokens = torch.tensor(nodes + [sat] * sats, device=model.device)
+        tokens = torch.tensor(tokens_of(inputs, model.sat), device=model.device)
+        count = len(tokens)
         if isinstance(inputs[0].cache, SlotPlace):
-            return self._output(*self._shared_pass(inputs, tokens, sats), len(nodes), len(tokens))
+            return self._output(*self._shared_pass(inputs, tokens, sats), count - sats, count)
         (part,) = inputs
         cache = cast(SlotCache, part.cache)
-        count = len(tokens)
         wanted = count if cache.graphs is None else padded(count)
         rows = (policy or self.row_policy).rows(wanted)
         within, offsets = pass_layout(part.tree, part.groups, rows, model.device)
@@ -161,7 +160,7 @@ class TransformersEngine(Engine):
         else:
             sat_rows = (count - sats, count)
             states, logits = _pass(model, cache, sat_rows, tokens, within, offsets, cache.length)
-        return self._output(states, logits, len(nodes), count)
+        return self._output(states, logits, count - sats, count)
 
     def _output(self, states: Tensor, logits: Tensor, nodes: int, count: int) -> PassOutput:
         """Split the logits of a pass's rows, of which the first `count` are not padding."""

@@ -17,13 +17,14 @@ from typing import Any
 from tqdm import tqdm
 
 from sdsat.config import require
-from sdsat.evaluation.records import finished_problems, results_place
+from sdsat.evaluation.outputs import tidy_outputs
+from sdsat.evaluation.records import held_documents, results_place
 from sdsat.evaluation.summary import AR_KEY, Key, key_of, name_of, seconds_of
 from sdsat.evaluation.sweep import BenchConfig
-from sdsat.evaluation.workers import context_length, in_own_process, run_workers
+from sdsat.evaluation.workers import context_length, in_own_process, labels, run_workers
 from sdsat.models import devices as placing
 from sdsat.models import loading
-from sdsat.tasks.datasets import limited, read_tasks
+from sdsat.tasks.datasets import Task, limited, read_tasks
 from sdsat.tasks.prompts import encode_task
 
 
@@ -58,27 +59,57 @@ def bench(config: BenchConfig, devices: list[str], results: Path) -> tuple[Path,
         # Refuses a prompt that can't be asked, before a model is loaded.
         tokenizer = loading.load_tokenizer(config.model)
         encode_task(tokenizer, tasks[0], config.dataset, config.template_options)
-        names = {task.task_id for task in tasks}
-        finished = [p for p in finished_problems(folder, config) if p["task_id"] in names]
-        done = {problem["task_id"] for problem in finished}
-        todo = [task for task in tasks if task.task_id not in done]
-        if not todo:
+        documents = held_documents(folder, config)
+        tidy_outputs(folder, documents)
+        shares = _shares(config, devices, tasks, documents)
+        if not any(shares):
             tqdm.write(
                 f"{folder}: all {len(tasks)} problems were measured before; delete it or "
                 "set RESULTS_DIR to measure anew"
             )
             return folder, []
+        busy = [device for device, share in zip(devices, shares, strict=True) if share]
         if devices[0] == "cpu":
-            _check_memory(config, devices[: len(todo)])
+            _check_memory(config, busy)
         else:
             # Asking a GPU for its memory takes some of it, and all of one that is set to serve one
             # process.
-            in_own_process(_check_memory, config, devices[: len(todo)])
-        progress = _Progress(finished, len(tasks))
+            in_own_process(_check_memory, config, busy)
+        names = {task.task_id for task in tasks}
+        finished = [p for d in documents for p in d["problems"] if p["task_id"] in names]
+        progress = _Progress(finished, len(finished) + sum(map(len, shares)))
         try:
-            return folder, run_workers(config, devices, todo, folder, progress.add)
+            return folder, run_workers(config, devices, shares, folder, progress.add)
         finally:
             progress.bar.close()
+
+
+def _shares(
+    config: BenchConfig, devices: list[str], tasks: list[Task], documents: list[dict[str, Any]]
+) -> list[list[Task]]:
+    """Give each worker its problems: those that are left in turn, or with `repeat` all its own.
+
+    Args:
+        config: what is measured.
+        devices: one a worker.
+        tasks: all problems.
+        documents: of the workers so far.
+
+    Returns:
+        A list for each device.
+    """
+    done = {
+        (document["device"] if config.repeat else None, problem["task_id"])
+        for document in documents
+        for problem in document["problems"]
+    }
+    if config.repeat:
+        return [
+            [task for task in tasks if (label, task.task_id) not in done]
+            for label in labels(devices)
+        ]
+    todo = [task for task in tasks if (None, task.task_id) not in done]
+    return [todo[number :: len(devices)] for number in range(len(devices))]
 
 
 def _check_memory(config: BenchConfig, devices: list[str]) -> None:

@@ -4,22 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
 
+from sdsat.config import DecodeConfig
 from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
+from sdsat.evaluation.outputs import Output
 from sdsat.evaluation.reference import transformers_generate
-from sdsat.evaluation.summary import seconds_of
+from sdsat.evaluation.summary import Key, key_of, seconds_of
 from sdsat.evaluation.sweep import TRANSFORMERS, BenchConfig, Setting
+from sdsat.interfaces.terminal import TokenStream
 from sdsat.tasks.prompts import WARM_UP, Problem, encode_prompt
 
 _WARM_UP_TOKENS = 16
 
 
+class Measured(NamedTuple):
+    """A problem that was measured.
+
+    Attributes:
+        entry: its entry in a worker document.
+        outputs: what each of its runs generated.
+    """
+
+    entry: dict[str, Any]
+    outputs: list[tuple[Key, Output]]
+
+
+class _Turn(NamedTuple):
+    """One generation. drafted: for each token, whether it was an accepted draft."""
+
+    record: dict[str, Any]
+    out: Generation
+    drafted: list[bool]
+
+
 def measure_problem(
     decoder: Decoder, problem: Problem, config: BenchConfig, first: int
-) -> dict[str, Any]:
+) -> Measured:
     """Decode one problem with every setting, config.turns times in turn.
 
     Noise of the machine hits all settings alike, because they take turns.
@@ -29,9 +55,6 @@ def measure_problem(
         problem: the prompt, and what ends the answer beside the model's own end.
         config: what is measured.
         first: how many settings to go on from the first one; that one begins.
-
-    Returns:
-        The problem's entry in a worker document.
 
     Raises:
         InputError: for a prompt and settings that don't fit the model.
@@ -43,21 +66,76 @@ def measure_problem(
         decoder.model.stop_ids + problem.stop_ids,
         problem.stop_strings,
     )
-    runs: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in settings}
+    turns: dict[Setting, list[_Turn]] = {setting: [] for setting in settings}
     for place in range(config.turns * len(settings)):
         setting = settings[(place + first) % len(settings)]
-        run = transformers_generate if setting == TRANSFORMERS else Decoder.generate
-        with warnings.catch_warnings():
-            # That k is beyond the trained depth is said once, when the run starts.
-            warnings.simplefilter("ignore")
-            out = run(decoder, list(problem.prompt_ids), setting.of(plain))
-        runs[setting].append(run_record(setting, out))
-    return {
+        turns[setting].append(_generate(decoder, list(problem.prompt_ids), setting, plain))
+    kept = [_median(turns[setting]) for setting in settings]
+    entry = {
         "task_id": problem.task_id,
         "seed": None if plain.sampling.greedy else plain.sampling.seed,
         "num_prompt_tokens": len(problem.prompt_ids),
-        "runs": [_of_turns(runs[setting]) for setting in settings],
+        "runs": [_of_turns(turn, turns[of]) for of, turn in zip(settings, kept, strict=True)],
     }
+    text_of = partial(
+        marked, decoder.model.tokenizer, problem.prompt_ids[-1], stop_strings=problem.stop_strings
+    )
+    return Measured(
+        entry, [(key_of(turn.record), text_of(turn.out.token_ids, turn.drafted)) for turn in kept]
+    )
+
+
+def _generate(
+    decoder: Decoder, prompt_ids: list[int], setting: Setting, plain: DecodeConfig
+) -> _Turn:
+    """Decode once with a setting.
+
+    Args:
+        decoder: what decodes.
+        prompt_ids: the prompt's tokens.
+        setting: how.
+        plain: the settings of plain decoding.
+    """
+    config = setting.of(plain)
+    drafted = list[bool]()
+    with warnings.catch_warnings():
+        # That k is beyond the trained depth is said once, when the run starts.
+        warnings.simplefilter("ignore")
+        if setting == TRANSFORMERS:
+            out = transformers_generate(decoder, prompt_ids, config)
+            drafted += [False] * out.num_new_tokens
+        else:
+            out = decoder.generate(prompt_ids, config, lambda _, flags: drafted.extend(flags))
+    return _Turn(run_record(setting, out), out, drafted)
+
+
+def marked(
+    tokenizer: Any,
+    before: int,
+    token_ids: list[int],
+    drafted: list[bool],
+    stop_strings: Sequence[str],
+) -> Output:
+    """Decode an output and mark its accepted drafts.
+
+    Args:
+        tokenizer: None gives an empty text.
+        before: the prompt's last token.
+        token_ids: of the output.
+        drafted: for each token, whether it was an accepted draft.
+        stop_strings: before which the text ends.
+    """
+    if tokenizer is None:
+        return Output("", [])
+    stream = TokenStream(tokenizer, before, stop_strings)
+    stream.add(token_ids, drafted)
+    stream.rest()
+    accepted = list[list[int]]()
+    for is_draft, places in groupby(range(stream.shown), key=stream.drafted.__getitem__):
+        if is_draft:
+            stretch = list(places)
+            accepted.append([stretch[0], stretch[-1] + 1])
+    return Output(stream.text[: stream.shown], accepted)
 
 
 def run_record(setting: Setting, out: Generation) -> dict[str, Any]:
@@ -83,10 +161,15 @@ def run_record(setting: Setting, out: Generation) -> dict[str, Any]:
     }
 
 
-def _of_turns(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge a setting's turns: the run of the median time, and the outputs of all."""
-    median = sorted(runs, key=seconds_of)[(len(runs) - 1) // 2]
-    return {**median, "outputs_sha256": [sha for run in runs for sha in run["outputs_sha256"]]}
+def _median(turns: list[_Turn]) -> _Turn:
+    """Choose the turn of the median time."""
+    return sorted(turns, key=lambda turn: seconds_of(turn.record))[(len(turns) - 1) // 2]
+
+
+def _of_turns(kept: _Turn, turns: list[_Turn]) -> dict[str, Any]:
+    """Merge a setting's turns: the one that is kept, and the outputs of all."""
+    hashes = [sha for turn in turns for sha in turn.record["outputs_sha256"]]
+    return {**kept.record, "outputs_sha256": hashes}
 
 
 def warm_up(decoder: Decoder, config: BenchConfig) -> None:

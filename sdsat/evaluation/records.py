@@ -123,7 +123,7 @@ def _head(decoder: Decoder, config: Any) -> dict[str, Any]:
         "settings": {
             "model": model.name,
             "dtype": model.dtype_name,
-            "sat": [model.sat.token_id, model.sat.k] if model.sat else None,
+            "sat": [model.sat.token_id, model.sat.k, *model.sat.deeper] if model.sat else None,
             **plain(config),
         },
     }
@@ -183,8 +183,8 @@ def recorded_settings(config: BenchConfig) -> dict[str, Any]:
     return settings
 
 
-def finished_problems(folder: Path, config: BenchConfig) -> list[dict[str, Any]]:
-    """Read the problems that a results folder holds already.
+def held_documents(folder: Path, config: BenchConfig) -> list[dict[str, Any]]:
+    """Read the worker documents that a results folder holds already.
 
     Raises InputError, one line, for a folder of other settings, or of figures of other code or
     weights.
@@ -202,7 +202,7 @@ def finished_problems(folder: Path, config: BenchConfig) -> list[dict[str, Any]]
     for document in documents:
         held = document.get("environment", {})
         place.check_same({key: held.get(key) for key in found}, found)
-    return [problem for document in documents for problem in document["problems"]]
+    return documents
 
 
 def open_worker_document(

@@ -15,7 +15,7 @@ from sdsat.evaluation.plots import draw
 from sdsat.evaluation.summary import describe, read_workers, summarize
 from sdsat.files import write_json
 
-_COLUMNS = (
+COLUMNS = (
     "strategy",
     "k",
     "lookup",
@@ -27,17 +27,30 @@ _COLUMNS = (
     "tokens/pass",
     "identical",
 )
-CAPTION = (
+_CAPTION = (
     "accepted/verify: accepted drafts a verify pass, without the token that the model adds "
     "itself; tokens/verify: with it "
     "(mean accepted tokens). tokens/pass: over all passes, those that only draft too. "
     "lookup: tokens looked up in the text so "
-    "far, at most. identical: every turn's output is AR's, token for token. Intervals: 95 "
-    "%, BCa bootstrap over the problems; "
-    "what another hour of the machine would change is not in them. Seconds are those of "
-    "prompt and answer, without what is made "
+    "far, at most. identical: every turn's output is AR's, token for token. "
+    "Intervals: {intervals}. Seconds are those of prompt and answer, without what is made "
     "once: loading, warming up, the cost curve of auto, the rounded weights."
 )
+
+
+_OVER_PROBLEMS = (
+    "95 %, BCa bootstrap over the problems; "
+    "what another hour of the machine would change is not in them"
+)
+_OVER_WORKERS = "1.96 standard errors over {num_workers} workers, which all have the same problems"
+
+
+def caption(summary: dict[str, Any]) -> str:
+    """Say what the table's columns and intervals are."""
+    repeated = summary["settings"].get("repeat", False)
+    return _CAPTION.format(
+        intervals=_OVER_WORKERS.format(**summary) if repeated else _OVER_PROBLEMS
+    )
 
 
 def with_interval(value: float | None, interval: list[float] | None, digits: int = 2) -> str:
@@ -50,7 +63,7 @@ def with_interval(value: float | None, interval: list[float] | None, digits: int
 
 
 def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """List a summary's cells, one tuple a run, under `_COLUMNS`."""
+    """List a summary's cells, one tuple a run, under `COLUMNS`."""
     rows: list[tuple[str, ...]] = []
     for run in summary["runs"]:
         rate = run["acceptance_rate"]
@@ -74,10 +87,10 @@ def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 def rich_table(summary: dict[str, Any]) -> Table:
     """Make the table for a terminal."""
     table = Table(
-        *_COLUMNS,
+        *COLUMNS,
         title=describe(summary),
         title_justify="left",
-        caption=CAPTION,
+        caption=caption(summary),
         caption_justify="left",
     )
     for cells in table_rows(summary):
@@ -87,8 +100,10 @@ def rich_table(summary: dict[str, Any]) -> Table:
 
 def markdown_table(summary: dict[str, Any]) -> str:
     """Write the same table and caption for a README."""
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *table_rows(summary)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{CAPTION}\n"
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *table_rows(summary)]
+    return (
+        "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{caption(summary)}\n"
+    )
 
 
 def report(folder: Path) -> dict[str, Any]:

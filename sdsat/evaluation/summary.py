@@ -5,6 +5,7 @@ The schema of both is documented in docs/results.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,19 @@ def run_of(problem: dict[str, Any], key: Key) -> dict[str, Any]:
     return next(run for run in problem["runs"] if key_of(run) == key)
 
 
-def interval(rows: Rows, statistic: Callable[[Rows], np.ndarray]) -> list[float] | None:
+def interval(
+    rows: Rows, statistic: Callable[[Rows], np.ndarray], digits: int = 4
+) -> list[float] | None:
     """Compute the 95 % interval of `statistic` over problems like these.
 
     By scipy's BCa bootstrap; None for a single problem. It covers the choice of problems. What a
     repetition on the same machine would change is in it only as far as it differs from problem to
     problem.
 
-    rows: [problems, columns]. statistic: sums [..., columns] over problems -> [...].
+    Args:
+        rows: [problems, columns].
+        statistic: sums [..., columns] over problems -> [...].
+        digits: behind the point.
     """
     if len(rows) < 2:
         return None
@@ -109,7 +115,7 @@ def interval(rows: Rows, statistic: Callable[[Rows], np.ndarray]) -> list[float]
             rng=np.random.default_rng(0),
         )
         low, high = drawn.confidence_interval
-    return [round(float(low), 4), round(float(high), 4)]
+    return [round(float(low), digits), round(float(high), digits)]
 
 
 def ratio(sums: Rows) -> np.ndarray:
@@ -125,19 +131,53 @@ def speedup(sums: Rows) -> np.ndarray:
     return sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3])
 
 
-class _Counts:
-    """What was counted on each problem, by name: arrays [problems]."""
+def error_band(
+    rows: Rows, statistic: Callable[[Rows], np.ndarray], digits: int = 4
+) -> list[float] | None:
+    """Compute `statistic` over all workers, less and more 1.96 standard errors.
 
-    def __init__(self, **columns: Any) -> None:
+    The error is that of a mean over workers; None for a single worker.
+
+    Args:
+        rows: [workers, columns], each worker's sums over the same problems.
+        statistic: sums [..., columns] -> [...].
+        digits: behind the point.
+    """
+    if len(rows) < 2:
+        return None
+    middle = float(statistic(rows.sum(0)))
+    error = 1.96 * float(np.std(statistic(rows), ddof=1)) / math.sqrt(len(rows))
+    return [round(middle - error, digits), round(middle + error, digits)]
+
+
+class _Counts:
+    """What was counted on each problem, by name: arrays [problems].
+
+    workers: [problems] the number of the worker that measured each, where all measured the same.
+    """
+
+    def __init__(self, workers: list[int] | None, **columns: Any) -> None:
+        self._workers = workers
         self._columns = {name: np.array(column, float) for name, column in columns.items()}
 
     def total(self, name: str) -> float:
         """Add up what was counted over the problems."""
         return float(self._columns[name].sum())
 
-    def rows(self, *names: str) -> Rows:
-        """Return [problems, names] what was counted."""
-        return np.stack([self._columns[name] for name in names]).T
+    def sums(self, *names: str) -> np.ndarray:
+        """Add up these columns -> [names]."""
+        return np.array([self.total(name) for name in names])
+
+    def interval(
+        self, statistic: Callable[[Rows], np.ndarray], *names: str, digits: int = 4
+    ) -> list[float] | None:
+        """Compute the interval of a statistic of these columns: see `interval`, `error_band`."""
+        rows = np.stack([self._columns[name] for name in names]).T
+        if self._workers is None:
+            return interval(rows, statistic, digits)
+        sums = np.zeros((max(self._workers) + 1, len(names)))
+        np.add.at(sums, self._workers, rows)
+        return error_band(sums, statistic, digits)
 
 
 def _by_depth(runs: list[dict[str, Any]], name: str) -> np.ndarray:
@@ -157,19 +197,26 @@ def _drafting(counts: _Counts, loops: float, verified: float) -> dict[str, Any]:
     accepted = counts.total("accepted")
     return {
         "acceptance_rate": round(accepted / counts.total("proposed"), 4),
-        "acceptance_rate_ci95": interval(counts.rows("accepted", "proposed"), ratio),
+        "acceptance_rate_ci95": counts.interval(ratio, "accepted", "proposed"),
         "accepted_per_loop": round(accepted / loops, 4),
-        "accepted_per_loop_ci95": interval(counts.rows("accepted", "loops"), ratio),
+        "accepted_per_loop_ci95": counts.interval(ratio, "accepted", "loops"),
         "mean_accepted_tokens": round(verified / loops, 4),
     }
 
 
 def _run_summary(
-    problems: list[dict[str, Any]], key: Key, settings: dict[str, Any]
+    problems: list[dict[str, Any]],
+    workers: list[int] | None,
+    key: Key,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Make one object of `runs`, over the problems.
 
-    It says what was measured for one strategy, k and lookup.
+    Args:
+        problems: entries of worker documents.
+        workers: see `_Counts`.
+        key: strategy, k and lookup.
+        settings: of the documents.
     """
     strategy, k, lookup = key
     runs = [run_of(problem, key) for problem in problems]
@@ -177,6 +224,8 @@ def _run_summary(
     accepted = _by_depth(runs, "accepted_by_depth")
     proposed = _by_depth(runs, "proposed_by_depth")
     counts = _Counts(
+        workers,
+        problems=[1] * len(problems),
         tokens=[run["num_new_tokens"] for run in runs],
         seconds=[seconds_of(run) for run in runs],
         ar_tokens=[run["num_new_tokens"] for run in plain],
@@ -184,14 +233,16 @@ def _run_summary(
         accepted=accepted.sum(1),
         proposed=proposed.sum(1),
         loops=[sum(run["accepted_histogram"]) for run in runs],
+        passes=[run["num_passes"] for run in runs],
+        decode_seconds=[run["decode_seconds"] for run in runs],
     )
     tokens = counts.total("tokens")
     seconds = counts.total("seconds")
     loops = counts.total("loops")
-    passes = sum(run["num_passes"] for run in runs)
+    passes = int(counts.total("passes"))
     rounded = sum(run["num_rounded_passes"] for run in runs)
     prefill_seconds = sum(run["prefill_seconds"] for run in runs)
-    compared = counts.rows("tokens", "seconds", "ar_tokens", "ar_seconds")
+    of_ar = ("tokens", "seconds", "ar_tokens", "ar_seconds")
     # A pass that verifies nothing makes one token, a rounded one none.
     drafting = _drafting(counts, loops, tokens - (passes - rounded - loops))
     pairs = zip(accepted.sum(0), proposed.sum(0), strict=True)
@@ -201,7 +252,7 @@ def _run_summary(
         "k": k,
         "lookup": lookup,
         "tree": settings["tree"] if k else None,
-        "num_problems": len(problems),
+        "num_problems": len({problem["task_id"] for problem in problems}),
         "num_new_tokens": int(tokens),
         "num_passes": passes,
         "num_plain_passes": sum(run["num_plain_passes"] for run in runs),
@@ -209,9 +260,9 @@ def _run_summary(
         "seconds": round(seconds, 4),
         "prefill_seconds": round(prefill_seconds, 4),
         "tokens_per_second": round(tokens / seconds, 4),
-        "tokens_per_second_ci95": interval(counts.rows("tokens", "seconds"), ratio),
-        "speedup": round(float(speedup(compared.sum(0))), 4),
-        "speedup_ci95": interval(compared, speedup),
+        "tokens_per_second_ci95": counts.interval(ratio, "tokens", "seconds"),
+        "speedup": round(float(speedup(counts.sums(*of_ar))), 4),
+        "speedup_ci95": counts.interval(speedup, *of_ar),
         "acceptance_rate": drafting["acceptance_rate"],
         "acceptance_rate_ci95": drafting["acceptance_rate_ci95"],
         "acceptance_by_depth": [round(a / max(p, 1), 4) for a, p in pairs],
@@ -220,12 +271,21 @@ def _run_summary(
         "accepted_per_loop_ci95": drafting["accepted_per_loop_ci95"],
         "mean_accepted_tokens": drafting["mean_accepted_tokens"],
         "tokens_per_pass": round(tokens / passes, 4),
+        "seconds_per_problem": round(seconds / len(problems), 6),
+        "seconds_per_problem_ci95": counts.interval(ratio, "seconds", "problems", digits=6),
         "seconds_per_pass": round((seconds - prefill_seconds) / passes, 6),
-        "identical_outputs": sum(map(_identical, runs, plain)),
+        "seconds_per_pass_ci95": counts.interval(ratio, "decode_seconds", "passes", digits=6),
+        "identical_outputs": len(problems_with_ars_outputs(problems, key)),
     }
 
 
-def _identical(run: dict[str, Any], plain: dict[str, Any]) -> bool:
+def problems_with_ars_outputs(problems: list[dict[str, Any]], key: Key) -> set[str]:
+    """Name the problems on which a run's outputs are AR's, whichever worker measured them."""
+    others = {p["task_id"] for p in problems if not is_ars(run_of(p, key), run_of(p, AR_KEY))}
+    return {problem["task_id"] for problem in problems} - others
+
+
+def is_ars(run: dict[str, Any], plain: dict[str, Any]) -> bool:
     """Tell whether every turn's output is that of every turn of AR."""
     return len({*run["outputs_sha256"], *plain["outputs_sha256"]}) == 1
 
@@ -233,19 +293,73 @@ def _identical(run: dict[str, Any], plain: dict[str, Any]) -> bool:
 def summarize(documents: list[dict[str, Any]]) -> dict[str, Any]:
     """Merge worker documents into the content of `summary.json`.
 
+    Where every worker measures all problems, those count that all have finished.
+
     Raises InputError where they hold no problem.
     """
-    problems = [problem for document in documents for problem in document["problems"]]
-    require(len(problems) > 0, "results: no finished problem")
+    documents = [document for document in documents if document["problems"]]
+    require(len(documents) > 0, "results: no finished problem")
     settings = documents[0]["settings"]
+    repeated = settings.get("repeat", False)
+    names = [{problem["task_id"] for problem in document["problems"]} for document in documents]
+    counted = set.intersection(*names) if repeated else set[str]().union(*names)
+    entries = [
+        (number, problem)
+        for number, document in enumerate(documents)
+        for problem in document["problems"]
+        if problem["task_id"] in counted
+    ]
+    require(len(entries) > 0, "results: no problem that all workers have finished")
+    problems = [problem for _, problem in entries]
+    workers = [number for number, _ in entries] if repeated else None
     keys = [key_of(run) for run in problems[0]["runs"]]
     keys.sort(key=lambda key: (_ORDER.index(key[0]), *key[1:]))
     return {
         "schema_version": SCHEMA_VERSION,
         "environment": documents[0]["environment"],
         "settings": settings,
-        "runs": [_run_summary(problems, key, settings) for key in keys],
+        "num_workers": len(documents),
+        "runs": [_run_summary(problems, workers, key, settings) for key in keys],
+        "best_k": _best_ks(problems, keys),
     }
+
+
+def _best_ks(problems: list[dict[str, Any]], keys: list[Key]) -> list[dict[str, Any]]:
+    """Find, for each problem and strategy that was measured at several k, the fastest k.
+
+    0 is AR; of equals the smallest counts.
+    """
+    by_strategy: dict[str, list[Key]] = {}
+    for key in keys:
+        if key[1]:
+            by_strategy.setdefault(key[0], [AR_KEY]).append(key)
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for problem in problems:
+        by_task.setdefault(problem["task_id"], []).append(problem)
+    found = []
+    for task_id, same in by_task.items():
+        for strategy, choices in by_strategy.items():
+            if len({k for _, k, _ in choices}) > 2:
+                best = max(choices, key=lambda key: speed_over(same, key, AR_KEY))
+                found.append(
+                    {
+                        "task_id": task_id,
+                        "strategy": strategy,
+                        "k": best[1],
+                        "speedup": round(speed_over(same, best, AR_KEY), 4),
+                    }
+                )
+    return found
+
+
+def speed_over(problems: list[dict[str, Any]], key: Key, other: Key) -> float:
+    """Compute tokens per second of one run over those of another, on the same problems."""
+    sums = [
+        sum(figure(run_of(problem, each)) for problem in problems)
+        for each in (key, other)
+        for figure in (lambda run: run["num_new_tokens"], seconds_of)
+    ]
+    return float(speedup(np.array(sums)))
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -265,6 +265,8 @@ class BenchConfig(Sweep, CheckpointConfig):
             without.
         turns: how often each is measured on each problem, of which the run of the median time
             counts.
+        repeat: whether every worker measures all problems, not a part of them; intervals are then
+            over workers.
     """
 
     model: str = field(kw_only=False)
@@ -297,6 +299,12 @@ class BenchConfig(Sweep, CheckpointConfig):
         env="LOOKUP",
     )
     turns: int = option(1, "Times each is measured; the median run counts.", env="TURNS")
+    repeat: bool = option(
+        False,
+        "Every worker measures all problems; intervals are over workers.",
+        env="REPEAT",
+        names=("--repeat",),
+    )
 
     def __post_init__(self) -> None:
         from sdsat.models.dtypes import INT8, check_dtype
@@ -309,6 +317,7 @@ class BenchConfig(Sweep, CheckpointConfig):
         level = real("temperature", self.temperature, expected, 0)
         require(self.method == "greedy" or level > 0, f"temperature={level}: expected {expected}")
         flag("with_generate", self.with_generate)
+        flag("repeat", self.repeat)
         whole("seed", self.seed, "a whole number")
         require(
             not (self.with_generate and self.method == "nucleus"),

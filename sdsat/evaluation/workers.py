@@ -1,7 +1,7 @@
 """Worker processes: one a device, and one that dies never ends the others.
 
-Each worker loads the model, measures its share of the problems and rewrites its own
-`worker_<device>.json` after every one.
+Each worker loads the model, measures its share of the problems, adds the texts of every one to its
+own `outputs_<device>.jsonl` and then rewrites its `worker_<device>.json`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from sdsat.config import InputError
 from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.measure import measure_problem, warm_up
+from sdsat.evaluation.outputs import append_outputs
 from sdsat.evaluation.records import environment, open_worker_document
 from sdsat.evaluation.sweep import BenchConfig
 from sdsat.files import write_json
@@ -43,16 +44,16 @@ def context_length(config: BenchConfig) -> int:
 def run_workers(
     config: BenchConfig,
     devices: list[str],
-    todo: list[Task],
+    shares: list[list[Task]],
     folder: Path,
     on_problem: Callable[[dict[str, Any]], None],
 ) -> list[str]:
-    """Split `todo` among the workers and wait for all of them, whatever becomes of one.
+    """Have each worker measure its problems and wait for all, whatever becomes of one.
 
     Args:
         config: what is measured.
         devices: one a worker.
-        todo: the problems that are left.
+        shares: the problems that are left to each; one that has none is not started.
         folder: of the results.
         on_problem: called with the entry of every problem that a worker has finished.
 
@@ -66,8 +67,8 @@ def run_workers(
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, tuple[str, Any]] = {}
     try:
-        for number, (device, label) in enumerate(zip(devices, labels(devices), strict=True)):
-            if share := todo[number :: len(devices)]:
+        for device, label, share in zip(devices, labels(devices), shares, strict=True):
+            if share:
                 receive, send = context.Pipe(duplex=False)
                 process = context.Process(
                     target=_worker, args=(config, device, label, share, folder, send), daemon=True
@@ -211,7 +212,8 @@ def _measure_share(
     warm_up(decoder, config)
     document = open_worker_document(folder, label, config, environment(decoder))
     for number, problem in enumerate(problems):
-        entry = measure_problem(decoder, problem, config, number)
+        entry, outputs = measure_problem(decoder, problem, config, number)
+        append_outputs(folder, label, problem.task_id, outputs)
         document["problems"].append(entry)
         write_json(folder / f"worker_{label}.json", document)
         pipe.send(("problem", entry))

@@ -144,6 +144,10 @@ def export(name: str, out: Path, k: int | None = None, mask_token_id: int | None
             f"model={name}: has no SAT; expected an SDSAT checkpoint or an adapter of "
             "`sdsat train --mode everywhere`"
         )
+    require(
+        not sat.deeper,
+        f"model={name}: has a SAT for each depth; servers draft with one mask token for all",
+    )
     k = sat.k + 1 if k is None else k
     require(
         2 <= k <= sat.k + 1,

@@ -28,7 +28,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from sdsat.config import require, whole
+from sdsat.config import SatIds, require, whole
 from sdsat.decoding.decoder import Decoder
 from sdsat.engines.choose import check_engine
 from sdsat.interfaces.generate_arguments import (
@@ -84,7 +84,7 @@ def attach(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     adapter: str | None = None,
-    sat_token_id: int | None = None,
+    sat_token_id: SatIds | None = None,
     engine: str = "auto",
     graphs: bool = True,
     trained_k: int | None = None,

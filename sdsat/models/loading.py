@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sdsat.cache_folder import cache_dir
-from sdsat.config import InputError, SatConfig, require, whole
+from sdsat.config import InputError, SatConfig, SatIds, require, whole
 from sdsat.models import adapter as adapters
 from sdsat.models import attention, devices, embedded, gguf, hub
 from sdsat.models.dtypes import INT8, check_dtype, check_dtype_of, torch_dtype
@@ -251,7 +251,7 @@ def _published(name: str) -> SatConfig | None:
 
 
 def _sat_of_checkpoint(
-    name: str, config: Any, token_id: int | None, k: int | None
+    name: str, config: Any, token_id: SatIds | None, k: int | None
 ) -> SatConfig | None:
     """Find a checkpoint's SAT.
 
@@ -261,7 +261,7 @@ def _sat_of_checkpoint(
     Args:
         name: of the checkpoint.
         config: transformers' configuration.
-        token_id: of the SAT; None where no option gives it.
+        token_id: of the SAT, or one a depth; None where no option gives it.
         k: how many SATs were trained; None where no option gives it.
 
     Returns:
@@ -274,13 +274,13 @@ def _sat_of_checkpoint(
     known = _published(name)
     if own is not None:
         try:
-            known = SatConfig(own["sat_token_id"], own["k"])
+            known = SatConfig.of(own["sat_token_id"], own["k"])
         except (KeyError, TypeError, InputError):
             raise InputError(
                 f"model {name}: config.json's key 'sdsat' needs sat_token_id and k, not {own!r}"
             ) from None
     if token_id is not None:
-        known = SatConfig(token_id, known.k if known else 5)
+        known = SatConfig.of(token_id, known.k if known else 5)
     if k is None:
         return known
     if known is None:
@@ -289,7 +289,7 @@ def _sat_of_checkpoint(
 
 
 def sat_of(
-    name: str, sat_token_id: int | None = None, trained_k: int | None = None
+    name: str, sat_token_id: SatIds | None = None, trained_k: int | None = None
 ) -> SatConfig | None:
     """Find the SAT that `load` will find, of settings alone.
 
@@ -304,7 +304,7 @@ def sat_of(
 
 
 def in_papers_form(
-    name: str, sat_token_id: int | None = None, trained_k: int | None = None
+    name: str, sat_token_id: SatIds | None = None, trained_k: int | None = None
 ) -> bool:
     """Tell whether this is a full SDSAT checkpoint of CodeLlama's form, as the paper's are.
 
@@ -333,7 +333,7 @@ def load(
     name: str = embedded.NAME,
     dtype: str = "bfloat16",
     device: str | None = None,
-    sat_token_id: int | None = None,
+    sat_token_id: SatIds | None = None,
     trained_k: int | None = None,
     context: int = 2048,
 ) -> SatModel:
@@ -345,7 +345,7 @@ def load(
             all else in bfloat16, on a CPU; or 'auto' for the checkpoint's own, which is read
             without a second copy in memory.
         device: see `devices.pick_devices`.
-        sat_token_id: of the SAT, in place of what the checkpoint says.
+        sat_token_id: of the SAT, or one a depth, in place of what the checkpoint says.
         trained_k: how many SATs were trained, in place of what the checkpoint says; 5 where neither
             does.
         context: positions of the cache that memory must be left for; a model that can't fit is
@@ -375,13 +375,13 @@ def load(
     return equipped
 
 
-def check_options(name: str, sat_token_id: int | None, trained_k: int | None) -> None:
+def check_options(name: str, sat_token_id: SatIds | None, trained_k: int | None) -> None:
     """Refuse options that don't go together, before weights are read.
 
     Raises InputError, one line.
     """
     if sat_token_id is not None or trained_k is not None:
-        SatConfig(
+        SatConfig.of(
             0 if sat_token_id is None else sat_token_id, 1 if trained_k is None else trained_k
         )
     given = {"sat_token_id": sat_token_id, "trained_k": trained_k}
@@ -403,7 +403,7 @@ def equip(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     name: str,
-    sat_token_id: int | None = None,
+    sat_token_id: SatIds | None = None,
     trained_k: int | None = None,
 ) -> SatModel:
     """Add to a loaded base what `name` brings: an adapter, or the SAT of its own checkpoint.

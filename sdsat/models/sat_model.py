@@ -66,10 +66,10 @@ class SatModel:
             first_free = max(self.vocabulary, self.lm.config.vocab_size)
             return replace(self.adapter.config.sat, token_id=first_free)
         if self.sat is not None:
+            largest = max(self.sat.token_id, *self.sat.deeper, 0)
             require(
-                self.sat.token_id < self.vocabulary,
-                f"sat_token_id={self.sat.token_id}: the model's vocabulary ends at "
-                f"{self.vocabulary - 1}",
+                largest < self.vocabulary,
+                f"sat_token_id={largest}: the model's vocabulary ends at {self.vocabulary - 1}",
             )
         return self.sat
 
@@ -213,9 +213,11 @@ class SatModel:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def legal(self, logits: Tensor) -> Tensor:
-        """Mask a SAT in the vocabulary, which is never chosen: logits [..., V] change in place."""
-        if self.sat is not None and self.sat.token_id < logits.shape[-1]:
-            logits[..., self.sat.token_id] = float("-inf")
+        """Mask SATs in the vocabulary, which are never chosen: logits [..., V] change in place."""
+        sats = (self.sat.token_id, *self.sat.deeper) if self.sat is not None else ()
+        for token_id in sats:
+            if token_id < logits.shape[-1]:
+                logits[..., token_id] = float("-inf")
         return logits
 
     def sat_rows(self, start: int, end: int) -> AbstractContextManager[None]:

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 
-from sdsat.config import require
+from sdsat.config import MAX_K, require
 from sdsat.engines.cache import SharedPrefix, SlotCache
 from sdsat.method.copies import LONGEST, NONE, copied
 from sdsat.models.attention import layer_masks
@@ -184,7 +184,8 @@ def sat_states(model: SatModel, batch: SatBatch) -> tuple[Tensor, Tensor]:
     assert model.sat is not None
     places = batch.anchor + batch.depth
     with model.sat_rows(0, batch.depth.shape[1]):
-        sats = model.embed(torch.full_like(batch.depth, model.sat.token_id))
+        ids = torch.tensor(model.sat.ids(MAX_K), device=batch.depth.device)
+        sats = model.embed(ids[(batch.depth - 1).clamp(min=0)])
         columns = torch.cat([positions.expand(size, length), places], dim=1)
         mask = model.mask(sat_mask(batch), places, columns)
         hidden = model.states(sats, mask, places, SharedPrefix(filled))

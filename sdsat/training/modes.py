@@ -302,6 +302,10 @@ class FullMode:
             f"mixed_precision={accelerator.mixed_precision}: expected no or bf16",
         )
         lm = model.lm.requires_grad_(True).train()
+        require(
+            model.sat is None or not model.sat.deeper,
+            f"model={model.name}: has a SAT for each depth; full mode trains one for all",
+        )
         token_id = model.sat.token_id if model.sat else _new_token(lm)
         self.sat = SatConfig(token_id, config.k)
         if config.checkpointing:

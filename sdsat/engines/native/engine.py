@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sdsat.config import SamplingConfig, require
-from sdsat.engines.base import Cache, Engine, OnRead, PassInput, PassOutput, RowPolicy
+from sdsat.engines.base import Cache, Engine, OnRead, PassInput, PassOutput, RowPolicy, tokens_of
 from sdsat.engines.drafting import Guesses, shortlist_of
 from sdsat.engines.native.bindings import (
     CacheStruct,
@@ -131,9 +131,7 @@ class NativeEngine(Engine):
     ) -> PassOutput:
         """See Engine.forward; rows need no padding."""
         sats = sum(part.num_sats for part in inputs)
-        sat = self.model.sat.token_id if self.model.sat else 0
-        nodes = [token for part in inputs for token in part.tokens]
-        tokens = torch.tensor(nodes + [sat] * sats)
+        tokens = torch.tensor(tokens_of(inputs, self.model.sat))
         layout = batch_layout(
             [(part.tree, part.groups) for part in inputs], len(tokens), self.model.device
         )
@@ -143,7 +141,7 @@ class NativeEngine(Engine):
         logits = out.logits
         ids = self.model.draft_ids
         if rounded and ids is not None:
-            logits = logits.new_full((len(nodes), self.exact.struct.vocabulary), -torch.inf)
+            logits = logits.new_full((len(tokens) - sats, self.exact.struct.vocabulary), -torch.inf)
             logits[:, ids] = out.logits
         legal = self.model.legal
         return out._replace(logits=legal(logits), sat_logits=legal(out.sat_logits))
