@@ -346,7 +346,7 @@ def test_two_workers_write_all_that_the_published_program_writes(measure, start)
 
 def test_a_page_is_made_where_plotly_is(command, measure, start, monkeypatch):
     folder = start.results / "greedy"
-    shutil.copytree(ROOT / "results/reference/smollm2-135m-full/greedy", folder)
+    shutil.copytree(ROOT / "results/reference/smollm2-135m-sdsat/greedy_everyday", folder)
     monkeypatch.setattr("sdsat.evaluation.page.NEEDED", ("no_such_package",))
     code, _, errors = command("report", str(folder))
     assert code == 0 and "no page was made: it takes plotly" in errors

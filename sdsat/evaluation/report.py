@@ -36,8 +36,6 @@ _CAPTION = (
     "Intervals: {intervals}. Seconds are those of prompt and answer, without what is made "
     "once: loading, warming up, the cost curve of auto, the rounded weights."
 )
-
-
 _OVER_PROBLEMS = (
     "95 %, BCa bootstrap over the problems; "
     "what another hour of the machine would change is not in them"
