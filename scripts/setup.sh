@@ -40,7 +40,8 @@ sdsat_setup() {
   else
     bin="$SDSAT_ROOT/.venv/bin"
     stamp="$SDSAT_ROOT/.venv/sdsat-setup"
-    if [ ! -e "$stamp" ] && ! "$bin/python" -m pip --version >/dev/null 2>&1; then  # absent, or left half-made
+    # Absent, or left half-made: without pip, or not an environment of its own, whose base pip would change.
+    if [ ! -e "$stamp" ] && ! "$bin/python" -c 'import sys, pip; sys.exit(sys.prefix == sys.base_prefix)' >/dev/null 2>&1; then
       echo "setup: making $SDSAT_ROOT/.venv" >&2
       "$python" -m venv --clear "$SDSAT_ROOT/.venv" || sdsat_fail "$python -m venv failed; install python3-venv"
     fi

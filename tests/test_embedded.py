@@ -61,7 +61,9 @@ def model(content):
     )
     digest = hashlib.sha256(content).hexdigest()
     size = len(content)
-    return Embedded("tiny-sdsat", "tiny-base", "MIT", "tiny.gguf", digest, size, (wheels,))
+    return Embedded(
+        "tiny-sdsat", "tiny-base", "someone/tiny", "MIT", "tiny.gguf", digest, size, (wheels,)
+    )
 
 
 @pytest.fixture

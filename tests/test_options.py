@@ -111,6 +111,6 @@ def test_every_command_is_there():
     commands = typer.main.get_command(app).commands
     assert list(commands) == [
         *("generate", "chat", "bench", "report", "verify", "eval", "inspect"),
-        *("distill", "train", "export", "serve"),
+        *("distill", "train", "export", "serve", "doctor"),
     ]
     assert all(command.help for command in commands.values())
