@@ -22,14 +22,13 @@ from pexpect import fdpexpect
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
-from rich.text import Text
 from test_decode import WHOLE, drafting
 
 from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.interfaces import terminal
 from sdsat.interfaces.chat import Conversation, Stopped
-from sdsat.interfaces.chat_terminal import Typed, chat_in_terminal, take
+from sdsat.interfaces.chat_terminal import Piped, Typed, chat_in_terminal, take
 from sdsat.models.adapter import AdapterConfig
 
 K = 4
@@ -90,7 +89,9 @@ def test_answers_are_those_to_the_whole_conversation(dtype, decode, system):
         sampling = replace(decode.sampling, seed=decode.sampling.seed + number * 2**32)
         plain = replace(chat.decode.plain, sampling=sampling)
         shown = []
-        answer = chat.ask(question, lambda text, shown=shown: shown.append(text.plain))
+        answer = chat.ask(
+            question, lambda pieces, shown=shown: shown.extend(text for text, _ in pieces)
+        )
         out = decoder.generate(ids, plain)
         assert tokens_of(answer) == out.token_ids and answer.finish == out.finish
         assert "".join(shown) == answer.text == out.text
@@ -152,8 +153,8 @@ class Face:
     def lines(self):
         yield from self.entered
 
-    def show(self, text):
-        self.shown.append(text)
+    def show(self, pieces):
+        self.shown.append(pieces)
 
     def note(self, text):
         self.notes.append(text)
@@ -164,7 +165,7 @@ class Face:
 
     @property
     def text(self):
-        return "".join(text.plain for text in self.shown)
+        return "".join(text for pieces in self.shown for text, _ in pieces)
 
 
 def test_what_was_stopped_stays_as_far_as_it_was_shown(chat):
@@ -234,8 +235,13 @@ def test_saving(chat, tmp_path, monkeypatch):
     assert json.loads(saved) == {"model": "tiny", "messages": chat.turns} and "\u00e4" in saved
     with one_line_error("/save: no file; expected /save FILE"):
         take(chat, Face(), "/save")
-    with one_line_error("none/x.json: no such folder"):
-        take(chat, Face(), "/save none/x.json")
+    for wrong in (
+        "none/x.json: no such folder",
+        "~nobody-of-that-name/x",
+        "a\0b: cannot be written",
+    ):
+        with one_line_error(wrong):
+            take(chat, Face(), f"/save {wrong.split(':')[0]}")
 
     def full(*_):
         raise OSError(28, "full")
@@ -305,11 +311,23 @@ def test_accepted_drafts_are_green_until_that_is_turned_off(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     with create_pipe_input() as keys, create_app_session(keys, DummyOutput()):
         face = Typed()
-        face.show(Text("drafted", style=terminal.ACCEPTED))
+        face.show([("drafted", True)])
         take(None, face, "/green")
-        face.show(Text("again", style=terminal.ACCEPTED))
+        face.show([("again", True)])
     assert "\x1b[1;32mdrafted\x1b[0m" in sys.stdout.getvalue()
     assert sys.stdout.getvalue().endswith("off\x1b[0m\nagain")
+
+
+def test_what_a_model_writes_does_not_act_on_a_terminal(monkeypatch):
+    """Piped, every character is there."""
+    text = "a\x1b]52;c;AAAA\x07\x9b2J\x0c\rb\n"
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    with create_pipe_input() as keys, create_app_session(keys, DummyOutput()):
+        Typed().show([(text, False)])
+    assert sys.stdout.getvalue() == "a\ufffd]52;c;AAAA\ufffd\ufffd2J\ufffdb\n"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    Piped(io.BytesIO()).show([(text, False), ("\tc", True)])
+    assert sys.stdout.getvalue() == text + "\tc"
 
 
 def test_keys():
@@ -387,6 +405,12 @@ def test_bad_input_is_one_line(saved, tiny, monkeypatch, capsys):
     assert "temperature=-1.0: expected" in fails(b"", saved, "--temperature", "-1")
     assert "error: line 1: not UTF-8 at byte 1" in fails(b"a\xe4\n", saved, *FIXED)
     monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    monkeypatch.setattr(sys, "argv", ["sdsat", "chat", str(saved)])
+    for name in ("stdin", "stdout"):
+        with monkeypatch.context() as closed, pytest.raises(SystemExit):
+            closed.setattr(sys, name, None)
+            cli.main()
+        assert capsys.readouterr().err == f"error: {name}: closed; expected a terminal or a pipe\n"
     with one_line_error("prompt_toolkit, which is not installed", "pip install 'sdsat[chat]'"):
         Typed()
 

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -20,10 +21,12 @@ import processes
 import pytest
 import torch
 from common import CHARACTERS, decoder_of, tiny_llama, tiny_tokenizer
+from pydantic import ValidationError
 
 from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, InputError, SamplingConfig, ServeConfig
 from sdsat.interfaces import server as serving
+from sdsat.interfaces.openai_requests import TextAsked
 from sdsat.interfaces.server import Server
 from sdsat.interfaces.terminal import encode
 
@@ -37,15 +40,15 @@ TURN = {"role": "user", "content": "def f"}
 EOS = 5
 
 
-def tokenizer():
-    made = tiny_tokenizer(CHARACTERS)
+def tokenizer(characters=CHARACTERS):
+    made = tiny_tokenizer(characters)
     made.chat_template = TEMPLATE
     return made
 
 
-def decoder(eos=EOS):
-    lm = tiny_llama(torch.float32, vocab=len(CHARACTERS), eos_token_id=eos)
-    made = decoder_of(lm, tokenizer())
+def decoder(eos=EOS, characters=CHARACTERS):
+    lm = tiny_llama(torch.float32, vocab=len(characters), eos_token_id=eos)
+    made = decoder_of(lm, tokenizer(characters))
     _ = made.engine.row_policy
     return made
 
@@ -137,6 +140,19 @@ def test_texts_are_those_of_generate_whoever_else_asks(shared):
     assert texts[0] != texts[1] and unseeded[0].id != unseeded[1].id
 
 
+def test_a_stream_has_every_character():
+    """Also those that a terminal would act on."""
+    controls = [*map(chr, (7, 8, 11, 12, 13, 27, 155))]
+    made = decoder(None, ["<unk>", "a", "\ufffd", *controls])
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 48}
+    with running(made) as (_, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        events = client.completions.create(**asked, seed=1, stream=True)
+        text = "".join(event.choices[0].text for event in events)
+    assert text == wanted(made, "a", "raw", seed=1, length=48).text
+    assert len(set(controls) & set(text)) > 4
+
+
 def test_a_conversation_has_all_its_turns(shared):
     made, url = shared
     turns = [
@@ -156,6 +172,8 @@ def test_a_conversation_has_all_its_turns(shared):
 REFUSED = {
     "tools": ({"tools": [{"type": "function"}]}, 400, "tools"),
     "logprobs": ({"logprobs": 3}, 400, "logprobs"),
+    "logprobs of no others": ({"logprobs": 0}, 400, "logprobs"),
+    "a number for no": ({"echo": 0}, 400, "echo"),
     "a penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty"),
     "a bias": ({"logit_bias": {"5": 10}}, 400, "logit_bias"),
     "an unknown field": ({"colour": 1}, 400, "colour"),
@@ -164,6 +182,17 @@ REFUSED = {
     "a long prompt": ({"prompt": "a" * 255}, 400, "max_tokens"),
     "a longer prompt": ({"prompt": "a" * 256}, 400, "prompt"),
     "a strange token": ({"prompt": [99]}, 400, "prompt"),
+    "a negative token": (
+        {"prompt": [-1]},
+        400,
+        "prompt: Input should be a valid string; or Input should be greater",
+    ),
+    "no text": ({"prompt": ["a", 1]}, 400, "prompt: Input should be a valid string; or "),
+    "a stop of another kind": (
+        {"stop": 3},
+        400,
+        "stop: Input should be a valid string; or Input should be a valid list",
+    ),
     "a long answer": ({"max_tokens": 252}, 400, "max_tokens"),
     "negative numbers": ({"max_tokens": -1}, 400, "max_tokens"),
     "a long stop string": ({"stop": "x" * 129}, 400, "stop"),
@@ -173,15 +202,18 @@ REFUSED = {
     "a tiny temperature": ({"temperature": 1e-9}, 400, "temperature"),
     "options of no stream": ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
     "another model": ({"model": "gpt-4"}, 404, "model"),
+    "half a character": ({"model": "\ud800"}, 404, "model=\\ud800"),
 }
 
 
 @pytest.mark.parametrize(("change", "status", "named"), REFUSED.values(), ids=REFUSED)
 def test_what_is_not_served_is_refused_by_its_name(shared, change, status, named):
-    answer = httpx.post(f"{shared[1]}/v1/completions", json={**GOOD, **change})
+    headers = {"Content-Type": "application/json"}
+    body = json.dumps({**GOOD, **change})
+    answer = httpx.post(f"{shared[1]}/v1/completions", content=body, headers=headers)
     assert answer.status_code == status
     error = answer.json()["error"]
-    assert error["param"] == named and error["message"].startswith(named)
+    assert error["param"] == re.match(r"\w+", named)[0] and error["message"].startswith(named)
     assert error["type"] == "invalid_request_error"
 
 
@@ -214,10 +246,37 @@ def test_bodies_that_can_not_be_read(shared, body, status):
     assert httpx.get(f"{shared[1]}/health").json() == {"status": "ok"}
 
 
-def test_turns_that_the_template_refuses(shared):
+@pytest.mark.parametrize("wrong", [[-1], [[-1]], [[1], -1], {"text": "x"}], ids=str)
+def test_a_large_body_is_refused_at_once(wrong):
+    """Whatever is wrong, and however often, few errors are written down."""
+    sent = {**GOOD, "prompt": wrong * 100_000 if isinstance(wrong, list) else wrong}
+    with pytest.raises(ValidationError) as refused:
+        TextAsked.model_validate(sent)
+    assert refused.value.error_count() < 6
+
+
+def test_without_its_content_type_a_body_is_not_read(shared):
+    """A page of the web can send such bodies to this machine, but no others."""
+    answer = httpx.post(f"{shared[1]}/v1/completions", content=json.dumps(GOOD))
+    assert answer.status_code == 400 and "Content-Type: application/json" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (TEMPLATE, "the user is first"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0].content.nope() }}", "no attribute"),
+        ("{% if %}", "Expected an expression"),
+        (None, "it has no chat template"),
+    ],
+)
+def test_turns_that_the_template_refuses(monkeypatch, shared, template, why):
+    monkeypatch.setattr(shared[0].tokenizer, "chat_template", template)
     body = {"model": "tiny", "messages": [{"role": "assistant", "content": "x"}]}
     answer = httpx.post(f"{shared[1]}/v1/chat/completions", json=body)
-    assert answer.status_code == 400 and "the user is first" in answer.text
+    assert answer.status_code == 400 and why in answer.json()["error"]["message"]
 
 
 def test_half_a_request_is_refused_in_time(monkeypatch, shared):
@@ -225,10 +284,12 @@ def test_half_a_request_is_refused_in_time(monkeypatch, shared):
     host, port = shared[1].removeprefix("http://").split(":")
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
     body = head + b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
-    for sent in (b"", head, body):
+    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    for sent in (b"", head, body, whole + body):
         with socket.create_connection((host, int(port)), timeout=10) as client:
             client.sendall(sent)
-            assert client.recv(99).startswith(b"HTTP/1.1 400")
+            got = b"".join(iter(lambda client=client: client.recv(999), b""))
+            assert got.count(b"HTTP/1.1 200") == sent.count(b"GET") and b"HTTP/1.1 400" in got
     # A whole one may take longer than that to answer.
     asked = {**GOOD, "max_tokens": 200, "temperature": 0}
     assert httpx.post(f"{shared[1]}/v1/completions", json=asked, timeout=60).status_code == 200
@@ -305,6 +366,30 @@ def test_a_pass_that_fails_ends_its_answers_alone(monkeypatch, shared):
     assert answers[0].json()["error"]["message"] == "decoding failed"
 
 
+def test_a_stream_says_that_decoding_failed(monkeypatch, shared):
+    """The client has its status by then: it must not take what came for the whole answer."""
+    made = shared[0].decoder
+    plain = made.engine.forward
+    passes = []
+
+    def forward(inputs, **named):
+        passes.append(inputs)
+        if len(passes) == 4:
+            raise RuntimeError("no memory")
+        return plain(inputs, **named)
+
+    monkeypatch.setattr(made.engine, "forward", forward)
+    with running(made) as (_, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        asked = {"model": "tiny", "prompt": "ab", "temperature": 0}
+        got = ""
+        with pytest.raises(openai.APIError, match="decoding failed"):
+            for event in client.completions.create(**asked, stream=True):
+                got += event.choices[0].text
+        whole = client.completions.create(**asked).choices[0].text
+    assert len(got) == 3 and whole.startswith(got)
+
+
 def test_a_key_is_asked_for_where_there_is_one(shared):
     with running(shared[0].decoder, api_key="secret") as (_, url):
         for key, status in ((None, 401), ("other", 401), ("s\u00e9cret", 401), ("secret", 200)):
@@ -373,6 +458,15 @@ def test_without_its_packages_the_command_says_what_to_install(monkeypatch, caps
     assert "fastapi" in line and "pip install 'sdsat[serve]'" in line
 
 
+def test_a_host_that_is_not_here(capsys):
+    importlib.import_module("sdsat.interfaces.server")
+    with pytest.raises(SystemExit) as end:
+        command("--host", "256.0.0.1")
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: host=256.0.0.1: ")
+
+
 def test_a_port_that_is_taken(capsys):
     importlib.import_module("sdsat.interfaces.server")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as end:
@@ -383,7 +477,18 @@ def test_a_port_that_is_taken(capsys):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"port": 70000}, {"queue": 0}, {"context": 0}, {"batch_size": 1.5}, {"api_key": ""}]
+    "wrong",
+    [
+        {"port": 70000},
+        {"host": ""},
+        {"queue": 0},
+        {"context": 0},
+        {"batch_size": 1.5},
+        {"api_key": ""},
+        {"api_key": "a key"},
+        {"api_key": "key\n"},
+        {"api_key": "s\u00e9cret"},
+    ],
 )
 def test_settings_that_can_not_be(wrong):
     with pytest.raises(InputError, match=rf"^{next(iter(wrong))}[=:]"):

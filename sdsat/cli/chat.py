@@ -9,7 +9,7 @@ import typer
 
 from sdsat.cli.options import Defaults, Model, TemplateOptions, from_settings
 from sdsat.cli.program import decode_settings, load_decoder
-from sdsat.config import DecodeConfig, HubConfig, LoadConfig, SamplingConfig, utf8
+from sdsat.config import DecodeConfig, HubConfig, LoadConfig, SamplingConfig, require, utf8
 from sdsat.models import embedded
 from sdsat.models.hub import at_revision
 
@@ -31,6 +31,8 @@ def chat(
     from sdsat.models import loading
     from sdsat.tasks.prompts import text_of_turns
 
+    for name in ("stdin", "stdout"):
+        require(getattr(sys, name) is not None, f"{name}: closed; expected a terminal or a pipe")
     typed = sys.stdin.isatty() and sys.stdout.isatty()
     face: Face = Typed() if typed else Piped(sys.stdin.buffer)
     model = at_revision(model, hub.revision)

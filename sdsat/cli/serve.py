@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from typing import Annotated
 
@@ -39,7 +40,10 @@ def serve(
     try:  # before weights are read; until then, clients wait
         listener = socket.create_server((config.host, config.port), family=family)
     except OSError as error:
-        raise InputError(f"port={config.port}: {error}; expected a free one") from None
+        named = f"host={config.host}: {error}; expected an address of this machine"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            named = f"port={config.port}: {error}; expected a free one"
+        raise InputError(named) from None
     decoder = load_decoder(model, load, config.batch_size * config.context)
     server = Server(decoder, decode, config, options)
     host, port = listener.getsockname()[:2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from sdsat.config.checks import require, whole
@@ -32,4 +33,7 @@ class ServeConfig:
         whole("port", self.port, "a number from 0 to 65535", 0, 65535)
         for name in ("batch_size", "queue", "context"):
             whole(name, getattr(self, name), "1 or more, a whole number", 1)
-        require(self.api_key != "", "api_key: empty; expected some text, or leave it out")
+        printable = self.api_key is None or re.fullmatch("[!-~]+", self.api_key) is not None
+        expected = "expected letters, digits and signs of ASCII without a space, or leave it out"
+        require(printable, f"api_key: what no header can carry; {expected}")
+        require(self.host != "", "host: empty; expected an address, as 127.0.0.1")

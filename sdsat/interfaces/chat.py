@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.text import Text
-
 from sdsat.config import DecodeConfig, require
 from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.kept import KeptCache
 from sdsat.decoding.stopping import Finish, text_after
 from sdsat.engines.base import OnRead
-from sdsat.interfaces.terminal import Recorder, Step, TokenStream
+from sdsat.interfaces.terminal import Piece, Recorder, Step, TokenStream
 from sdsat.tasks.prompts import text_of_turns
 
 
@@ -116,14 +114,14 @@ class Conversation:
         return sum(answer.num_prompt + answer.num_new_tokens for answer in last)
 
     def ask(
-        self, question: str, show: Callable[[Text], None], on_read: OnRead | None = None
+        self, question: str, show: Callable[[list[Piece]], None], on_read: OnRead | None = None
     ) -> Answer | None:
         """Have the model answer.
 
         Args:
             question: the user's turn.
-            show: called with each piece of the answer; accepted drafts are styled. It may raise
-                `Stopped`: the conversation goes on with what was shown.
+            show: called with the pieces of each pass. It may raise `Stopped`: the conversation goes
+                on with what was shown.
             on_read: as of `Decoder.generate`; it may raise `Stopped`, too.
 
         Returns:

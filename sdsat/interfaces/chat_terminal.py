@@ -19,7 +19,7 @@ from sdsat.config import DecodeConfig, InputError, require, utf8
 from sdsat.decoding.decoder import Decoder
 from sdsat.files import write_json
 from sdsat.interfaces.chat import Answer, Conversation, Stopped
-from sdsat.interfaces.terminal import reading_bar, warm_up
+from sdsat.interfaces.terminal import Piece, reading_bar, styled, warm_up, write
 
 _COMMAND = re.compile(r"/(\w+)(?:\s+(.*))?", re.DOTALL)
 
@@ -38,8 +38,8 @@ class Face(Protocol):
     def lines(self) -> Iterator[str]:
         """Yield what is entered, until there is no more."""
 
-    def show(self, text: Text) -> None:
-        """Show a piece of an answer."""
+    def show(self, pieces: list[Piece]) -> None:
+        """Show pieces of an answer."""
 
     def note(self, text: str) -> None:
         """Show a line that is no answer."""
@@ -70,13 +70,9 @@ class Piped:
                     f"line {number}: not UTF-8 at byte {error.start}; expected text in UTF-8"
                 ) from None
 
-    def show(self, text: Text) -> None:
+    def show(self, pieces: list[Piece]) -> None:
         """See Face.show."""
-        try:
-            sys.stdout.write(text.plain)
-            sys.stdout.flush()
-        except BrokenPipeError:  # as of `sdsat chat | head`
-            Console().on_broken_pipe()
+        write(pieces)
 
     def note(self, text: str) -> None:
         """See Face.note."""
@@ -150,9 +146,10 @@ class Typed:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def show(self, text: Text) -> None:
+    def show(self, pieces: list[Piece]) -> None:
         """See Face.show."""
-        self._console.print(text if self.green else Text(text.plain), end="", soft_wrap=True)
+        coloured = [(text, drafted and self.green) for text, drafted in pieces]
+        self._console.print(styled(coloured), end="", soft_wrap=True)
 
     def note(self, text: str) -> None:
         """See Face.note."""
@@ -182,7 +179,10 @@ def _save(chat: Conversation, face: Face, argument: str) -> None:
     """Save the conversation: /save FILE, as JSON."""
     require(argument != "", "/save: no file; expected /save FILE")
     document = {"model": chat.decoder.model.name, "messages": chat.turns}
-    path = Path(argument).expanduser()
+    try:
+        path = Path(argument).expanduser()
+    except RuntimeError:
+        raise InputError(f"/save: {argument}: nobody's home is there; expected a file") from None
     write_json(path, document, ascii_only=False)
     face.note(f"saved: {path}")
 
@@ -231,8 +231,8 @@ def take(chat: Conversation, face: Face, line: str) -> None:
 
 
 def _answer(chat: Conversation, face: Face, question: str) -> None:
-    def show(text: Text) -> None:
-        face.show(text)
+    def show(pieces: list[Piece]) -> None:
+        face.show(pieces)
         face.check()
 
     with reading_bar() as bar:
@@ -243,7 +243,7 @@ def _answer(chat: Conversation, face: Face, question: str) -> None:
 
         answer = chat.ask(question, show, on_read)
     if answer is not None:
-        face.show(Text("\n"))
+        face.show([("\n", False)])
     for note in _ends(chat, answer):
         face.note(note)
 

@@ -8,13 +8,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 _Text = Annotated[str, Field(min_length=1)]
 _Stop = Annotated[str, Field(min_length=1, max_length=128)]
-_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+_Several = Annotated[list[_Text | _Ids], Field(min_length=1, fail_fast=True)]
 # Many clients send these, which ask for nothing.
 _NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False,
     "echo": False, "best_of": 1, "store": False, "tools": [], "tool_choice": "none",
     "response_format": {"type": "text"},
 }  # fmt: skip
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    neutral = _NEUTRAL.get(name)
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 class _Strict(BaseModel):
@@ -26,7 +32,7 @@ class _Strict(BaseModel):
     @classmethod
     def _asking(cls, data: Any) -> Any:
         given = data.items() if isinstance(data, dict) else ()
-        asks = {k: v for k, v in given if v is not None and v != _NEUTRAL.get(k)}
+        asks = {k: v for k, v in given if v is not None and not _is_neutral(k, v)}
         return asks if isinstance(data, dict) else data
 
 
@@ -41,7 +47,7 @@ class _Part(_Strict):
 
 class _Turn(_Strict):
     role: Literal["system", "user", "assistant"]
-    content: str | list[_Part]
+    content: str | Annotated[list[_Part], Field(fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -59,7 +65,7 @@ class Asked(_Strict):
     top_k: int = Field(0, ge=0)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1)
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] = Field([])
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16, fail_fast=True)] = Field([])
     stream: bool = False
     stream_options: _StreamOptions | None = None
     user: str = ""
@@ -73,7 +79,7 @@ class Asked(_Strict):
 class ChatAsked(Asked):
     """A conversation to answer."""
 
-    messages: list[_Turn] = Field(min_length=1)
+    messages: list[_Turn] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @property
@@ -85,4 +91,4 @@ class ChatAsked(Asked):
 class TextAsked(Asked):
     """Text, or token ids, to continue."""
 
-    prompt: _Text | _Ids | Annotated[list[_Text | _Ids], Field(min_length=1)]
+    prompt: _Text | _Ids | _Several

@@ -40,7 +40,7 @@ from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.interfaces.openai_requests import Asked, ChatAsked, TextAsked
 from sdsat.interfaces.served_batch import Full, ServedBatch
-from sdsat.interfaces.terminal import TokenStream, encode
+from sdsat.interfaces.terminal import TokenStream, encode, plain
 from sdsat.tasks.prompts import encode_turns
 
 MAX_BODY = 2**20  # bytes
@@ -186,14 +186,18 @@ class Server:
             while len(outs) < len(requests):
                 number, piece = await pieces.get()
                 if isinstance(piece, Exception):
-                    raise HTTPException(500, "decoding failed")
+                    failed = HTTPException(500, "decoding failed")
+                    if not asked.stream:
+                        raise failed
+                    yield f"data: {str((await _failed(None, failed)).body, 'utf-8')}\n\n"
+                    return
                 index = numbers.index(number)
                 if isinstance(piece, Generation):
                     outs[index] = piece
                 if asked.stream:
                     said = streams[index]
-                    text = said.rest() if index in outs else said.add(piece, [False] * len(piece))
-                    yield f"data: {answer([choice(index, text.plain)])}\n\n"
+                    new = said.rest() if index in outs else said.add(piece, [False] * len(piece))
+                    yield f"data: {answer([choice(index, plain(new))])}\n\n"
             if not asked.stream:
                 texts = [outs[index].text for index in range(len(outs))]
                 yield answer([choice(*each, role="assistant") for each in enumerate(texts)], True)
@@ -239,12 +243,17 @@ async def _failed(_: Any, error: Any) -> Response:
     status = getattr(error, "status_code", 400 if isinstance(error, InputError) else 500)
     message = getattr(error, "detail", str(error) if status == 400 else "internal error")
     if isinstance(error, RequestValidationError):
-        status, first = 400, error.errors()[0]
-        unknown = first["type"] == "extra_forbidden"
-        place = [str(part) for part in first["loc"] if first["type"] != "json_invalid"][1:]
-        why = "not served; leave it out" if unknown else first["msg"]
-        message = f"{'.'.join(place) or 'body'}: {why}"
-    REFUSED.labels(status).inc()
+        status, (first, *more) = 400, error.errors()
+        of_forms = first["loc"][1:2] in (("prompt",), ("stop",))  # one error for each form
+        errors = [first, *(each for each in more if of_forms and each["loc"][1] == first["loc"][1])]
+        place = [] if first["type"] == "json_invalid" else first["loc"][1 : 2 if of_forms else 99]
+        why = "; or ".join(dict.fromkeys(each["msg"] for each in errors))
+        if first["type"] == "extra_forbidden":
+            why = "not served; leave it out"
+        if first["type"] == "model_attributes_type" and not place:
+            why = "expected a JSON object, with the header Content-Type: application/json"
+        message = f"{'.'.join(map(str, place)) or 'body'}: {why}"
+    message = message.encode(errors="backslashreplace").decode()  # JSON may have half characters
     named = re.match(r"(\w+)[=:.]", message)
     kind = "invalid_request_error" if status < 500 else "server_error"
     said = {"message": message, "type": kind, "param": named and named[1], "code": None}
@@ -268,10 +277,12 @@ class _Connection(H11Protocol):
         super().connection_made(transport)
         self._late = self.loop.call_later(PATIENCE, self._give_up)
 
-    def data_received(self, data: bytes) -> None:
-        self._late = self._late or self.loop.call_later(PATIENCE, self._give_up)
-        super().data_received(data)
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+    def handle_events(self) -> None:
+        super().handle_events()
+        begun = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if begun and self._late is None and self.timeout_keep_alive_task is None:
+            self._late = self.loop.call_later(PATIENCE, self._give_up)
+        elif not begun and self._late is not None:
             self._late.cancel()
             self._late = None
 

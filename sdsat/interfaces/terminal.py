@@ -5,6 +5,8 @@ Accepted drafts are in colour; the text can be saved as a picture too, and besid
 
 from __future__ import annotations
 
+import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,10 +32,36 @@ from sdsat.tasks.prompts import WARM_UP, encode_prompt, encode_request
 
 ACCEPTED = "bold green"
 LONG_PROMPT = 2000  # tokens to read, above which a bar shows how far it has come
+Piece = tuple[str, bool]  # of a text, and whether it is of accepted drafts
+_ACTING = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+def plain(pieces: Sequence[Piece]) -> str:
+    """Join pieces, every character as it is."""
+    return "".join(text for text, _ in pieces)
+
+
+def styled(pieces: Sequence[Piece]) -> Text:
+    """Style pieces for a terminal, where a model's control characters must not act.
+
+    Accepted drafts are green.
+    """
+    return Text.assemble(
+        *((_ACTING.sub("\ufffd", text), ACCEPTED if drafted else "") for text, drafted in pieces)
+    )
+
+
+def write(pieces: Sequence[Piece]) -> None:
+    """Write pieces to a stdout that is no terminal."""
+    try:
+        sys.stdout.write(plain(pieces))
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `sdsat chat | head`
+        Console().on_broken_pipe()
 
 
 class TokenStream:
-    """What turns tokens into styled text, up to where `Generation.text` ends.
+    """What turns tokens into pieces of text, up to where `Generation.text` ends.
 
     Each call returns what the new tokens add. Held back until it is known: bytes that do not make a
     whole character yet, and what may become a stop string.
@@ -54,7 +82,7 @@ class TokenStream:
         self.drafted: list[bool] = []
         self.shown = 0  # characters of the text that were returned
 
-    def add(self, tokens: list[int], drafted: list[bool]) -> Text:
+    def add(self, tokens: list[int], drafted: list[bool]) -> list[Piece]:
         """Return what these tokens add to the text.
 
         drafted: for each token, whether it was an accepted draft.
@@ -66,7 +94,7 @@ class TokenStream:
                 self._take(text, accepted)
         return self._up_to(len(self.text) - self._begun(self.text))
 
-    def rest(self) -> Text:
+    def rest(self) -> list[Piece]:
         """Return what was held back to the end."""
         self._take(text_after(self.tokenizer, self.before, self.tokens), False)
         return self._up_to(len(self.text))
@@ -85,14 +113,11 @@ class TokenStream:
         )
         return max(sizes, default=0)
 
-    def _up_to(self, end: int) -> Text:
+    def _up_to(self, end: int) -> list[Piece]:
         """Return the text from what was returned before to `end`, or to where the output ends."""
         end = min(end, end_of_text(self.text, self.stop_strings))
-        new = Text()
-        for drafted, places in groupby(range(self.shown, end), key=self.drafted.__getitem__):
-            new.append(
-                "".join(self.text[place] for place in places), style=ACCEPTED if drafted else ""
-            )
+        runs = groupby(range(self.shown, end), key=self.drafted.__getitem__)
+        new = [("".join(self.text[place] for place in places), drafted) for drafted, places in runs]
         self.shown = max(self.shown, end)
         return new
 
@@ -261,16 +286,11 @@ def _lane(title: str, run: Run, remark: str, stream: TokenStream) -> Lane:
         remark: what stands after its figures.
         stream: a fresh one.
     """
-    texts = [stream.add(step.tokens, step.drafted) for step in run.steps]
-    texts[-1].append_text(stream.rest())
-    console = Console()
+    added = [stream.add(step.tokens, step.drafted) for step in run.steps]
+    added[-1] += stream.rest()
     passes = [
-        LanePass(
-            step.seconds,
-            len(step.tokens),
-            [(part.text, bool(part.style)) for part in text.render(console) if part.text],
-        )
-        for step, text in zip(run.steps, texts, strict=True)
+        LanePass(step.seconds, len(step.tokens), pieces)
+        for step, pieces in zip(run.steps, added, strict=True)
     ]
     done = f"{run.out.num_new_tokens} tokens in {run.seconds:.2f} s"
     return Lane(title, f"{done}, {run.tokens_per_second:.0f} tokens/s{remark}", passes)
@@ -310,11 +330,14 @@ def generate_in_terminal(
     stream = new_stream()
     console = Console(record=svg is not None, highlight=False)
 
-    def show(tokens: list[int], drafted: list[bool]) -> None:
-        console.print(stream.add(tokens, drafted), end="", soft_wrap=True)
+    def show(pieces: list[Piece]) -> None:
+        if console.is_terminal or console.record:
+            console.print(styled(pieces), end="", soft_wrap=True)
+        else:
+            write(pieces)
 
-    run = timed(decoder, prompt_ids, decode, show)
-    console.print(stream.rest())
+    run = timed(decoder, prompt_ids, decode, lambda *step: show(stream.add(*step)))
+    show([*stream.rest(), ("\n", False)])
     console.print(Text(figures(run, decode.depth), style="dim"), soft_wrap=True)
     if compare:
         ar = timed(decoder, prompt_ids, decode.plain)

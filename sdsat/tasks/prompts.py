@@ -20,7 +20,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sdsat.config import InputError, require
@@ -239,7 +238,7 @@ def _chat(
         return tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True, **given
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it may raise anything
         raise InputError(
             f"tokenizer: its chat template refuses these turns ({reason(error)})"
         ) from None
