@@ -14,7 +14,7 @@ from test_native import FLOAT, HALF, INT8, VOCAB, decoder_with, strange_rows
 from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.engines.base import RowPolicy
 from sdsat.engines.drafting import Guesses
-from sdsat.engines.native import bindings
+from sdsat.engines.native import bindings, compiler
 from sdsat.method.costs import COUNTS, CostCurve
 from sdsat.method.tree import make_tree
 
@@ -97,7 +97,7 @@ def choices(rng: random.Random) -> None:
 
 
 if __name__ == "__main__":
-    bindings._FLAGS[:1] = [
+    compiler.FLAGS[:1] = [
         "-O0",
         "-g1",
         "-fsanitize=address,undefined",

@@ -20,12 +20,12 @@ def decoder():
 def drafted(decoder):
     """[(prompt ids, its greedy output with drafts)] of two problems."""
     prompts = [list(problem.prompt_ids) for problem in humaneval(decoder.model.tokenizer, 2)]
-    config = DecodeConfig(5, 16, stop_ids=decoder.model.stop_ids)
+    config = DecodeConfig(5, 12, stop_ids=decoder.model.stop_ids)
     return [(prompt_ids, decoder.generate(prompt_ids, config)) for prompt_ids in prompts]
 
 
 def test_greedy_equals_transformers_generate(decoder, drafted):
-    config = DecodeConfig(0, 16, stop_ids=decoder.model.stop_ids)
+    config = DecodeConfig(0, 12, stop_ids=decoder.model.stop_ids)
     for prompt_ids, out in drafted:
         want = transformers_generate(decoder, prompt_ids, config)
         ar = decoder.generate(prompt_ids, config)
@@ -38,9 +38,9 @@ def test_seeded_nucleus_equals_ar_and_seeds_differ(decoder):
     outputs = set()
     for seed, trees in ((0, ("chain", "paper")), (1, ("paper",))):
         sampling = SamplingConfig(1.0, 10, 0.95, seed)
-        ar = decoder.generate(prompt, DecodeConfig(0, 24, "chain", sampling)).token_ids
+        ar = decoder.generate(prompt, DecodeConfig(0, 12, "chain", sampling)).token_ids
         for tree in trees:
-            out = decoder.generate(prompt, DecodeConfig(5, 24, tree, sampling))
+            out = decoder.generate(prompt, DecodeConfig(5, 12, tree, sampling))
             assert out.token_ids == ar
         outputs.add(tuple(ar))
     assert len(outputs) == 2
