@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     import torch
 
 
+# By the kernel's name for it: what the native engine makes of an instruction set.
+_LEVELS = {
+    "avx512_bf16": "AVX-512 with bfloat16",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "asimd": "NEON",
+}
+
+
 def folder_hash(folder: Path, patterns: Iterable[str]) -> str:
     """Compute one hash for the names and contents of some files in `folder`.
 
@@ -68,10 +77,12 @@ def system() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """Return the processor's own name for itself, and the number of threads that torch uses."""
+    """Return the processor's own name, its vector instructions, and torch's number of threads."""
     import torch
 
-    return f"{processor()}, {torch.get_num_threads()} threads"
+    level = instructions()
+    name = processor() + (f" ({level})" if level else "")
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def processor() -> str:
@@ -83,6 +94,17 @@ def processor() -> str:
         )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """Name the widest vector instructions that the native engine takes; '' for none it knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    kinds = [line for line in lines if line.startswith(("flags", "Features"))]
+    flags = set(kinds[0].partition(":")[2].split()) if kinds else set()
+    return next((said for flag, said in _LEVELS.items() if flag in flags), "")
 
 
 def free_memory() -> int | None:

@@ -38,6 +38,7 @@ SMALL = {
     "eval": "--data-limit 1 --max-new-tokens 4",
     "generate": "--max-new-tokens 8 --device cpu",
     "memory": "--dtype int8",
+    "growth": "--models base:bfloat16 --threads 1 --turns 1",
     "inspect": "--data-limit 1 --max-new-tokens 6",
     "train": ("--steps 2 --eval-every 1 --held-out 2 --anchors 2 --batch-size 1 --dtype float32"),
     "verify": "--data-limit 1 --max-new-tokens 6",
@@ -51,6 +52,7 @@ CONSTANTS = {
         "base_of": lambda _: replace(SMOLLM2, base="base"),
         "base_dir": lambda _: Path("base"),
     },
+    "growth": {"CONTEXTS": (16, 64), "BATCHES": (1, 2), "READ_BYTES": 2**20},
     "pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)},
     "profile_passes": {"SHAPES": ((2, 1),), "NEW_TOKENS": 12},
 }

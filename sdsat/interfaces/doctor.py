@@ -29,18 +29,11 @@ from sdsat.engines.native.compiler import (
     compiler,
     library_name,
 )
-from sdsat.environment import free_memory, processor
+from sdsat.environment import free_memory, instructions, processor
 from sdsat.models import embedded
 
 _GIB = 2**30
 _ROOM = _GIB  # of memory, and of disk, that the default model takes with its conversion
-# By the kernel's name for it: what the native engine makes of an instruction set.
-_LEVELS = {
-    "avx512_bf16": "AVX-512 with bfloat16",
-    "avx512f": "AVX-512",
-    "avx2": "AVX2",
-    "asimd": "NEON",
-}
 _DEVELOPMENT = "test"  # the extra that is no part of a use
 
 
@@ -154,18 +147,8 @@ def _compiler() -> Finding:
     return Finding("compiler", f"{' '.join(command)}, with OpenMP")
 
 
-def _flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    kinds = [line for line in lines if line.startswith(("flags", "Features"))]
-    return set(kinds[0].partition(":")[2].split()) if kinds else set()
-
-
 def _instructions() -> Finding:
-    level = next((said for flag, said in _LEVELS.items() if flag in _flags()), "no wide vectors")
-    return Finding("instructions", f"{level}: {processor()}")
+    return Finding("instructions", f"{instructions() or 'no wide vectors'}: {processor()}")
 
 
 def _engine() -> Finding:
