@@ -9,6 +9,7 @@ random numbers, which take the time that a text's take. 1.5b and 7b are Qwen2.5'
 shapes with random weights, made in a folder of the cache folder and removed at the end (7b: 13.5 GB
 of disk for a while). Beside the time stands the share of the memory floor that is reached: the time
 to read weights, keys and values once, at the rate at which the same threads add up a large tensor.
+Reading a prompt is compared with the arithmetic of torch's own products in float32.
 What does not fit into memory is left out, and the document says so.
 """
 
@@ -36,7 +37,7 @@ from sdsat.cache_folder import cache_dir
 from sdsat.cli.program import run
 from sdsat.config import InputError, require
 from sdsat.decoding.decoder import Decoder
-from sdsat.engines.base import PassInput
+from sdsat.engines.base import PassInput, probe_tokens
 from sdsat.engines.native.engine import NativeCache
 from sdsat.environment import commit, cpu_name, system
 from sdsat.figures import new_figure, save
@@ -46,6 +47,7 @@ from sdsat.models.embedded import BASE_NAME, base_dir
 
 CONTEXTS = (256, 1024, 4096, 16384)  # tokens before the pass, of one sequence
 BATCHES = (1, 2, 4, 8, 16, 32)  # sequences, after CONTEXTS[0] tokens each
+PROMPT = 512  # tokens that are read
 MOST_CACHE = 2**31  # bytes of keys and values, at most
 SIZES = {
     "1.5b": Qwen2Config(
@@ -172,6 +174,31 @@ def measure(decoder: Decoder, context: int, batch: int, turns: int) -> dict[str,
     }
 
 
+@torch.inference_mode()
+def reading(decoder: Decoder) -> dict[str, float]:
+    """How fast a prompt is read, and which share of the arithmetic of torch's products that is."""
+    engine = decoder.engine
+    tokens = probe_tokens(decoder.model, PROMPT)
+    linear = [m for m in decoder.model.lm.base_model.modules() if hasattr(m, "in_features")]
+    products = 2 * PROMPT * sum(m.in_features * m.out_features for m in linear)
+    square = torch.randn(PROMPT, 2 * PROMPT)
+    taken = {"prompt": float("inf"), "torch": float("inf")}
+    for _ in range(3):
+        cache = engine.new_cache(PROMPT + 16)
+        began = time.perf_counter()
+        engine.prefill(cache, tokens)
+        taken["prompt"] = min(taken["prompt"], time.perf_counter() - began)
+        began = time.perf_counter()
+        torch.mm(square, square.T)
+        taken["torch"] = min(taken["torch"], time.perf_counter() - began)
+    rate = 4 * PROMPT**3 / taken["torch"]
+    return {
+        "threads": torch.get_num_threads(),
+        "tokens_per_second": round(PROMPT / taken["prompt"], 1),
+        "of_torchs_float32_products": round(products / taken["prompt"] / rate, 3),
+    }
+
+
 def points(decoder: Decoder) -> list[tuple[int, int]]:
     """(context, batch) of all that is measured of a model."""
     most = decoder.model.max_context - 16
@@ -187,16 +214,18 @@ def measured(name: str, dtype: str, threads: list[int], turns: int) -> dict[str,
     try:
         with loaded(name, dtype) as decoder:
             size = weight_bytes(decoder)
-            rows = []
+            rows, prompts = [], []
             for count in threads:
                 torch.set_num_threads(count)
                 rate = bytes_a_second()
+                prompts.append(reading(decoder))
                 for context, batch in points(decoder):
                     row = measure(decoder, context, batch, turns)
                     floor = 1000 * (size + row["cache_bytes"]) / rate
                     rows.append(row | {"floor_share": round(floor / row["milliseconds"], 3)})
             parameters = sum(p.numel() for p in decoder.model.lm.parameters())
-            return {**head, "parameters": parameters, "weight_bytes": size, "rows": rows}
+            found = {"parameters": parameters, "weight_bytes": size}
+            return {**head, **found, "prompts": prompts, "rows": rows}
     except (InputError, MemoryError) as reason:
         return {**head, "left_out": str(reason) or "memory ended", "rows": []}
 
@@ -219,6 +248,12 @@ def show(models: list[dict[str, Any]]) -> None:
                 f"{100 * row['floor_share']:.0f} %",
             )
         Console().print(table)
+        for each in model["prompts"]:
+            share = f"{100 * each['of_torchs_float32_products']:.0f} %"
+            speed = f"{each['tokens_per_second']:.0f} tokens/s"
+            print(
+                f"  reading a prompt, {each['threads']} threads: {speed}, {share} of torch's rate"
+            )
 
 
 def plot(models: list[dict[str, Any]], threads: int, title: str, file: Path) -> None:

@@ -317,9 +317,9 @@ def summarize(
         "tokens_per_pass": round(
             float(own[:, 0].sum() / sum(run[strategy]["num_passes"] for run in runs)), 4
         ),
-        "seconds_to_first_token": round(
-            sum(run[strategy]["prefill_seconds"] for run in runs) / len(runs), 4
-        ),
+        "seconds_to_first_token": None  # transformers' generate doesn't tell
+        if strategy in TRANSFORMERS
+        else round(sum(run[strategy]["prefill_seconds"] for run in runs) / len(runs), 4),
         "identical_outputs": sum(
             run[strategy]["output_sha256"] == run[same]["output_sha256"] for run in runs
         ),

@@ -40,8 +40,8 @@ PARTS = {
     "linear layers": r"\b(multiply_\w+|LinearShare|LowRank)<",
     "norms": r"\brms_norm<",
     "waiting for the other threads": r"0x[0-9a-f]{16}|gomp|\bBarrier\b",
-    "attention, rotary embedding, activations, cache": r"\b(forward|attend\w*|rotate\w*|softmax|"
-    r"score_slots|add_values|gather_values|gate_and_up)<",
+    "attention, rotary embedding, activations, cache": r"\b(forward|attend\w*|attention_layer|"
+    r"rotate\w*|softmax|score_slots|add_values|gather_values|gate_and_up)<",
 }
 
 

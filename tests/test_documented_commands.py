@@ -52,7 +52,7 @@ CONSTANTS = {
         "base_of": lambda _: replace(SMOLLM2, base="base"),
         "base_dir": lambda _: Path("base"),
     },
-    "growth": {"CONTEXTS": (16, 64), "BATCHES": (1, 2), "READ_BYTES": 2**20},
+    "growth": {"CONTEXTS": (16, 64), "BATCHES": (1, 2), "PROMPT": 32, "READ_BYTES": 2**20},
     "pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)},
     "profile_passes": {"SHAPES": ((2, 1),), "NEW_TOKENS": 12},
 }

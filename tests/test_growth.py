@@ -25,6 +25,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(growth, "SIZES", SIZES)
     monkeypatch.setattr(growth, "CONTEXTS", (16, 64, 4096))
     monkeypatch.setattr(growth, "BATCHES", (1, 2))
+    monkeypatch.setattr(growth, "PROMPT", 32)
     monkeypatch.setattr(growth, "READ_BYTES", 2**20)
     tiny_tokenizer(["<unk>", *"abc"]).save_pretrained(tmp_path / "base")
     (tmp_path / "cache").mkdir()
