@@ -266,6 +266,8 @@ def plot(models: list[dict[str, Any]], threads: int, title: str, file: Path) -> 
         axes.plot(places, [row["milliseconds"] for row in rows], marker="o", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xticks(CONTEXTS, [f"{context:,}" for context in CONTEXTS])
     axes.legend(frameon=False, fontsize=8)
     save(figure, file)
