@@ -38,9 +38,9 @@ def test_seeded_nucleus_equals_ar_and_seeds_differ(decoder):
     outputs = set()
     for seed, trees in ((0, ("chain", "paper")), (1, ("paper",))):
         sampling = SamplingConfig(1.0, 10, 0.95, seed)
-        ar = decoder.generate(prompt, DecodeConfig(0, 12, "chain", sampling)).token_ids
+        ar = decoder.generate(prompt, DecodeConfig(0, 24, "chain", sampling)).token_ids
         for tree in trees:
-            out = decoder.generate(prompt, DecodeConfig(5, 12, tree, sampling))
+            out = decoder.generate(prompt, DecodeConfig(5, 24, tree, sampling))
             assert out.token_ids == ar
         outputs.add(tuple(ar))
     assert len(outputs) == 2

@@ -238,13 +238,14 @@ def filled_in(program, arguments):
         "qwen2.5-coder-0.5b-sdsat": "MODEL",
         "qwen2.5-coder-0.5b-instruct": "base",
         "path/to/file.gguf": "file.gguf",
+        "FILE.gguf": "file.gguf",
         "sdsat/adapters/smollm2-135m-sdsat": "adapters/default",
     }
     words = [known.get(word, word) for word in arguments]
     if program in MODEL_OPTION:
         return words if "--model" in words else [*words, "--model", "base" if base else "MODEL"]
     place = 1 if program == "bench" else 0
-    if program not in ("doctor", "export", "report") and (
+    if program not in ("doctor", "export", "growth", "report") and (
         len(words) <= place or words[place].startswith("--")
     ):
         words.insert(place, "MODEL")
