@@ -27,6 +27,7 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
+from pass_cost import read_seconds, weight_bytes
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -123,32 +124,6 @@ def loaded(name: str, dtype: str) -> Iterator[Decoder]:
         yield Decoder.load(folder, dtype, "cpu", engine="native")
 
 
-def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the weights that a pass of one row reads: all but the embeddings' other rows."""
-    lm: Any = decoder.model.lm
-    head = lm.get_output_embeddings().weight
-    embedded = lm.get_input_embeddings().weight
-    linear = {m.weight.data_ptr() for m in lm.modules() if hasattr(m, "in_features")}
-    small = decoder.model.dtype_name == "int8"
-    every = {p.data_ptr(): p for p in [*lm.parameters(), head]}
-    if embedded.data_ptr() != head.data_ptr():
-        every.pop(embedded.data_ptr(), None)
-    return sum(
-        p.numel() * (1 if small and at in linear else p.element_size()) for at, p in every.items()
-    )
-
-
-def bytes_a_second() -> float:
-    """How fast the threads read memory: the best of ten sums."""
-    block = torch.ones(READ_BYTES // 8, dtype=torch.int64)
-    best = 0.0
-    for _ in range(10):
-        began = time.perf_counter()
-        block.sum()
-        best = max(best, READ_BYTES / (time.perf_counter() - began))
-    return best
-
-
 @torch.inference_mode()
 def measure(decoder: Decoder, context: int, batch: int, turns: int) -> dict[str, Any]:
     """The median time of a pass that gives each of `batch` sequences a token."""
@@ -213,11 +188,11 @@ def measured(name: str, dtype: str, threads: list[int], turns: int) -> dict[str,
     head = {"model": name, "dtype": dtype}
     try:
         with loaded(name, dtype) as decoder:
-            size = weight_bytes(decoder)
+            size = weight_bytes(decoder.model)
             rows, prompts = [], []
             for count in threads:
                 torch.set_num_threads(count)
-                rate = bytes_a_second()
+                rate = READ_BYTES / read_seconds(READ_BYTES, decoder.model.device)
                 prompts.append(reading(decoder))
                 for context, batch in points(decoder):
                     row = measure(decoder, context, batch, turns)

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -89,22 +89,28 @@ def measure(
     return found
 
 
-def floor_milliseconds(model: SatModel) -> tuple[int, float]:
-    """(bytes of the weights that a pass reads, milliseconds to read as many: the fastest of ten
-    sums over one tensor).
-    """
-    head = model.lm.get_output_embeddings().weight
-    inner = [p for name, p in model.lm.base_model.named_parameters() if "embed" not in name]
-    size = sum(p.numel() * p.element_size() for p in [head, *inner])
-    block = torch.ones(size // 8, dtype=torch.int64, device=model.device)
+def weight_bytes(model: SatModel) -> int:
+    """Bytes of the weights that a pass of one row reads: all but the embeddings' other rows."""
+    lm: Any = model.lm
+    head = lm.get_output_embeddings().weight
+    inner = [p for name, p in lm.base_model.named_parameters() if "embed" not in name]
+    linear = {m.weight.data_ptr() for m in lm.modules() if hasattr(m, "in_features")}
+    small = linear if model.dtype_name == "int8" else set()
+    every = {p.data_ptr(): p for p in [head, *inner]}
+    return sum(p.numel() * (1 if at in small else p.element_size()) for at, p in every.items())
+
+
+def read_seconds(size: int, device: torch.device) -> float:
+    """Seconds to read so many bytes: the fastest of ten sums over one tensor."""
+    block = torch.ones(size // 8, dtype=torch.int64, device=device)
     best = float("inf")
     for _ in range(10):
         began = time.perf_counter()
         block.sum()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - began)
-    return size, round(1000 * best, 2)
+    return best
 
 
 @contextmanager
@@ -141,7 +147,8 @@ def main(
         plain = Decoder.load(model, dtype, device, engine="transformers", graphs=False)
         engines["transformers"] = plain.engine
     first = best.model
-    weights, floor = floor_milliseconds(first)
+    weights = weight_bytes(first)
+    floor = round(1000 * read_seconds(weights, first.device), 2)
     contexts = {
         context: COUNTS if context == CONTEXTS[0] else COUNTS[:6]
         for context in CONTEXTS[: 1 if busy else None]

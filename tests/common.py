@@ -26,6 +26,14 @@ VOCAB = 64
 gc.freeze()
 
 _LLAMAS = {}
+PLOTS = {  # files of a benchmark
+    "tokens_per_second",
+    "speedup",
+    "acceptance_rate",
+    "seconds_per_problem",
+    "seconds_per_pass",
+    "acceptance_by_depth",
+}
 
 
 def tiny_llama(dtype=torch.float64, vocab=VOCAB, seed=0, **overrides):

@@ -22,7 +22,7 @@ import processes
 import psutil
 import pytest
 import torch
-from common import adapted, tiny_tokenizer
+from common import PLOTS, adapted, tiny_tokenizer
 from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -35,14 +35,6 @@ from sdsat.evaluation.sweep import BenchConfig
 from sdsat.models import devices
 
 ROOT = Path(__file__).parent.parent
-PLOTS = (
-    "tokens_per_second",
-    "speedup",
-    "acceptance_rate",
-    "seconds_per_problem",
-    "seconds_per_pass",
-    "acceptance_by_depth",
-)
 RUN_KEYS = {
     "dataset",
     "strategy",

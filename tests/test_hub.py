@@ -104,9 +104,12 @@ def test_the_cards_python_runs_and_names_no_folder_of_this_machine(folder, modul
     assert not any(str(folder.parent) in text for text in texts)
 
 
-def test_a_full_checkpoint_says_itself_which_token_its_sat_is(tmp_path):
+@pytest.mark.parametrize("own", [None, {"sat_token_id": [32011, 32012], "k": 5}])
+def test_a_full_checkpoint_says_itself_which_tokens_its_sats_are(tmp_path, own):
     place = tmp_path / "CodeLlama-SDSAT_L5_7B"  # whose SAT is known by name alone
     lm = tiny_llama(torch.float32, vocab=32017)
+    if own is not None:
+        lm.config.sdsat = own
     lm.save_pretrained(place)
     tiny_tokenizer([chr(33 + i) for i in range(60)]).save_pretrained(place)
     sat = loading.sat_of(str(place))

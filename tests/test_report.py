@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from common import one_line_error, tiny_llama
+from common import PLOTS, one_line_error, tiny_llama
 from test_decode import WHOLE, drafting
 
 from sdsat.config import DecodeConfig, InputError
@@ -20,14 +20,6 @@ from sdsat.evaluation.sweep import AR, Setting
 from sdsat.files import read_json, write_json
 
 REFERENCES = sorted((Path(__file__).parent.parent / "results/reference").glob("*/*/summary.json"))
-PLOTS = {
-    "tokens_per_second",
-    "speedup",
-    "acceptance_rate",
-    "seconds_per_problem",
-    "seconds_per_pass",
-    "acceptance_by_depth",
-}
 SETTINGS = {
     "model": "tiny",
     "dataset": "humaneval",

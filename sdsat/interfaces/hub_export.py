@@ -157,9 +157,11 @@ def _copy(checkpoint: Path, target: Path) -> None:
 
 
 def _name_sat(config: Path, source: SatModel) -> None:
-    """Write into a full checkpoint's configuration which token its SAT is."""
+    """Write into a full checkpoint's configuration which tokens its SATs are."""
     assert source.sat is not None
-    sat = {"sat_token_id": source.sat.token_id, "k": source.sat.k}
+    own = source.sat
+    token_id = [own.token_id, *own.deeper] if own.deeper else own.token_id
+    sat = {"sat_token_id": token_id, "k": own.k}
     write_json(config, {**read_json(config), "sdsat": sat})
 
 
