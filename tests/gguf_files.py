@@ -2,6 +2,7 @@
 
 import gguf
 import numpy as np
+import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
 KINDS = gguf.GGMLQuantizationType
@@ -68,6 +69,22 @@ def write_gguf(lm, file, kind=KINDS.F32, raw=None, **more):
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+# Where a block has numbers in half precision.
+HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+def random_blocks(kind, outputs, inputs, seed=0):
+    """Random bytes of a matrix of a type, [outputs, bytes], whose numbers are of size 0.1."""
+    rng = np.random.default_rng(seed)
+    size, held = gguf.GGML_QUANT_SIZES[KINDS[kind]]
+    blocks = rng.integers(0, 256, (outputs, inputs // size, held), np.uint8)
+    largest = {"Q8_0": 127, "Q4_K": 63 * 15, "Q5_K": 63 * 31, "Q6_K": 127 * 32}.get(kind, 16)
+    for at in HALVES.get(kind, (0,)):
+        halves = rng.uniform(-0.2, 0.2, (*blocks.shape[:2], 1)) / (63 if at == 2 else largest)
+        blocks[..., at : at + 2] = halves.astype(np.float16).view(np.uint8)
+    return torch.from_numpy(blocks.reshape(outputs, -1))
 
 
 def tensors_of(lm, kind):

@@ -27,6 +27,7 @@ from common import (
     tiny_llama,
     tiny_tokenizer,
 )
+from gguf_files import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -46,7 +47,7 @@ from sdsat.decoding.decoder import Decoder
 from sdsat.engines import drafting
 from sdsat.engines.base import RowPolicy, probe_rows
 from sdsat.engines.drafting import Guesses
-from sdsat.engines.native import bindings, compiler, weights
+from sdsat.engines.native import bindings, compiler, packing
 from sdsat.engines.native.compiler import Unavailable
 from sdsat.engines.native.engine import NativeEngine
 from sdsat.method.layout import Layout
@@ -54,6 +55,7 @@ from sdsat.method.sampling import as_seed, choose, gumbel_noise
 from sdsat.method.tree import DraftTree, make_tree
 from sdsat.models import attention
 from sdsat.models.adapter import AdapterConfig, SatAdapter
+from sdsat.models.blocks import TYPES, BlockLinear, HeldWeight, take_blocks
 from sdsat.models.int8 import Int8Linear, round_linears, round_weight
 from sdsat.models.sat_model import SatModel
 
@@ -90,11 +92,15 @@ CONFIGS = {
     "qwen2": Qwen2Config(**{**COMMON, "hidden_size": 128}),
     "qwen2, tied": Qwen2Config(**{**COMMON, "hidden_size": 128}, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**COMMON),
+    "blocks of 256": LlamaConfig(
+        **{**COMMON, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
+    ),
 }
 FLOAT = torch.float32
 HALF = torch.bfloat16
 INT8 = "int8"  # HALF with linear layers in 8 bits
-each_kind = pytest.mark.parametrize("kind", [FLOAT, HALF, INT8], ids=str)
+GGUF = "gguf"  # HALF with linear layers in a file's own bits, of one type after the other
+each_kind = pytest.mark.parametrize("kind", [FLOAT, HALF, INT8, GGUF], ids=str)
 each_dtype = pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 TOKENS = torch.randint(VOCAB, (400,), generator=torch.Generator().manual_seed(0))
 
@@ -108,17 +114,32 @@ def _no_gradients():
 def random_lm(name, kind=FLOAT):
     """A random model of CONFIGS whose norms and biases are no ones and zeros either.
 
-    kind: its dtype, or INT8.
+    kind: its dtype, INT8 or GGUF.
     """
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(CONFIGS[name]).eval().requires_grad_(False)
     for key, parameter in lm.named_parameters():
         if parameter.dim() == 1:
             parameter.normal_(1.0 if key.endswith("norm.weight") else 0.0, 0.3)
-    if kind != INT8:
-        return lm.to(kind)
-    round_linears(lm.to(HALF))
+    if kind == INT8:
+        round_linears(lm.to(HALF))
+    elif kind == GGUF:
+        in_blocks(lm.to(HALF))
+    else:
+        lm.to(kind)
     return lm
+
+
+def in_blocks(lm, kinds=tuple(TYPES)):
+    """Give a model's linear layers random weights as files hold them, of each type that fits."""
+    held = {}
+    for name, weight in lm.named_parameters():
+        if weight.dim() == 2 and "embed_tokens" not in name:
+            fitting = [kind for kind in kinds if weight.shape[1] % TYPES[kind].inputs == 0]
+            kind = fitting[len(held) % len(fitting)]
+            held[name] = HeldWeight(random_blocks(kind, *weight.shape), kind)
+            weight.copy_(held[name].read().numbers())
+    take_blocks(lm, held)
 
 
 def natively(lm, adapter=None):
@@ -212,7 +233,7 @@ def test_bfloat16_is_as_near_to_the_exact_as_transformers_bfloat16(name):
 def test_weights_in_8_bits(shape):
     weight = torch.randn(shape) * torch.rand(shape[0], 1)
     weight[3] = 0
-    packed, scale = weights.pack8(weight)
+    packed, scale = packing.pack8(weight)
     lanes = bindings.library().sdsat_lanes()
     assert (
         packed.shape == (len(scale) // lanes, shape[1] // 4, lanes, 4)
@@ -228,7 +249,7 @@ def test_weights_in_8_bits(shape):
 def test_weights_in_5_bits(shape):
     weight = torch.randn(shape) * torch.rand(shape[0], 1)
     weight[3] = 0
-    packed = weights.pack5(weight)
+    packed = packing.pack5(weight)
     lanes = bindings.library().sdsat_lanes()
     outputs = shape[0] + -shape[0] % 32
     assert packed.shape == (outputs // lanes, shape[1] // 32, 22 * lanes)
@@ -316,6 +337,57 @@ def test_a_linear_layer_in_8_bits(name):
         want = rows_in_8_bits(None, [states.double()]) @ weight.T
         want += 0 if head.bias is None else head.bias.double()
         assert (got - want).abs().max() <= 1e-5 * want.abs().max(), rows
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_linear_layer_in_a_files_own_bits(kind):
+    """As the one in 8 bits: nothing of the weight is rounded."""
+    lm = random_lm("blocks of 256")
+    in_blocks(lm, [kind])
+    decoder = natively(lm)
+    weight = lm.get_output_embeddings().blocks.read().numbers().double()
+    for rows in (1, 3, 4, 8, 9, 11):
+        cache = decoder.engine.new_cache(rows)
+        states, got = forward(decoder, cache, TOKENS[:rows], chain(rows))
+        want = rows_in_8_bits(None, [states.double()]) @ weight.T
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max(), rows
+
+
+@pytest.mark.parametrize("name", ["llama", "biases", "qwen2", "blocks of 256"])
+def test_logits_of_a_model_in_a_files_own_bits_are_those_of_its_modules(name):
+    lm = random_lm(name)
+    in_blocks(lm)
+    plain = copy.deepcopy(lm)
+    for parent in list(plain.modules()):
+        for child, layer in list(parent.named_children()):
+            if isinstance(layer, BlockLinear):
+                exact = torch.nn.Linear(layer.in_features, layer.out_features)
+                exact.weight, exact.bias = layer.weight, layer.bias
+                setattr(parent, child, exact)
+    lm.set_attn_implementation("sdpa")
+    want = lm(TOKENS[None, :60]).logits[0]
+    got = in_passes(natively(lm), TOKENS[:60], [0, 7, 53])
+    before = plain(TOKENS[None, :60]).logits[0]
+    # rounding is a step: near an edge it may fall either way
+    assert (got - want).norm() <= 0.6 * (got - before).norm()
+    assert (got - before).norm() <= 0.1 * before.norm()
+
+
+def test_a_file_in_which_some_matrices_are_plain_numbers():
+    lm = random_lm("llama")
+    in_blocks(lm)
+    plain = lm.model.layers[1].mlp.down_proj
+    layer = torch.nn.Linear(plain.in_features, plain.out_features, bias=False)
+    layer.weight = plain.weight
+    lm.model.layers[1].mlp.down_proj = layer
+    lm.lm_head, head = torch.nn.Linear(64, VOCAB, bias=False), lm.lm_head
+    lm.lm_head.weight = head.weight
+    decoder = natively(lm)
+    assert decoder.model.dtype_name == "gguf"
+    lm.set_attn_implementation("sdpa")
+    want = lm(TOKENS[None, :60]).logits[0]
+    got = in_passes(decoder, TOKENS[:60], [0, 7, 53])
+    assert (got - want).norm() <= 0.05 * want.norm()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -423,8 +495,10 @@ def assert_bits(decoder, context, rounds, generator, slots=300):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    name=st.sampled_from(["llama", "biases", "groups of 4", "groups of 5", "head dim 96", "qwen3"]),
-    kind=st.sampled_from([FLOAT, HALF, INT8]),
+    name=st.sampled_from(
+        ["llama", "biases", "groups of 4", "groups of 5", "head dim 96", "qwen3", "blocks of 256"]
+    ),
+    kind=st.sampled_from([FLOAT, HALF, INT8, GGUF]),
     targets=st.sampled_from(
         [
             ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),

@@ -48,7 +48,7 @@ def train(
     # then takes two to ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from sdsat.models import devices, loading
-    from sdsat.models.dtypes import INT8
+    from sdsat.models.dtypes import WITH_INTEGERS
     from sdsat.training import loop, shards
 
     require(
@@ -58,7 +58,10 @@ def train(
     )
     device = load.device or own_gpu()
     dtype = "float32" if config.mode == "full" else dtype or devices.training_dtype(device)
-    require(dtype != INT8, f"dtype={dtype}: only for decoding; expected float32 or bfloat16")
+    require(
+        dtype not in WITH_INTEGERS,
+        f"dtype={dtype}: only for decoding; expected float32 or bfloat16",
+    )
     model = at_revision(model, hub.revision)
     loaded = loading.load(model, dtype, device)
     loop.train(loaded, shards.read_sequences(data, loaded.tokenizer), out, config)

@@ -48,15 +48,15 @@ class LoadConfig(CheckpointConfig):
     """How a model is loaded: see `models.loading.load`.
 
     Attributes:
-        dtype: 'float32', 'bfloat16', 'float16', 'int8' (see models/int8.py), or 'auto' for the
-            checkpoint's own.
+        dtype: 'float32', 'bfloat16', 'float16', 'int8' (see models/int8.py), 'gguf' (see
+            models/blocks.py), or 'auto' for the checkpoint's own.
         device: see `models.devices.pick_devices`.
     """
 
     dtype: str = option(
         "bfloat16",
-        "float32, bfloat16, float16, int8 (linear layers in 8 bits, on a CPU), or auto for the "
-        "checkpoint's own.",
+        "float32, bfloat16, float16, int8 (linear layers in 8 bits, on a CPU), gguf (a GGUF file "
+        "in its own bits, on a CPU), or auto for the checkpoint's own.",
         env="DTYPE",
     )
     device: str = option(

@@ -88,7 +88,7 @@ class Decoder:
 
         Args:
             name: a hub id, a directory, a GGUF file, an adapter directory or an embedded name.
-            dtype: 'float32', 'bfloat16', 'float16', 'int8', or 'auto' for the checkpoint's own.
+            dtype: as of `models.loading.load`.
             device: 'cpu', a GPU number, or several joined by +; None for the first GPU, else the
                 CPU.
             sat_token_id: of the SAT, or one a depth, in place of what the checkpoint says.

@@ -307,7 +307,7 @@ class BenchConfig(Sweep, CheckpointConfig):
     )
 
     def __post_init__(self) -> None:
-        from sdsat.models.dtypes import INT8, check_dtype
+        from sdsat.models.dtypes import WITH_INTEGERS, check_dtype
 
         require(
             self.method in ("greedy", "nucleus"),
@@ -326,7 +326,7 @@ class BenchConfig(Sweep, CheckpointConfig):
         )
         check_dtype(self.dtype)
         require(
-            not self.with_generate or self.dtype != INT8,
+            not self.with_generate or self.dtype not in WITH_INTEGERS,
             f"dtype={self.dtype}: transformers has no such layers for with_generate to time; "
             "expected bfloat16, or no with_generate",
         )

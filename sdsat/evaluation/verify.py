@@ -33,7 +33,7 @@ from sdsat.tasks.prompts import Problem, encode_task
 # A first divergence with a larger margin than this cannot be rounding. In half precision logits of
 # 16 to 32 lie 1/8 (bfloat16) or 1/64 (float16) apart, and different kernels were seen to differ by
 # a few such steps.
-EXPLAINED = {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0, "int8": 1.0}
+EXPLAINED = {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0, "int8": 1.0, "gguf": 1.0}
 _COLUMNS = (
     "dtype",
     "against",

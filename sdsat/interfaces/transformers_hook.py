@@ -61,7 +61,8 @@ def load(
 
     Args:
         name: a hub id, a directory, a GGUF file, an adapter directory or an embedded name.
-        dtype: 'float32', 'bfloat16', 'float16', 'int8', or 'auto' for the checkpoint's own.
+        dtype: 'float32', 'bfloat16', 'float16', 'int8', 'gguf', or 'auto'; see
+            `models.loading.load`.
         device: 'cpu', a GPU number, or several joined by +; None for the first GPU, else the CPU.
         revision: of a hub id: a branch, a tag or a commit; None for what is there now.
         options: further ones of `sdsat.decoding.decoder.Decoder.load`.

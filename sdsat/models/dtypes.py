@@ -17,18 +17,20 @@ SAFETENSORS_DTYPES = {
     "F64": torch.float64,
 }
 INT8 = "int8"  # linear layers in 8 bits (int8.py), all else in bfloat16
+GGUF = "gguf"  # linear layers in a GGUF file's own bits (blocks.py), all else in bfloat16
+WITH_INTEGERS = (INT8, GGUF)  # for decoding alone, and on a CPU
 
 
 def torch_dtype(dtype: str) -> torch.dtype | None:
     """Return the type of embeddings and states of a model loaded in `dtype`; None for 'auto'."""
-    return DTYPES.get("bfloat16" if dtype == INT8 else dtype)
+    return DTYPES.get("bfloat16" if dtype in WITH_INTEGERS else dtype)
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse anything but 'auto', a name in DTYPES and INT8, with an InputError."""
+    """Refuse anything but 'auto', a name in DTYPES, INT8 and GGUF, with an InputError."""
+    names = ("auto", *DTYPES, *WITH_INTEGERS)
     require(
-        isinstance(dtype, str) and dtype in ("auto", *DTYPES, INT8),
-        f"dtype={dtype}: expected auto, {', '.join(DTYPES)}, {INT8}",
+        isinstance(dtype, str) and dtype in names, f"dtype={dtype}: expected {', '.join(names)}"
     )
 
 

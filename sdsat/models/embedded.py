@@ -20,9 +20,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdsat.cache_folder import PATIENCE_SECONDS, cache_dir, creating
+from sdsat.cache_folder import PATIENCE_SECONDS, cache_dir, creating, remembered_sha256
 from sdsat.config import InputError, require
-from sdsat.files import reason, sha256_of
+from sdsat.files import reason, replacing, sha256_of
 
 _ADAPTERS = Path(__file__).parents[1] / "adapters"
 # Of a converted base.
@@ -267,6 +267,34 @@ def base_dir(model: Embedded = SMOLLM2) -> Path:
     return gguf.kept(model.base, convert, _FILES)
 
 
+def own_file(model: Embedded) -> Path:
+    """Return the model's GGUF file in the cache folder, fetched on the first call.
+
+    Raises InputError, one line, where no source has the file or the folder can't be written.
+    """
+    own = cache_dir() / model.file
+    if own.is_file():
+        _check_own(own, remembered_sha256(own), model)
+        return own
+    try:
+        with fetched(model) as file:
+            if file != own:
+                with replacing(own) as part:
+                    shutil.copyfile(file, part)
+    except OSError as error:
+        raise InputError(
+            f"cache folder {own.parent}: cannot be written ({error}); set SDSAT_CACHE"
+        ) from None
+    return own
+
+
+def _check_own(own: Path, found: str, model: Embedded) -> None:
+    require(
+        found == model.sha256,
+        f"model {model.base}: {own} has the wrong sha256, {found}; expected {model.sha256}",
+    )
+
+
 @contextmanager
 def fetched(model: Embedded) -> Iterator[Path]:
     """Yield the model's GGUF file, which is to be read only; a download is removed afterwards.
@@ -279,14 +307,13 @@ def fetched(model: Embedded) -> Iterator[Path]:
     """
     own = cache_dir() / model.file
     if own.is_file():
-        found = sha256_of(own)
-        require(
-            found == model.sha256,
-            f"model {model.base}: {own} has the wrong sha256, {found}; expected {model.sha256}",
-        )
+        _check_own(own, sha256_of(own), model)
         yield own
         return
     with creating(model.file, seconds=PATIENCE_SECONDS) as cache:
+        if own.is_file():  # another process has put it there meanwhile
+            yield own
+            return
         folder = cache / "downloads" / model.base
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("part-*"):  # of a process that was killed

@@ -35,7 +35,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from sdsat.cache_folder import PATIENCE_SECONDS, cache_dir, creating, remembered_sha256
 from sdsat.config import InputError, is_whole, require
 from sdsat.files import read_json, reason, write_json
-from sdsat.models.dtypes import SAFETENSORS_DTYPES
+from sdsat.models.blocks import TYPES, HeldWeight
+from sdsat.models.dtypes import GGUF, INT8, SAFETENSORS_DTYPES
 from sdsat.models.families import check_family
 from sdsat.models.gguf_header import check_header
 from sdsat.models.gguf_tokenizer import read_tokenizer
@@ -178,21 +179,8 @@ def convert(file: Path, target: Path, name: str, as_transformers: bool = False) 
         InputError: in one line, for a file that can't be read or is of no supported family.
         OSError: where `target` can't be written.
     """
-    with _reading(name):
-        check_header(file)
-        reader = gguf.GGUFReader(file)
-        settings = {
-            key: field.contents()
-            for key, field in reader.fields.items()
-            if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
-        }
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        _check_types(tensors, name)
-        config = _config(settings, tensors, name)
-        check_family(config, name)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-        wanted = _wanted(model, settings, tensors, name)
+    reader, model, wanted = _opened(file, name)
+    config = model.config
     try:
         tokenizer = (
             transformers_tokenizer(file, config)
@@ -209,9 +197,63 @@ def convert(file: Path, target: Path, name: str, as_transformers: bool = False) 
     config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    heads = (config.num_attention_heads, config.num_key_value_heads)
-    permuted = heads if config.model_type == "llama" else None
-    _write_weights(target / "model.safetensors", wanted, config.dtype, permuted, name)
+    _write_weights(target / "model.safetensors", wanted, config, name)
+
+
+def held_weights(file: Path, name: str, data: Tensor) -> dict[str, HeldWeight]:
+    """Find the quantized matrices of a file, {transformers' name: weight}.
+
+    Args:
+        file: as of `convert`.
+        name: of the model, for messages.
+        data: the file's bytes, of uint8; the weights are views of it.
+
+    Raises:
+        InputError: in one line, for a file that can't be read, that has no such matrix, or one of
+            a type that is not computed with.
+    """
+    _, model, wanted = _opened(file, name)
+    held = {}
+    for own, tensor in wanted.items():
+        kind = tensor.tensor_type.name
+        if len(tensor.shape) < 2 or kind in _PLAIN:
+            continue
+        require(
+            kind in TYPES,
+            f"dtype={GGUF}: {name} holds {tensor.name} in {kind}; expected {', '.join(TYPES)} or "
+            f"plain numbers, or another dtype, as {INT8}",
+        )
+        outputs = int(tensor.shape[1])
+        begin = int(tensor.data_offset)
+        there = data[begin : begin + int(tensor.n_bytes)].view(outputs, -1)
+        order = torch.arange(outputs)[:, None]
+        heads = _heads_in_another_order(own, model.config)
+        held[own] = HeldWeight(there, kind, _in_halves(order, heads)[:, 0] if heads else None)
+    require(bool(held), f"dtype={GGUF}: {name} holds plain numbers alone; expected auto")
+    return held
+
+
+def _opened(file: Path, name: str) -> tuple[gguf.GGUFReader, Any, dict[str, Any]]:
+    """Read all of a file but its weights and tokenizer.
+
+    Returns its reader, transformers' model of it without weights, and the tensors that are the
+    model's. Raises InputError, one line, for what can't be read or is of no supported family.
+    """
+    with _reading(name):
+        check_header(file)
+        reader = gguf.GGUFReader(file)
+        settings = {
+            key: field.contents()
+            for key, field in reader.fields.items()
+            if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
+        }
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        _check_types(tensors, name)
+        config = _config(settings, tensors, name)
+        check_family(config, name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        return reader, model, _wanted(model, settings, tensors, name)
 
 
 @contextmanager
@@ -414,23 +456,16 @@ def _wanted(
     return {own: tensors[str(other)] for own, other in found.items()}
 
 
-def _write_weights(
-    file: Path,
-    tensors: dict[str, Any],
-    dtype: torch.dtype,
-    permuted: tuple[int, int] | None,
-    name: str,
-) -> None:
+def _write_weights(file: Path, tensors: dict[str, Any], config: Any, name: str) -> None:
     """Write a safetensors file, one tensor after the other.
 
     Args:
         file: to be written; the format: https://github.com/huggingface/safetensors#format.
         tensors: {the model's name: the GGUF file's tensor}.
-        dtype: of the numbers.
-        permuted: heads of queries and of keys, whose rows llama.cpp has in another order; None
-            where it hasn't.
+        config: of the model; its dtype is that of the numbers.
         name: of the model.
     """
+    dtype = config.dtype
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for own, tensor in sorted(tensors.items()):
@@ -445,10 +480,19 @@ def _write_weights(
         for own, tensor in sorted(tensors.items()):
             numbers = np.require(gguf.dequantize(tensor.data, tensor.tensor_type), None, "W")
             values = torch.from_numpy(numbers).to(dtype)
-            if permuted and own.endswith(("q_proj.weight", "k_proj.weight")):
-                values = _in_halves(values, permuted[own.endswith("k_proj.weight")])
+            if heads := _heads_in_another_order(own, config):
+                values = _in_halves(values, heads)
             out.write(values.contiguous().view(torch.uint8).numpy().data)
             bar.update(values.nbytes)
+
+
+def _heads_in_another_order(own: str, config: Any) -> int:
+    """Count the heads of a weight whose rows llama.cpp has in another order; 0: it has not."""
+    if config.model_type == "llama" and own.endswith("q_proj.weight"):
+        return int(config.num_attention_heads)
+    if config.model_type == "llama" and own.endswith("k_proj.weight"):
+        return int(config.num_key_value_heads)
+    return 0
 
 
 def _in_halves(weight: Tensor, heads: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 GROUP = 32  # inputs of a row that share a scale
 LARGEST = 127  # in size, of a weight or an input
 _TINY = 1e-20  # the largest of a group counts as no less
-_AT_ONCE = 2**14  # outputs whose weights are rounded together
+AT_ONCE = 2**14  # outputs whose weights are rounded together
 
 
 class Int8Weight(NamedTuple):
@@ -58,7 +58,7 @@ class Int8Linear(nn.Linear):
         """Compute [..., out] of inputs [..., in], in their type. No gradients."""
         inputs = round_inputs(x)
         outputs = []
-        for part in self.weight.split(_AT_ONCE):
+        for part in self.weight.split(AT_ONCE):
             values, scale = round_weight(part)
             outputs.append(inputs @ values.float().T * scale)
         out = torch.cat(outputs, -1)

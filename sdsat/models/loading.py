@@ -24,7 +24,15 @@ from sdsat.cache_folder import cache_dir
 from sdsat.config import InputError, SatConfig, SatIds, require, whole
 from sdsat.models import adapter as adapters
 from sdsat.models import attention, devices, embedded, gguf, hub
-from sdsat.models.dtypes import INT8, check_dtype, check_dtype_of, torch_dtype
+from sdsat.models.blocks import take_blocks
+from sdsat.models.dtypes import (
+    GGUF,
+    INT8,
+    WITH_INTEGERS,
+    check_dtype,
+    check_dtype_of,
+    torch_dtype,
+)
 from sdsat.models.families import CODELLAMA_VOCABULARY, PUBLISHED, check_family
 from sdsat.models.int8 import round_linears
 from sdsat.models.mapped import MappedWeights
@@ -341,9 +349,10 @@ def load(
 
     Args:
         name: of the model.
-        dtype: 'float32', 'bfloat16', 'float16'; 'int8' for linear layers in 8 bits (int8.py) and
-            all else in bfloat16, on a CPU; or 'auto' for the checkpoint's own, which is read
-            without a second copy in memory.
+        dtype: 'float32', 'bfloat16', 'float16'; on a CPU 'int8' for linear layers in 8 bits
+            (int8.py), or 'gguf' for those of a GGUF file in its own bits (blocks.py), and all else
+            in bfloat16; or 'auto' for the checkpoint's own, which is read without a second copy in
+            memory.
         device: see `devices.pick_devices`.
         sat_token_id: of the SAT, or one a depth, in place of what the checkpoint says.
         trained_k: how many SATs were trained, in place of what the checkpoint says; 5 where neither
@@ -363,16 +372,35 @@ def load(
     check_options(name, sat_token_id, trained_k)
     found = devices.pick_devices(device)  # refuses a wrong name before anything is fetched
     require(
-        dtype != INT8 or found[0].type == "cpu",
+        dtype not in WITH_INTEGERS or found[0].type == "cpu",
         f"dtype={dtype}: on a CPU only; expected device=cpu, or bfloat16 or float16 on a GPU",
     )
+    base = _base_of(name)
+    file = _gguf_file(base) if dtype == GGUF else None
     device_map = devices.place(sized(name, dtype), device, context)
-    model, tokenizer, mapped = load_base(_base_of(name), torch_dtype(dtype) or "auto", device_map)
+    model, tokenizer, mapped = load_base(base, torch_dtype(dtype) or "auto", device_map)
     equipped = equip(model, tokenizer, name, sat_token_id, trained_k)
     equipped.mapped = mapped
     if dtype == INT8:
         round_linears(model)  # after an adapter has compared the base with its own
+    if file is not None and mapped is not None:
+        take_blocks(model, gguf.held_weights(file, base, mapped.map_bytes(file)))
     return equipped
+
+
+def _gguf_file(base: str) -> Path:
+    """Return the GGUF file that a base is made of, fetched if need be.
+
+    Raises InputError where there is none.
+    """
+    if (model := embedded.named(base)) is not None:
+        return embedded.own_file(model)
+    require(
+        gguf.is_gguf(base),
+        f"dtype={GGUF}: {base} is no GGUF file; expected such a file, an embedded model, or "
+        f"dtype={INT8}",
+    )
+    return Path(base)
 
 
 def check_options(name: str, sat_token_id: SatIds | None, trained_k: int | None) -> None:

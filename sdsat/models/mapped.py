@@ -50,13 +50,10 @@ class MappedWeights:
         with file.open("rb") as opened:
             (size,) = struct.unpack("<Q", opened.read(8))
             header = json.loads(opened.read(size))
-        size_of_file = file.stat().st_size
         header.pop("__metadata__", None)
         if any(facts["dtype"] not in SAFETENSORS_DTYPES for facts in header.values()):
             return False
-        storage = cast(
-            torch.UntypedStorage, torch.UntypedStorage.from_file(str(file), False, size_of_file)
-        )
+        storage = _mapping(file)
         self._storages.append(storage)
         for name, facts in header.items():
             dtype = SAFETENSORS_DTYPES[facts["dtype"]]
@@ -70,6 +67,12 @@ class MappedWeights:
             flat.set_(storage, first // dtype.itemsize, (prod(shape),), (1,))
             self.tensors[name] = flat.view(shape)
         return True
+
+    def map_bytes(self, file: Path) -> Tensor:
+        """Map one more file, as a tensor of its bytes. Raises OSError where it can't be read."""
+        storage = _mapping(file)
+        self._storages.append(storage)
+        return torch.empty(0, dtype=torch.uint8).set_(storage)
 
     def page_out(self) -> None:
         """Take the files out of this process's memory until they are read again; on Linux only.
@@ -90,6 +93,11 @@ class MappedWeights:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the files out of a copy."""
         return {"tensors": {}, "_storages": []}
+
+
+def _mapping(file: Path) -> torch.UntypedStorage:
+    size = file.stat().st_size
+    return cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(file), False, size))
 
 
 def _changed_mappings() -> list[tuple[int, int]]:

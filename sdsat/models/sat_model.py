@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sdsat.config import InputError, SatConfig, require
 from sdsat.models import attention
 from sdsat.models.adapter import SatAdapter
-from sdsat.models.dtypes import INT8, check_dtype_of
+from sdsat.models.blocks import BlockLinear
+from sdsat.models.dtypes import GGUF, INT8, check_dtype_of
 from sdsat.models.head import DraftHead
 from sdsat.models.int8 import Int8Linear
 from sdsat.models.mapped import MappedWeights
@@ -112,8 +113,10 @@ class SatModel:
     @property
     def dtype_name(self) -> str:
         """The name of the dtype that the model was loaded in, as `models.loading.load` takes it."""
-        in_8_bits = isinstance(self.lm.get_output_embeddings(), Int8Linear)
-        return INT8 if in_8_bits else str(self.dtype).removeprefix("torch.")
+        kinds = set(map(type, self.lm.modules()))
+        if BlockLinear in kinds:
+            return GGUF
+        return INT8 if Int8Linear in kinds else str(self.dtype).removeprefix("torch.")
 
     @property
     def head(self) -> DraftHead | None:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from sdsat.models.int8 import Int8Linear
 
 # Where modules come from whose forward is known, and hooks that change nothing that is computed.
-_MODULES = ("torch.nn.modules.", "transformers.", "sdsat.models.int8")
+_MODULES = ("torch.nn.modules.", "transformers.", "sdsat.models.int8", "sdsat.models.blocks")
 _HOOKS = ("transformers.", "accelerate.", "sdsat.")
 # Attributes of a module that it computes with.
 _NUMBERS = ("scaling", "attention_scaling", "variance_epsilon")
@@ -196,7 +196,7 @@ def _another_form(model: PreTrainedModel) -> str | None:
     for name in sorted(want.keys() ^ have.keys()):
         return f"it has {'no' if name in want else 'a'} module {name}"
     for name, module in have.items():
-        kind = nn.Linear if type(module) is Int8Linear else type(module)
+        kind = nn.Linear if isinstance(module, Int8Linear) else type(module)
         if kind is not type(want[name]):
             return (
                 f"{name} is a {type(module).__name__}; its config has a {type(want[name]).__name__}"

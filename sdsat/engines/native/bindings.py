@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int64, c_void_p
+from enum import IntEnum
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,26 @@ if TYPE_CHECKING:
 SOURCE = FOLDER / "interface.cpp"  # it includes all others: one translation unit
 
 
+class Form(IntEnum):
+    """What weights are, and how they lie there."""
+
+    PLAIN = 0
+    INT8 = 1
+    INT5 = 2
+    BITS5 = 3
+    BITS5_LEAST = 4
+    BITS4_LEAST = 5
+    BITS5_LEAST_FLOAT = 6
+    BITS4_LEAST_FLOAT = 7
+    BITS8 = 8
+    BITS8_HALVES = 9
+
+
 class Matrix(Structure):
     """Packed weights of one linear layer."""
 
     _fields_ = [("weight", c_void_p), ("scale", c_void_p)]
-    _fields_ += [("stride", c_int64), ("bits", c_int64)]
+    _fields_ += [("stride", c_int64), ("form", c_int64)]
 
 
 class Linear(Structure):
@@ -61,7 +77,7 @@ class Model(Structure):
             (name, c_int64)
             for name in ("layers", "hidden", "heads", "kv_heads", "dim", "inner", "vocabulary")
         ),
-        *((name, c_int64) for name in ("positions", "threads")),
+        *((name, c_int64) for name in ("positions", "threads", "in_8_bits")),
         *((name, c_float) for name in ("eps", "scale")),
         *((name, c_void_p) for name in ("cos", "sin", "norm")),
         ("head", Linear),

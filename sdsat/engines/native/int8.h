@@ -1,9 +1,12 @@
-// Linear layers in 8 bits: half the bytes to read, for a model in 8 bits (models/int8.py).
+// Linear layers in 8 bits: half the bytes to read, for a model in 8 bits (models/int8.py), and what
+// quantized files hold (models/blocks.py).
 //
 // An element of a weight is (byte - 128) * its output's scale; weights lie [out / LANES][in / 4]
-// [LANES][4]. Rows are put into 8 bits too, with a scale for each INT8_GROUP inputs. Fast: the
-// products of a group are added up as integers, four in one instruction where there is one. Exact:
-// integer sums have no order, and a group's sums are added to an output's in order of its inputs.
+// [LANES][4]. Or there is a scale for each INT8_GROUP inputs, or for each half of them: then scales
+// [1 or 2][LANES] lie behind each such group. Rows are put into 8 bits too, with a scale for each
+// INT8_GROUP inputs. Fast: the products of a group are added up as integers, four in one
+// instruction where there is one. Exact: integer sums have no order, and a group's sums are added
+// to an output's in order of its inputs.
 #pragma once
 #include <cmath>
 #include <vector>
@@ -13,7 +16,7 @@
 constexpr int INT8_GROUP = 32;       // inputs with one scale
 constexpr int INT8_LARGEST = 127;    // in size, of an input
 constexpr int INT8_STEP = 4;         // inputs that one step takes
-constexpr int INT5_OFFSET = 16;      // what values in 5 bits are above their weights (int5.h)
+constexpr int INT5_OFFSET = 16;      // what values in 5 bits are above their weights (low_bits.h)
 constexpr float INT8_TINY = 1e-20f;  // the largest of a group counts as no less
 
 // Rows whose sums fit the registers beside the weights.
@@ -35,12 +38,15 @@ struct Int8Rows {
   const int8_t* bytes;   // [size / INT8_GROUP, count, INT8_GROUP]; null: there are none
   const float* scales;   // [size / INT8_GROUP, count]
   const int32_t* starts;  // [size / INT8_GROUP, count]: what INT5_OFFSET takes from each output
+  const int32_t* halves;  // [size / INT8_GROUP, count]: of that, what the first half of inputs has
+  const float* totals;    // [size / INT8_GROUP, count]: sums of the numbers that the bytes stand for
   const float* offsets;  // [count]: what INT8_OFFSET adds to each output before its scale
   int64_t count;         // of all rows
 
   Int8Rows from(int64_t row) const {
     if (!bytes) return *this;
-    return {bytes + row * INT8_GROUP, scales + row, starts + row, offsets + row, count};
+    return {bytes + row * INT8_GROUP, scales + row, starts + row, halves + row,
+            totals + row,             offsets + row, count};
   }
 };
 
@@ -112,13 +118,53 @@ static inline void multiply_tile8(const Int8Rows& x, int64_t size, const uint8_t
   }
 }
 
+// The same of weights with PARTS scales of type Scale for each group of inputs, which lie behind it.
+template <int R, int PARTS, class Scale>
+static inline void multiply_grouped_tile8(const Int8Rows& x, int64_t size, const char* w,
+                                          Prefetch ahead, float* y) {
+  constexpr int BYTES = LANES * INT8_GROUP;     // of a group, without scales
+  constexpr int INPUTS = INT8_GROUP / PARTS;    // that share a scale
+  constexpr int TIMES = INT8_OFFSET / INT5_OFFSET;  // what starts are for INT8_OFFSET
+  const int groups = size / INT8_GROUP;
+  for (int h = 0; h < 2; h++) {
+    f32x sums[R] = {};
+    for (int g = 0; g < groups; g++) {
+      const Scale* scales = (const Scale*)(w + BYTES);
+      ahead.fetch(PARTS * LANES * sizeof(Scale));
+      for (int p = 0; p < PARTS; p++) {
+        i32x whole[R];
+        for (int r = 0; r < R; r++) {
+          const int64_t at = g * x.count + r;
+          const int32_t start = PARTS == 1 ? x.starts[at]
+                                : p        ? x.starts[at] - x.halves[at]
+                                           : x.halves[at];
+          whole[r] = TIMES * start - i32x{};
+        }
+#pragma GCC unroll 8
+        for (int i = p * INPUTS; i < (p + 1) * INPUTS; i += INT8_STEP) {
+          if (i * LANES % CACHE_LINE == 0) ahead.fetch(CACHE_LINE);
+          add_step8<R>(whole, (const uint8_t*)w + i * LANES,
+                       x.bytes + g * x.count * INT8_GROUP + i);
+        }
+        const f32x scale = load(scales + p * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+          sums[r] += __builtin_convertvector(whole[r], f32x) * (scale * x.scales[g * x.count + r]);
+      }
+      w += BYTES + PARTS * LANES * sizeof(Scale);
+    }
+    for (int r = 0; r < R; r++) store(y + r * BLOCK + h * LANES, sums[r]);
+  }
+}
+
 // ---- rows into 8 bits ----
 
 // Room for rows in 8 bits.
 class Quantizer {
  public:
   Quantizer(int64_t rows, int64_t size)
-      : bytes(rows * size), scales(rows * size / INT8_GROUP), starts(scales.size()), offsets(rows) {}
+      : bytes(rows * size), scales(rows * size / INT8_GROUP), starts(scales.size()),
+        halves(scales.size()), totals(scales.size()), offsets(rows) {}
 
   // x [rows, size] in 8 bits; valid until the next call.
   template <class X> Int8Rows operator()(const X* x, int64_t size, int rows) {
@@ -129,11 +175,13 @@ class Quantizer {
         const int64_t at = g * rows + r;
         const int32_t units = quantize_group(x + r * size + g * INT8_GROUP, at);
         starts[at] = -INT5_OFFSET * units;
-        total += units * scales[at];
+        totals[at] = units * scales[at];
+        total += totals[at];
       }
       offsets[r] = INT8_OFFSET * total;
     }
-    return {bytes.data(), scales.data(), starts.data(), offsets.data(), rows};
+    return {bytes.data(),  scales.data(),  starts.data(), halves.data(),
+            totals.data(), offsets.data(), rows};
   }
 
  private:
@@ -151,6 +199,7 @@ class Quantizer {
     for (int h = 0; h < INT8_GROUP; h += LANES) {
       f32x whole = nearest_whole(load(x + h) * (INT8_LARGEST / top));
       units += whole;
+      if (h + LANES == INT8_GROUP / 2) halves[at] = -INT5_OFFSET * int32_t(sum(units));
       i8x small = __builtin_convertvector(__builtin_convertvector(whole, i32x), i8x);
       memcpy(bytes.data() + at * INT8_GROUP + h, &small, LANES);
     }
@@ -159,6 +208,6 @@ class Quantizer {
 
   std::vector<int8_t> bytes;
   std::vector<float> scales;
-  std::vector<int32_t> starts;
-  std::vector<float> offsets;
+  std::vector<int32_t> starts, halves;
+  std::vector<float> totals, offsets;
 };

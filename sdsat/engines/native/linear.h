@@ -7,9 +7,9 @@
 #pragma once
 #include <vector>
 
-#include "int5.h"
 #include "int8.h"
 #include "kernels.h"
+#include "low_bits.h"
 #include "structs.h"
 #include "threads.h"
 
@@ -21,29 +21,47 @@ template <class T> struct Rows {
   Rows from(int64_t row) const { return {values + row * size, size, int8.from(row)}; }
 };
 
+// y [rows, BLOCK] = x . w for one block of outputs, as multiply_grouped_tile8() has it.
+template <int PARTS, class Scale>
+static void multiply_grouped_block8(const Int8Rows& x, int64_t size, int rows, const char* w,
+                                    const char* next, float* y) {
+  const int64_t bytes = (size + size / INT8_GROUP * PARTS * sizeof(Scale)) * BLOCK;
+  in_tiles<INT8_TILE>(rows, next, bytes, [&](int first, auto count, Prefetch ahead) {
+    multiply_grouped_tile8<decltype(count)::value, PARTS, Scale>(x.from(first), size, w, ahead,
+                                                                 y + first * BLOCK);
+  });
+}
+
 // y [rows, BLOCK] = x . w for block b of outputs. next: what is read after it.
 template <class T>
 static void multiply_block(const Rows<T>& x, int rows, const Matrix& w, int64_t b,
                            const char* next, float* y) {
   const char* weight = w.block(b);
-  if (w.bits == 5) {
-    const int64_t bytes = x.size / INT8_GROUP * 2 * INT5_BYTES;
-    in_tiles<INT5_TILE>(rows, next, bytes, [&](int first, auto count, Prefetch ahead) {
-      multiply_tile5<decltype(count)::value>(x.int8.from(first), x.size, weight, ahead,
-                                             y + first * BLOCK);
+  if (w.form == PLAIN) {
+    const int64_t bytes = x.size * BLOCK * sizeof(T);
+    in_tiles<TILE>(rows, next, bytes, [&](int first, auto count, Prefetch ahead) {
+      multiply_tile<T, decltype(count)::value>(x.values + first * x.size, x.size, (const T*)weight,
+                                               ahead, y + first * BLOCK);
     });
-  } else if (w.bits == 8) {
+  } else if (w.form == INT8) {
     const float* scale = (const float*)(w.scale + b * w.stride);
     in_tiles<INT8_TILE>(rows, next, x.size * BLOCK, [&](int first, auto count, Prefetch ahead) {
       multiply_tile8<decltype(count)::value>(x.int8.from(first), x.size,
                                              (const uint8_t*)weight, scale, ahead,
                                              y + first * BLOCK);
     });
+  } else if (w.form == BITS8) {
+    multiply_grouped_block8<1, f16>(x.int8, x.size, rows, weight, next, y);
+  } else if (w.form == BITS8_HALVES) {
+    multiply_grouped_block8<2, float>(x.int8, x.size, rows, weight, next, y);
   } else {
-    const int64_t bytes = x.size * BLOCK * sizeof(T);
-    in_tiles<TILE>(rows, next, bytes, [&](int first, auto count, Prefetch ahead) {
-      multiply_tile<T, decltype(count)::value>(x.values + first * x.size, x.size, (const T*)weight,
-                                               ahead, y + first * BLOCK);
+    with_low_bits(w.form, [&](auto low) {
+      typedef decltype(low) G;
+      const int64_t bytes = x.size / INT8_GROUP * 2 * G::bytes;
+      in_tiles<LOW_TILE>(rows, next, bytes, [&](int first, auto count, Prefetch ahead) {
+        multiply_low_tile<decltype(count)::value, G>(x.int8.from(first), x.size, weight, ahead,
+                                                     y + first * BLOCK);
+      });
     });
   }
 }

@@ -84,12 +84,10 @@ template <class T> class PassThread {
  private:
   PassThread(Worker& worker, PassState<T>& state, const Model& m)
       : worker(worker), state(state),
-        linear(worker, state.rows, state.sats, state.rank, in_8_bits(m)),
+        linear(worker, state.rows, state.sats, state.rank, m.in_8_bits),
         scores(std::min<int64_t>(m.heads / m.kv_heads, HEADS_AT_ONCE) * state.visible.width),
         gathered((state.rows + STEP<T>) * m.dim), normed(state.rows * m.hidden),
-        quantize(in_8_bits(m) * state.rows, std::max({m.hidden, m.inner, m.heads * m.dim})) {}
-
-  static bool in_8_bits(const Model& m) { return m.head.weight.bits; }
+        quantize(m.in_8_bits ? state.rows : 0, std::max({m.hidden, m.inner, m.heads * m.dim})) {}
 
   Rows<T> rows_of(const Input<T>* x, int64_t size) {
     return {x, size, quantize(x, size, state.rows)};

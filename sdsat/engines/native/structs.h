@@ -7,12 +7,26 @@
 
 constexpr int LONGEST = 4;  // tokens before a candidate that are compared with the text
 
-// The weights of a linear layer, block by block of outputs (kernels.h, int8.h: how they lie there).
+// What weights are, and how they lie in a block of outputs (kernels.h, int8.h, low_bits.h).
+enum Form : int64_t {
+  PLAIN,        // of the model's type
+  INT8,         // 8 bits, a scale an output
+  INT5,         // 5 bits, a scale in bfloat16 for a group of inputs; so in all that follow
+  BITS5,        // 5 bits, a scale in half precision
+  BITS5_LEAST,  // and a least number
+  BITS4_LEAST,
+  BITS5_LEAST_FLOAT,  // both in float
+  BITS4_LEAST_FLOAT,
+  BITS8,         // 8 bits, a scale in half precision
+  BITS8_HALVES,  // 8 bits, two scales in float, each for half a group
+};
+
+// The weights of a linear layer, block by block of outputs.
 struct Matrix {
   const char* weight;
-  const char* scale;  // floats, one an output, where the weights are in 8 bits; else null
+  const char* scale;  // floats, one an output, of INT8; else null
   int64_t stride;     // bytes from one block to the next: what is read together lies together
-  int64_t bits;       // 8, 5 (scales are among the weights); 0: of the model's type
+  int64_t form;       // a Form
   const char* block(int64_t b) const { return weight + b * stride; }
 };
 
@@ -34,6 +48,7 @@ struct Model {
   int64_t layers, hidden, heads, kv_heads, dim, inner, vocabulary;
   int64_t positions;  // for so many there are cosines and sines
   int64_t threads;
+  int64_t in_8_bits;       // whether some linear layer reads its rows in 8 bits
   float eps, scale;        // of the norms; of the scores of attention
   const float *cos, *sin;  // [positions, dim]
   const void* norm;        // [hidden]

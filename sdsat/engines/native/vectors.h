@@ -24,6 +24,9 @@ typedef int32_t i32x __attribute__((vector_size(4 * LANES)));
 typedef uint16_t u16x __attribute__((vector_size(2 * LANES)));
 typedef int8_t i8x __attribute__((vector_size(LANES)));
 typedef uint16_t bf16;  // the upper half of a float
+struct f16 {            // a number in half precision
+  uint16_t bits;
+};
 
 // ---- whole vectors ----
 
@@ -89,6 +92,22 @@ static inline f32x load(const bf16* p) {
   u16x v;
   memcpy(&v, p, sizeof v);
   return as_f32(__builtin_convertvector(v, u32x) << BF16_SHIFT);
+}
+
+static inline f32x load(const f16* p) {
+#if defined(__AVX512F__)
+  return (f32x)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (f32x)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  constexpr int F16_SHIFT = 13;               // bits of a float's mantissa that f16 lacks
+  constexpr float F16_EXPONENTS = 0x1p112f;   // between the exponents of both
+  u16x v;
+  memcpy(&v, p, sizeof v);
+  const u32x bits = __builtin_convertvector(v, u32x);
+  const f32x size = as_f32((bits & 0x7fff) << F16_SHIFT) * F16_EXPONENTS;
+  return as_f32(as_u32(size) | (bits & 0x8000) << BF16_SHIFT);
+#endif
 }
 
 // The nearest bfloat16 of each lane in its upper half; ties to even.

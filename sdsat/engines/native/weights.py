@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdsat.config import MAX_ROWS
 from sdsat.engines.native.bindings import (
+    Form,
     Layer,
     Linear,
     Matrix,
@@ -20,11 +21,12 @@ from sdsat.engines.native.bindings import (
     pointer,
 )
 from sdsat.engines.native.compiler import Unavailable
+from sdsat.engines.native.packing import MULTIPLE, Source, as_bytes, form_of, num_blocks
 from sdsat.method.copies import LONGEST
 from sdsat.models.attention import sliding_window
-from sdsat.models.dtypes import INT8
+from sdsat.models.blocks import BlockLinear
 from sdsat.models.head import DraftHead
-from sdsat.models.int8 import round_weight
+from sdsat.models.int8 import Int8Linear
 from sdsat.models.sat_model import SatModel
 from sdsat.models.weights import strange_part
 
@@ -34,57 +36,6 @@ _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _AT_ONCE = 2**13  # outputs that are packed together: blocks of all, little memory beside them
 _PAGE_OUT_AFTER = 2**27  # bytes that were read: letting memory go takes a tenth of a second
-# Sizes of linear layers are multiples of this: whole blocks (kernels.h) on any processor.
-MULTIPLE = 32
-
-
-def pack(weight: Tensor, step: int) -> Tensor:
-    """Pack a weight [out, in] -> [out / 2 L, in / step, 2, L, step], L the lanes of a vector.
-
-    Zeros fill it up to whole blocks and steps.
-    """
-    out, inner = weight.shape
-    weight = nn.functional.pad(weight.detach(), (0, -inner % step, 0, -out % MULTIPLE))
-    return (
-        weight.view(-1, 2, library().sdsat_lanes(), weight.shape[1] // step, step)
-        .permute(0, 3, 1, 2, 4)
-        .contiguous()
-    )
-
-
-def pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight [out, in] to 8 bits, one scale an output, and pack it.
-
-    Returns bytes [out / L, in / 4, L, 4] from 1 to 255, L the lanes of a vector, and scales [out],
-    out padded. An element is (byte - 128) * scale.
-    """
-    values, scale = round_weight(nn.functional.pad(weight, (0, 0, 0, -len(weight) % MULTIPLE)))
-    whole = values.view(torch.uint8) ^ 128
-    return whole.view(-1, library().sdsat_lanes(), weight.shape[1] // 4, 4).transpose(
-        1, 2
-    ).contiguous(), scale
-
-
-def pack5(weight: Tensor) -> Tensor:
-    """Round a weight [out, in] to 5 bits, one scale for 32 inputs of an output, and pack it.
-
-    Returns bytes [out / L, in / 32, 22 L], L the lanes of a vector, out padded; int5.h says which.
-    """
-    lanes = library().sdsat_lanes()
-    weight = nn.functional.pad(weight.detach().float(), (0, 0, 0, -weight.shape[0] % MULTIPLE))
-    groups = weight.view(-1, lanes, weight.shape[1] // 32, 32).transpose(1, 2)  # [o, g, L, 32]
-    # The number of the largest size becomes the end of the range that has one more.
-    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scale = (extreme / -16).to(torch.bfloat16)
-    inverse = torch.where(scale == 0, 0.0, 1 / scale.float())
-    value = (groups * inverse).round().clamp(-16, 15).add_(16).to(torch.uint8)
-    steps = value.unflatten(-1, (8, 4)).transpose(2, 3)  # [o, g, 8, L, 4]
-    low = steps & 15
-    both = low[:, :, ::2] | low[:, :, 1::2] << 4
-    bits = torch.arange(8, dtype=torch.uint8)[:, None, None]
-    high = ((steps >> 4) << bits).sum(2, dtype=torch.uint8)
-    parts = (both, high, scale.contiguous().view(torch.uint8))
-    return torch.cat([part.flatten(2) for part in parts], -1)
 
 
 class NativeWeights:
@@ -94,8 +45,8 @@ class NativeWeights:
     `struct` is what C++ reads. Raises Unavailable for what the engine was not written for.
 
     rounded: linear layers in 5 bits, the adapter's in 8, for passes that only draft: a third of the
-    bytes to read, and nearly the same guesses. Those of a model in 8 bits (models/int8.py) are in 8
-    bits without that.
+    bytes to read, and nearly the same guesses. Without that, those of a model in 8 bits
+    (models/int8.py) are in 8 bits, those in a file's own bits (models/blocks.py) in these.
     """
 
     def __init__(self, model: SatModel, rounded: bool = False):
@@ -113,7 +64,9 @@ class NativeWeights:
         self._mapped = model.mapped
         self._read_bytes = 0  # since something left memory
         self._rounded = rounded
-        self._bits = 5 if rounded else 8 if model.dtype_name == INT8 else 0
+        linears = [part for part in lm.modules() if isinstance(part, nn.Linear)]
+        in_8_bits = rounded or any(isinstance(part, Int8Linear) for part in linears)
+        self._adapter_form = Form.INT8 if in_8_bits else Form.PLAIN
         # Drafts and the probe look ahead.
         self._positions = min(model.max_context, 2**20) + 2 * MAX_ROWS
         positions = torch.arange(self._positions)[None]
@@ -134,7 +87,7 @@ class NativeWeights:
         vocabulary = head.weight.shape[0]
         self.struct = Model(
             config.num_hidden_layers, hidden, config.num_attention_heads, _kv_heads(config), dim,
-            config.intermediate_size, vocabulary, self._positions, 1,
+            config.intermediate_size, vocabulary, self._positions, 1, int(in_8_bits),
             config.rms_norm_eps, base.layers[0].self_attn.scaling,
             cos.data_ptr(), sin.data_ptr(), self._norm("norm", base.norm, hidden),
             *self._output_layers(head, model.draft_ids), layers,
@@ -152,15 +105,13 @@ class NativeWeights:
         ids: [C] of the draft vocabulary, None where there is none. Returns the layer, the rows of
         it that are the draft vocabulary's, and C. rounded passes have those rows only.
         """
-        whole = head.weight, head.weight.shape, head.bias
         if ids is None:
-            return self._linear("lm_head", *whole), Linear(), 0
-        part = head.weight.detach()[ids]
-        bias = None if head.bias is None else head.bias.detach()[ids]
-        drafts = self._linear("lm_head", part, part.shape, bias)
+            return self._linear("lm_head", head, head.weight.shape), Linear(), 0
+        part = _outputs_of(head, ids)
+        drafts = self._linear("lm_head", part, part.weight.shape)
         if self._rounded:
             return drafts, Linear(), 0
-        return self._linear("lm_head", *whole), drafts, len(ids)
+        return self._linear("lm_head", head, head.weight.shape), drafts, len(ids)
 
     def _checked(self, name: str, tensor: Tensor, *shape: int) -> Tensor:
         """Return the tensor, if C++ may read it.
@@ -186,7 +137,7 @@ class NativeWeights:
         outer = nn.functional.pad(self._checked("head.outer", outer, hidden, size), (0, padding))
         layers = []
         for weight in (inner, outer):  # as they are, whatever the model's are rounded to
-            (packed,) = self._packed((weight, 0))
+            (packed,) = self._packed((weight, Form.PLAIN))
             layers.append(Linear(packed, out=len(weight), in_=weight.shape[1]))
         return layers[0], layers[1]
 
@@ -203,49 +154,52 @@ class NativeWeights:
         self._kept.append(tensor.detach().contiguous())
         return self._kept[-1]
 
-    def _packed(self, *parts: tuple[Tensor, int]) -> list[Matrix]:
+    def _packed(self, *parts: tuple[Source, Form]) -> list[Matrix]:
         """Pack weights with as many outputs, block by block beside each other in memory.
 
-        parts: (weight, in how many bits; 0: as it is) of each.
+        parts: (weight, what becomes of it) of each.
         """
-        outputs = parts[0][0].shape[0]
+        source, _ = parts[0]
+        outputs = source.out_features if isinstance(source, BlockLinear) else len(source)
         together = torch.empty(0)
         for first in range(0, outputs, _AT_ONCE):
-            some = [(weight[first : first + _AT_ONCE], bits) for weight, bits in parts]
-            blocks = _blocks(len(some[0][0]))
-            # All as bytes, the scales of weights in 8 bits too.
-            held = [
-                [part.view(blocks, -1).view(torch.uint8) for part in _pack(*each, self._step)]
-                for each in some
-            ]
+            last = min(outputs, first + _AT_ONCE)
+            held = [as_bytes(*part, first, last, self._step) for part in parts]
             joined = torch.cat([part for packed in held for part in packed], 1)
             if not first:
-                together = joined.new_empty(_blocks(outputs), joined.shape[1])
+                together = joined.new_empty(num_blocks(outputs), joined.shape[1])
                 self._kept.append(together)
-            together[_blocks(first) :][:blocks] = joined
-            self._read_bytes += sum(weight.nbytes for weight, _ in some)
+            together[num_blocks(first) :][: len(joined)] = joined
+            self._read_bytes += joined.nbytes
             if self._read_bytes >= _PAGE_OUT_AFTER:
                 self._page_out()
         at = together.data_ptr()
         matrices = []
-        for packed, (_, bits) in zip(held, parts, strict=True):
-            scale = at + packed[0].shape[1] if bits == 8 else None
-            matrices.append(Matrix(at, scale, together.shape[1], bits))
+        for packed, (_, form) in zip(held, parts, strict=True):
+            scale = at + packed[0].shape[1] if form == Form.INT8 else None
+            matrices.append(Matrix(at, scale, together.shape[1], form))
             at += sum(part.shape[1] for part in packed)
         return matrices
 
-    def _linear(
-        self, name: str, weight: Tensor, shape: tuple[int, ...], bias: Tensor | None = None
-    ) -> Linear:
-        (out, inner), weight = shape, self._checked(name, weight, *shape)
+    def _source(self, linear: nn.Linear) -> tuple[Source, Form]:
+        """Return what is packed of a layer, and as what."""
+        if self._rounded:
+            return linear.weight, Form.INT5
+        if isinstance(linear, BlockLinear):
+            return linear, form_of(linear)
+        return linear.weight, Form.INT8 if isinstance(linear, Int8Linear) else Form.PLAIN
+
+    def _linear(self, name: str, linear: nn.Linear, shape: tuple[int, ...]) -> Linear:
+        out, inner = shape
+        self._checked(name, linear.weight, *shape)
+        bias: Tensor | None = linear.bias
         struct = Linear(out=out + -out % MULTIPLE, in_=inner)
         if bias is not None:
             bias = self._checked(f"{name}'s bias", bias, out)
             struct.bias = pointer(self._keep(nn.functional.pad(bias, (0, -out % MULTIPLE))))
         if self._adapter is None or name not in self._adapter.down:
-            (struct.weight,) = self._packed((weight, self._bits))
+            (struct.weight,) = self._packed(self._source(linear))
             return struct
-        adapter_bits = 8 if self._bits else 0
         rank = len(self._adapter.down[name])
         down = self._checked(f"adapter's down of {name}", self._adapter.down[name], rank, inner)
         up = self._adapter.config.scale * self._checked(
@@ -255,8 +209,8 @@ class NativeWeights:
         down = nn.functional.pad(down, (0, 0, 0, padding))
         up = nn.functional.pad(up, (0, padding))
         (struct.down,), (struct.weight, struct.up), struct.rank = (
-            self._packed((down, adapter_bits)),
-            self._packed((weight, self._bits), (up, adapter_bits)),
+            self._packed((down, self._adapter_form)),
+            self._packed(self._source(linear), (up, self._adapter_form)),
             len(down),
         )
         return struct
@@ -278,23 +232,21 @@ class NativeWeights:
             part, module = (
                 ("self_attn", attention) if hasattr(attention, name) else ("mlp", layer.mlp)
             )
-            linear = getattr(module, name)
             parts.append(
-                self._linear(f"{where}/{part}/{name}", linear.weight, shapes[name], linear.bias)
+                self._linear(f"{where}/{part}/{name}", getattr(module, name), shapes[name])
             )
         return Layer(*norms, *parts)
 
 
-def _blocks(outputs: int) -> int:
-    """Count the blocks (kernels.h) of so many outputs, filled up."""
-    return (outputs + -outputs % MULTIPLE) // (2 * library().sdsat_lanes())
-
-
-def _pack(weight: Tensor, bits: int, step: int) -> tuple[Tensor, ...]:
-    """Pack a weight as C++ reads it. bits: in how many, 0 as it is."""
-    if bits == 5:
-        return (pack5(weight),)
-    return pack8(weight) if bits else (pack(weight, step),)
+def _outputs_of(linear: nn.Linear, ids: Tensor) -> nn.Linear:
+    """Return a layer with some of the outputs of another, by their numbers."""
+    part = nn.Linear(linear.in_features, len(ids), linear.bias is not None, device="meta")
+    part.weight = nn.Parameter(linear.weight.detach()[ids], requires_grad=False)
+    if linear.bias is not None:
+        part.bias = nn.Parameter(linear.bias.detach()[ids], requires_grad=False)
+    if isinstance(linear, BlockLinear):
+        return BlockLinear(part, linear.blocks.of(ids))
+    return Int8Linear(part) if isinstance(linear, Int8Linear) else part
 
 
 def _kv_heads(config: Any) -> int:
@@ -324,8 +276,8 @@ def _check_form(model: SatModel, dim: int) -> None:
         raise Unavailable(f"activation {config.hidden_act}")
     if strange := strange_part(model.lm):
         raise Unavailable(strange)
-    linears = [type(part) for part in model.lm.modules() if isinstance(part, nn.Linear)]
-    if len(set(linears)) > 1:
+    linears = {type(part) for part in model.lm.modules() if isinstance(part, nn.Linear)}
+    if Int8Linear in linears and len(linears) > 1:
         raise Unavailable("some linear layers are in 8 bits, and others are not")
     if config.num_attention_heads % _kv_heads(config):
         raise Unavailable(f"{config.num_attention_heads} heads on {_kv_heads(config)} of keys")
