@@ -1,14 +1,14 @@
 """Speed beside peers, on a CPU: transformers, its prompt lookup, this program's strategies, and
 llama.cpp where it is installed.
 
-    python scripts/peers.py [MODEL] [--ours two-step:5 ...] [--int8 auto ...] [--data-limit N]
-    [--general N] [--max-new-tokens N] [--out FILE.json]
+    python scripts/peers.py [MODEL] [--ours two-step:5 ...] [--ours 'int8 auto' ...]
+    [--data-limit N] [--general N] [--max-new-tokens N] [--out FILE.json]
 
 MODEL: an embedded one, or an adapter for its base. All decoders take turns on each prompt
 (HumanEval, and requests without code), greedy, on the same token ids and threads, in bfloat16; ours
-also in 8 bits, and llama.cpp also in 8 bits (Q8_0) and with the file that the base was made from,
-without and with its own prompt lookup. Peak memory: each in a process of its own, on the first
-prompt. The same command resumes an interrupted run.
+also in 8 bits and in the bits of the file that the base was made from, and llama.cpp also in 8 bits
+(Q8_0) and with that file, without and with its own prompt lookup. Peak memory: each in a process of
+its own, on the first prompt. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from sdsat.evaluation.report import with_interval
 from sdsat.evaluation.summary import interval, seconds_of, speedup
 from sdsat.files import sha256_of, write_json
 from sdsat.models.adapter import read_config
+from sdsat.models.dtypes import check_dtype
 from sdsat.models.embedded import NAME, Embedded, base_dir, fetched, named
 from sdsat.models.loading import adapter_directory, is_adapter, load_base
 from sdsat.models.sat_model import SatModel
@@ -62,7 +63,7 @@ except ImportError:
     llama_cpp = None
 
 DTYPE = "bfloat16"
-INT8 = "int8 "  # begins the names of ours in 8 bits
+OURS = ("two-step:5", "auto", "int8 auto", "gguf auto")
 WARM_UP_TOKENS = 16
 LOOKUP_TOKENS = 10
 AR = "ar"
@@ -117,7 +118,14 @@ def ar_of(strategy: str) -> str:
     """The decoder whose outputs a decoder's should be: its own without drafts."""
     if strategy in TRANSFORMERS or strategy.startswith(LLAMA):
         return strategy.removesuffix(LOOKUP)
-    return INT8 + AR if strategy.startswith(INT8) else AR
+    dtype, _ = of_ours(strategy)
+    return AR if dtype == DTYPE else f"{dtype} {AR}"
+
+
+def of_ours(strategy: str) -> tuple[str, str]:
+    """The dtype and the strategy of one of ours, as 'int8 auto'; DTYPE is not named."""
+    dtype, _, own = strategy.rpartition(" ")
+    return dtype or DTYPE, own
 
 
 @cache
@@ -238,8 +246,8 @@ def make_decoder(strategy: str, name: str, base: Embedded, context: int) -> Deco
         stop_id = GenerationConfig.from_pretrained(base_dir(base)).eos_token_id
         stop_id = stop_id[0] if isinstance(stop_id, list) else stop_id
         return llama_decoder(gguf(base, kind), context, stop_id, strategy.endswith(LOOKUP))
-    decoder = own_decoder(name, "int8" if strategy.startswith(INT8) else DTYPE)
-    own = strategy.removeprefix(INT8)
+    dtype, own = of_ours(strategy)
+    decoder = own_decoder(name, dtype)
     return lambda ids, limit: decoder.generate(ids, decode_config(own, decoder.model, limit))
 
 
@@ -395,10 +403,8 @@ def show(document: dict[str, Any]) -> None:
 def main(
     model: Model = NAME,
     ours: Annotated[
-        list[str] | None, typer.Option(help="'two-step:5', 'auto', ...; repeat for more.")
-    ] = None,
-    int8: Annotated[
-        list[str] | None, typer.Option(help="Of ours, those to measure in 8 bits, too.")
+        list[str] | None,
+        typer.Option(help="'two-step:5', 'auto', 'int8 auto', ...; repeat for more."),
     ] = None,
     data_limit: Annotated[int, typer.Option(min=1, help="How many HumanEval problems.")] = 12,
     general: Annotated[int, typer.Option(min=1, help="How many requests without code.")] = 12,
@@ -419,12 +425,15 @@ def main(
         return
     if not llama_cpp:
         print(f"llama.cpp is left out, for it is not installed: {INSTALL}")
-    every = beside(ours or ["two-step:5"])
-    in_int8 = [INT8 + name for name in (AR, *int8)] if int8 else []
-    strategies = [*TRANSFORMERS, AR, *every, *in_int8, *llama_names(base)]
-    for strategy in (*every, *(int8 or ())):
-        # refuses bad ones before anything is measured
-        decode_config(strategy, own_decoder(model).model, max_new_tokens)
+    given = ours or OURS
+    plain = beside([name for name in given if of_ours(name)[0] == DTYPE])
+    others = [name for name in given if of_ours(name)[0] != DTYPE]
+    every = list(dict.fromkeys([AR, *plain, *(n for name in others for n in (ar_of(name), name))]))
+    strategies = [*TRANSFORMERS, *every, *llama_names(base)]
+    for strategy in every:  # refuses bad ones before anything is measured
+        dtype, own = of_ours(strategy)
+        check_dtype(dtype)
+        decode_config(own, own_decoder(model).model, max_new_tokens)
     decoders = {name: make_decoder(name, model, base, context) for name in strategies}
     out = out or Path("results/reference") / Path(model).name / "peers.json"
     with resumed(out, new_document(own_decoder(model), strategies, max_new_tokens)) as document:

@@ -20,7 +20,7 @@ DATA_LIMIT="${DATA_LIMIT:-16}" sdsat bench greedy "$model" cpu --with-generate
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 1.0
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 0.2
 DATA_LIMIT="${DATA_LIMIT:-12}" DATASET=everyday sdsat bench greedy "$model" cpu
-measure peers peers --ours two-step:5 --ours auto --int8 auto --data-limit 8 --general 8
+measure peers peers --data-limit 8 --general 8
 measure batch_throughput batch --strategy two-step:3 --strategy auto --prompts 32 --max-new-tokens 64 --turns 2
 measure memory memory
 python "$SDSAT_ROOT/scripts/soak.py" --out "$results/soak.json"

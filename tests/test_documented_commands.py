@@ -51,6 +51,7 @@ CONSTANTS = {
     "peers": {  # of the tiny adapter
         "base_of": lambda _: replace(SMOLLM2, base="base"),
         "base_dir": lambda _: Path("base"),
+        "OURS": ("two-step:5", "auto", "int8 auto"),  # its base was made from no file
     },
     "growth": {"CONTEXTS": (16, 64), "BATCHES": (1, 2), "PROMPT": 32, "READ_BYTES": 2**20},
     "pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)},
