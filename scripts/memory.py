@@ -1,6 +1,6 @@
 """Memory that a model takes, read from outside of its process.
 
-    python scripts/memory.py [MODEL] [--dtype bfloat16,int8] [--out FILE.json]
+    python scripts/memory.py [MODEL] [--dtype bfloat16,int8,gguf] [--out FILE.json]
 
 For each dtype a process of its own loads the model, decodes with two-step, rounded and auto, and
 waits; what the system says of it is compared with a process that has only imported the package.
@@ -42,9 +42,11 @@ if dtype != "imports":
     for strategy in ("two-step", "rounded", "auto"):
         decoder.generate(prompt, DecodeConfig(None, 64, strategy=strategy))
     parameters = {p.data_ptr(): p for p in decoder.model.lm.parameters()}.values()
-    linear = {m.weight.data_ptr() for m in decoder.model.lm.modules() if hasattr(m, "in_features")}
-    size = lambda p: p.numel() * (1 if dtype == "int8" and p.data_ptr() in linear else p.itemsize)
-    print(sum(map(size, parameters)), decoder.engine.name, flush=True)
+    sizes = {p.data_ptr(): p.nbytes for p in parameters}
+    for m in decoder.model.lm.modules():
+        if hasattr(m, "num_bytes"):
+            sizes[m.weight.data_ptr()] = m.num_bytes
+    print(sum(sizes.values()), decoder.engine.name, flush=True)
     sys.stdin.readline()
 """
 
@@ -88,7 +90,7 @@ def _measure(model: str, dtype: str) -> dict[str, Any]:
 
 def main(
     model: Model = "smollm2-135m-sdsat",
-    dtype: Annotated[str, typer.Option(help="Several, joined by commas.")] = "bfloat16,int8",
+    dtype: Annotated[str, typer.Option(help="Several, joined by commas.")] = "bfloat16,int8,gguf",
     out: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
 ) -> None:
     """Memory of a model from outside of its process."""

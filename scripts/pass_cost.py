@@ -37,6 +37,7 @@ from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
 from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree
+from sdsat.models.int8 import Int8Linear
 from sdsat.models.sat_model import SatModel
 
 COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 36, 64)
@@ -94,10 +95,11 @@ def weight_bytes(model: SatModel) -> int:
     lm: Any = model.lm
     head = lm.get_output_embeddings().weight
     inner = [p for name, p in lm.base_model.named_parameters() if "embed" not in name]
-    linear = {m.weight.data_ptr() for m in lm.modules() if hasattr(m, "in_features")}
-    small = linear if model.dtype_name == "int8" else set()
-    every = {p.data_ptr(): p for p in [head, *inner]}
-    return sum(p.numel() * (1 if at in small else p.element_size()) for at, p in every.items())
+    every = {p.data_ptr(): p.nbytes for p in [head, *inner]}
+    for layer in lm.modules():
+        if isinstance(layer, Int8Linear):
+            every[layer.weight.data_ptr()] = layer.num_bytes
+    return sum(every.values())
 
 
 def read_seconds(size: int, device: torch.device) -> float:

@@ -9,7 +9,7 @@ import random
 import sys
 
 import torch
-from test_native import FLOAT, HALF, INT8, VOCAB, decoder_with, strange_rows
+from test_native import FLOAT, GGUF, HALF, INT8, VOCAB, decoder_with, strange_rows
 
 from sdsat.config import DecodeConfig, SamplingConfig
 from sdsat.engines.base import RowPolicy
@@ -51,7 +51,7 @@ def some_config(rng: random.Random) -> DecodeConfig:
 def generation(rng: random.Random) -> None:
     """A batch of any model, on any number of threads: each row is what plain decoding of it is."""
     name = rng.choice(["biases", "groups of 4", "groups of 5", "head dim 96", "qwen3"])
-    kind = rng.choice([FLOAT, HALF, INT8])
+    kind = rng.choice([FLOAT, HALF, INT8, GGUF])
     guessed = rng.choice([(), tuple(range(1, VOCAB))])
     decoder = decoder_with(name, kind, rng.choice(TARGETS), rng.choice([0, 7]), guessed)
     # neither measured nor probed: that takes seconds here

@@ -20,7 +20,7 @@ import processes
 import pytest
 import torch
 from common import adapted, function, long_doc, tiny_llama, tiny_tokenizer, write
-from gguf_files import write_gguf
+from gguf_files import KINDS, write_gguf
 from random_checkpoint import make_pieces, save_tokenizer
 from test_docs import COMMANDS, ROOT
 
@@ -28,6 +28,7 @@ from sdsat.cli import main as cli
 from sdsat.cli import program as running
 from sdsat.models.adapter import AdapterConfig
 from sdsat.models.embedded import SMOLLM2
+from sdsat.models.loading import load_base
 
 # What makes a run short. Of two equal options the last one counts.
 SMALL = {
@@ -157,10 +158,15 @@ def workplace(tmp_path_factory):
             "base", model.sat, 4, everywhere=everywhere, base_sample=sample
         )
         model.adapter.save(root / name)
-    write_gguf(tiny(288), root / "file.gguf")
+    write_gguf(tiny(288), root / "file.gguf", KINDS.Q8_0)
     functions = "".join(function(f"f{i}", long_doc(f"number {i}")) for i in range(12))
     for name in ("path/to/python/packages", "corpus", "stdlib"):
         write(root / name, functions=functions)
+    lm, _, _ = load_base(str(root / "file.gguf"), torch.bfloat16, {"": torch.device("cpu")})
+    model = adapted(lm, k=5)
+    sample = model.adapter.config.base_sample
+    model.adapter.config = AdapterConfig("file.gguf", model.sat, 4, base_sample=sample)
+    model.adapter.save(root / "adapters/file")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         run(patch, "distill", ["--model", "base", "--source", "corpus", "--out", "runs/data"])
@@ -236,7 +242,7 @@ def filled_in(program, arguments):
         "OTHER_FOLDER": "results/MODEL/greedy",
         "ainergy/CodeLlama-SDSAT_L7_13B": "ainergy/CodeLlama-SDSAT_L5_7B",
         "smollm2-135m-sdsat": "MODEL",
-        "qwen2.5-coder-0.5b-sdsat": "MODEL",
+        "qwen2.5-coder-0.5b-sdsat": "adapters/file" if "gguf" in arguments else "MODEL",
         "qwen2.5-coder-0.5b-instruct": "base",
         "path/to/file.gguf": "file.gguf",
         "FILE.gguf": "file.gguf",

@@ -27,7 +27,8 @@ from sdsat.method.costs import CONTEXTS, COUNTS, CostCurve
 from sdsat.method.layout import SatGroup
 from sdsat.method.tree import make_tree
 
-_TURNS = 7  # passes of each shape, of which the median counts
+_TURNS = 7  # passes of each shape at most, of which the median counts
+_ENOUGH = 0.4  # seconds that two passes or more of a shape took: no more are needed
 _FORM = 3  # version of the files in the cache folder
 
 
@@ -55,7 +56,7 @@ class _Shape:
 
 @torch.inference_mode()
 def measure_costs(engine: Engine) -> CostCurve:
-    """Measure a few passes of every size, a few seconds in all, and take medians.
+    """Measure a few passes of every size, some seconds in all, and take medians.
 
     Raises InputError for a model whose logits are NaN or infinite.
     """
@@ -80,11 +81,13 @@ def measure_costs(engine: Engine) -> CostCurve:
         after = tokens[context : context + max(COUNTS)].tolist()
         shapes = [_Shape(rows, sats) for rows in COUNTS for sats in {0, rows - 1}]
         shapes += [_Shape(rows, rows - 1, True) for rows in COUNTS if engine.has_rounded]
-        turns = []
+        taken: dict[_Shape, list[float]] = {shape: [] for shape in shapes}
         for _ in range(_TURNS):
-            turns.append({shape: shape.seconds(engine, cache, after) for shape in shapes})
+            for shape, seconds in taken.items():
+                if len(seconds) < 2 or sum(seconds) < _ENOUGH:
+                    seconds.append(shape.seconds(engine, cache, after))
             bar.update()
-        times = {shape: statistics.median(turn[shape] for turn in turns) for shape in shapes}
+        times = {shape: statistics.median(seconds) for shape, seconds in taken.items()}
         verify.append([times[_Shape(rows, 0)] for rows in COUNTS])
         draft.append([times[_Shape(rows, rows - 1)] for rows in COUNTS])
         if engine.has_rounded:

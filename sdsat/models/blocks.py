@@ -96,6 +96,11 @@ class BlockLinear(Int8Linear):
         super().__init__(plain)
         self.blocks = blocks
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight in its file."""
+        return self.blocks.held.numel()
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute [..., out] of inputs [..., in], in their type. No gradients."""
         inputs = round_inputs(x)

@@ -54,6 +54,11 @@ class Int8Linear(nn.Linear):
         self.weight = plain.weight
         self.bias = plain.bias
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight that it computes with, without scales."""
+        return self.weight.numel()
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute [..., out] of inputs [..., in], in their type. No gradients."""
         inputs = round_inputs(x)
