@@ -1383,8 +1383,8 @@ if platform.machine() in ("x86_64", "AMD64"):
             )[1]
 
         tree = DraftTree((-1, 0, 0, 2, 1, 4, 3, 2), (0,) * 8)
-        for kind, close in ((FLOAT, 1e-5), (HALF, 0.05), (INT8, 0.1)):
-            decoder = decoder_with("groups of 5", kind)
+        for kind, close in ((FLOAT, 1e-5), (HALF, 0.05), (INT8, 0.1), (GGUF, 0.1)):
+            decoder = decoder_with("blocks of 256" if kind == GGUF else "groups of 5", kind)
             want = in_passes(decoder, TOKENS[:120], [40, 7, 73])
             guessed = drafts(decoder)
             with monkeypatch.context() as patch:
