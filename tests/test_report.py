@@ -398,5 +398,5 @@ def test_a_terminal_shows_all_cells_of_the_table_in_lines_of_their_own(documents
 @pytest.mark.usefixtures("sketches")
 def test_a_folder_that_is_given_twice_is_refused(documents, tmp_path):
     write_json(tmp_path / "worker_cpu.json", documents[0])
-    with one_line_error(f"is given twice; expected each once"):
+    with one_line_error("is given twice; expected each once"):
         report_command([tmp_path, tmp_path / "../" / tmp_path.name, tmp_path / "none"])
