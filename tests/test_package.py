@@ -69,7 +69,7 @@ def test_ten_lines_say_what_this_machine_gives(findings):
     assert not found["packages"].fix and not any(each.needed for each in found.values())
     assert all("\n" not in str(each) for each in found.values())
     assert "no model yet" in found["cache"].found
-    assert f"{len(os.sched_getaffinity(0))} processors" in found["threads"].found
+    assert f"{len(os.sched_getaffinity(0))} processor" in found["threads"].found
 
 
 def test_what_is_missing_comes_with_a_fix(findings, monkeypatch, tmp_path):
@@ -100,12 +100,41 @@ def test_what_is_missing_comes_with_a_fix(findings, monkeypatch, tmp_path):
     assert "SDSAT_CACHE" in found["cache"].fix
 
 
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ("4", ""),
+        ("4,2", ""),
+        ("", ""),
+        ("3", "to use them all"),
+        ("0", "no number of threads"),
+        ("-1", "no number of threads"),
+        ("abc", "no number of threads"),
+        ("999", "more than there are"),
+    ],
+)
+def test_threads_that_are_not_those_of_the_machine(given, fix, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    found = doctor._threads()
+    assert bool(found.fix) == bool(fix) and fix in found.fix
+
+
+def test_the_doctor_sees_a_user_without_a_home_folder(monkeypatch):
+    monkeypatch.setenv("SDSAT_CACHE", "~no-such-user/cache")
+    found = {finding.name: finding for finding in doctor.examine()}
+    assert list(found) == NAMES and "set SDSAT_CACHE" in found["cache"].fix
+
+
 def test_a_compiler_without_openmp_is_none(findings, monkeypatch, tmp_path):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'omp.h: No such file' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    assert "omp.h: No such file" in findings()["compiler"].found
+    found = findings()
+    assert "omp.h: No such file" in found["compiler"].found
+    assert "unset CXX" in found["compiler"].fix  # which is at fault, not that there is none
+    assert "three times slower" in found["engine"].found
 
 
 def test_gpus_that_torch_does_not_use(findings, monkeypatch, tmp_path):
