@@ -58,13 +58,10 @@ def _check_parts(document: dict[str, Any]) -> None:
             _check_run(run)
     _check(document, "device", lambda value: isinstance(value, str))
     settings, environment = dict(document["settings"]), dict(document["environment"])
-    named = [(settings, ("model", "dataset", "method", "dtype", "max_new_tokens", "tree"))]
-    named.append((environment, ("device_name",)))
-    if settings["method"] != "greedy":
-        named.append((settings, ("temperature",)))
-    for part, names in named:
-        for name in names:
-            _check(part, name, lambda value: isinstance(value, (str, int, float, NoneType)))
+    names = ["model", "dataset", "method", "dtype", "max_new_tokens", "tree"]
+    names += [] if settings["method"] == "greedy" else ["temperature"]
+    for part, name in [(environment, "device_name"), *((settings, name) for name in names)]:
+        _check(part, name, lambda value: isinstance(value, (str, int, float, NoneType)))
 
 
 def _check_run(run: dict[str, Any]) -> None:
