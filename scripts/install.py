@@ -7,6 +7,7 @@ Arguments after LOG are those of `pip install`. What pip says goes to LOG, and i
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -100,11 +101,17 @@ def main(log: Path, arguments: list[str]) -> int:
     progress = Progress()
     terminal = sys.stderr.isatty()
     ended = threading.Event()
-    with tempfile.TemporaryDirectory() as temporary, log.open("a") as kept:
+    for left in log.parent.glob(f"{log.stem}-part-*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f"{log.stem}-part-", dir=log.parent) as temporary,
+        log.open("a", buffering=1) as kept,
+    ):
         drawing = threading.Thread(target=draw, args=(progress, Path(temporary), ended))
         if terminal:
             drawing.start()
         errors = []
+        line = ""
         try:
             with subprocess.Popen(
                 command,
@@ -126,8 +133,10 @@ def main(log: Path, arguments: list[str]) -> int:
             ended.set()
             if terminal:
                 drawing.join()
-    for line in errors:
-        print(line, file=sys.stderr)
+    if pip.returncode and not errors:
+        errors = [line.rstrip() or f"pip ended with {pip.returncode}"]
+    for error in errors:
+        print(error, file=sys.stderr)
     return pip.returncode
 
 

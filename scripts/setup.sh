@@ -21,6 +21,22 @@ sys.exit(0 if torch.version.cuda and torch.cuda.is_available() and version >= (2
 PY
 }
 
+# True if the interpreter $1 has an environment of its own, with pip. Takes away what says that a package is there which was left
+# half-installed, so that pip installs it again: INSTALLER is written after a package's files, METADATA maybe before.
+sdsat_has_pip() {
+  "$1" -I - >/dev/null 2>&1 <<'PY'
+import shutil, sys, sysconfig
+from pathlib import Path
+if sys.prefix == sys.base_prefix:
+    sys.exit(1)  # what pip did there would change the base
+packages = set(Path(sysconfig.get_path("purelib")).glob("*.dist-info"))
+half = {each for each in packages if not (each / "INSTALLER").is_file()}
+for each in half:
+    shutil.rmtree(each)
+sys.exit(0 if any(each.name.startswith("pip-") for each in packages - half) else 1)
+PY
+}
+
 # Have pip install "${@:2}", and keep in the file $1 what it says.
 sdsat_install() {
   "$python" "$SDSAT_ROOT/scripts/install.py" "$@" && return
@@ -29,7 +45,7 @@ sdsat_install() {
 }
 
 sdsat_setup() {
-  local python="${PYTHON:-python3}" requirements="$SDSAT_ROOT/requirements.txt" bin stamp wanted
+  local python="${PYTHON:-python3}" requirements="$SDSAT_ROOT/requirements.txt" bin stamp wanted said
   command -v "$python" >/dev/null || sdsat_fail "no $python on PATH; install Python 3.10 or later, or set PYTHON"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     sdsat_fail "$("$python" --version 2>&1) is too old; install Python 3.10 or later, or set PYTHON"
@@ -40,10 +56,9 @@ sdsat_setup() {
   else
     bin="$SDSAT_ROOT/.venv/bin"
     stamp="$SDSAT_ROOT/.venv/sdsat-setup"
-    # Absent, or left half-made: without pip, or not an environment of its own, whose base pip would change.
-    if [ ! -e "$stamp" ] && ! "$bin/python" -c 'import sys, pip; sys.exit(sys.prefix == sys.base_prefix)' >/dev/null 2>&1; then
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] && ! sdsat_has_pip "$bin/python"; then  # absent, or left half-made
       echo "setup: making $SDSAT_ROOT/.venv" >&2
-      "$python" -m venv --clear "$SDSAT_ROOT/.venv" || sdsat_fail "$python -m venv failed; install python3-venv"
+      said="$("$python" -m venv --clear "$SDSAT_ROOT/.venv" 2>&1)" || sdsat_fail "$python -m venv failed; install python3-venv: $said"
     fi
     python="$bin/python"
   fi

@@ -2,6 +2,7 @@
 the closing line quotes it.
 """
 
+import json
 import signal
 import string
 
@@ -124,9 +125,15 @@ def test_lines_that_a_killed_run_left_are_skipped_and_taken_away(tmp_path):
     assert file.read_text() == whole and not (tmp_path / "outputs_1.jsonl").read_text()
     assert outputs.read_outputs(tmp_path, document) == expected
     assert outputs.read_outputs(tmp_path, {**document, "device": "none"}) == {}
-    file.write_text("[]\n" + whole)
-    with one_line_error(f"{file}: not a worker's outputs"):
-        outputs.read_outputs(tmp_path, document)
+    line = {"task_id": "a", "strategy": "ar", "k": 0, "lookup": 0, "text": "abc", "accepted": []}
+    damaged = [
+        {"text": None}, {"text": ["a"]}, {"strategy": ["ar"]}, {"accepted": [1]},
+        {"accepted": [[0, 99]]}, {"accepted": [[2, 1]]}, {"accepted": [["a", "b"]]},
+    ]  # fmt: skip
+    for text in ("[]", "[" * 100_000, *(json.dumps(line | each) for each in damaged)):
+        file.write_text(text + "\n" + whole)
+        with one_line_error(f"{file}: not a worker's outputs"):
+            outputs.read_outputs(tmp_path, document)
 
 
 def test_of_several_turns_the_median_run_is_kept_and_the_outputs_of_all(monkeypatch):

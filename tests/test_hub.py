@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 
 import huggingface_hub.constants
 import pytest
@@ -275,6 +276,18 @@ def test_transformers_code_with_a_hub_id_at_a_revision(folder, repositories, mod
     same = ours.generate(**inputs, max_new_tokens=9, custom_generate=sdsat.generate)
     assert torch.equal(output, same)
     assert torch.equal(output, model.generate(**inputs, max_new_tokens=9))
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_a_hub_that_cannot_be_reached_is_said_at_once(repositories, revision):
+    """A path that is mistyped looks like a hub id: it is no reason to wait, or for more lines."""
+    repositories.shutdown()
+    repositories.server_close()
+    name = hub.at_revision("runs/mistyped", revision)
+    begun = time.monotonic()
+    with one_line_error(f"model {name}: nothing of that name is here", "hub cannot be reached"):
+        loading.load(name, "float32", "cpu")
+    assert time.monotonic() - begun < 5  # its library waits for 23 seconds
 
 
 def test_an_adapter_of_which_a_file_is_missing(tiny, repositories, tmp_path):

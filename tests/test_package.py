@@ -2,8 +2,13 @@
 
 import os
 import pty
+import re
+import signal
 import subprocess
 import sys
+import sysconfig
+import time
+import venv
 from importlib import metadata
 from pathlib import Path
 
@@ -64,7 +69,7 @@ def test_ten_lines_say_what_this_machine_gives(findings):
     assert not found["packages"].fix and not any(each.needed for each in found.values())
     assert all("\n" not in str(each) for each in found.values())
     assert "no model yet" in found["cache"].found
-    assert f"{len(os.sched_getaffinity(0))} processors" in found["threads"].found
+    assert f"{len(os.sched_getaffinity(0))} processor" in found["threads"].found
 
 
 def test_what_is_missing_comes_with_a_fix(findings, monkeypatch, tmp_path):
@@ -95,12 +100,41 @@ def test_what_is_missing_comes_with_a_fix(findings, monkeypatch, tmp_path):
     assert "SDSAT_CACHE" in found["cache"].fix
 
 
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ("4", ""),
+        ("4,2", ""),
+        ("", ""),
+        ("3", "to use them all"),
+        ("0", "no number of threads"),
+        ("-1", "no number of threads"),
+        ("abc", "no number of threads"),
+        ("999", "more than there are"),
+    ],
+)
+def test_threads_that_are_not_those_of_the_machine(given, fix, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    found = doctor._threads()
+    assert bool(found.fix) == bool(fix) and fix in found.fix
+
+
+def test_the_doctor_sees_a_user_without_a_home_folder(monkeypatch):
+    monkeypatch.setenv("SDSAT_CACHE", "~no-such-user/cache")
+    found = {finding.name: finding for finding in doctor.examine()}
+    assert list(found) == NAMES and "set SDSAT_CACHE" in found["cache"].fix
+
+
 def test_a_compiler_without_openmp_is_none(findings, monkeypatch, tmp_path):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'omp.h: No such file' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    assert "omp.h: No such file" in findings()["compiler"].found
+    found = findings()
+    assert "omp.h: No such file" in found["compiler"].found
+    assert "unset CXX" in found["compiler"].fix  # which is at fault, not that there is none
+    assert "three times slower" in found["engine"].found
 
 
 def test_gpus_that_torch_does_not_use(findings, monkeypatch, tmp_path):
@@ -203,3 +237,58 @@ def test_what_cannot_be_installed_is_said(index, capfd):
     assert install.main(index / "log", ["sdsat-test-part3"]) == 1
     said = capfd.readouterr().err.splitlines()
     assert said and all(line.startswith("ERROR") for line in said)
+    log = (index / "log").read_text()
+    assert all(line in log for line in said)
+
+
+def test_pip_that_fails_without_an_error_is_said(index, capfd, monkeypatch):
+    """As one that lacks a file of its own: a traceback, whose last line says what is wrong."""
+    (index / "pip.py").write_text("raise ModuleNotFoundError('half')")
+    monkeypatch.setenv("PYTHONPATH", str(index))
+    assert install.main(index / "log", ["sdsat-test-part1"]) == 1
+    assert capfd.readouterr().err == "ModuleNotFoundError: half\n"
+
+
+def test_what_a_killed_installation_leaves_is_taken_away(index, monkeypatch):
+    """It fetches into a folder beside the log; a log line is there as soon as pip has said it."""
+    source = "import os, pathlib, sys, time; print('Collecting it', flush=True); "
+    source += "pathlib.Path(os.environ['TMPDIR'], 'part').touch(); time.sleep(60)"
+    (index / "pip.py").write_text(source)
+    command = [sys.executable, ROOT / "scripts/install.py", index / "log", "it"]
+    monkeypatch.setenv("PYTHONPATH", str(index))
+    process = subprocess.Popen(command, start_new_session=True)
+    until = time.monotonic() + 20
+    while not list(index.glob("log-part-*/part")) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(index.glob("log-part-*/part")) and "Collecting it" in (index / "log").read_text()
+    (index / "pip.py").write_text("")
+    assert install.main(index / "log", ["it"]) == 0
+    assert not list(index.glob("log-part-*"))
+
+
+def has_pip(python):
+    """Whether the set-up would go on with this interpreter's environment."""
+    script = (ROOT / "scripts/setup.sh").read_text()
+    function = re.search(r"^sdsat_has_pip\(\).*?^}", script, flags=re.S | re.M)[0]
+    return subprocess.run(["bash", "-c", f"{function}\nsdsat_has_pip {python}"]).returncode == 0
+
+
+def test_the_set_up_sees_what_was_left_half_installed(tmp_path):
+    """A package whose files are not all there is none for pip then, and without pip .venv is made
+    anew.
+    """
+    assert not has_pip(tmp_path / "bin/python")
+    venv.create(tmp_path, with_pip=False, symlinks=True)
+    packages = Path(sysconfig.get_path("purelib", "venv", {"base": tmp_path}))
+    assert not has_pip(tmp_path / "bin/python")
+    for name in ("pip-1.dist-info", "whole-1.dist-info", "half-1.dist-info"):
+        (packages / name).mkdir()
+        (packages / name / "METADATA").touch()
+        if name[0] != "h":
+            (packages / name / "INSTALLER").write_text("pip\n")
+    assert has_pip(tmp_path / "bin/python")
+    assert {each.name for each in packages.iterdir()} == {"pip-1.dist-info", "whole-1.dist-info"}
+    (packages / "pip-1.dist-info/INSTALLER").unlink()
+    assert not has_pip(tmp_path / "bin/python")

@@ -2,6 +2,8 @@
 folder.
 """
 
+import copy
+import io
 import json
 from pathlib import Path
 
@@ -10,12 +12,14 @@ import pytest
 import scipy.stats
 import torch
 from common import PLOTS, one_line_error, tiny_llama
+from rich.console import Console
 from test_decode import WHOLE, drafting
 
+from sdsat.cli.report import report as report_command
 from sdsat.config import DecodeConfig, InputError
 from sdsat.evaluation.measure import run_record
-from sdsat.evaluation.report import markdown_table, report, rich_table
-from sdsat.evaluation.summary import interval, read_workers, summarize
+from sdsat.evaluation.report import WIDTH, markdown_table, report, rich_table, table_rows
+from sdsat.evaluation.summary import describe, interval, read_workers, summarize
 from sdsat.evaluation.sweep import AR, Setting
 from sdsat.files import read_json, write_json
 
@@ -297,6 +301,56 @@ def test_report_refuses_what_it_cannot_read(content, message, tmp_path):
     assert "\n" not in str(refusal.value)
 
 
+# what may be anything: a worker's name, the names in the title, and what no report reads
+FREE = ("device", "model", "dataset", "dtype", "max_new_tokens", "tree", "device_name", "finish")
+
+
+def places(node, above=()):
+    """Name all parts of a document, each as the keys that lead to it."""
+    for key in node if isinstance(node, dict) else range(len(node)):
+        yield (*above, key)
+        if isinstance(node[key], (dict, list)):
+            yield from places(node[key], (*above, key))
+
+
+def test_a_worker_document_damaged_anywhere_is_refused_in_one_line(documents, tmp_path):
+    """Any part of another kind: refused, or none that a report reads."""
+    whole = document([problem["runs"] for problem in documents[0]["problems"]])
+    refused = 0
+    for place in places(whole):
+        for wrong in ("x", None, {}, [[1]], -1.5):
+            damaged = copy.deepcopy(whole)
+            part = damaged
+            for key in place[:-1]:
+                part = part[key]
+            part[place[-1]] = wrong
+            write_json(tmp_path / "worker_cpu.json", damaged)
+            try:
+                describe(summarize(read_workers(tmp_path)))
+            except InputError as error:
+                assert "\n" not in str(error)
+                refused += 1
+            else:
+                assert place[-1] in (*FREE, "num_prompt_tokens") or wrong == "x", (place, wrong)
+    assert refused > 150
+
+
+@pytest.mark.usefixtures("sketches")
+def test_workers_of_two_benchmarks_in_a_folder_are_refused(documents, tmp_path):
+    first, second = documents
+    for other in (  # read first, as worker_1
+        {**second, "settings": {**SETTINGS, "model": "another"}},
+        {
+            **second,
+            "problems": [{**second["problems"][0], "runs": second["problems"][0]["runs"][:1]}],
+        },
+    ):
+        for each in (first, other):
+            write_json(tmp_path / f"worker_{each['device']}.json", each)
+        with one_line_error("of worker cpu are not of the settings and runs of worker 1"):
+            report(tmp_path)
+
+
 def test_report_of_an_empty_or_missing_folder(tmp_path):
     for folder, message in ((tmp_path, "holds no worker"), (tmp_path / "none", "no such folder")):
         with pytest.raises(InputError, match=message):
@@ -327,3 +381,22 @@ def test_failed_write_leaves_the_old_document(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left"):
         write_json(path, {"new": 1})
     assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_a_terminal_shows_all_cells_of_the_table_in_lines_of_their_own(documents):
+    """None is cut short, and none but the heads goes over two lines."""
+    table = rich_table(summarize(documents))
+    text = io.StringIO()
+    Console(file=text, width=WIDTH).print(table)
+    lines = text.getvalue().splitlines()
+    assert "…" not in text.getvalue()
+    rows = [line for line in lines if line.startswith("│")]
+    cells = [tuple(cell.strip() for cell in row.strip("│").split("│")) for row in rows]
+    assert cells == table_rows(summarize(documents))
+
+
+@pytest.mark.usefixtures("sketches")
+def test_a_folder_that_is_given_twice_is_refused(documents, tmp_path):
+    write_json(tmp_path / "worker_cpu.json", documents[0])
+    with one_line_error("is given twice; expected each once"):
+        report_command([tmp_path, tmp_path / "../" / tmp_path.name, tmp_path / "none"])

@@ -114,7 +114,7 @@ def _report(folder: Path, dataset: str) -> None:
 
     if any(folder.glob("worker_*.json")):
         summary = reports.report(folder)
-        show(reports.rich_table(summary), 110)
+        show(reports.rich_table(summary), reports.WIDTH)
         write_page([folder], [summary], folder / "index.html")
         count = summary["runs"][0]["num_problems"]
         print(

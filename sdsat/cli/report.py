@@ -28,13 +28,16 @@ def report(
     from sdsat.evaluation import page
     from sdsat.evaluation import report as reports
 
+    for number, folder in enumerate(folders):
+        twice = folder.resolve() in [each.resolve() for each in folders[:number]]
+        require(not twice, f"folders: {folder} is given twice; expected each once")
     require(out is None or page.can_be_made(), page.MISSING)
     summaries = [reports.report(folder) for folder in folders]
     for summary in summaries:
         if markdown:
             print(reports.markdown_table(summary))
         else:
-            show(reports.rich_table(summary), 110)
+            show(reports.rich_table(summary), reports.WIDTH)
     alone = folders[0] / "index.html"
     write_page(folders, summaries, out or (alone if len(folders) == 1 else Path("comparison.html")))
 

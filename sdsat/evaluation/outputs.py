@@ -31,6 +31,14 @@ class Output(NamedTuple):
     text: str
     accepted: Sequence[Sequence[int]]
 
+    def check(self) -> None:
+        """Raise TypeError or ValueError unless this is a text with stretches of it."""
+        places = [0, *(place for first, end in self.accepted for place in (first, end))]
+        places.append(len(self.text))
+        are_places = all(type(place) is int for place in places) and places == sorted(places)
+        if not isinstance(self.text, str) or not are_places:
+            raise ValueError(f"text = {self.text!r}, accepted = {self.accepted!r}"[:200])
+
     def pieces(self) -> Iterator[tuple[str, bool]]:
         """Cut the text into pieces, each with whether it is accepted drafts."""
         done = 0
@@ -112,10 +120,11 @@ def _finished_lines(
         for text in file.read_text("ascii").splitlines(keepends=True):
             if text.endswith("\n"):
                 line = json.loads(text)
-                _ = key_of(line), Output(line["text"], line["accepted"])
+                Output(line["text"], line["accepted"]).check()
+                hash(key_of(line))
                 if line["task_id"] in finished:
                     yield text, line
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         said = reason(error) if isinstance(error, OSError) else repr(error)
         raise InputError(
             f"{file}: not a worker's outputs ({said}); delete it to do without its texts"

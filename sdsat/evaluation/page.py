@@ -9,6 +9,7 @@ AR's. page.html is its template; plotly makes the plots.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -52,6 +53,7 @@ _COLOURS = (
     "#17becf",
 )
 _GREY = "#8a8a8a"
+_NO_HTML = re.compile("[\0\ud800-\udfff]")  # what browsers leave out, and UTF-8 can't write
 _AREA = 260  # px that the axes are high
 _LINE = 20  # px of a line of the legend, which stands below
 
@@ -146,7 +148,7 @@ def write_page(results: Sequence[Results], path: Path) -> None:
         plotly=get_plotlyjs(),
     )
     with replacing(path) as part:
-        part.write_bytes(page.encode("utf-8", "replace"))
+        part.write_bytes(_NO_HTML.sub("\ufffd", page).encode())
 
 
 def _settings(results: Sequence[Results]) -> list[str]:

@@ -27,6 +27,7 @@ COLUMNS = (
     "tokens/pass",
     "identical",
 )
+WIDTH = 114  # in which no cell of `rich_table` is cut or broken
 _CAPTION = (
     "accepted/verify: accepted drafts a verify pass, without the token that the model adds "
     "itself; tokens/verify: with it "
@@ -83,9 +84,9 @@ def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def rich_table(summary: dict[str, Any]) -> Table:
-    """Make the table for a terminal."""
+    """Make the table for a terminal, of `WIDTH` columns or more."""
     table = Table(
-        *COLUMNS,
+        *(name.replace("/", "\n/") for name in COLUMNS),
         title=describe(summary),
         title_justify="left",
         caption=caption(summary),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -47,16 +48,46 @@ def read_workers(folder: Path) -> list[dict[str, Any]]:
 
 
 def _check_parts(document: dict[str, Any]) -> None:
-    """Look for all that is read of a worker document.
+    """Look at all that is read of a worker document.
 
-    Raises KeyError or TypeError, naming what is missing.
+    Raises KeyError, TypeError or ValueError, naming what is missing or wrong.
     """
-    for part in ("settings", "environment"):
-        dict(document[part])
     for problem in document["problems"]:
-        str(problem["task_id"])
+        _check(problem, "task_id", lambda value: isinstance(value, str))
         for run in problem["runs"]:
-            seconds_of(run), key_of(run), run["outputs_sha256"]
+            _check_run(run)
+    _check(document, "device", lambda value: isinstance(value, str))
+    settings, environment = dict(document["settings"]), dict(document["environment"])
+    names = ["model", "dataset", "method", "dtype", "max_new_tokens", "tree"]
+    names += [] if settings["method"] == "greedy" else ["temperature"]
+    for part, name in [(environment, "device_name"), *((settings, name) for name in names)]:
+        _check(part, name, lambda value: isinstance(value, (str, int, float, NoneType)))
+
+
+def _check_run(run: dict[str, Any]) -> None:
+    """Look at all that is read of a run, as `_check_parts` does."""
+    _check(run, "strategy", _ORDER.__contains__)
+    for name in ("k", "lookup", "num_passes", "num_plain_passes", "num_rounded_passes"):
+        _check(run, name, _is_count)
+    _check(run, "num_new_tokens", lambda value: _is_count(value) and value > 0)
+    for name in ("prefill_seconds", "decode_seconds"):
+        _check(run, name, lambda value: type(value) in (int, float) and 0 <= value < math.inf)
+    for name in ("proposed_by_depth", "accepted_by_depth", "accepted_histogram"):
+        _check(run, name, lambda value: type(value) is list and all(map(_is_count, value)))
+    _check(run, "accepted_by_depth", lambda value: len(value) == len(run["proposed_by_depth"]))
+    _check(run, "accepted_histogram", lambda value: any(value) or not any(run["proposed_by_depth"]))
+    _check(run, "outputs_sha256", lambda value: value and all(type(each) is str for each in value))
+    if not seconds_of(run):
+        raise ValueError("no seconds")
+
+
+def _check(part: dict[str, Any], name: str, is_good: Callable[[Any], Any]) -> None:
+    if not is_good(part[name]):
+        raise ValueError(f"{name} = {part[name]!r}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def seconds_of(run: dict[str, Any]) -> float:
@@ -295,11 +326,20 @@ def summarize(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
     Where every worker measures all problems, those count that all have finished.
 
-    Raises InputError where they hold no problem.
+    Raises InputError where they hold no problem, or are not of one benchmark.
     """
     documents = [document for document in documents if document["problems"]]
     require(len(documents) > 0, "results: no finished problem")
     settings = documents[0]["settings"]
+    shape = _shape(documents[0]["problems"][0])
+    require(AR_KEY in shape, "results: no run of ar, which all others are compared with")
+    for document in documents:
+        require(
+            document["settings"] == settings
+            and all(_shape(problem) == shape for problem in document["problems"]),
+            f"results: of worker {document['device']} are not of the settings and runs of worker "
+            f"{documents[0]['device']}; expected those of one benchmark in a folder",
+        )
     repeated = settings.get("repeat", False)
     names = [{problem["task_id"] for problem in document["problems"]} for document in documents]
     counted = set.intersection(*names) if repeated else set[str]().union(*names)
@@ -322,6 +362,12 @@ def summarize(documents: list[dict[str, Any]]) -> dict[str, Any]:
         "runs": [_run_summary(problems, workers, key, settings) for key in keys],
         "best_k": _best_ks(problems, keys),
     }
+
+
+def _shape(problem: dict[str, Any]) -> dict[Key, tuple[int, int]]:
+    """Map the runs of a problem to how long their lists of counts are."""
+    lists = ("proposed_by_depth", "accepted_histogram")
+    return {key_of(run): (len(run[lists[0]]), len(run[lists[1]])) for run in problem["runs"]}
 
 
 def _best_ks(problems: list[dict[str, Any]], keys: list[Key]) -> list[dict[str, Any]]:

@@ -132,16 +132,27 @@ def _extras() -> Finding:
     return Finding("extras", f"{there}; without {', '.join(lacking)}", fix)
 
 
+def _working_compiler() -> list[str]:
+    """Return the compiler's command once it has made a library.
+
+    Raises Unavailable or OSError, where it can't.
+    """
+    command = compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "trial.cpp"
+        source.write_text('#include <omp.h>\nextern "C" int n() { return omp_get_num_threads(); }')
+        compile_library(command, source, Path(folder) / "trial.so")
+    return command
+
+
 def _compiler() -> Finding:
     install = "install one (apt install g++, dnf install gcc-c++), or set CXX"
+    if sys.platform == "darwin":  # whose own has no OpenMP
+        install = "brew install gcc, and set CXX to its g++-15 or what it is called"
+    if os.environ.get("CXX"):
+        install = "unset CXX, or set it to a C++ compiler with OpenMP"
     try:
-        command = compiler()
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "trial.cpp"
-            source.write_text(
-                '#include <omp.h>\nextern "C" int n() { return omp_get_num_threads(); }'
-            )
-            compile_library(command, source, Path(folder) / "trial.so")
+        command = _working_compiler()
     except (Unavailable, OSError) as reason:
         return Finding("compiler", f"none that works ({reason})", install)
     return Finding("compiler", f"{' '.join(command)}, with OpenMP")
@@ -154,10 +165,14 @@ def _instructions() -> Finding:
 def _engine() -> Finding:
     try:
         name = library_name(compiler())
+        kept = any((cache_dir() / "native").glob(f"{name}-*.so"))
+        if not kept:
+            _working_compiler()
+    except InputError:  # of the cache folder, which has a line of its own
+        kept = False
     except (Unavailable, OSError):
         slower = "transformers' modules, about three times slower on a CPU"
         return Finding("engine", slower, "a C++ compiler, as above")
-    kept = any((cache_dir() / "native").glob(f"{name}-*.so"))
     return Finding("engine", "native, " + ("compiled" if kept else "compiled at the first use"))
 
 
@@ -165,9 +180,15 @@ def _threads() -> Finding:
     given = os.environ.get("OMP_NUM_THREADS", "")
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
-    said = f"{count} processors" + (f", OMP_NUM_THREADS={given}" if given else "")
-    few = given.isdecimal() and int(given) < count
-    return Finding("threads", said, "unset OMP_NUM_THREADS to use them all" if few else "")
+    said = f"{count} processor{'s' * (count > 1)}" + (f", OMP_NUM_THREADS={given}" if given else "")
+    first = given.split(",")[0].strip()  # the others are of loops in loops
+    number = int(first) if first.isdecimal() else 0
+    fix = "unset OMP_NUM_THREADS to use them all"
+    if not number:
+        fix = "unset OMP_NUM_THREADS, which is no number of threads"
+    elif number > count:
+        fix = "unset OMP_NUM_THREADS, which is more than there are"
+    return Finding("threads", said, fix if given and number != count else "")
 
 
 def _memory() -> Finding:

@@ -83,10 +83,12 @@ def find_adapter(name: str) -> Found | None:
 def _fetched(repository: str, revision: str | None) -> Found | None:
     """As `find_adapter`, of a repository; asked once a process.
 
-    Where the hub can't be reached, what an earlier process has fetched counts.
+    Where the hub can't be reached, what an earlier process has fetched counts. Raises InputError,
+    one line, where that is nothing: its library would try again for half a minute.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub import try_to_load_from_cache as held
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     for inner in _PLACES:
         file = inner + CONFIG_FILE
@@ -95,8 +97,16 @@ def _fetched(repository: str, revision: str | None) -> Found | None:
             get_hf_file_metadata(url, timeout=_PROBE_SECONDS)
         except (EntryNotFoundError, HFValidationError):
             continue
-        except Exception:  # of several libraries, each with exceptions of its own
-            return _held(repository, revision)
+        except Exception as error:  # of several libraries, each with exceptions of its own
+            found = _held(repository, revision)
+            answered = isinstance(error, HfHubHTTPError)
+            has_model = answered or held(repository, "config.json", revision=revision)
+            require(
+                bool(found or has_model),
+                f"model {at_revision(repository, revision)}: nothing of that name is here, and the "
+                f"hub cannot be reached ({reason(error)})",
+            )
+            return found
         try:
             config = hf_hub_download(repository, file, revision=revision)
             hf_hub_download(repository, inner + WEIGHTS_FILE, revision=revision)
