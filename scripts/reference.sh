@@ -32,7 +32,9 @@ sdsat eval "$model" --dtype float32 --k-list 5 --strategies two-step,auto --devi
 audit() { OMP_NUM_THREADS=1 sdsat verify "$model" --device cpu --data-limit 40 --out "$results/exactness/$1.json" "${@:2}"; }
 for dtype in float32 bfloat16; do
   audit "greedy_$dtype" --dtype "$dtype" --max-new-tokens 48 --k-list 3,7 &
-  audit "nucleus_$dtype" --dtype "$dtype" --max-new-tokens 24 --temperature 0.2,1.0 --seeds 0 --k-list 5 --tree chain --tree 2,2,1 &
+  audit "nucleus_$dtype" --dtype "$dtype" --max-new-tokens 24 --temperature 0.2,1.0 --seeds 0 --k-list 5 --tree auto --tree 2,2,1 &
   wait
 done
+for dtype in int8 gguf; do audit "greedy_$dtype" --dtype "$dtype" --max-new-tokens 48 --k-list 7 & done
+wait
 audit greedy_trees_bfloat16 --dtype bfloat16 --max-new-tokens 48 --k-list 5 --tree 2,2,1 --tree 3,2,1,1,1

@@ -21,6 +21,11 @@ def num_blocks(outputs: int) -> int:
     return (outputs + -outputs % MULTIPLE) // (2 * library().sdsat_lanes())
 
 
+def bytes_of(source: Source) -> int:
+    """Count the bytes that are read to pack a weight."""
+    return source.num_bytes if isinstance(source, BlockLinear) else source.nbytes
+
+
 def form_of(linear: BlockLinear) -> Form:
     """Return the form in which a file's weight loses nothing."""
     kind = TYPES[linear.blocks.kind]

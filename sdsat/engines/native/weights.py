@@ -21,7 +21,14 @@ from sdsat.engines.native.bindings import (
     pointer,
 )
 from sdsat.engines.native.compiler import Unavailable
-from sdsat.engines.native.packing import MULTIPLE, Source, as_bytes, form_of, num_blocks
+from sdsat.engines.native.packing import (
+    MULTIPLE,
+    Source,
+    as_bytes,
+    bytes_of,
+    form_of,
+    num_blocks,
+)
 from sdsat.method.copies import LONGEST
 from sdsat.models.attention import sliding_window
 from sdsat.models.blocks import BlockLinear
@@ -170,7 +177,9 @@ class NativeWeights:
                 together = joined.new_empty(num_blocks(outputs), joined.shape[1])
                 self._kept.append(together)
             together[num_blocks(first) :][: len(joined)] = joined
-            self._read_bytes += joined.nbytes
+            self._read_bytes += (
+                sum(bytes_of(source) for source, _ in parts) * (last - first) // outputs
+            )
             if self._read_bytes >= _PAGE_OUT_AFTER:
                 self._page_out()
         at = together.data_ptr()
