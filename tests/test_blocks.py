@@ -1,5 +1,7 @@
 """Weights in a file's own bits: the numbers that llama.cpp's package reads, through all layers."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import gguf
@@ -93,10 +95,81 @@ def test_types_that_are_not_computed_with_are_named(tmp_path):
         loaded_of(file)
 
 
+def test_an_embedding_may_be_of_any_type_that_can_be_read(tmp_path):
+    """Linear layers alone are computed with in a file's own bits."""
+    lm = random_model("qwen2", hidden_size=256, tie_word_embeddings=False)
+    shape = lm.model.embed_tokens.weight.shape
+    blocks = np.zeros(gguf.quant_shape_to_byte_shape(shape, KINDS.Q2_K), np.uint8)
+    raw = {"token_embd.weight": (blocks, KINDS.Q2_K)}
+    model = loaded_of(write_gguf(lm, tmp_path / "tiny.gguf", KINDS.Q8_0, raw))
+    assert model.dtype_name == "gguf" and not model.lm.model.embed_tokens.weight.any()
+    file = write_gguf(lm, tmp_path / "plain.gguf", KINDS.F16, raw)
+    with one_line_error("its linear layers are plain numbers; expected auto"):
+        loaded_of(file)
+
+
+def tiny_file(tmp_path, tied=False):
+    lm = random_model("qwen2", hidden_size=128, tie_word_embeddings=tied)
+    return write_gguf(lm, tmp_path / "tiny.gguf", KINDS.Q8_0)
+
+
+def scale_a_weight(lm):
+    lm.model.layers[0].mlp.down_proj.weight.mul_(-3)
+
+
+def load_another_state(lm):
+    lm.load_state_dict({name: tensor * 0.5 for name, tensor in lm.state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    "change", [scale_a_weight, load_another_state, lambda lm: lm.resize_token_embeddings(300)]
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["own output layer", "tied"])
+@torch.no_grad()
+def test_a_layer_whose_weight_changes_computes_with_the_new_one(tmp_path, tied, change):
+    decoder = Decoder(loaded_of(tiny_file(tmp_path, tied)))
+    lm = decoder.model.lm
+    before = lm(torch.tensor([[5, 9]])).logits
+    change(lm)
+    decoder.renew()
+    after = lm(torch.tensor([[5, 9]])).logits
+    for layer in lm.modules():
+        if isinstance(layer, torch.nn.Linear):
+            near = layer.blocks.read().numbers() if isinstance(layer, BlockLinear) else layer.weight
+            assert torch.allclose(near.float(), layer.weight.float(), rtol=2**-8)
+    rows = len(lm.model.embed_tokens.weight)
+    assert after.shape[-1] == rows and not torch.equal(before, after[..., : before.shape[-1]])
+    if change is scale_a_weight:
+        assert decoder.model.dtype_name == "gguf"
+    assert decoder.engine.name == "native"
+    assert len(decoder.generate([5, 9], DecodeConfig(0, 4)).token_ids) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_another_type_of_all_else_leaves_the_blocks(tmp_path, dtype):
+    decoder = Decoder(loaded_of(tiny_file(tmp_path)))
+    decoder.model.lm.to(dtype)
+    decoder.renew()
+    assert decoder.model.dtype_name == "gguf"
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_the_bits_of_its_layers_alone(tmp_path, again):
+    file = tiny_file(tmp_path)
+    model = loaded_of(file)
+    other = again(model)
+    assert other.dtype_name == "gguf"
+    most = sum(p.nbytes for p in model.lm.parameters()) + file.stat().st_size
+    rest = len(pickle.dumps(model.tokenizer)) + 100_000
+    assert len(pickle.dumps(other)) < most + rest and len(pickle.dumps(model)) < most + rest
+    want = Decoder(model).generate([5, 9], DecodeConfig(0, 8)).token_ids
+    assert Decoder(other).generate([5, 9], DecodeConfig(0, 8)).token_ids == want
+
+
 def test_what_has_no_bits_of_its_own_is_said_so(tmp_path):
     lm = random_model("qwen2")
     file = write_gguf(lm, tmp_path / "tiny.gguf", KINDS.BF16)
-    with one_line_error("holds plain numbers alone; expected auto"):
+    with one_line_error("its linear layers are plain numbers; expected auto"):
         loaded_of(file)
     lm.save_pretrained(tmp_path / "folder")
     with one_line_error("is no GGUF file; expected such a file, an embedded model, or dtype=int8"):

@@ -1,5 +1,6 @@
 """Distillation against the decoder; shards and resuming."""
 
+import copy
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from sdsat.config import DecodeConfig, DistillConfig, SatConfig
 from sdsat.decoding.decoder import Decoder
 from sdsat.engines.transformers import TransformersEngine
+from sdsat.models.int8 import round_linears
 from sdsat.tasks.prompts import collect_prompts
 from sdsat.training.distill import answer_batch, distill
 from sdsat.training.shards import hold_out, read_sequences, read_shards
@@ -158,6 +160,14 @@ def test_several_answers_to_a_prompt_take_the_temperatures_in_turn(decoder, sour
 def read_shards_greedy(decoder, source, tmp_path):
     run(decoder, source, tmp_path / "greedy", temperatures=(0.0,))
     return read_shards(tmp_path / "greedy")
+
+
+def test_answers_in_8_bits_do_not_join_those_of_another_type(decoder, source, tmp_path):
+    run(decoder, source, tmp_path / "out")
+    model = copy.deepcopy(decoder.model)
+    round_linears(model.lm)
+    with one_line_error("dtype", "int8"):
+        run(Decoder(model, TransformersEngine(model)), source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])

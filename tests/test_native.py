@@ -42,7 +42,7 @@ from transformers import (
 
 import sdsat
 from sdsat.cli import main as cli
-from sdsat.config import DecodeConfig, SamplingConfig, SatConfig
+from sdsat.config import DecodeConfig, InputError, SamplingConfig, SatConfig
 from sdsat.decoding.decoder import Decoder
 from sdsat.engines import drafting
 from sdsat.engines.base import RowPolicy, probe_rows
@@ -371,6 +371,24 @@ def test_logits_of_a_model_in_a_files_own_bits_are_those_of_its_modules(name):
     # rounding is a step: near an edge it may fall either way
     assert (got - want).norm() <= 0.6 * (got - before).norm()
     assert (got - before).norm() <= 0.1 * before.norm()
+
+
+@pytest.mark.parametrize("kind", [INT8, *TYPES])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_stays_none_in_8_bits(kind, bad):
+    """So that such a pass is refused; rows beside it have their own numbers."""
+    lm = random_lm("blocks of 256", HALF)
+    in_blocks(lm, [kind]) if kind in TYPES else round_linears(lm)
+    decoder = natively(lm)
+    _, want = forward(decoder, decoder.engine.new_cache(3), torch.tensor([5, 9, 7]), chain(3))
+    lm.model.embed_tokens.weight[7, 40], good = bad, lm.model.embed_tokens.weight[7, 40].item()
+    _, got = forward(decoder, decoder.engine.new_cache(3), torch.tensor([5, 9, 7]), chain(3))
+    assert got[2].isnan().all() and torch.equal(got[:2], want[:2])
+    lm.model.embed_tokens.weight[7, 40] = good
+    lm.model.layers[1].mlp.down_proj.weight[3, 4] = bad
+    if kind == INT8:
+        with pytest.raises(InputError, match=r"layers.1.mlp.down_proj.weight holds NaN or inf"):
+            natively(lm).generate([5, 9], DecodeConfig(0, 2))
 
 
 def test_a_file_in_which_some_matrices_are_plain_numbers():

@@ -22,7 +22,7 @@ import gguf
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -40,6 +40,7 @@ from sdsat.models.dtypes import GGUF, INT8, SAFETENSORS_DTYPES
 from sdsat.models.families import check_family
 from sdsat.models.gguf_header import check_header
 from sdsat.models.gguf_tokenizer import read_tokenizer
+from sdsat.models.mapped import MappedFile
 
 # llama.cpp's name of an architecture: transformers'. Mistral and CodeLlama are `llama` there.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -200,23 +201,26 @@ def convert(file: Path, target: Path, name: str, as_transformers: bool = False) 
     _write_weights(target / "model.safetensors", wanted, config, name)
 
 
-def held_weights(file: Path, name: str, data: Tensor) -> dict[str, HeldWeight]:
-    """Find the quantized matrices of a file, {transformers' name: weight}.
+def held_weights(file: Path, name: str, data: MappedFile) -> dict[str, HeldWeight]:
+    """Find the quantized matrices of a file's linear layers, {transformers' name: weight}.
 
     Args:
         file: as of `convert`.
         name: of the model, for messages.
-        data: the file's bytes, of uint8; the weights are views of it.
+        data: the file, of which the weights are views.
 
     Raises:
         InputError: in one line, for a file that can't be read, that has no such matrix, or one of
             a type that is not computed with.
     """
     _, model, wanted = _opened(file, name)
+    parts = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    weights = {id(part.weight) for part in parts}
+    linears = {own for own, weight in model.named_parameters() if id(weight) in weights}
     held = {}
     for own, tensor in wanted.items():
         kind = tensor.tensor_type.name
-        if len(tensor.shape) < 2 or kind in _PLAIN:
+        if own not in linears or kind in _PLAIN:
             continue
         require(
             kind in TYPES,
@@ -225,11 +229,11 @@ def held_weights(file: Path, name: str, data: Tensor) -> dict[str, HeldWeight]:
         )
         outputs = int(tensor.shape[1])
         begin = int(tensor.data_offset)
-        there = data[begin : begin + int(tensor.n_bytes)].view(outputs, -1)
+        there = data.part(begin, begin + int(tensor.n_bytes)).view(outputs, -1)
         order = torch.arange(outputs)[:, None]
         heads = _heads_in_another_order(own, model.config)
         held[own] = HeldWeight(there, kind, _in_halves(order, heads)[:, 0] if heads else None)
-    require(bool(held), f"dtype={GGUF}: {name} holds plain numbers alone; expected auto")
+    require(bool(held), f"dtype={GGUF}: {name}: its linear layers are plain numbers; expected auto")
     return held
 
 

@@ -384,7 +384,7 @@ def load(
     if dtype == INT8:
         round_linears(model)  # after an adapter has compared the base with its own
     if file is not None and mapped is not None:
-        take_blocks(model, gguf.held_weights(file, base, mapped.map_bytes(file)))
+        take_blocks(model, gguf.held_weights(file, base, mapped.map_file(file)))
     return equipped
 
 

@@ -14,8 +14,9 @@ import struct
 from contextlib import suppress
 from ctypes import c_size_t, c_void_p
 from math import prod
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,25 @@ from sdsat.models.dtypes import SAFETENSORS_DTYPES
 _DONTNEED = 4  # MADV_DONTNEED of Linux: pages leave, and come back as they are in the file
 
 
+class MappedFile:
+    """A file as memory, of which tensors are views.
+
+    Each has a storage of its own, so that a pickle of it holds its bytes, and not all of the file.
+    """
+
+    def __init__(self, file: Path):
+        with file.open("rb") as opened:
+            self._bytes = mmap(opened.fileno(), 0, access=ACCESS_COPY)
+        self.whole = self.part(0, len(self._bytes))
+
+    def part(self, first: int, last: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        """Return the numbers in bytes first to last, [count]."""
+        if first == last:
+            return torch.empty(0, dtype=dtype)
+        count = (last - first) // dtype.itemsize
+        return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=first)
+
+
 class MappedWeights:
     """The safetensors files of a folder or hub id, as tensors that are views of them.
 
@@ -34,17 +54,17 @@ class MappedWeights:
     """
 
     def __init__(self, path: str, where: dict[str, Any] | None = None):
-        """Map the files; all of them, or none if one has numbers of another kind.
+        """Map the files; all of them, or none if one has numbers of another kind or at odd bytes.
 
         path: a folder, or a hub id, whose files are fetched. where: options of transformers that
         say whether it is local, and its revision. Raises OSError, ValueError or KeyError for
         damaged ones.
         """
         self.tensors: dict[str, Tensor] = {}
-        self._storages: list[torch.UntypedStorage] = []
+        self._files: list[MappedFile] = []
         if not all(map(self._map, _files(path, where or {}))):
             self.tensors.clear()
-            self._storages.clear()
+            self._files.clear()
 
     def _map(self, file: Path) -> bool:
         with file.open("rb") as opened:
@@ -53,26 +73,24 @@ class MappedWeights:
         header.pop("__metadata__", None)
         if any(facts["dtype"] not in SAFETENSORS_DTYPES for facts in header.values()):
             return False
-        storage = _mapping(file)
-        self._storages.append(storage)
+        mapped = self.map_file(file)
         for name, facts in header.items():
             dtype = SAFETENSORS_DTYPES[facts["dtype"]]
             first, last = (8 + size + offset for offset in facts["data_offsets"])
             shape = facts["shape"]
-            if first % dtype.itemsize or last - first != prod(shape) * dtype.itemsize:
+            if last - first != prod(shape) * dtype.itemsize or first < 8 + size:
                 raise ValueError(f"{file.name}: {name} lies at bytes {first} to {last}")
-            if last > storage.nbytes():
+            if last > len(mapped.whole):
                 raise ValueError(f"{file.name}: it ends before {name} does")
-            flat = torch.empty(0, dtype=dtype)
-            flat.set_(storage, first // dtype.itemsize, (prod(shape),), (1,))
-            self.tensors[name] = flat.view(shape)
+            if first % dtype.itemsize:
+                return False
+            self.tensors[name] = mapped.part(first, last, dtype).view(shape)
         return True
 
-    def map_bytes(self, file: Path) -> Tensor:
-        """Map one more file, as a tensor of its bytes. Raises OSError where it can't be read."""
-        storage = _mapping(file)
-        self._storages.append(storage)
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
+    def map_file(self, file: Path) -> MappedFile:
+        """Map one more file. Raises OSError or ValueError where it can't be read."""
+        self._files.append(MappedFile(file))
+        return self._files[-1]
 
     def page_out(self) -> None:
         """Take the files out of this process's memory until they are read again; on Linux only.
@@ -83,21 +101,16 @@ class MappedWeights:
         with suppress(AttributeError, OSError, TypeError, ValueError):
             system = ctypes.CDLL(None)
             changed = _changed_mappings()
-            for storage in self._storages:
-                begin = storage.data_ptr()
-                end = begin + storage.nbytes()
+            for file in self._files:
+                begin = file.whole.data_ptr()
+                end = begin + len(file.whole)
                 if not any(first < end and begin < last for first, last in changed):
-                    system.madvise(c_void_p(begin), c_size_t(storage.nbytes()), _DONTNEED)
+                    system.madvise(c_void_p(begin), c_size_t(end - begin), _DONTNEED)
             system.malloc_trim(0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the files out of a copy."""
-        return {"tensors": {}, "_storages": []}
-
-
-def _mapping(file: Path) -> torch.UntypedStorage:
-    size = file.stat().st_size
-    return cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(file), False, size))
+        return {"tensors": {}, "_files": []}
 
 
 def _changed_mappings() -> list[tuple[int, int]]:

@@ -53,6 +53,9 @@ class SatModel:
         """
         check_dtype_of(self.lm, self.name)
         self.lm.set_attn_implementation(attention.NAME)
+        for part in self.lm.modules():
+            if isinstance(part, BlockLinear):
+                part.follow()
         if self.adapter is not None:
             self.adapter.follow(self.lm)
         self.sat = self.place_of_sat()

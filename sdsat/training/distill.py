@@ -140,7 +140,7 @@ def _settings(model: SatModel, config: DistillConfig) -> dict[str, Any]:
     return {
         "model": model.name,
         "base_sha256": base_hash(model.name, model.lm),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.dtype_name,
         "stop_ids": list(model.stop_ids),
         "seed": config.seed,
         "answers": config.answers,

@@ -203,7 +203,9 @@ class Quantizer {
       i8x small = __builtin_convertvector(__builtin_convertvector(whole, i32x), i8x);
       memcpy(bytes.data() + at * INT8_GROUP + h, &small, LANES);
     }
-    return int32_t(sum(units));
+    const float all = sum(units);
+    scales[at] += all - all;  // NaN, if one of the numbers is NaN or infinite
+    return int32_t(all);
   }
 
   std::vector<int8_t> bytes;
