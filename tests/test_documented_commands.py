@@ -172,6 +172,7 @@ def workplace(tmp_path_factory):
         run(patch, "distill", ["--model", "base", "--source", "corpus", "--out", "runs/data"])
         run(patch, "bench", ["greedy", "MODEL", "cpu", "--results", "results"])
     shutil.copytree(root / "runs" / "data", root / "data" / "smollm2-135m-instruct")
+    shutil.copytree(root / "results" / "MODEL", root / "results" / "OTHER")
     return root
 
 
@@ -239,7 +240,7 @@ def filled_in(program, arguments):
         "FILE": "made.json",
         "FOLDER": "results/MODEL/greedy",
         "results/adapter/greedy": "results/MODEL/greedy",  # of the same weights
-        "OTHER_FOLDER": "results/MODEL/greedy",
+        "OTHER_FOLDER": "results/OTHER/greedy",
         "ainergy/CodeLlama-SDSAT_L7_13B": "ainergy/CodeLlama-SDSAT_L5_7B",
         "smollm2-135m-sdsat": "MODEL",
         "qwen2.5-coder-0.5b-sdsat": "adapters/file" if "gguf" in arguments else "MODEL",

@@ -56,8 +56,10 @@ def _check_parts(document: dict[str, Any]) -> None:
         _check(problem, "task_id", lambda value: isinstance(value, str))
         for run in problem["runs"]:
             _check_run(run)
-    _check(document, "device", lambda value: isinstance(value, str))
     settings, environment = dict(document["settings"]), dict(document["environment"])
+    if not any(problem["runs"] for problem in document["problems"]):
+        return  # no more is read of it
+    _check(document, "device", lambda value: isinstance(value, str))
     names = ["model", "dataset", "method", "dtype", "max_new_tokens", "tree"]
     names += [] if settings["method"] == "greedy" else ["temperature"]
     for part, name in [(environment, "device_name"), *((settings, name) for name in names)]:

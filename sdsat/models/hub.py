@@ -88,7 +88,12 @@ def _fetched(repository: str, revision: str | None) -> Found | None:
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub import try_to_load_from_cache as held
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+    )
 
     for inner in _PLACES:
         file = inner + CONFIG_FILE
@@ -99,8 +104,8 @@ def _fetched(repository: str, revision: str | None) -> Found | None:
             continue
         except Exception as error:  # of several libraries, each with exceptions of its own
             found = _held(repository, revision)
-            answered = isinstance(error, HfHubHTTPError)
-            has_model = answered or held(repository, "config.json", revision=revision)
+            at_once = isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled))
+            has_model = at_once or held(repository, "config.json", revision=revision)
             require(
                 bool(found or has_model),
                 f"model {at_revision(repository, revision)}: nothing of that name is here, and the "
