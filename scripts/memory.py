@@ -41,8 +41,7 @@ if dtype != "imports":
     prompt = decoder.model.tokenizer("def reverse(items):" * 20)["input_ids"]
     for strategy in ("two-step", "rounded", "auto"):
         decoder.generate(prompt, DecodeConfig(None, 64, strategy=strategy))
-    parameters = {p.data_ptr(): p for p in decoder.model.lm.parameters()}.values()
-    sizes = {p.data_ptr(): p.nbytes for p in parameters}
+    sizes = {p.data_ptr(): p.nbytes for p in decoder.model.lm.parameters()}
     for m in decoder.model.lm.modules():
         if hasattr(m, "num_bytes"):
             sizes[m.weight.data_ptr()] = m.num_bytes

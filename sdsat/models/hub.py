@@ -105,9 +105,9 @@ def _fetched(repository: str, revision: str | None) -> Found | None:
         except Exception as error:  # of several libraries, each with exceptions of its own
             found = _held(repository, revision)
             at_once = isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled))
-            has_model = at_once or held(repository, "config.json", revision=revision)
+            hopeful = at_once or held(repository, "config.json", revision=revision)
             require(
-                bool(found or has_model),
+                bool(found or hopeful),
                 f"model {at_revision(repository, revision)}: nothing of that name is here, and the "
                 f"hub cannot be reached ({reason(error)})",
             )

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from sdsat.engines.native.bindings import Form, library
-from sdsat.models.blocks import TYPES, BlockLinear, BlockWeight
+from sdsat.models.blocks import TYPES, BlockWeight, HeldWeight
 from sdsat.models.int8 import GROUP, round_weight
 
 # Sizes of linear layers are multiples of this: whole blocks (kernels.h) on any processor.
 MULTIPLE = 32
 _STEP = 4  # inputs that one step takes of rows in 8 bits
 
-Source = Tensor | BlockLinear  # of a weight [out, in]
+Source = Tensor | HeldWeight  # of a weight [out, in]
 
 
 def num_blocks(outputs: int) -> int:
@@ -21,14 +21,21 @@ def num_blocks(outputs: int) -> int:
     return (outputs + -outputs % MULTIPLE) // (2 * library().sdsat_lanes())
 
 
+def num_outputs(source: Source) -> int:
+    """Count the outputs of a weight."""
+    if isinstance(source, HeldWeight) and source.order is not None:
+        return len(source.order)
+    return len(source.held if isinstance(source, HeldWeight) else source)
+
+
 def bytes_of(source: Source) -> int:
     """Count the bytes that are read to pack a weight."""
-    return source.num_bytes if isinstance(source, BlockLinear) else source.nbytes
+    return source.held.nbytes if isinstance(source, HeldWeight) else source.nbytes
 
 
-def form_of(linear: BlockLinear) -> Form:
+def form_of(weight: HeldWeight) -> Form:
     """Return the form in which a file's weight loses nothing."""
-    kind = TYPES[linear.blocks.kind]
+    kind = TYPES[weight.kind]
     if kind.bits == 8:
         return Form.BITS8 if kind.half else Form.BITS8_HALVES
     ends = ("_LEAST" if kind.with_least else "") + ("" if kind.half else "_FLOAT")
@@ -46,8 +53,8 @@ def as_bytes(source: Source, form: Form, first: int, last: int, step: int) -> li
         step: inputs that one step takes of PLAIN weights.
     """
     parts: list[Tensor]
-    if isinstance(source, BlockLinear):
-        parts = [pack_blocks(source.blocks.read(first, last), form)]
+    if isinstance(source, HeldWeight):
+        parts = [pack_blocks(source.read(first, last), form)]
     elif form == Form.INT5:
         parts = [pack5(source[first:last])]
     elif form == Form.INT8:
@@ -149,5 +156,4 @@ def _beside(numbers: Tensor, groups: int) -> Tensor:
 
 def _joined(*parts: Tensor) -> Tensor:
     """Join what belongs to a group, all as bytes: [out / L, groups, bytes]."""
-    as_bytes = [part.contiguous().flatten(2).view(torch.uint8) for part in parts]
-    return torch.cat(as_bytes, -1)
+    return torch.cat([part.contiguous().flatten(2).view(torch.uint8) for part in parts], -1)

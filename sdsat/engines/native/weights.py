@@ -28,6 +28,7 @@ from sdsat.engines.native.packing import (
     bytes_of,
     form_of,
     num_blocks,
+    num_outputs,
 )
 from sdsat.method.copies import LONGEST
 from sdsat.models.attention import sliding_window
@@ -114,8 +115,7 @@ class NativeWeights:
         """
         if ids is None:
             return self._linear("lm_head", head, head.weight.shape), Linear(), 0
-        part = _outputs_of(head, ids)
-        drafts = self._linear("lm_head", part, part.weight.shape)
+        drafts = self._linear("lm_head", head, head.weight.shape, ids)
         if self._rounded:
             return drafts, Linear(), 0
         return self._linear("lm_head", head, head.weight.shape), drafts, len(ids)
@@ -167,7 +167,7 @@ class NativeWeights:
         parts: (weight, what becomes of it) of each.
         """
         source, _ = parts[0]
-        outputs = source.out_features if isinstance(source, BlockLinear) else len(source)
+        outputs = num_outputs(source)
         together = torch.empty(0)
         for first in range(0, outputs, _AT_ONCE):
             last = min(outputs, first + _AT_ONCE)
@@ -190,24 +190,39 @@ class NativeWeights:
             at += sum(part.shape[1] for part in packed)
         return matrices
 
-    def _source(self, linear: nn.Linear) -> tuple[Source, Form]:
-        """Return what is packed of a layer, and as what."""
-        if self._rounded:
-            return linear.weight, Form.INT5
-        if isinstance(linear, BlockLinear):
-            return linear, form_of(linear)
-        return linear.weight, Form.INT8 if isinstance(linear, Int8Linear) else Form.PLAIN
+    def _source(self, linear: nn.Linear, ids: Tensor | None) -> tuple[Source, Form]:
+        """Return what is packed of a layer, and as what. ids: of some outputs; None: all."""
+        if isinstance(linear, BlockLinear) and not self._rounded:
+            blocks = linear.blocks if ids is None else linear.blocks.of(ids)
+            return blocks, form_of(blocks)
+        weight = linear.weight.detach()
+        form = Form.INT8 if isinstance(linear, Int8Linear) else Form.PLAIN
+        return (weight if ids is None else weight[ids]), Form.INT5 if self._rounded else form
 
-    def _linear(self, name: str, linear: nn.Linear, shape: tuple[int, ...]) -> Linear:
+    def _linear(
+        self, name: str, linear: nn.Linear, shape: tuple[int, ...], ids: Tensor | None = None
+    ) -> Linear:
+        """Pack a layer.
+
+        Args:
+            name: of the layer, as the adapter has it.
+            linear: the layer.
+            shape: that its weight must have.
+            ids: of the outputs to pack; None: all.
+        """
         out, inner = shape
         self._checked(name, linear.weight, *shape)
         bias: Tensor | None = linear.bias
+        if bias is not None:
+            bias = self._checked(f"{name}'s bias", bias.detach(), out)
+        if ids is not None:
+            out = len(ids)
+            bias = None if bias is None else bias[ids]
         struct = Linear(out=out + -out % MULTIPLE, in_=inner)
         if bias is not None:
-            bias = self._checked(f"{name}'s bias", bias, out)
             struct.bias = pointer(self._keep(nn.functional.pad(bias, (0, -out % MULTIPLE))))
         if self._adapter is None or name not in self._adapter.down:
-            (struct.weight,) = self._packed(self._source(linear))
+            (struct.weight,) = self._packed(self._source(linear, ids))
             return struct
         rank = len(self._adapter.down[name])
         down = self._checked(f"adapter's down of {name}", self._adapter.down[name], rank, inner)
@@ -219,7 +234,7 @@ class NativeWeights:
         up = nn.functional.pad(up, (0, padding))
         (struct.down,), (struct.weight, struct.up), struct.rank = (
             self._packed((down, self._adapter_form)),
-            self._packed(self._source(linear), (up, self._adapter_form)),
+            self._packed(self._source(linear, ids), (up, self._adapter_form)),
             len(down),
         )
         return struct
@@ -245,17 +260,6 @@ class NativeWeights:
                 self._linear(f"{where}/{part}/{name}", getattr(module, name), shapes[name])
             )
         return Layer(*norms, *parts)
-
-
-def _outputs_of(linear: nn.Linear, ids: Tensor) -> nn.Linear:
-    """Return a layer with some of the outputs of another, by their numbers."""
-    part = nn.Linear(linear.in_features, len(ids), linear.bias is not None, device="meta")
-    part.weight = nn.Parameter(linear.weight.detach()[ids], requires_grad=False)
-    if linear.bias is not None:
-        part.bias = nn.Parameter(linear.bias.detach()[ids], requires_grad=False)
-    if isinstance(linear, BlockLinear):
-        return BlockLinear(part, linear.blocks.of(ids))
-    return Int8Linear(part) if isinstance(linear, Int8Linear) else part
 
 
 def _kv_heads(config: Any) -> int:
