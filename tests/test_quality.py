@@ -88,6 +88,7 @@ def scripted(monkeypatch, answers):
         return Generation(
             token_ids=[1 + good, config.sampling.seed],
             text=PROBLEMS[number]["canonical_solution"] if good else "    pass\n",
+            accepted_lengths=[3, 0, int(good)] if config.k else [],
         )
 
     monkeypatch.setattr(Decoder, "generate", generate)
@@ -140,6 +141,8 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
         1.0,
         5,
     )
+    # Six answers of three loops, with 3 accepted drafts each, and one more in the four good ones.
+    assert (ar["accepted_per_loop"], drafted["accepted_per_loop"]) == (None, round(22 / 18, 4))
     with one_line_error(out, "other settings"):
         evaluate(decoder, QualityConfig(k_list=(5,), data_limit=3), out)
 

@@ -182,6 +182,8 @@ def _answer(
                     "seed": sampling.seed,
                     "identical": out.token_ids == ar,
                     "num_new_tokens": out.num_new_tokens,
+                    "num_loops": len(out.accepted_lengths),
+                    "num_accepted": sum(out.accepted_lengths),
                     "result": results[code],
                     "completion": code,
                 }
@@ -190,11 +192,11 @@ def _answer(
 
 
 def _summarize(problems: list[dict[str, Any]], config: QualityConfig) -> list[dict[str, Any]]:
-    """Make one row a setting: pass@n, and how many completions are those of AR.
+    """Make one row a setting: pass@n, how many completions are those of AR, accepted drafts.
 
     n is 1, 10, 100 and the number of all samples. Problems with an answer that the sandbox failed
     to test (`num_untested`) are left out of what passed, in all rows alike; without others pass@n
-    is None.
+    is None, as accepted drafts per loop are where nothing was drafted.
     """
     return [_setting_summary(problems, setting, config.samples) for setting in config.settings]
 
@@ -212,6 +214,9 @@ def _setting_summary(
         runs for runs, problem in zip(runs_of, problems, strict=True) if not _has_untested(problem)
     ]
     passed = [sum(run["result"] == "passed" for run in runs) for runs in tested]
+    loops, accepted = (
+        sum(run[name] for runs in runs_of for run in runs) for name in ("num_loops", "num_accepted")
+    )
     levels = sorted({n for n in (1, 10, 100) if n < samples} | {samples})
     return {
         "strategy": setting.strategy,
@@ -220,6 +225,7 @@ def _setting_summary(
         "num_untested": len(problems) - len(tested),
         "num_completions": sum(map(len, runs_of)),
         "identical": sum(run["identical"] for runs in runs_of for run in runs),
+        "accepted_per_loop": round(accepted / loops, 4) if loops else None,
         "num_passed": sum(passed),
         **{f"pass@{n}": _mean(estimate_pass_at_k(samples, passed, n)) for n in levels},
     }
