@@ -45,12 +45,12 @@ from sdsat.cli import main as cli
 from sdsat.config import DecodeConfig, InputError, SamplingConfig, SatConfig
 from sdsat.decoding.decoder import Decoder
 from sdsat.engines import drafting
-from sdsat.engines.base import RowPolicy, probe_rows
+from sdsat.engines.base import PassInput, RowPolicy, probe_rows
 from sdsat.engines.drafting import Guesses
 from sdsat.engines.native import bindings, compiler, packing
 from sdsat.engines.native.compiler import Unavailable
 from sdsat.engines.native.engine import NativeEngine
-from sdsat.method.layout import Layout
+from sdsat.method.layout import Layout, SatGroup
 from sdsat.method.sampling import as_seed, choose, gumbel_noise
 from sdsat.method.tree import DraftTree, make_tree
 from sdsat.models import attention
@@ -114,7 +114,7 @@ def _no_gradients():
 def random_lm(name, kind=FLOAT):
     """A random model of CONFIGS whose norms and biases are no ones and zeros either.
 
-    kind: its dtype, INT8 or GGUF.
+    kind: its dtype, INT8, GGUF, or the types of a file's weights.
     """
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(CONFIGS[name]).eval().requires_grad_(False)
@@ -125,6 +125,8 @@ def random_lm(name, kind=FLOAT):
         round_linears(lm.to(HALF))
     elif kind == GGUF:
         in_blocks(lm.to(HALF))
+    elif isinstance(kind, tuple):
+        in_blocks(lm.to(HALF), kind)
     else:
         lm.to(kind)
     return lm
@@ -320,6 +322,32 @@ def test_a_linear_layer_in_5_bits(name):
         want = inputs @ in_5_bits(head.weight).double().T
         want += 0 if head.bias is None else head.bias.double()
         assert (got - want).abs().max() <= 1e-5 * want.abs().max(), rows
+
+
+@pytest.mark.parametrize("draft_ids", [(), tuple(range(0, VOCAB, 3))], ids=["all", "some"])
+@pytest.mark.parametrize("few", [True, False])
+def test_rounded_passes_read_what_is_in_few_bits_as_it_is(few, draft_ids):
+    """So they say the same as exact ones, and take no memory of their own; 8 bits are rounded."""
+    kinds = tuple(kind for kind in TYPES if (TYPES[kind].bits < 8) == few)
+    decoder = decoder_with("blocks of 256", kinds, draft_ids=draft_ids)
+    engine = decoder.engine
+    cache = engine.new_cache(128)
+    engine.prefill(cache, TOKENS[:40])
+    tree = DraftTree((-1, 0, 0, 2, 1), (0,) * 5)
+    part = PassInput(cache, TOKENS[40:45].tolist(), tree, (SatGroup(4, 3),))
+    exact = engine.forward([part])
+    rounded = engine.forward([part], rounded=True)
+    drafted = list(draft_ids or range(VOCAB))
+    assert torch.equal(rounded.states, exact.states) == few
+    assert torch.equal(rounded.logits[:, drafted], exact.logits[:, drafted]) == few
+    assert torch.equal(rounded.sat_logits, exact.sat_logits) == few
+    for number in range(engine.exact.struct.layers):
+        for name in ("q", "k", "v", "o", "gate", "up", "down"):
+            held, again = (
+                getattr(weights.struct.layer[number], name).weight.weight
+                for weights in (engine.exact, engine.rounded)
+            )
+            assert (held == again) == few, name
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -94,7 +94,7 @@ class NativeEngine(Engine):
     @cached_property
     def rounded(self) -> NativeWeights:
         """The rounded weights, made when first asked for."""
-        return NativeWeights(self.model, rounded=True)
+        return NativeWeights(self.model, self.exact)
 
     @property
     def keeps(self) -> bool:

@@ -32,7 +32,7 @@ from sdsat.engines.native.packing import (
 )
 from sdsat.method.copies import LONGEST
 from sdsat.models.attention import sliding_window
-from sdsat.models.blocks import BlockLinear
+from sdsat.models.blocks import TYPES, BlockLinear
 from sdsat.models.head import DraftHead
 from sdsat.models.int8 import Int8Linear
 from sdsat.models.sat_model import SatModel
@@ -52,12 +52,14 @@ class NativeWeights:
     The copy takes as much memory as the weights; what was copied leaves memory, if it is in a file.
     `struct` is what C++ reads. Raises Unavailable for what the engine was not written for.
 
-    rounded: linear layers in 5 bits, the adapter's in 8, for passes that only draft: a third of the
-    bytes to read, and nearly the same guesses. Without that, those of a model in 8 bits
-    (models/int8.py) are in 8 bits, those in a file's own bits (models/blocks.py) in these.
+    exact: what exact passes read. Beside it, these are the rounded weights, for passes that only
+    draft: linear layers in 5 bits, the adapter's in 8; a third of the bytes to read, and nearly the
+    same guesses. Layers that are in 4 or 5 bits already are those of `exact`. Without it, layers of
+    a model in 8 bits (models/int8.py) are in 8 bits, those in a file's own bits (models/blocks.py)
+    in these.
     """
 
-    def __init__(self, model: SatModel, rounded: bool = False):
+    def __init__(self, model: SatModel, exact: NativeWeights | None = None):
         lm = model.lm
         config = model.config
         base = lm.base_model
@@ -71,18 +73,16 @@ class NativeWeights:
         self._adapter = model.adapter
         self._mapped = model.mapped
         self._read_bytes = 0  # since something left memory
-        self._rounded = rounded
+        rounded = exact is not None
+        self._exact = exact
+        self._in_few_bits: dict[tuple[str, bool], Linear] = {}  # what rounded passes read too
         linears = [part for part in lm.modules() if isinstance(part, nn.Linear)]
         in_8_bits = rounded or any(isinstance(part, Int8Linear) for part in linears)
         self._adapter_form = Form.INT8 if in_8_bits else Form.PLAIN
         # Drafts and the probe look ahead.
         self._positions = min(model.max_context, 2**20) + 2 * MAX_ROWS
-        positions = torch.arange(self._positions)[None]
-        rotary = base.rotary_emb(torch.zeros(1, dtype=self.dtype), positions)
-        cos, sin = (
-            self._keep(self._checked("rotary_emb", part[0], self._positions, dim).float())
-            for part in rotary
-        )
+        self._rotary: list[Tensor] = exact._rotary if exact else self._rotary_tables(base, dim)
+        cos, sin = self._rotary
         hidden = config.hidden_size
         shapes = _shapes(config, dim)
         layers = (Layer * config.num_hidden_layers)(
@@ -107,6 +107,15 @@ class NativeWeights:
             self.struct.vocabulary = len(model.draft_ids)
         self._page_out()
 
+    def _rotary_tables(self, base: Any, dim: int) -> list[Tensor]:
+        """Return cosines and sines of all positions, [positions, dim] each in float32."""
+        positions = torch.arange(self._positions)[None]
+        parts = base.rotary_emb(torch.zeros(1, dtype=self.dtype), positions)
+        return [
+            self._checked("rotary_emb", part[0], self._positions, dim).float().contiguous()
+            for part in parts
+        ]
+
     def _output_layers(self, head: nn.Linear, ids: Tensor | None) -> tuple[Linear, Linear, int]:
         """Pack the output layer.
 
@@ -116,7 +125,7 @@ class NativeWeights:
         if ids is None:
             return self._linear("lm_head", head, head.weight.shape), Linear(), 0
         drafts = self._linear("lm_head", head, head.weight.shape, ids)
-        if self._rounded:
+        if self._exact is not None:
             return drafts, Linear(), 0
         return self._linear("lm_head", head, head.weight.shape), drafts, len(ids)
 
@@ -192,17 +201,17 @@ class NativeWeights:
 
     def _source(self, linear: nn.Linear, ids: Tensor | None) -> tuple[Source, Form]:
         """Return what is packed of a layer, and as what. ids: of some outputs; None: all."""
-        if isinstance(linear, BlockLinear) and not self._rounded:
+        if isinstance(linear, BlockLinear) and self._exact is None:
             blocks = linear.blocks if ids is None else linear.blocks.of(ids)
             return blocks, form_of(blocks)
         weight = linear.weight.detach()
         form = Form.INT8 if isinstance(linear, Int8Linear) else Form.PLAIN
-        return (weight if ids is None else weight[ids]), Form.INT5 if self._rounded else form
+        return (weight if ids is None else weight[ids]), form if self._exact is None else Form.INT5
 
     def _linear(
         self, name: str, linear: nn.Linear, shape: tuple[int, ...], ids: Tensor | None = None
     ) -> Linear:
-        """Pack a layer.
+        """Pack a layer, unless the exact weights have it in few bits.
 
         Args:
             name: of the layer, as the adapter has it.
@@ -210,6 +219,18 @@ class NativeWeights:
             shape: that its weight must have.
             ids: of the outputs to pack; None: all.
         """
+        part = (name, ids is not None)
+        if self._exact is not None and part in self._exact._in_few_bits:
+            return self._exact._in_few_bits[part]
+        struct = self._packed_linear(name, linear, shape, ids)
+        if isinstance(linear, BlockLinear) and TYPES[linear.blocks.kind].bits < 8:
+            self._in_few_bits[part] = struct
+        return struct
+
+    def _packed_linear(
+        self, name: str, linear: nn.Linear, shape: tuple[int, ...], ids: Tensor | None
+    ) -> Linear:
+        """Pack a layer, as of `_linear`."""
         out, inner = shape
         self._checked(name, linear.weight, *shape)
         bias: Tensor | None = linear.bias
