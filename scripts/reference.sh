@@ -21,7 +21,8 @@ DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 1.0
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 0.2
 DATA_LIMIT="${DATA_LIMIT:-12}" DATASET=everyday sdsat bench greedy "$model" cpu
 measure peers peers --data-limit 8 --general 8
-measure batch_throughput batch --strategy two-step:3 --strategy auto --prompts 32 --max-new-tokens 64 --turns 2
+measure batch_throughput batch --sizes 1,2,4,8,16 --strategy two-step:3 --strategy lookup \
+  --strategy auto:lookup=0 --strategy auto --prompts 16 --max-new-tokens 48
 measure memory memory
 python "$SDSAT_ROOT/scripts/soak.py" --out "$results/soak.json"
 sdsat inspect "$model" --out "$results/inspect.json"

@@ -325,11 +325,12 @@ def test_a_linear_layer_in_5_bits(name):
 
 
 @pytest.mark.parametrize("draft_ids", [(), tuple(range(0, VOCAB, 3))], ids=["all", "some"])
-@pytest.mark.parametrize("few", [True, False])
-def test_rounded_passes_read_what_is_in_few_bits_as_it_is(few, draft_ids):
+@pytest.mark.parametrize("held", ["few", "many", "both"])
+def test_rounded_passes_read_what_is_in_few_bits_as_it_is(held, draft_ids):
     """So they say the same as exact ones, and take no memory of their own; 8 bits are rounded."""
-    kinds = tuple(kind for kind in TYPES if (TYPES[kind].bits < 8) == few)
-    decoder = decoder_with("blocks of 256", kinds, draft_ids=draft_ids)
+    few = {kind for kind in TYPES if TYPES[kind].bits < 8}
+    kinds = {"few": few, "many": set(TYPES) - few, "both": set(TYPES)}[held]
+    decoder = decoder_with("blocks of 256", tuple(sorted(kinds)), draft_ids=draft_ids)
     engine = decoder.engine
     cache = engine.new_cache(128)
     engine.prefill(cache, TOKENS[:40])
@@ -338,16 +339,21 @@ def test_rounded_passes_read_what_is_in_few_bits_as_it_is(few, draft_ids):
     exact = engine.forward([part])
     rounded = engine.forward([part], rounded=True)
     drafted = list(draft_ids or range(VOCAB))
-    assert torch.equal(rounded.states, exact.states) == few
-    assert torch.equal(rounded.logits[:, drafted], exact.logits[:, drafted]) == few
-    assert torch.equal(rounded.sat_logits, exact.sat_logits) == few
-    for number in range(engine.exact.struct.layers):
+    same = held == "few"
+    assert torch.equal(rounded.states, exact.states) == same
+    assert torch.equal(rounded.logits[:, drafted], exact.logits[:, drafted]) == same
+    assert torch.equal(rounded.sat_logits, exact.sat_logits) == same
+    shared = []
+    for number, layer in enumerate(decoder.model.lm.model.layers):
         for name in ("q", "k", "v", "o", "gate", "up", "down"):
-            held, again = (
+            one, other = (
                 getattr(weights.struct.layer[number], name).weight.weight
                 for weights in (engine.exact, engine.rounded)
             )
-            assert (held == again) == few, name
+            module = getattr(layer.self_attn if name in "qkvo" else layer.mlp, f"{name}_proj")
+            assert (one == other) == (module.blocks.kind in few), name
+            shared.append(one == other)
+    assert set(shared) == {"few": {True}, "many": {False}, "both": {True, False}}[held]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -53,10 +53,10 @@ class NativeWeights:
     `struct` is what C++ reads. Raises Unavailable for what the engine was not written for.
 
     exact: what exact passes read. Beside it, these are the rounded weights, for passes that only
-    draft: linear layers in 5 bits, the adapter's in 8; a third of the bytes to read, and nearly the
-    same guesses. Layers that are in 4 or 5 bits already are those of `exact`. Without it, layers of
-    a model in 8 bits (models/int8.py) are in 8 bits, those in a file's own bits (models/blocks.py)
-    in these.
+    draft: linear layers in 5 bits, the adapter's in 8; a third of bfloat16's bytes to read, and
+    nearly the same guesses. Layers that are in 4 or 5 bits already are those of `exact`. Without
+    it, layers of a model in 8 bits (models/int8.py) are in 8 bits, those in a file's own bits
+    (models/blocks.py) in these.
     """
 
     def __init__(self, model: SatModel, exact: NativeWeights | None = None):
@@ -79,9 +79,13 @@ class NativeWeights:
         linears = [part for part in lm.modules() if isinstance(part, nn.Linear)]
         in_8_bits = rounded or any(isinstance(part, Int8Linear) for part in linears)
         self._adapter_form = Form.INT8 if in_8_bits else Form.PLAIN
-        # Drafts and the probe look ahead.
-        self._positions = min(model.max_context, 2**20) + 2 * MAX_ROWS
-        self._rotary: list[Tensor] = exact._rotary if exact else self._rotary_tables(base, dim)
+        if exact is None:
+            # Drafts and the probe look ahead.
+            self._positions: int = min(model.max_context, 2**20) + 2 * MAX_ROWS
+            self._rotary = self._rotary_tables(base, dim)
+        else:
+            self._positions = exact._positions
+            self._rotary = exact._rotary
         cos, sin = self._rotary
         hidden = config.hidden_size
         shapes = _shapes(config, dim)
@@ -223,7 +227,8 @@ class NativeWeights:
         if self._exact is not None and part in self._exact._in_few_bits:
             return self._exact._in_few_bits[part]
         struct = self._packed_linear(name, linear, shape, ids)
-        if isinstance(linear, BlockLinear) and TYPES[linear.blocks.kind].bits < 8:
+        few = isinstance(linear, BlockLinear) and TYPES[linear.blocks.kind].bits < 8
+        if few and self._exact is None:
             self._in_few_bits[part] = struct
         return struct
 
