@@ -37,12 +37,15 @@ ENGINES = {
     "native, bfloat16": (True, torch.bfloat16),
     "modules, float32": (False, torch.float32),
 }
+# Where logits are compared: through modules a pass over many rounds otherwise than one alone, and a
+# random model makes of that what float32 has no bound for.
+PRECISE = {"modules, float64": (False, torch.float64)}
 PROMPTS = [[1, 5, 9, 2, 7], [3], [8, 4, 4, 11, 60, 2, 9, 33, 17, 5, 6], [1, 5, 9, 2, 7], [7] * 30]
 
 
 @cache
 def decoder_with(engine, head=6):
-    native, dtype = ENGINES[engine]
+    native, dtype = (ENGINES | PRECISE)[engine]
     decoder = drafting(tiny_llama(dtype, **WHOLE), native=native, k=K, head=head)
     decoder.model.tokenizer = tiny_tokenizer(CHARACTERS)
     return decoder
@@ -119,7 +122,7 @@ def filled(decoder, contexts):
     return caches, caches.enter(contexts, [256] * len(contexts))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["native, float32", "native, bfloat16", *PRECISE])
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 @torch.inference_mode()
@@ -155,7 +158,7 @@ def test_rows_of_a_pass_over_many_have_the_logits_that_they_have_alone(engine, d
                 if decoder.engine.exact_trees:
                     assert torch.equal(got[rows], want)
                 else:
-                    torch.testing.assert_close(got[rows], want, rtol=1e-4, atol=1e-4)
+                    torch.testing.assert_close(got[rows], want, rtol=1e-10, atol=1e-10)
             node = node + len(part.tokens)
             sat = sat + part.num_sats
             path = [0]
