@@ -224,11 +224,11 @@ class NativeWeights:
             ids: of the outputs to pack; None: all.
         """
         part = (name, ids is not None)
-        if self._exact is not None and part in self._exact._in_few_bits:
+        few = isinstance(linear, BlockLinear) and TYPES[linear.blocks.kind].bits < 8
+        if few and self._exact is not None:
             return self._exact._in_few_bits[part]
         struct = self._packed_linear(name, linear, shape, ids)
-        few = isinstance(linear, BlockLinear) and TYPES[linear.blocks.kind].bits < 8
-        if few and self._exact is None:
+        if few:
             self._in_few_bits[part] = struct
         return struct
 
