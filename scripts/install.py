@@ -61,7 +61,9 @@ class Progress:
             return f"{bar(done / self.total)} installing: {done} of {self.total} packages"
         if not self.file:
             return f"{bar(0)} fetching: {len(self.names)} packages looked at"
-        held = sum(size_of(file) for file in temporary.rglob(self.file))
+        # os.walk passes over folders that pip has taken away, unlike rglob.
+        places = [parent for parent, _, names in os.walk(temporary) if self.file in names]
+        held = sum(size_of(Path(parent, self.file)) for parent in places)
         share = min(held / self.size, 1)
         return f"{bar(share)} fetching: {self.file}, {self.size / 1e6:.1f} MB"
 

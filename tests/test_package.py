@@ -14,6 +14,7 @@ from pathlib import Path
 
 import install
 import pytest
+from common import let_vanish
 from test_embedded import write_wheel
 
 from sdsat.cli import main as cli
@@ -210,6 +211,14 @@ def test_progress_is_read_from_pips_lines(tmp_path):
     assert progress.read("  Downloading tqdm-4.70.1-py3-none-any.whl (78 kB)\n") == ""
     assert progress.read("Installing collected packages: tqdm, torch\n") == "installing 2 packages"
     assert progress.shown(tmp_path) == f"[{'.' * 24}] installing: 0 of 2 packages"
+
+
+def test_a_folder_that_goes_ends_no_progress(tmp_path, monkeypatch):
+    (tmp_path / "pip-unpack-1").mkdir()
+    progress = install.Progress()
+    progress.read("  Downloading https://host/torch-2.13.0.whl (200.0 MB)\n")
+    gone = let_vanish(monkeypatch, "pip-unpack")
+    assert f"[{'.' * 24}] fetching: torch" in progress.shown(tmp_path) and gone
 
 
 def test_packages_are_installed_with_a_line_of_progress(index):

@@ -165,11 +165,12 @@ def _download(requirement: str, member: str, folder: Path, bar: tqdm) -> Path:
 
 
 def _size(folder: Path) -> int:
-    """Add up the bytes of all files in `folder`; they may come and go meanwhile."""
+    """Add up the bytes of all files in `folder`; they and folders may come and go meanwhile."""
     total = 0
-    for file in folder.rglob("*"):
-        with suppress(OSError):
-            total += file.stat().st_size if file.is_file() else 0
+    for parent, _, names in os.walk(folder):  # passes over folders that have gone, unlike rglob
+        for name in names:
+            with suppress(OSError):
+                total += Path(parent, name).stat().st_size
     return total
 
 
