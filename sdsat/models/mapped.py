@@ -14,10 +14,11 @@ import struct
 from contextlib import suppress
 from ctypes import c_size_t, c_void_p
 from math import prod
-from mmap import ACCESS_COPY, mmap
+from mmap import ACCESS_COPY, PAGESIZE, mmap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -25,7 +26,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from sdsat.files import read_json
 from sdsat.models.dtypes import SAFETENSORS_DTYPES
 
-_DONTNEED = 4  # MADV_DONTNEED of Linux: pages leave, and come back as they are in the file
+# Linux's: advice by which pages leave, to come back as they are in the file; and what it says of
+# each page, in 8 bytes (Documentation/admin-guide/mm/pagemap.rst).
+_DONTNEED = 4
+_ENTRIES = np.dtype("u8")
+_IN_MEMORY = np.uint64(3 << 62)  # or swapped out
+_OF_FILE = np.uint64(1 << 61)  # not this process's own
 
 
 class MappedFile:
@@ -100,12 +106,11 @@ class MappedWeights:
         """
         with suppress(AttributeError, OSError, TypeError, ValueError):
             system = ctypes.CDLL(None)
-            changed = _changed_mappings()
             for file in self._files:
                 begin = file.whole.data_ptr()
-                end = begin + len(file.whole)
-                if not any(first < end and begin < last for first, last in changed):
-                    system.madvise(c_void_p(begin), c_size_t(end - begin), _DONTNEED)
+                size = len(file.whole)
+                if not _is_changed(begin, size):
+                    system.madvise(c_void_p(begin), c_size_t(size), _DONTNEED)
             system.malloc_trim(0)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,19 +118,18 @@ class MappedWeights:
         return {"tensors": {}, "_files": []}
 
 
-def _changed_mappings() -> list[tuple[int, int]]:
-    """List [begin, end) of this process's mappings that hold pages of its own.
+def _is_changed(begin: int, size: int) -> bool:
+    """Say whether a mapped file has pages that are this process's own.
 
-    Raises OSError where the system doesn't say.
+    begin: its first byte's address; size: in bytes. Raises OSError where the system doesn't say.
     """
-    found = []
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, *values = line.split()
-        if "-" in name and not name.endswith(":"):
-            begin, end = (int(part, 16) for part in name.split("-"))
-        elif name == "Anonymous:" and values[0] != "0":
-            found.append((begin, end))
-    return found
+    pages = range(begin // PAGESIZE, (begin + size - 1) // PAGESIZE + 1)
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(pages.start * _ENTRIES.itemsize)
+        entries = np.frombuffer(pagemap.read(len(pages) * _ENTRIES.itemsize), _ENTRIES)
+    if len(entries) < len(pages):
+        raise OSError("/proc/self/pagemap ends early")
+    return bool(np.any((entries & _IN_MEMORY != 0) & (entries & _OF_FILE == 0)))
 
 
 def _files(path: str, where: dict[str, Any]) -> list[Path]:
