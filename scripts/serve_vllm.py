@@ -18,25 +18,20 @@ temperature of a batch that samples and drafts (vllm-project/vllm issue 55005).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.metadata
 import json
 import os
 import platform
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import openai
 import typer
+from programs import vllm
+from programs.server import serving
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
@@ -102,50 +97,6 @@ def _speed(before: dict[str, float], after: dict[str, float], seconds: float) ->
         figures["acceptance_by_position"] = [round(count / drafts, 4) for count in by_position]
         figures["tokens_per_verify_pass"] = round(1 + sum(by_position) / drafts, 3)
     return figures
-
-
-@contextlib.contextmanager
-def _server(
-    command: list[str], environment: dict[str, str], port: int, log: Path, patience: float
-) -> Iterator[float]:
-    """Runs `vllm serve` while the block does; yields the seconds it took to answer.
-
-    It and its workers end with the block.
-    """
-    began = time.monotonic()
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **environment},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        while True:
-            if process.poll() is not None:
-                last = [line for line in log.read_text().splitlines() if "Error" in line][-1:]
-                raise InputError(
-                    f"`vllm serve` ended before it answered ({''.join(last).strip()}); its "
-                    "log: "
-                    f"{log}"
-                )
-            require(
-                time.monotonic() - began < patience,
-                f"`vllm serve` did not answer in {patience:.0f} seconds; its log: {log}",
-            )
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            time.sleep(1)
-        yield time.monotonic() - began
-    finally:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 class _Load:
@@ -372,20 +323,10 @@ def serve(
         "prompts": "humaneval as chats",
         "stop": STOPS,
     }
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    # came with vLLM, which wants it loaded first where it verifies drafts
-    openmp = Path(sys.prefix) / "lib/libiomp5.so"
-    environment |= {"LD_PRELOAD": str(openmp)} if openmp.is_file() else {}
-    for server in ("ar", "sdsat"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    environment = vllm.environment()
+    for name in ("ar", "sdsat"):
         speculative = (
-            ["--speculative-config", export.speculative_config()] if server == "sdsat" else []
+            ["--speculative-config", export.speculative_config()] if name == "sdsat" else []
         )
         options = [
             "--dtype",
@@ -397,34 +338,24 @@ def serve(
             "--served-model-name",
             NAME,
         ]
-        command = [
-            str(Path(sys.executable).with_name("vllm")),
-            "serve",
-            target,
-            *options,
-            "--port",
-            str(port),
-            *speculative,
-        ]
-        log = Path(tempfile.gettempdir()) / f"vllm_{server}_{os.getpid()}.log"
-        print(f"{server}: starting `vllm serve`; its log: {log}", flush=True)
-        with _server(command, environment, port, log, patience) as started:
-            load = _Load(port, prompts, max_tokens, sampling)
+        served = ["serve", target, *options, *speculative]
+        print(f"{name}: starting `vllm serve`", flush=True)
+        with serving([str(vllm.PROGRAM), *served], environment, patience) as server:
+            load = _Load(server.port, prompts, max_tokens, sampling)
             try:
-                figures = asyncio.run(_ask(load, single, clients, seconds, server == "ar"))
+                figures = asyncio.run(_ask(load, single, clients, seconds, name == "ar"))
             except (OSError, openai.APIConnectionError) as error:
                 raise InputError(
-                    f"`vllm serve` does not answer any more ({error}); its log: {log}"
+                    f"`vllm serve` does not answer any more ({error}); its log: {server.log}"
                 ) from None
-        served = [*command[1:3], *options, *speculative]
-        document[server] = {
+        document[name] = {
             "command": served,
             "environment": environment,
-            "started_after": round(started, 1),
+            "started_after": round(server.seconds, 1),
             **figures,
         }
         print(
-            f"{server}: {figures['at_once']['tokens_per_second']} tokens/s with {clients} clients",
+            f"{name}: {figures['at_once']['tokens_per_second']} tokens/s with {clients} clients",
             flush=True,
         )
     _compare(document)

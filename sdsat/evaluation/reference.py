@@ -6,6 +6,7 @@ None of this package's code is in it.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -18,7 +19,7 @@ from sdsat.decoding.stopping import Finish
 
 @torch.inference_mode()
 def transformers_generate(
-    decoder: Decoder, prompt_ids: list[int], config: DecodeConfig
+    decoder: Decoder, prompt_ids: list[int], config: DecodeConfig, **drafting: Any
 ) -> Generation:
     """Run transformers' greedy `generate` with its own linear layers, attention and cache.
 
@@ -28,6 +29,7 @@ def transformers_generate(
         decoder: of the model.
         prompt_ids: token ids.
         config: of which only max_new_tokens, stop_ids and stop_strings are used.
+        drafting: further arguments of `generate`, that make it draft.
 
     Returns:
         The generation; all seconds are in decode_seconds.
@@ -50,7 +52,7 @@ def transformers_generate(
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     # Here sdpa would leave Gemma 2's caps out.
     plain = "eager" if capped else "sdpa"
-    tokenizer = model.tokenizer if config.stop_strings else None
+    tokenizer = model.tokenizer if config.stop_strings or drafting else None
     with decoder.engine.detached(), model.detached(plain):
         began = time.perf_counter()
         output = model.lm.generate(
@@ -58,6 +60,7 @@ def transformers_generate(
             attention_mask=torch.ones_like(tokens),
             generation_config=settings,
             tokenizer=tokenizer,
+            **drafting,
         )
         token_ids = output[0, len(prompt_ids) :].tolist()
         seconds = time.perf_counter() - began
