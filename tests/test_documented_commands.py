@@ -21,6 +21,7 @@ import pytest
 import torch
 from common import adapted, function, long_doc, tiny_llama, tiny_tokenizer, write
 from gguf_files import KINDS, write_gguf
+from programs import transformers_generate
 from random_checkpoint import make_pieces, save_tokenizer
 from test_docs import COMMANDS, ROOT
 
@@ -53,6 +54,7 @@ CONSTANTS = {
         "base_of": lambda _: replace(SMOLLM2, base="base"),
         "base_dir": lambda _: Path("base"),
         "OURS": ("two-step:5", "auto", "int8 auto"),  # its base was made from no file
+        "PEERS": (transformers_generate,),  # others are played in test_peers.py
     },
     "growth": {"CONTEXTS": (16, 64), "BATCHES": (1, 2), "PROMPT": 32, "READ_BYTES": 2**20},
     "pass_cost": {"COUNTS": (1, 4), "CONTEXTS": (16, 32, 64)},
@@ -69,6 +71,7 @@ ELSEWHERE = {
         "takes GPUs; its parts run on a stand-in for them in test_graphs.py and test_devices.py"
     ),
     "bash scripts/setup_vllm.sh": "installs gigabytes",
+    "bash scripts/setup_llama.sh": "builds for ten minutes and more",
     ".venv-vllm/bin/python scripts/serve_vllm.py": (
         "takes that environment, and five minutes of load"
     ),
