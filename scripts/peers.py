@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +46,7 @@ from sdsat.evaluation.summary import interval, seconds_of, speedup
 from sdsat.files import sha256_of, sha256_of_all, write_json
 from sdsat.models.adapter import read_config
 from sdsat.models.dtypes import check_dtype
-from sdsat.models.embedded import NAME, Embedded, base_dir, named
+from sdsat.models.embedded import MODELS, NAME, Embedded, base_dir, named
 from sdsat.models.loading import adapter_directory, is_adapter
 from sdsat.tasks.prompts import WARM_UP, Problem, encode, encode_prompt, given_requests, humaneval
 
@@ -107,12 +108,12 @@ def peak_mib() -> int:
     hold that of the process that started it.
     """
     this = psutil.Process()
-    statuses = [
-        Path(f"/proc/{each.pid}/status").read_text()
-        for each in [this, *this.children(recursive=True)]
-    ]
-    peaks = (re.findall(r"VmHWM:\s+(\d+)", status) for status in statuses)
-    return sum(int(peak) for found in peaks for peak in found) // 1024
+    peaks = []
+    for each in [this, *this.children(recursive=True)]:
+        with suppress(OSError):  # one that has ended meanwhile
+            status = Path(f"/proc/{each.pid}/status").read_text()
+            peaks += re.findall(r"VmHWM:\s+(\d+)", status)
+    return sum(map(int, peaks)) // 1024
 
 
 def alone(strategy: str, model: str, base: Embedded, prompt: Problem, limit: int) -> dict[str, Any]:
@@ -301,10 +302,9 @@ def main(
             print(f"{peer.NAME} is left out, for it is not installed: {peer.INSTALL}")
     peers = [name for peer in PEERS for name in peer.names(base)]
     left_out = set(without or ())
-    require(
-        left_out <= {*peers, *(peer.NAME for peer in PEERS)},
-        f"without={' '.join(sorted(left_out))}: expected some of {', '.join(peers)}",
-    )
+    known = [name for each in MODELS for peer in PEERS for name in [peer.NAME, *peer.names(each)]]
+    for name in left_out:
+        require(name in known, f"without={name}: expected one of {', '.join(dict.fromkeys(known))}")
     given = own or OURS
     dtypes = {name: ours.dtype_and_strategy(name)[0] for name in given}
     plain = beside([name for name in given if dtypes[name] == DTYPE])
