@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -152,3 +153,11 @@ def test_the_peak_is_of_children_too():
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_what_ends_while_the_peak_is_read_is_passed_over(monkeypatch):
+    done = subprocess.Popen(["true"])
+    gone = psutil.Process(done.pid)
+    done.wait()
+    monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: [gone])
+    assert peers.peak_mib() > 10
