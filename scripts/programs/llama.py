@@ -4,8 +4,6 @@ In bfloat16, in 8 bits (Q8_0), and with the file that a base was made from; with
 prompt lookup, `ngram-simple`.
 """
 
-import atexit
-import contextlib
 import json
 import shutil
 import subprocess
@@ -26,7 +24,7 @@ from programs import (
     stop_id_of,
     with_stop,
 )
-from programs.server import serving
+from programs.server import served
 from sdsat.cache_folder import cache_dir
 from sdsat.config import require
 from sdsat.decoding.sequence import Generation
@@ -86,9 +84,7 @@ def decoder(name: str, base: Embedded, context: int) -> Decode:
         command += ["--spec-type", "ngram-simple"]
         command += ["--spec-ngram-simple-size-n", str(LOOKUP_NGRAM)]
         command += ["--spec-ngram-simple-size-m", str(LOOKUP_TOKENS)]
-    running = contextlib.ExitStack()
-    atexit.register(running.close)
-    server = running.enter_context(serving(command))
+    server = served(command)
     stop_id = stop_id_of(base)
     greedily = {"temperature": 0, "return_tokens": True, "cache_prompt": False}
 

@@ -1,5 +1,6 @@
 """A program of its own that answers HTTP on this machine."""
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -95,3 +96,10 @@ def serving(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def served(command: list[str], environment: dict[str, str] | None = None) -> Server:
+    """The same until this process ends."""
+    running = contextlib.ExitStack()
+    atexit.register(running.close)
+    return running.enter_context(serving(command, environment))

@@ -3,16 +3,13 @@
 scripts/setup_vllm.sh installs it.
 """
 
-import atexit
-import contextlib
 import json
 import os
 import subprocess
 import time
-from pathlib import Path
 
 from programs import DTYPE, LOOKUP, LOOKUP_NGRAM, LOOKUP_TOKENS, ROOT, Decode, stop_id_of, with_stop
-from programs.server import serving
+from programs.server import served
 from sdsat.decoding.sequence import Generation
 from sdsat.models.embedded import Embedded, base_dir
 
@@ -38,7 +35,7 @@ def environment() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
     }
     # came with vLLM, which wants it loaded first where it verifies drafts
-    openmp = Path(PROGRAM).parent.parent / "lib/libiomp5.so"
+    openmp = PROGRAM.parent.parent / "lib/libiomp5.so"
     return found | ({"LD_PRELOAD": str(openmp)} if openmp.is_file() else {})
 
 
@@ -53,9 +50,7 @@ def decoder(name: str, base: Embedded, context: int) -> Decode:
             "prompt_lookup_max": LOOKUP_NGRAM,
         }
         command += ["--speculative-config", json.dumps(lookup)]
-    running = contextlib.ExitStack()
-    atexit.register(running.close)
-    server = running.enter_context(serving(command, environment()))
+    server = served(command, environment())
     stop_id = stop_id_of(base)
 
     def decode(ids: list[int], limit: int) -> Generation:
