@@ -26,12 +26,15 @@ FLOORS = [
     ("cli",),
 ]
 FLOOR = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
-# Words that are compared here and are no strategies: the key `lookup` of an argument, where
-# drafts come from, and baselines.
+# Where a strategy's name stands for what the strategy does.
+TABLES = {"sdsat.config.strategies", "sdsat.decoding.strategies"}
+# Words that are compared here and tell no strategies apart: the key `lookup` of an argument, where
+# drafts come from, baselines, and whether a name is one at all.
 ONLY_NAMES = {
     "sdsat.config.decoding",
     "sdsat.config.strategies",
     "sdsat.decoding.auto_planner",
+    "sdsat.decoding.resolve",
     "sdsat.evaluation.quality",
     "sdsat.evaluation.verify",
 }
@@ -49,16 +52,22 @@ def sources(root):
 
 @cache
 def nodes(source):
-    """Imports and comparisons, wherever in it; each module is parsed once."""
-    kinds = (ast.Import, ast.ImportFrom, ast.Compare)
+    """Imports, and what can tell names apart, wherever in it; each module is parsed once."""
+    kinds = (ast.Import, ast.ImportFrom, ast.Compare, ast.Call, ast.Dict, ast.MatchValue)
     return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+
+
+def package_of(module, modules):
+    """From where its relative imports count: a folder's `__init__` from the folder itself."""
+    is_folder = any(other.startswith(f"{module}.") for other in modules)
+    return module if is_folder else module.rpartition(".")[0]
 
 
 def imports(module, source, modules):
     """The package's own modules that a source imports, wherever in it: under TYPE_CHECKING and
     inside functions too.
     """
-    package = module.split(".")[:-1]
+    package = package_of(module, modules).split(".")
     found = set()
     for node in nodes(source):
         if isinstance(node, ast.Import):
@@ -89,9 +98,8 @@ def through_the_top(files):
             if isinstance(node, ast.Import):
                 wrong = any(alias.name == "sdsat" for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
-                top = node.module == "sdsat" or (
-                    node.module is None and node.level == module.count(".")
-                )
+                up = package_of(module, files).count(".") + 1
+                top = node.module == "sdsat" or (node.module is None and node.level == up)
                 allowed = FLOOR.keys() | {"__version__"}
                 wrong = top and any(alias.name not in allowed for alias in node.names)
             else:
@@ -146,11 +154,12 @@ def test_imports_run_down():
 @pytest.mark.parametrize(
     "added", ["from sdsat import load\n", "import sdsat\n", "from .. import load\n"]
 )
-def test_nothing_is_taken_from_the_package_itself(added):
+@pytest.mark.parametrize("module", ["sdsat.engines.base", "sdsat.engines"])
+def test_nothing_is_taken_from_the_package_itself(added, module):
     files = sources(ROOT)
     assert through_the_top(files) == []
-    files["sdsat.engines.base"] += added
-    assert through_the_top(files) == ["sdsat.engines.base"]
+    files[module] += added
+    assert through_the_top(files) == [module]
 
 
 def test_no_imports_close_a_circle():
@@ -167,12 +176,13 @@ def test_no_imports_close_a_circle():
         "def late():\n    from sdsat.decoding.loop import Decoder\n    return Decoder\n",
     ],
 )
-def test_an_import_that_runs_up_is_found(added):
+@pytest.mark.parametrize("module", ["sdsat.engines.base", "sdsat.engines"])
+def test_an_import_that_runs_up_is_found(added, module):
     """The test of the test: wherever it stands, and in whatever form."""
     files = sources(ROOT)
-    files["sdsat.engines.base"] += added
-    assert upward(files) == ["sdsat.engines.base imports sdsat.decoding.loop"]
-    assert "sdsat.engines.base" in circles(files)
+    files[module] += added
+    assert upward(files) == [f"{module} imports sdsat.decoding.loop"]
+    assert module == "sdsat.engines" or module in circles(files)  # nothing imports the folder
 
 
 def test_a_circle_within_a_folder_is_found():
@@ -181,18 +191,31 @@ def test_a_circle_within_a_folder_is_found():
     assert circles(files) == ["sdsat.method.layout", "sdsat.method.tree"]
 
 
+def told_apart(node):
+    """What a node compares, matches, looks up or asks for its beginning or end."""
+    if isinstance(node, ast.Compare):
+        return [node.left, *node.comparators]
+    if isinstance(node, ast.MatchValue):
+        return [node.value]
+    if isinstance(node, ast.Dict):
+        return [key for key in node.keys if key]
+    of_text = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    return node.args if of_text and node.func.attr in ("startswith", "endswith") else []
+
+
 def names_of_strategies(files):
-    """Modules that compare something with a strategy's name."""
+    """Modules that tell something apart by a strategy's name."""
     names = {*ALL_STRATEGIES} - {"auto"}  # which is a tree, an engine and a dtype too
     found = set()
     for module, source in files.items():
         for node in nodes(source):
-            sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
-            for part in (part for side in sides for part in ast.walk(side)):
-                name = isinstance(part, ast.Constant) and part.value in names
+            for part in (part for side in told_apart(node) for part in ast.walk(side)):
+                # a table's key `lookup` is the setting of this name
+                of_table = isinstance(node, ast.Dict) and getattr(part, "value", "") == "lookup"
+                name = isinstance(part, ast.Constant) and part.value in names and not of_table
                 name = name or (isinstance(part, ast.Name) and part.id == "LOOKUP")
                 attribute = isinstance(part, ast.Attribute) and part.attr == "strategy"
-                if name or (attribute and isinstance(node.ops[0], (ast.Eq, ast.NotEq))):
+                if name or attribute:
                     found.add(module)
     return found
 
@@ -201,7 +224,26 @@ def test_strategies_are_told_apart_in_one_place():
     """Tables of config/strategies.py and decoding/strategies.py say what each does; nobody asks for
     names.
     """
-    assert names_of_strategies(sources(ROOT)) <= ONLY_NAMES
+    assert names_of_strategies(sources(ROOT)) <= ONLY_NAMES | TABLES
     assert set(PLANNERS) == set(STRATEGY)
-    added = {"sdsat.decoding.loop": 'def f(c):\n    return c.strategy == "one-pass"\n'}
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        'c.strategy == "one-pass"',
+        "c.strategy in NAMES",
+        'name in ("two-step", "rounded")',
+        'name.startswith("two-step")',
+        '{"one-pass": 1, "two-step": 2}[name]',
+        "name != LOOKUP",
+    ],
+)
+def test_a_strategy_that_is_told_apart_by_name_is_found(expression):
+    added = {"sdsat.decoding.loop": f"def f(c, name):\n    return {expression}\n"}
+    assert names_of_strategies(added) == {"sdsat.decoding.loop"}
+
+
+def test_a_match_of_strategies_is_found():
+    added = {"sdsat.decoding.loop": 'match name:\n    case "one-pass":\n        pass\n'}
     assert names_of_strategies(added) == {"sdsat.decoding.loop"}

@@ -12,9 +12,11 @@ from sdsat.method.costs import CostCurve
 from sdsat.method.drafts import Drafts
 from sdsat.method.layout import SatGroup
 
-# Plain passes in a row, of each sequence, before drafting is tried again. A try in vain costs some
-# two passes: so rare, tries keep `auto` within a twentieth of AR.
+# Plain passes in a row, of each sequence, before drafting is tried again: at first, and at most, as
+# every try in vain doubles the wait. One costs some two passes: so rare, tries cost `auto` a
+# twentieth of AR's speed at first, and a hundredth where text stays hard.
 TRY_AGAIN = 48
+TRY_AGAIN_AT_MOST = 192
 # Passes with drafts in a row, of each sequence, before a plain one is timed again: what drafts are
 # compared with may have changed. Rarer than tries, for where drafts pay a plain pass gives up more:
 # at 48 that was half a percent of the speed.
@@ -41,7 +43,8 @@ class AutoPlanner:
     - what it believes: `acceptance`, `costs`, `worth` (decoding/beliefs.py);
     - `size`, SATs a group at most, and `rate`, as that best loop has them. They follow from what is
       believed, and are set anew after each pass;
-    - how many passes in a row were plain, and how many were not: when to try, or to time, again;
+    - how many passes in a row were plain, and how many were not, and how many plain ones to wait
+      for: when to try, or to time, again;
     - until the pass is over, what was found for it. `draft_first` asks the same as `plan` does, and
       so do sequences that stand alike. The first answer stands, while decisions for one sequence
       after the other change what places are worth.
@@ -63,6 +66,7 @@ class AutoPlanner:
         self.worth = Worth()
         self._num_plain = 0
         self._num_drafting = 0
+        self._patience = TRY_AGAIN
         self._found: dict[object, tuple[float, Plan]] = {}
         self._settle(0)
 
@@ -79,12 +83,15 @@ class AutoPlanner:
             return 0
         value = self._worth("rounded") - self.rate * self.costs.rounded_seconds(size, context)
         exact, _ = self._best(drafts, left, context)
-        if value <= exact and not self._try_again():
+        if value > exact:
+            self._patience = TRY_AGAIN
+        elif self._may_try():
+            self._try()
+        else:
             # Each sequence of a batch declines, but a try is one pass for all.
             self.worth.fade("rounded", UNTRIED ** (1 / self.costs.batch))
             return 0
         self.worth.observe("none", value)
-        self._num_plain = 0  # of a batch, one sequence tries again
         return size
 
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
@@ -93,11 +100,13 @@ class AutoPlanner:
         alone = len(drafts.tokens) == 1
         if alone and self._time_again():
             return PLAIN
-        if alone and self._try_again() and size > 0:
-            self._num_plain = 0
+        if alone and self._may_try() and size > 0:
+            self._try()
             return Plan([0], (SatGroup(0, size),))
         value, plan = self._best(drafts, left, context)
         self.worth.observe(drafts.kind, value)
+        if plan.groups:
+            self._patience = TRY_AGAIN
         return plan
 
     def observe(self, drafts: Drafts, plan: Plan, path: list[int]) -> None:
@@ -134,9 +143,14 @@ class AutoPlanner:
         self.rate = max(loop(self.size), 1 / self.costs.seconds(1, 0, context))
         self._found.clear()
 
-    def _try_again(self) -> bool:
+    def _may_try(self) -> bool:
         """Tell whether nothing has been drafted for long."""
-        return self._num_plain >= TRY_AGAIN * self.costs.batch
+        return self._num_plain >= self._patience * self.costs.batch
+
+    def _try(self) -> None:
+        """Let one sequence draft, though it seems not to pay, and the next such try wait longer."""
+        self._num_plain = 0
+        self._patience = min(2 * self._patience, TRY_AGAIN_AT_MOST)
 
     def _time_again(self) -> bool:
         """Tell whether no pass has been plain for long."""
