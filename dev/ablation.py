@@ -35,7 +35,7 @@ from sdsat.models.adapter import load as load_adapter
 from sdsat.models.embedded import BASE_NAME
 from sdsat.models.loading import load
 from sdsat.training.loop import train
-from sdsat.training.shards import Sequence, read_sequences
+from sdsat.training.shards import TrainingExample, read_sequences
 
 HELD_OUT = 128
 CONTEXT = 300
@@ -63,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def sequences(choice: Any, own: list[Sequence], code: Path) -> list[Sequence]:
+def sequences(choice: Any, own: list[TrainingExample], code: Path) -> list[TrainingExample]:
     """Held-out answers, then what is trained on: own answers, so many of them, or ground-truth code
     in pieces as long.
     """

@@ -45,7 +45,7 @@ from sdsat.models.packed import PackedLinears
 from sdsat.models.sat_model import SatModel
 from sdsat.training.evaluate import evaluate
 from sdsat.training.loss import IGNORED, predict, sat_batch, sat_states
-from sdsat.training.shards import Sequence, read_shards
+from sdsat.training.shards import TrainingExample, read_shards
 
 MODEL = "smollm2-135m-sdsat"
 K = 7
@@ -580,7 +580,7 @@ def cache_command(
 
 
 def groups_of(
-    model: SatModel, sequence: Sequence, answer: int, anchors: int, seen: list[Tensor]
+    model: SatModel, sequence: TrainingExample, answer: int, anchors: int, seen: list[Tensor]
 ) -> list[dict[str, Tensor]]:
     """What heads see at `anchors` places of an answer: one dictionary, none for a short answer.
 
@@ -772,7 +772,7 @@ def copies_command(
         save_with_figures(model, adapter, read_shards(held_out)[:48])
 
 
-def save_with_figures(model: SatModel, folder: Path, answers: list[Sequence]) -> None:
+def save_with_figures(model: SatModel, folder: Path, answers: list[TrainingExample]) -> None:
     """Save a model's adapter, with its figures on answers that it was not trained on."""
     adapter = model.adapter
     assert adapter is not None

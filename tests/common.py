@@ -20,7 +20,7 @@ from sdsat.method.layout import SatGroup
 from sdsat.models import attention
 from sdsat.models.adapter import AdapterConfig, SatAdapter, sample_weights
 from sdsat.models.sat_model import SatModel
-from sdsat.training.shards import Sequence
+from sdsat.training.shards import TrainingExample
 
 VOCAB = 64
 
@@ -144,7 +144,7 @@ def forward(decoder, cache, tokens, tree, groups=(), **options):
 
 def random_sequences(lengths, prompt_length=2):
     torch.manual_seed(0)
-    return [Sequence(torch.randint(2, VOCAB, (n,)), prompt_length) for n in lengths]
+    return [TrainingExample(torch.randint(2, VOCAB, (n,)), prompt_length) for n in lengths]
 
 
 def tiny_tokenizer(pieces, decoder=None):

@@ -39,7 +39,7 @@ from sdsat.models.loading import load
 from sdsat.training.distill import answer_batch
 from sdsat.training.loop import train
 from sdsat.training.loss import IGNORED, joint_logits, predict, sat_batch
-from sdsat.training.shards import Sequence
+from sdsat.training.shards import TrainingExample
 
 VOCAB = 16
 SAT = 15
@@ -285,7 +285,7 @@ def test_distilled_answers_of_a_batch_equal_generate(tmp_path, family):
 
 def sequences(lengths=(44, 30, 37, 26)):
     generator = torch.Generator().manual_seed(3)
-    return [Sequence(torch.randint(SAT, (n,), generator=generator), 4) for n in lengths]
+    return [TrainingExample(torch.randint(SAT, (n,), generator=generator), 4) for n in lengths]
 
 
 def expected_of(batch, logits_of):

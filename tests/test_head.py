@@ -22,7 +22,7 @@ from sdsat.models.sat_model import SatModel
 from sdsat.training import loss
 from sdsat.training.loop import train
 from sdsat.training.loss import predict, sat_batch, sat_states
-from sdsat.training.shards import Sequence
+from sdsat.training.shards import TrainingExample
 
 
 def children_of(model, state, logits, text, path, index, sampling, count, size):
@@ -89,7 +89,7 @@ def test_a_head_learns_what_only_the_token_before_tells(tmp_path):
         ids = [2]
         for coin in torch.randint(0, 2, (30,), generator=generator).tolist():
             ids.append(2 + (2 * (ids[-1] - 2) + coin) % 16)
-        data.append(Sequence(torch.tensor(ids), 0))
+        data.append(TrainingExample(torch.tensor(ids), 0))
     accuracy = {}
     for size in (0, 32):
         config = TrainConfig(
@@ -124,7 +124,7 @@ def test_predictions_are_the_drafts_and_their_chances(draft_ids):
     decoder = with_adapter(lm, k=3, strength=0.3, head=8, draft_ids=draft_ids)
     model = decoder.model
     (sequence,) = random_sequences([30])
-    sequence = Sequence(sequence.ids % 5, sequence.prompt_length)  # it repeats itself
+    sequence = TrainingExample(sequence.ids % 5, sequence.prompt_length)  # it repeats itself
     batch = sat_batch([sequence], 3, 9, 0.0, [torch.Generator().manual_seed(0)])
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         for module in (loss, drafting):

@@ -17,7 +17,7 @@ from sdsat.evaluation.sweep import InspectConfig
 from sdsat.tasks.prompts import Problem
 from sdsat.training.evaluate import BEST, among_best, evaluate
 from sdsat.training.loss import predict
-from sdsat.training.shards import Sequence
+from sdsat.training.shards import TrainingExample
 
 PROMPTS = ([5, 9, 2, 7], [11, 3])
 PROBLEMS = [Problem(str(i), tuple(prompt)) for i, prompt in enumerate(PROMPTS)]
@@ -31,7 +31,8 @@ def test_own_output_is_what_ar_writes():
     answers = [decoder.generate(prompt, DecodeConfig(0, 16)).token_ids for prompt in PROMPTS]
     for name, texts in (("own", answers), ("given", [answer[:16] for answer in GIVEN])):
         sequences = [
-            Sequence(torch.tensor(p + t), len(p)) for p, t in zip(PROMPTS, texts, strict=True)
+            TrainingExample(torch.tensor(p + t), len(p))
+            for p, t in zip(PROMPTS, texts, strict=True)
         ]
         places = (partial(predict, decoder.model), sequences, 3, torch.device("cpu"), 8)
         # Without a head the SATs' own best tokens are what is drafted.

@@ -18,7 +18,7 @@ from sdsat.training.loss import (
     sat_loss,
     sat_mask,
 )
-from sdsat.training.shards import Sequence
+from sdsat.training.shards import TrainingExample
 
 
 def ranked_anew(model, state, logits, text, before):
@@ -103,7 +103,7 @@ def test_loss_and_gradients_equal_brute_force(soft, decay, head, draft_ids, monk
     monkeypatch.setattr("sdsat.training.loss.SHORTLIST", 20)
     model = adapted(tiny_llama(), k=3, head=head, strength=0.3, draft_ids=draft_ids)
     adapter = model.adapter.requires_grad_(True)
-    sequences = [Sequence(s.ids % 5, s.prompt_length) for s in random_sequences([9, 13, 6])]
+    sequences = [TrainingExample(s.ids % 5, s.prompt_length) for s in random_sequences([9, 13, 6])]
     batch = sat_batch(
         sequences, 3, 4, 0.7, [torch.Generator().manual_seed(3 + i) for i in range(3)]
     )
@@ -151,7 +151,7 @@ def test_evaluate_counts_what_it_says():
     """Scripted predictions: SAT i of every group is right for i = 1, right at every other place for
     i = 2, wrong for i = 3.
     """
-    sequence = Sequence(torch.arange(20) % 7 + 2, 3)
+    sequence = TrainingExample(torch.arange(20) % 7 + 2, 3)
 
     def scripted(batch):
         labelled = batch.label != IGNORED
@@ -188,7 +188,7 @@ def test_evaluate_counts_what_it_says():
 
 def test_evaluate_needs_a_target():
     with one_line_error("answers", "two tokens"):
-        evaluate(None, [Sequence(torch.arange(5), 4)], 3, torch.device("cpu"))
+        evaluate(None, [TrainingExample(torch.arange(5), 4)], 3, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("ids", [(), (60, 7)], ids=["adapter", "a SAT for each depth"])

@@ -28,7 +28,7 @@ from sdsat.models.sat_model import SatModel
 from sdsat.training import loop as training
 from sdsat.training import loss, modes
 from sdsat.training.loop import train
-from sdsat.training.shards import Sequence
+from sdsat.training.shards import TrainingExample
 
 
 def lines_of(folder):
@@ -233,7 +233,7 @@ def test_full_mode_makes_an_ordinary_checkpoint(tmp_path, tied):
     """It loads, drafts, and decodes what AR decodes; the SAT is a new last token."""
     lm = tiny_llama(torch.float32, tie_word_embeddings=tied)
     tokenizer = tiny_tokenizer([f"<{i}>" for i in range(VOCAB)])
-    data = [Sequence(torch.arange(2, 26) % 6 + 2, 0)] * 8
+    data = [TrainingExample(torch.arange(2, 26) % 6 + 2, 0)] * 8
     config = TrainConfig(
         60,
         k=3,
@@ -274,7 +274,7 @@ def test_the_first_stage_trains_the_sat_alone(tmp_path):
 
 def test_training_learns_what_repeats(tmp_path):
     model = SatModel(tiny_llama(torch.float32), None, "tiny")
-    data = [Sequence(torch.arange(2, 26) % 6 + 2, 0)] * 8
+    data = [TrainingExample(torch.arange(2, 26) % 6 + 2, 0)] * 8
     train(
         model,
         data,
@@ -647,7 +647,7 @@ def test_a_run_that_was_killed_while_saving_saves(tmp_path, mode):
 
 def test_other_answers_to_held_out_prompts_are_not_trained_on(tmp_path):
     first = random_sequences([9, 13, 6])
-    again = [Sequence(torch.cat([s.ids[:2], s.ids[2:].flip(0)]), 2) for s in first]
+    again = [TrainingExample(torch.cat([s.ids[:2], s.ids[2:].flip(0)]), 2) for s in first]
     config = TrainConfig(1, k=3, rank=2, head=0, anchors=4, held_out=2, warmup=1)
     train(
         SatModel(tiny_llama(torch.float32), None, "tiny"), first + again, tmp_path / "out", config
@@ -665,7 +665,7 @@ def test_other_answers_to_held_out_prompts_are_not_trained_on(tmp_path):
 
 def test_data_of_another_vocabulary_is_refused(tmp_path):
     with one_line_error("token id 64", "tiny"):
-        run_tiny(tmp_path, [Sequence(torch.tensor([1, 2, 64, 3]), 1)] * 5)
+        run_tiny(tmp_path, [TrainingExample(torch.tensor([1, 2, 64, 3]), 1)] * 5)
     assert not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from sdsat.decoding.plan import KINDS
 from sdsat.method.costs import CONTEXTS, COUNTS, CostCurve
-from sdsat.method.drafts import OWN, Drafts
+from sdsat.method.drafts import FIRST_OF_ROUNDED, Drafts
 
 # ---- of acceptance and worth ----
 
@@ -102,7 +102,7 @@ class Acceptance:
         self._by_depth = Rates([*by_depth[:k], *unknown])
         self._by_confidence = Rates(middles * 2)  # of first choices, of others
         self._by_lookup = Rates([LOOKED_UP_FIRST, LOOKED_UP_NEXT])
-        self._of_rounded = Rates([OWN])
+        self._of_rounded = Rates([FIRST_OF_ROUNDED])
 
     @property
     def of_rounded(self) -> float:

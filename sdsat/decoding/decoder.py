@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import abc, deque
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as ListOf
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from sdsat.models.loading import load
 from sdsat.models.sat_model import SatModel
 from sdsat.models.weights import Snapshot
 
-Arrivals = Callable[[int], ListOf[Request]]
+Arrivals = Callable[[int], abc.Sequence[Request]]
 
 
 class Decoder:
@@ -232,11 +231,11 @@ class Decoder:
 
     def generate_batch(
         self,
-        prompts: ListOf[list[int]],
-        configs: DecodeConfig | ListOf[DecodeConfig],
+        prompts: abc.Sequence[list[int]],
+        configs: DecodeConfig | abc.Sequence[DecodeConfig],
         on_tokens: OnBatchTokens | None = None,
         batch_size: int = 32,
-        choosers: ListOf[Chooser | None] | None = None,
+        choosers: abc.Sequence[Chooser | None] | None = None,
     ) -> list[Generation]:
         """Continue every prompt, up to `batch_size` of them in each pass.
 
@@ -262,11 +261,11 @@ class Decoder:
 
     def iterate_batch(
         self,
-        prompts: ListOf[list[int]],
-        configs: DecodeConfig | ListOf[DecodeConfig],
+        prompts: abc.Sequence[list[int]],
+        configs: DecodeConfig | abc.Sequence[DecodeConfig],
         on_tokens: OnBatchTokens | None = None,
         batch_size: int = 32,
-        choosers: ListOf[Chooser | None] | None = None,
+        choosers: abc.Sequence[Chooser | None] | None = None,
     ) -> Iterator[tuple[int, Generation]]:
         """Continue every prompt, and yield each result when it is there.
 
@@ -359,7 +358,7 @@ class Decoder:
     @torch.inference_mode()
     def _decode(
         self,
-        requests: ListOf[Request],
+        requests: abc.Sequence[Request],
         size: int,
         slots: int,
         on_tokens: OnBatchTokens | None,
@@ -384,7 +383,7 @@ class Decoder:
         size = max(1, size)
         waiting = deque[tuple[Request, Planner]]()
 
-        def wait(some: ListOf[Request]) -> None:
+        def wait(some: abc.Sequence[Request]) -> None:
             waiting.extend([(each, self.planner(each.config)) for each in some])
             self.engine.prepare(rounded=any(each.config.may_round for each in some))
 
@@ -428,7 +427,7 @@ class Decoder:
         )
 
 
-def _check_callables(name: str, values: ListOf[Any]) -> None:
+def _check_callables(name: str, values: abc.Sequence[Any]) -> None:
     """Refuse what can't be called and is not None, with an InputError."""
     for value in values:
         good = value is None or callable(value)

@@ -20,7 +20,7 @@ too where the engine keeps its promise (engines/base.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as ListOf
+from collections import abc
 
 from sdsat.decoding.passes import PassResult
 from sdsat.decoding.plan import Planner
@@ -49,7 +49,7 @@ class Loop:
         self._engine = engine
         self._caches = caches
 
-    def enter(self, entering: ListOf[tuple[Request, Planner]]) -> list[Sequence]:
+    def enter(self, entering: abc.Sequence[tuple[Request, Planner]]) -> list[Sequence]:
         """Read prompts, several in one pass where that can be. Returns their sequences."""
         began = time.perf_counter()
         prompts = [request.prompt_ids for request, _ in entering]

@@ -7,8 +7,8 @@ known, and the host reads once a pass; on a CPU only the group at which a walk h
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Iterator
-from collections.abc import Sequence as ListOf
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -45,8 +45,8 @@ class PassResult:
     def __init__(
         self,
         engine: Engine,
-        sequences: ListOf[Sequence],
-        inputs: ListOf[PassInput],
+        sequences: abc.Sequence[Sequence],
+        inputs: abc.Sequence[PassInput],
         output: PassOutput,
         drafts_only: bool = False,
     ):
@@ -239,7 +239,7 @@ def _drafted(tree: DraftTree | None, found: list[list[float]]) -> Drafted:
     return Drafted(tree, [int(token) for token in tokens], likely)
 
 
-def _places_of(inputs: ListOf[PassInput]) -> list[dict[int, tuple[int, slice]]]:
+def _places_of(inputs: abc.Sequence[PassInput]) -> list[dict[int, tuple[int, slice]]]:
     """Find the rows of a pass's SATs.
 
     For each sequence, {node with SATs: (the node's row in the pass, which SATs are its own)}.

@@ -28,7 +28,7 @@ from sdsat.models.sat_model import SatModel
 from sdsat.tasks.prompts import Problem
 from sdsat.training.evaluate import BEST, among_best, evaluate
 from sdsat.training.loss import SatBatch, over_all, predict, sat_logits, sat_states
-from sdsat.training.shards import Sequence
+from sdsat.training.shards import TrainingExample
 
 
 def inspect(
@@ -74,16 +74,16 @@ def inspect(
         accepted += torch.tensor(out.accepted_by_depth)
         proposed += torch.tensor(out.proposed_by_depth)
         loops += out.accepted_lengths
-        own.append(Sequence(torch.tensor(prompt + out.token_ids), len(prompt)))
+        own.append(TrainingExample(torch.tensor(prompt + out.token_ids), len(prompt)))
         if answer:
             text = prompt + answer[: config.max_new_tokens]
-            given.append(Sequence(torch.tensor(text), len(prompt)))
+            given.append(TrainingExample(torch.tensor(text), len(prompt)))
 
     of_checkpoint = (getattr(model.config, "sdsat", None) or {}).get("training", {})
     facts = model.adapter.config.training if model.adapter else of_checkpoint
     acceptance = (accepted / proposed.clamp(min=1)).tolist()
 
-    def figures(sequences: list[Sequence]) -> dict[str, Any]:
+    def figures(sequences: list[TrainingExample]) -> dict[str, Any]:
         where = (sequences, k, model.device, config.anchors)
         sats = among_best(partial(_without_head, model), *where)
         return {**evaluate(partial(predict, model), *where), **sats}

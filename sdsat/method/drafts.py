@@ -13,7 +13,9 @@ from sdsat.config import MAX_ROWS
 from sdsat.method.tree import DraftTree
 
 _ROOT = DraftTree((-1,), (0,))
-OWN = 0.97  # how likely the first draft of a rounded pass is taken to be before anything is known
+FIRST_OF_ROUNDED = (
+    0.97  # how likely the first draft of a rounded pass is taken to be before anything is known
+)
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Drafts:
         """
         parents = (-1, *(parent + 1 for parent in tree.parents))
         lower = DraftTree(parents, (0, *tree.ranks))
-        chances = [1.0, OWN, *likely[1:]]
+        chances = [1.0, FIRST_OF_ROUNDED, *likely[1:]]
         return cls(lower, [x, *tokens], chances, [False] * len(parents), "rounded", True)
 
     def with_chain(self, tokens: list[int], likely: float) -> Drafts:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as ListOf
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from sdsat.config import require
 from sdsat.models.head import SHORTLIST
 from sdsat.training.loss import IGNORED, SatBatch, joint_logits, require_finite, sat_batch
-from sdsat.training.shards import Sequence
+from sdsat.training.shards import TrainingExample
 
 BEST = (1, 4, 16, SHORTLIST)  # so many best tokens of a SAT; the last are what a draft head ranks
 
@@ -20,7 +19,7 @@ BEST = (1, 4, 16, SHORTLIST)  # so many best tokens of a SAT; the last are what 
 @torch.no_grad()
 def evaluate(
     predict: Callable[[SatBatch], Tensor],
-    sequences: ListOf[Sequence],
+    sequences: Sequence[TrainingExample],
     k: int,
     device: torch.device,
     anchors: int = 16,
@@ -76,7 +75,7 @@ def evaluate(
 @torch.no_grad()
 def among_best(
     predict: Callable[[SatBatch], Tensor],
-    sequences: ListOf[Sequence],
+    sequences: Sequence[TrainingExample],
     k: int,
     device: torch.device,
     anchors: int = 16,
@@ -127,7 +126,7 @@ def among_best(
 
 def _predictions(
     predict: Callable[[SatBatch], Tensor],
-    sequences: ListOf[Sequence],
+    sequences: Sequence[TrainingExample],
     k: int,
     device: torch.device,
     anchors: int,
@@ -164,7 +163,7 @@ def _chains(hit: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
 def standard_loss(
     forward: Callable[..., Any],
     sat_token_id: int,
-    sequences: ListOf[Sequence],
+    sequences: Sequence[TrainingExample],
     device: torch.device,
 ) -> float:
     """Compute the mean cross-entropy, in nats, of the answers' standard tokens.

@@ -32,7 +32,7 @@ from sdsat.resume import Place
 from sdsat.training.loss import SatBatch, sat_batch
 from sdsat.training.modes import MODES, Mode
 from sdsat.training.plot import plot_training
-from sdsat.training.shards import Sequence, hold_out, sequences_sha256
+from sdsat.training.shards import TrainingExample, hold_out, sequences_sha256
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -43,7 +43,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _epoch_order(data: list[Sequence], seed: int) -> list[int]:
+def _epoch_order(data: list[TrainingExample], seed: int) -> list[int]:
     """Shuffle so that every 32 neighbours are sorted by length.
 
     So a batch holds like lengths and pads little.
@@ -57,7 +57,7 @@ def _epoch_order(data: list[Sequence], seed: int) -> list[int]:
 
 
 def _batches_of_step(
-    data: list[Sequence],
+    data: list[TrainingExample],
     order: Callable[[int], list[int]],
     config: TrainConfig,
     step: int,
@@ -92,7 +92,7 @@ def _batches_of_step(
     return batches
 
 
-def train(model: SatModel, data: list[Sequence], out: Path, config: TrainConfig) -> None:
+def train(model: SatModel, data: list[TrainingExample], out: Path, config: TrainConfig) -> None:
     """Train, and write the result with train_log.jsonl and training.png to `out`.
 
     A killed run resumes from there. Runs as it is in several processes: each takes its own part of
@@ -158,8 +158,8 @@ class _Run:
     """A run on its way from `state` (of `_begin`) to its last step."""
 
     mode: Mode
-    data: list[Sequence]
-    held_out: list[Sequence]
+    data: list[TrainingExample]
+    held_out: list[TrainingExample]
     out: Path
     config: TrainConfig
     accelerator: Accelerator

@@ -10,8 +10,7 @@ key/values, and its own next-token distribution there is what distillation learn
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as ListOf
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ from sdsat.models.attention import layer_masks
 from sdsat.models.head import SHORTLIST
 from sdsat.models.packed import in_use
 from sdsat.models.sat_model import SatModel
-from sdsat.training.shards import Sequence
+from sdsat.training.shards import TrainingExample
 
 IGNORED = -100  # label of a row that only pads
 
@@ -100,11 +99,11 @@ class SatBatch:
 
 
 def sat_batch(
-    sequences: ListOf[Sequence],
+    sequences: Sequence[TrainingExample],
     k: int,
     anchors: int,
     keep: float,
-    generators: ListOf[torch.Generator],
+    generators: Sequence[torch.Generator],
 ) -> SatBatch:
     """Sample anchors among the answer's positions and a group length for each.
 

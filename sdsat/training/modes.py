@@ -7,8 +7,7 @@ and how to save the result.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as ListOf
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from sdsat.models.packed import PackedLinears, can_pack, in_use
 from sdsat.models.sat_model import SatModel
 from sdsat.training.evaluate import evaluate, standard_loss
 from sdsat.training.loss import SatBatch, joint_logits, joint_loss, predict, sat_loss
-from sdsat.training.shards import Sequence
+from sdsat.training.shards import TrainingExample
 
 GAIN_RATE = 50.0  # how much faster than matrices a draft head's few single numbers learn
 
@@ -49,7 +48,7 @@ class Mode(Protocol):
     def loss(self, batch: SatBatch) -> Tensor:
         """Sum the weighted loss of a batch."""
 
-    def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+    def evaluate(self, held_out: list[TrainingExample]) -> dict[str, Any]:
         """Compute the figures of a log entry.
 
         They are draft quality on held-out answers, and what else this mode may change. Raises
@@ -86,7 +85,7 @@ class AdapterMode:
         model: SatModel,
         config: TrainConfig,
         accelerator: Accelerator,
-        data: ListOf[Sequence],
+        data: Sequence[TrainingExample],
     ):
         require(
             model.sat is None,
@@ -158,7 +157,7 @@ class AdapterMode:
         """See Mode.loss."""
         return sat_loss(self.model, batch, self.config.soft, self.config.decay)
 
-    def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+    def evaluate(self, held_out: list[TrainingExample]) -> dict[str, Any]:
         """See Mode.evaluate."""
         return evaluate(partial(predict, self.model), held_out, self.config.k, self.model.device)
 
@@ -231,7 +230,7 @@ class EverywhereMode(AdapterMode):
         )
         return sats + self.config.standard * standard
 
-    def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+    def evaluate(self, held_out: list[TrainingExample]) -> dict[str, Any]:
         """See Mode.evaluate."""
         return _evaluate_jointly(self.lm, self.token_id, held_out, self.config.k, self.model.device)
 
@@ -251,7 +250,11 @@ class _Updated(nn.Module):
 
 
 def _evaluate_jointly(
-    lm: Callable[..., Any], token_id: int, held_out: list[Sequence], k: int, device: torch.device
+    lm: Callable[..., Any],
+    token_id: int,
+    held_out: list[TrainingExample],
+    k: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Compute draft quality and standard tokens' loss of an LM that has both in one pass.
 
@@ -281,7 +284,7 @@ class FullMode:
         model: SatModel,
         config: TrainConfig,
         accelerator: Accelerator,
-        data: ListOf[Sequence],
+        data: Sequence[TrainingExample],
     ):
         del data  # SATs guess among all tokens
         require(
@@ -335,7 +338,7 @@ class FullMode:
             )
         return sats + self.config.standard * standard
 
-    def evaluate(self, held_out: list[Sequence]) -> dict[str, Any]:
+    def evaluate(self, held_out: list[TrainingExample]) -> dict[str, Any]:
         """See Mode.evaluate."""
         with self.accelerator.autocast():
             return _evaluate_jointly(
@@ -405,7 +408,7 @@ MODES: dict[str, Any] = {"adapter": AdapterMode, "everywhere": EverywhereMode, "
 
 
 def _draft_ids(
-    start: SatAdapter | None, vocabulary: int, config: TrainConfig, data: ListOf[Sequence]
+    start: SatAdapter | None, vocabulary: int, config: TrainConfig, data: Sequence[TrainingExample]
 ) -> Tensor | None:
     """Choose the tokens [C] that SATs may guess, None for all.
 
@@ -431,7 +434,7 @@ def _draft_ids(
 
 
 def adam(
-    parameters: Iterator[nn.Parameter], config: TrainConfig, gains: ListOf[nn.Parameter] = ()
+    parameters: Iterator[nn.Parameter], config: TrainConfig, gains: Sequence[nn.Parameter] = ()
 ) -> torch.optim.AdamW:
     """Make the optimiser of these weights.
 

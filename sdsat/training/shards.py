@@ -69,7 +69,7 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TrainingExample:
     """One training sequence: token ids, and how many of them are the prompt.
 
     Attributes:
@@ -84,7 +84,7 @@ class Sequence:
     source: str | None = None
 
 
-def sequences_sha256(sequences: list[Sequence]) -> str:
+def sequences_sha256(sequences: list[TrainingExample]) -> str:
     """Compute the hash of training data.
 
     It is of all tokens, of where each sequence and its prompt end, and of what belongs together.
@@ -97,7 +97,9 @@ def sequences_sha256(sequences: list[Sequence]) -> str:
     return digest.hexdigest()
 
 
-def hold_out(sequences: list[Sequence], count: int) -> tuple[list[Sequence], list[Sequence]]:
+def hold_out(
+    sequences: list[TrainingExample], count: int
+) -> tuple[list[TrainingExample], list[TrainingExample]]:
     """Split off the first `count` sequences, to evaluate on, from those to train on.
 
     The latter are of other texts, and answers to other prompts.
@@ -109,7 +111,7 @@ def hold_out(sequences: list[Sequence], count: int) -> tuple[list[Sequence], lis
         f"data: {len(sequences)} sequences, expected more than held_out={count}",
     )
 
-    def origin(s: Sequence) -> Any:
+    def origin(s: TrainingExample) -> Any:
         return s.source or tuple(s.ids[: s.prompt_length].tolist())
 
     held = sequences[:count]
@@ -127,7 +129,7 @@ def hold_out(sequences: list[Sequence], count: int) -> tuple[list[Sequence], lis
 
 def read_sequences(
     path: Path, tokenizer: PreTrainedTokenizerBase | None, length: int = 512
-) -> list[Sequence]:
+) -> list[TrainingExample]:
     """Read training data: a folder of shards, or plain text or code.
 
     That is a file, or all .py, .md and .txt files of a folder. Text is cut into sequences of
@@ -159,7 +161,7 @@ def read_sequences(
     require(tokenizer is not None, f"data={path}: text needs a tokenizer, and the model has none")
     assert tokenizer is not None
     decontaminator = Decontaminator()
-    by_text = dict[str, list[Sequence]]()
+    by_text = dict[str, list[TrainingExample]]()
     dropped = 0
     for file in files:
         try:
@@ -171,7 +173,7 @@ def read_sequences(
             continue
         source = hashlib.sha256(text.encode()).hexdigest()  # a copy of a file is the same text
         parts = torch.tensor(tokenizer(text)["input_ids"]).split(length)
-        by_text[source] = [Sequence(ids, 0, source) for ids in parts if len(ids) >= 8]
+        by_text[source] = [TrainingExample(ids, 0, source) for ids in parts if len(ids) >= 8]
     if dropped:
         warnings.warn(
             f"data={path}: {dropped} of {len(files)} files overlap HumanEval and are left out",
@@ -180,7 +182,7 @@ def read_sequences(
     return _in_held_out_order([sequences for sequences in by_text.values() if sequences])
 
 
-def _in_held_out_order(texts: list[list[Sequence]]) -> list[Sequence]:
+def _in_held_out_order(texts: list[list[TrainingExample]]) -> list[TrainingExample]:
     """Put texts into an order whose beginning can be held out.
 
     Any of usual size come first, as they come in a shuffle, then the rest by size. A single text
@@ -194,7 +196,7 @@ def _in_held_out_order(texts: list[list[Sequence]]) -> list[Sequence]:
     ]
 
 
-def read_shards(folder: Path) -> list[Sequence]:
+def read_shards(folder: Path) -> list[TrainingExample]:
     """Read all sequences of a folder written by `distill`, in order.
 
     Raises InputError, one line, where there are none or a shard is damaged.
@@ -209,7 +211,7 @@ def read_shards(folder: Path) -> list[Sequence]:
         shard = _read_shard(file)
         parts = shard["tokens"].long().split(shard["lengths"].tolist())
         sequences += [
-            Sequence(ids, int(n))
+            TrainingExample(ids, int(n))
             for ids, n in zip(parts, shard["prompt_lengths"].tolist(), strict=True)
         ]
     return sequences

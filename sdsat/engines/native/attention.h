@@ -43,7 +43,7 @@ template <class T> static inline void softmax(float* s, const VisibleKeys& keys)
   for (int j = 0; j < padded; j += LANES) total += load(s + j);
   const float factor = 1.f / sum(total);
   Input<T>* weights = (Input<T>*)s;  // which may be narrower: what is overwritten has been read
-  for (int j = 0; j < padded; j += LANES) store_rounded<T>(weights + j, load(s + j) * factor);
+  for (int j = 0; j < padded; j += LANES) store_nearest<T>(weights + j, load(s + j) * factor);
 }
 
 // The values of keys `whole` and after, in order of position, laid out as a cache's values are.
@@ -75,7 +75,7 @@ static inline void add_values(const HeadCache<T>& cache, const T* gathered, int 
     add_step(a, v + d * S, LANES * S, weights + j, width);
   }
   for (int h = 0; h < H; h++)
-    for (int c = 0; c < C; c++) store_rounded<T>(out + h * dim + d + c * LANES, a[h][c]);
+    for (int c = 0; c < C; c++) store_nearest<T>(out + h * dim + d + c * LANES, a[h][c]);
 }
 
 // out [H, dim]: what H query heads q [H, dim] of one row get from the keys that it sees.

@@ -115,8 +115,8 @@ template <class T> static void apply_head(DraftState<T>& s, DraftThread& thread)
     const Matrix& w = m.draft_inner.weight;
     multiply_block(both, rows, w, b, w.block(b + 1), y);
     each_vector(rows, [&](int r, int c) {
-      f32x gate = rounded<T>(load(y + r * BLOCK + c));
-      store_rounded<T>(s.middle.data() + r * s.inner + b * BLOCK + c, silu(gate));
+      f32x gate = nearest<T>(load(y + r * BLOCK + c));
+      store_nearest<T>(s.middle.data() + r * s.inner + b * BLOCK + c, silu(gate));
     });
   });
   thread.worker.meet();

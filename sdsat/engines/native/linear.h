@@ -76,7 +76,7 @@ template <class F> static inline void each_vector(int rows, const F& f) {
 template <class T, class Y>
 static inline void store_block(const float* y, int rows, int64_t b, Y* to, int64_t size) {
   each_vector(rows, [&](int r, int c) {
-    store_rounded<T>(to + r * size + b * BLOCK + c, load(y + r * BLOCK + c));
+    store_nearest<T>(to + r * size + b * BLOCK + c, load(y + r * BLOCK + c));
   });
 }
 

@@ -12,10 +12,10 @@ static void gate_and_up(PassThread<T>& thread, const Layer& layer, const Rows<T>
   PassState<T>& s = thread.state;
   auto multiply = [&](int64_t b, const float* gate, const float* up) {
     each_vector(s.rows, [&](int r, int c) {
-      f32x g = rounded<T>(load(gate + r * BLOCK + c));
-      f32x u = rounded<T>(load(up + r * BLOCK + c));
-      store_rounded<T>(s.gated.data() + r * s.model.inner + b * BLOCK + c,
-                       rounded<T>(silu(g)) * u);
+      f32x g = nearest<T>(load(gate + r * BLOCK + c));
+      f32x u = nearest<T>(load(up + r * BLOCK + c));
+      store_nearest<T>(s.gated.data() + r * s.model.inner + b * BLOCK + c,
+                       nearest<T>(silu(g)) * u);
     });
   };
   thread.linear.each_pair_of_blocks(layer.gate, layer.up, x, layer.down, multiply);

@@ -13,7 +13,7 @@ static void rms_norm(const X* x, const void* weight, int size, float eps, Y* y) 
   for (int i = 0; i < size; i += LANES) squares += load(x + i) * load(x + i);
   float factor = 1.f / std::sqrt(sum(squares) / size + eps);
   for (int i = 0; i < size; i += LANES)
-    store_rounded<T>(y + i, rounded<T>(load(x + i) * factor) * load((const T*)weight + i));
+    store_nearest<T>(y + i, nearest<T>(load(x + i) * factor) * load((const T*)weight + i));
 }
 
 // Turn the two halves of a head x [dim] by its position's angles, in place.
@@ -22,8 +22,8 @@ template <class T, class X> static void rotate(X* x, const float* cos, const flo
   for (int i = 0; i < half; i += LANES) {
     f32x a = load(x + i);
     f32x b = load(x + half + i);
-    store_rounded<T>(x + i, rounded<T>(a * load(cos + i)) + rounded<T>(-b * load(sin + i)));
-    store_rounded<T>(x + half + i,
-                     rounded<T>(b * load(cos + half + i)) + rounded<T>(a * load(sin + half + i)));
+    store_nearest<T>(x + i, nearest<T>(a * load(cos + i)) + nearest<T>(-b * load(sin + i)));
+    store_nearest<T>(x + half + i,
+                     nearest<T>(b * load(cos + half + i)) + nearest<T>(a * load(sin + half + i)));
   }
 }

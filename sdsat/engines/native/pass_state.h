@@ -75,7 +75,7 @@ template <class T> class PassThread {
     linear.each_block(l, rows_of(x, l.in), then, [&](int64_t b, const float* y) {
       each_vector(state.rows, [&](int r, int c) {
         T* to = state.residual + r * state.model.hidden + b * BLOCK + c;
-        store(to, load(to) + rounded<T>(load(y + r * BLOCK + c)));
+        store(to, load(to) + nearest<T>(load(y + r * BLOCK + c)));
       });
     });
     worker.meet();

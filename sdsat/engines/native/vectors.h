@@ -122,13 +122,13 @@ static inline void store(bf16* p, f32x v) {
 }
 
 // Rounded to T, as floats.
-template <class T> static inline f32x rounded(f32x v) { return v; }
-template <> inline f32x rounded<bf16>(f32x v) { return as_f32(nearest_bf16(v) & BF16_MASK); }
+template <class T> static inline f32x nearest(f32x v) { return v; }
+template <> inline f32x nearest<bf16>(f32x v) { return as_f32(nearest_bf16(v) & BF16_MASK); }
 
 // Store what is rounded to T, whether as T or as float.
-template <class T, class Y> static inline void store_rounded(Y* p, f32x v) {
+template <class T, class Y> static inline void store_nearest(Y* p, f32x v) {
   if constexpr (std::is_same<Y, T>::value) store(p, v);
-  else store(p, rounded<T>(v));
+  else store(p, nearest<T>(v));
 }
 
 // ---- functions ----
