@@ -185,7 +185,7 @@ def main(
     out: Path | None = None,
 ) -> None:
     """Measure, print a table, and write --out after every run (default:
-    results/reference/MODEL/batch.json).
+    runs/MODEL/batch.json).
     """
     numbers = sizes.split(",")
     require(
@@ -198,7 +198,7 @@ def main(
         len(set(strategies)) == len(strategies),
         f"--strategy={','.join(strategies[1:])}: one is there twice, or is {AR}",
     )
-    out = out or Path("results/reference") / Path(model).name / "batch.json"
+    out = out or Path("runs") / Path(model).name / "batch.json"
     decoder = Decoder.load(model, dtype, device)
     loaded = decoder.model
     configs = {

@@ -96,9 +96,11 @@ def make_decoder(strategy: str, model: str, base: Embedded, context: int) -> Dec
 
 def read_prompts(base: Embedded, data_limit: int, general: int) -> list[Problem]:
     tokenizer = AutoTokenizer.from_pretrained(base_dir(base))
-    texts = list(given_requests([str(GENERAL)]))[:general]
+    texts = list(given_requests([str(GENERAL)]))
+    require(general <= len(texts), f"general={general}: expected {len(texts)} at most")
     requests = [
-        Problem(f"general/{i}", tuple(encode(tokenizer, text))) for i, text in enumerate(texts)
+        Problem(f"general/{i}", tuple(encode(tokenizer, text)))
+        for i, text in enumerate(texts[:general])
     ]
     return humaneval(tokenizer, data_limit) + requests
 
@@ -284,9 +286,7 @@ def main(
     data_limit: Annotated[int, typer.Option(min=1, help="How many HumanEval problems.")] = 12,
     general: Annotated[int, typer.Option(min=1, help="How many requests without code.")] = 12,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    out: Annotated[
-        Path | None, typer.Option(help="Default: results/reference/MODEL/peers.json.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: runs/MODEL/peers.json.")] = None,
     memory: Annotated[str, typer.Option("--memory-of", hidden=True)] = "",
 ) -> None:
     """Measure, print a table, and write --out after every prompt."""
@@ -315,7 +315,7 @@ def main(
         dtype, plan = ours.dtype_and_strategy(strategy)
         check_dtype(dtype)
         ours.decode_config(plan, ours.own_decoder(model).model, max_new_tokens)
-    out = out or Path("results/reference") / Path(model).name / "peers.json"
+    out = out or Path("runs") / Path(model).name / "peers.json"
     head = new_document(ours.own_decoder(model), strategies, max_new_tokens)
     with resumed(out, head) as document:
         options = [

@@ -4,7 +4,7 @@
 #
 #   bash scripts/reference.sh                              well over an hour on two cores
 #   bash scripts/reference.sh qwen2.5-coder-0.5b-sdsat     several hours
-#   AUDITS=0 DATA_LIMIT=8 TURNS=1 bash scripts/reference.sh MODEL     speed alone, of fewer problems
+#   AUDITS=0 DATA_LIMIT=8 bash scripts/reference.sh MODEL     speed alone, of fewer problems
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 model="${1:-smollm2-135m-sdsat}"
@@ -15,16 +15,20 @@ measure() { python "$SDSAT_ROOT/scripts/$1.py" "$model" --out "$results/$2.json"
 measure pass_cost passes_bfloat16
 measure pass_cost passes_busy --busy 1
 measure profile_passes profile
-export STRATEGIES="${STRATEGIES:-two-step,rounded,one-pass,auto}" K_LIST="${K_LIST:-0,3,5,7}" TURNS="${TURNS:-3}"
+export STRATEGIES="${STRATEGIES:-two-step,rounded,one-pass,auto}" K_LIST="${K_LIST:-0,3,5,7}" TURNS="${TURNS:-1}"
 DATA_LIMIT="${DATA_LIMIT:-16}" sdsat bench greedy "$model" cpu --with-generate
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 1.0
 DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 0.2
-DATA_LIMIT="${DATA_LIMIT:-12}" DATASET=everyday sdsat bench greedy "$model" cpu
-measure peers peers --data-limit 8 --general 8
+DATA_LIMIT="${DATA_LIMIT:-16}" DATASET=everyday sdsat bench greedy "$model" cpu
+measure peers peers --without "transformers assisted" --data-limit 3 --general 2 --max-new-tokens 128
 measure batch_throughput batch --sizes 1,2,4,8,16 --strategy two-step:3 --strategy lookup \
   --strategy auto:lookup=0 --strategy auto --prompts 16 --max-new-tokens 48
 measure memory memory
-python "$SDSAT_ROOT/scripts/soak.py" --out "$results/soak.json"
+if [ "$model" = smollm2-135m-sdsat ]; then
+  python "$SDSAT_ROOT/scripts/growth.py" --out "$RESULTS_DIR/growth.json" --plot "$SDSAT_ROOT/docs/growth.png"
+  python "$SDSAT_ROOT/scripts/soak.py" --out "$results/soak.json"
+  python "$SDSAT_ROOT/scripts/serve_check.py" --clients 8 --seconds 300 --hostile 2000 --out "$results/serve.json"
+fi
 sdsat inspect "$model" --out "$results/inspect.json"
 [ "${AUDITS:-1}" = 1 ] || exit 0
 

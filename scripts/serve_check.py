@@ -47,7 +47,7 @@ from sdsat.interfaces.terminal import encode
 from sdsat.models import embedded
 from sdsat.tasks.datasets import humaneval_problems
 
-OUT = Path("results/reference/smollm2-135m-sdsat/serve.json")
+OUT = Path("runs/serve.json")
 STOPS = ["\n```", "\n\n\n"]
 LENGTH = 48
 PROMPTS = 4

@@ -26,7 +26,7 @@ from sdsat.evaluation.records import environment
 from sdsat.files import destination, write_json
 from sdsat.tasks.prompts import humaneval
 
-OUT = Path("results/reference/smollm2-135m-sdsat/soak.json")
+OUT = Path("runs/soak.json")
 SAMPLINGS = (SamplingConfig(), SamplingConfig(temperature=1.0, top_k=10, top_p=0.95))
 
 

@@ -414,7 +414,7 @@ BAD_INPUT = [
         ["bench", "greedy", "TINY", "cpu", "--k-list", "0,-1"],
         "k=-1: expected 0 (AR) or a positive number",
     ),
-    (["bench", "greedy", "TINY", "cpu", "--k-list", "five"], "k_list=five: expected numbers"),
+    (["bench", "greedy", "TINY", "cpu", "--k-list", "five"], "k_list=five: expected a number"),
     (["bench", "greedy", "TINY", "cpu", "--tree", "bush"], "tree='bush': expected"),
     (["bench", "greedy", "TINY", "cpu", "--data-limit", "0"], "data_limit=0: expected 1 or more"),
     (
@@ -563,7 +563,7 @@ BAD_INPUT = [
     (["generate"], "Missing argument 'prompt'"),
     (
         ["generate", "hello", "--model", "TINY", "--sat-token-id", "one"],
-        "sat_token_id=one: expected numbers separated by commas",
+        "sat_token_id=one: expected a number, or several with commas between",
     ),
     (["report", "none", "other"], "results folder none: no such folder"),
     (["report", "TINY", "--out", "no/page.html"], "--out=no/page.html: no such folder"),

@@ -181,7 +181,8 @@ def test_limits(text, count):
 
 @pytest.mark.parametrize("limit", [0, -3, Fraction(0), Fraction(3, 2)])
 def test_bad_limits(limit):
-    with one_line_error(f"data_limit={limit}: expected 1 or more, or a share"):
+    asked = limit_text(limit) if isinstance(limit, Fraction) else limit
+    with one_line_error(f"data_limit={asked}: expected 1 or more, or a share"):
         check_limit(limit)
 
 

@@ -46,6 +46,7 @@ def test_own_output_is_what_ar_writes():
         sum(loops) / len(loops), abs=1e-4
     )
     assert found["findings"] == findings(found)
+    assert found["environment"]["adapter"] is None and found["settings"]["anchors"] == 8
     console = Console(record=True, width=140)
     console.print(inspection_table(found))
     assert f"{found['own']['accuracy_by_depth'][2]:.2f}" in console.export_text()

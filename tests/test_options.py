@@ -85,13 +85,13 @@ def test_help_shows_each_fields_own(monkeypatch):
 
 def test_a_bad_value_is_one_line_that_names_the_option(tmp_path):
     for name, text in (("levels", "warm"), ("k_list", "1,two")):
-        with one_line_error(f"{name}={text}: expected numbers separated by commas"):
+        with one_line_error(f"{name}={text}: expected a number, or several with commas between"):
             run(Settings, f"--{name.replace('_', '-')}", text)
     with one_line_error("--out=none/x.json: no such folder"):
         run(Settings, "--out", "none/x.json")
     (_, out), _ = run(Settings, "--out", str(tmp_path / "x.json"))
     assert out == tmp_path / "x.json"
-    with one_line_error("seeds=: expected numbers"):
+    with one_line_error("seeds=: expected a number, or several"):
         numbers_of("seeds", "")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdsat.cli.options import Defaults, Model, TemplateOptions, from_settings
+from sdsat.cli.options import PLANNED, Defaults, Model, TemplateOptions, from_settings
 from sdsat.cli.program import decode_settings, load_decoder
 from sdsat.config import DecodeConfig, HubConfig, LoadConfig, SamplingConfig, require, utf8
 from sdsat.models import embedded
@@ -21,7 +21,7 @@ def chat(
     hub: HubConfig,
     system: Annotated[str, typer.Option(help="What the model is told before the first turn.")] = "",
     template_option: TemplateOptions = None,
-    decode: Annotated[DecodeConfig, Defaults(k=None, strategy="auto", max_new_tokens=1024)],
+    decode: Annotated[DecodeConfig, Defaults(**PLANNED, max_new_tokens=1024)],
     sampling: SamplingConfig,
     load: LoadConfig,
 ) -> None:

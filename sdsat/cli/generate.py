@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sdsat.cli.options import (
+    PLANNED,
     Defaults,
     ModelOption,
     TemplateOptions,
@@ -33,7 +34,7 @@ def generate(
         ),
     ] = "chat",
     template_option: TemplateOptions = None,
-    decode: Annotated[DecodeConfig, Defaults(k=None, strategy="auto")],
+    decode: Annotated[DecodeConfig, Defaults(**PLANNED)],
     sampling: SamplingConfig,
     load: LoadConfig,
     compare: Annotated[

@@ -224,6 +224,8 @@ MODEL_HELP = (
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 TemplateOptions = Annotated[list[str] | None, typer_option(TEMPLATE_OPTIONS)]
+# Of commands that answer: plan every pass, with as many SATs as were trained.
+PLANNED: dict[str, Any] = {"k": None, "strategy": "auto"}
 # Single fields, for scripts.
 Dtype = Annotated[str, of_field(LoadConfig, "dtype")]
 Device = Annotated[str, of_field(LoadConfig, "device")]

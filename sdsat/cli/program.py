@@ -17,7 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sdsat.config import DecodeConfig, InputError, LoadConfig, SamplingConfig, plain_warnings
+from sdsat.config import (
+    CONTEXT,
+    DecodeConfig,
+    InputError,
+    LoadConfig,
+    SamplingConfig,
+    plain_warnings,
+)
 
 _INTERRUPTED = "interrupted; what was finished is kept, and the same command resumes"
 # Typer carries a click of its own, without a public name for it.
@@ -75,7 +82,7 @@ def show(table: Table, width: int) -> None:
     Console(width=max(width, Console().width)).print(table)
 
 
-def load_decoder(name: str, config: LoadConfig, context: int = 2048) -> Any:
+def load_decoder(name: str, config: LoadConfig, context: int = CONTEXT) -> Any:
     """Load the model that a command works on.
 
     context: positions of the cache that memory must be left for. Raises InputError, one line, for

@@ -6,7 +6,7 @@ import errno
 import socket
 from typing import Annotated
 
-from sdsat.cli.options import Defaults, Model, Only, TemplateOptions, from_settings
+from sdsat.cli.options import PLANNED, Defaults, Model, Only, TemplateOptions, from_settings
 from sdsat.cli.program import check_template_options, load_decoder
 from sdsat.config import DecodeConfig, HubConfig, InputError, LoadConfig, ServeConfig
 from sdsat.models import embedded
@@ -22,7 +22,7 @@ def serve(
     decode: Annotated[
         DecodeConfig,
         Only("k", "max_new_tokens", "strategy", "lookup"),
-        Defaults(k=None, strategy="auto"),
+        Defaults(**PLANNED),
     ],
     load: LoadConfig,
     config: ServeConfig,

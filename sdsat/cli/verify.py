@@ -11,7 +11,7 @@ import typer
 
 from sdsat.cli.options import Model, Only, from_settings, out_file
 from sdsat.cli.program import check_template_options, load_decoder, show
-from sdsat.config import HubConfig, LoadConfig
+from sdsat.config import DTYPE, DTYPES, HubConfig, LoadConfig
 from sdsat.evaluation.sweep import VerifyConfig
 from sdsat.models import embedded
 from sdsat.models.hub import at_revision
@@ -25,7 +25,7 @@ def verify(
     config: VerifyConfig,
     dtype: Annotated[
         str,
-        typer.Option(envvar="DTYPE", help="Comma-separated: float32, bfloat16, float16."),
+        typer.Option(envvar=DTYPE.env, help=f"With commas between: {DTYPES}."),
     ] = "float32",
     load: Annotated[LoadConfig, Only("device", "sat_token_id", "trained_k", "engine")],
     out: Annotated[

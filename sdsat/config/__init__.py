@@ -29,8 +29,10 @@ from sdsat.config.decoding import (
     SatIds,
     decode_config_of,
 )
-from sdsat.config.loading import CheckpointConfig, HubConfig, LoadConfig
+from sdsat.config.loading import CONTEXT, CheckpointConfig, HubConfig, LoadConfig
 from sdsat.config.options import (
+    DTYPE,
+    DTYPES,
     MAX_NEW_TOKENS,
     NUMBERS,
     SEED,
@@ -71,7 +73,10 @@ from sdsat.config.training import (
 
 __all__ = [
     "ALL_STRATEGIES",
+    "CONTEXT",
     "DRAFT_VOCABULARY",
+    "DTYPE",
+    "DTYPES",
     "LOOKUP",
     "MAX_K",
     "MAX_NEW_TOKENS",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdsat.config.options import WHOLE_NUMBERS, option
+from sdsat.config.options import DTYPE, WHOLE_NUMBERS, option
+
+# Positions of the cache that memory must be left for where nobody says how many.
+CONTEXT = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +56,7 @@ class LoadConfig(CheckpointConfig):
         device: see `models.devices.pick_devices`.
     """
 
-    dtype: str = option(
-        "bfloat16",
-        "float32, bfloat16, float16, int8 (linear layers in 8 bits, on a CPU), gguf (a GGUF file "
-        "in its own bits, on a CPU), or auto for the checkpoint's own.",
-        env="DTYPE",
-    )
+    dtype: str = option("bfloat16", DTYPE)
     device: str = option(
         "",
         "cpu, a GPU number, or 0+1 for a model that one GPU can't hold; empty: GPU 0 where "

@@ -34,7 +34,9 @@ def numbers_of(name: str, text: str, kind: Callable[[str], Any] = int) -> tuple[
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"{name}={text}: expected numbers separated by commas") from None
+        raise InputError(
+            f"{name}={text}: expected a number, or several with commas between"
+        ) from None
 
 
 WORD = Text(lambda _, text: text, str)
@@ -84,6 +86,11 @@ TREE = Option(
     env="TREE",
     text=WORD,
 )
+DTYPES = (
+    "float32, bfloat16, float16, int8 (linear layers in 8 bits, on a CPU), gguf (a GGUF file in "
+    "its own bits, on a CPU)"
+)
+DTYPE = Option(f"{DTYPES}, or auto for the checkpoint's own.", env="DTYPE")
 MAX_NEW_TOKENS = Option(env="MAX_NEW_TOKENS")
 SEED = Option(env="SEED")
 TEMPERATURE = Option("0 is greedy.")

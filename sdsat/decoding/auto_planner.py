@@ -30,8 +30,8 @@ class AutoPlanner:
     """Maximises expected tokens - rate * expected seconds (a planner; see `plan.Planner`).
 
     `rate` is the tokens per second of the best fixed loop, or of AR. A place in the text is worth
-    more, in tokens, the better the drafts that are there. At each place it compares: drafting in 8
-    bits, which costs a cheap pass and gives no token; every number of the likeliest drafts, each
+    more, in tokens, the better the drafts that are there. At each place it compares: drafting in
+    a rounded pass, which is cheap and gives no token; every number of the likeliest drafts, each
     worth the probability of reaching it; SATs at the nodes where the walk most likely ends, which
     make the next place worth more; and a plain pass. All pay for their rows. When nothing pays,
     passes are plain, and now and then drafting is tried again.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdsat.config import DecodeConfig, InputError, SatIds, require, several, whole
+from sdsat.config import CONTEXT, DecodeConfig, InputError, SatIds, require, several, whole
 from sdsat.decoding.kept import KeptCache
 from sdsat.decoding.lock import FairLock
 from sdsat.decoding.loop import Loop
@@ -81,7 +81,7 @@ class Decoder:
         engine: str = "auto",
         graphs: bool = True,
         trained_k: int | None = None,
-        context: int = 2048,
+        context: int = CONTEXT,
     ) -> Decoder:
         """Load a model (see `models.loading.load`) and choose its engine.
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from sdsat.config import require
 from sdsat.decoding.decoder import Decoder
+from sdsat.evaluation.records import record_head
 from sdsat.evaluation.sweep import InspectConfig
 from sdsat.models.head import SHORTLIST
 from sdsat.models.sat_model import SatModel
@@ -44,12 +45,13 @@ def inspect(
         config: how long answers may be, and at how many places they are evaluated.
 
     Returns:
-        {"k": the model's, "own": ..., "given": ..., "decoding": ..., "training": ..., "findings":
-        [lines]}. own and given: `evaluate` at the same number of places of the model's greedy
-        answer and of the given one, with what `among_best` finds of the SATs without their head;
-        given is None where no answers are. decoding: acceptance while those answers were made with
-        k SATs; it is lower than at random places, because a loop begins where drafting has just
-        failed. training: accepted drafts per loop on the adapter's held-out answers, where it says.
+        {"schema_version", "environment", "settings", "k": the model's, "own": ..., "given": ...,
+        "decoding": ..., "training": ..., "findings": [lines]}. own and given: `evaluate` at as many
+        places of the model's greedy answer and of the given one, with what `among_best` finds of
+        the SATs without their head; given is None where no answers are. decoding: acceptance while
+        those answers were made with k SATs; it is lower than at random places, because a loop
+        begins where drafting has just failed. training: accepted drafts per loop on the adapter's
+        held-out answers, where it says.
 
     Raises:
         InputError: for a model without SATs.
@@ -89,6 +91,7 @@ def inspect(
         return {**evaluate(partial(predict, model), *where), **sats}
 
     document: dict[str, Any] = {
+        **record_head(decoder, config),
         "k": k,
         "own": figures(own),
         "given": figures(given) if given else None,

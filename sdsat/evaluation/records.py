@@ -55,12 +55,14 @@ def environment(decoder: Decoder) -> dict[str, Any]:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Write a settings dataclass as JSON gives it back: tuples are lists, shares are texts."""
-    forms: dict[type, Any] = {tuple: list, Fraction: str}
-    return {
-        key: forms[type(value)](value) if type(value) in forms else value
-        for key, value in asdict(config).items()
-    }
+    """Write a settings dataclass as JSON gives it back: tuples are lists, shares, paths texts."""
+
+    def written(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return list(value)
+        return str(value) if isinstance(value, (Fraction, Path)) else value
+
+    return {key: written(value) for key, value in asdict(config).items()}
 
 
 @contextmanager
@@ -100,7 +102,7 @@ def open_record(
         InputError: one line, for a record of other settings, of another environment or of an older
             schema, for one that is damaged, and while another run writes to it.
     """
-    head = _head(decoder, config)
+    head = record_head(decoder, config)
     if out is None:
         yield {**head, "summary": [], "problems": []}
         return
@@ -114,7 +116,7 @@ def open_record(
         yield document
 
 
-def _head(decoder: Decoder, config: Any) -> dict[str, Any]:
+def record_head(decoder: Decoder, config: Any) -> dict[str, Any]:
     """Collect what a record is known by."""
     model = decoder.model
     return {

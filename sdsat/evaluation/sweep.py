@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from sdsat.config import (
     ALL_STRATEGIES,
+    DTYPE,
     MAX_NEW_TOKENS,
     NUM_LOOKUP,
     NUMBERS,
@@ -287,9 +288,7 @@ class BenchConfig(Sweep, CheckpointConfig):
     dataset: str = HUMANEVAL
     data_limit: Limit = option(None, replace(_DATA_LIMIT, is_open=True))
     max_new_tokens: int = option(256, replace(MAX_NEW_TOKENS, is_open=True))
-    dtype: str = option(
-        "bfloat16", "float32, bfloat16, float16, or auto.", env="DTYPE", is_open=True
-    )
+    dtype: str = option("bfloat16", replace(DTYPE, is_open=True))
     with_generate: bool = option(
         False, "Also time transformers' own greedy generate.", names=("--with-generate",)
     )

@@ -3,8 +3,9 @@
 A GGUF file's weight lies in blocks of inputs of one output: whole numbers of 4 to 8 bits, a scale
 for each 16 or 32 of them, and in some types a least number that is added. None of that is rounded
 here. Inputs are rounded to 8 bits, as for `int8` (int8.py), and products are added up as integers.
-The layers here say what is computed; the native engine computes it (engines/native/blocks.h). The
-types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and ggml-quants.c.
+The layers here say what is computed; the native engine computes it (engines/native/int8.h and
+low_bits.h). The types:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and ggml-quants.c.
 """
 
 from __future__ import annotations

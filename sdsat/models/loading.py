@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sdsat.cache_folder import cache_dir
-from sdsat.config import InputError, SatConfig, SatIds, require, whole
+from sdsat.config import CONTEXT, InputError, SatConfig, SatIds, require, whole
 from sdsat.models import adapter as adapters
 from sdsat.models import attention, devices, embedded, gguf, hub
 from sdsat.models.blocks import take_blocks
@@ -343,7 +343,7 @@ def load(
     device: str | None = None,
     sat_token_id: SatIds | None = None,
     trained_k: int | None = None,
-    context: int = 2048,
+    context: int = CONTEXT,
 ) -> SatModel:
     """Load a model by hub id, directory, GGUF file, adapter directory or embedded name.
 
