@@ -97,18 +97,39 @@ class NativeWeights:
         draft_head = None if rounded else model.head
         tokens = lm.get_input_embeddings()
         vocabulary = head.weight.shape[0]
+        output, drafting_output, draft_tokens = self._output_layers(head, model.draft_ids)
+        draft_inner, draft_outer = self._head(draft_head, hidden)
+        sharpness, copies = _gains(draft_head)
+        embedding = self._checked("embed_tokens", tokens.weight, vocabulary, hidden)
+        guessed = model.draft_ids if rounded else None
         self.struct = Model(
-            config.num_hidden_layers, hidden, config.num_attention_heads, _kv_heads(config), dim,
-            config.intermediate_size, vocabulary, self._positions, 1, int(in_8_bits),
-            config.rms_norm_eps, base.layers[0].self_attn.scaling,
-            cos.data_ptr(), sin.data_ptr(), self._norm("norm", base.norm, hidden),
-            *self._output_layers(head, model.draft_ids), layers,
-            pointer(self._keep(self._checked("embed_tokens", tokens.weight, vocabulary, hidden))),
-            pointer(self._keep(head.weight)),
-            *self._head(draft_head, hidden), torch.finfo(self.dtype).eps, *_gains(draft_head),
-        )  # fmt: skip
-        if rounded and model.draft_ids is not None:
-            self.struct.vocabulary = len(model.draft_ids)
+            layers=config.num_hidden_layers,
+            hidden=hidden,
+            heads=config.num_attention_heads,
+            kv_heads=_kv_heads(config),
+            dim=dim,
+            inner=config.intermediate_size,
+            vocabulary=vocabulary if guessed is None else len(guessed),
+            positions=self._positions,
+            threads=1,
+            in_8_bits=int(in_8_bits),
+            eps=config.rms_norm_eps,
+            scale=base.layers[0].self_attn.scaling,
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            norm=self._norm("norm", base.norm, hidden),
+            head=output,
+            draft_head=drafting_output,
+            draft_tokens=draft_tokens,
+            layer=layers,
+            embedding=pointer(self._keep(embedding)),
+            unembedding=pointer(self._keep(head.weight)),
+            draft_inner=draft_inner,
+            draft_outer=draft_outer,
+            draft_eps=torch.finfo(self.dtype).eps,
+            sharpness=sharpness,
+            copies=copies,
+        )
         self._page_out()
 
     def _rotary_tables(self, base: Any, dim: int) -> list[Tensor]:
