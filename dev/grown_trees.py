@@ -148,7 +148,7 @@ def without_noise(decoder: Decoder, place: dict[str, Any], drafts: Drafts) -> Dr
 
 def grown(decoder: Decoder, place: dict[str, Any], nodes: int, sampling: Any) -> Drafts:
     """Drafts of a tree that grows."""
-    drafted = passes._drafted(
+    drafted = passes.drafts_of(
         None, decoder.engine.grow(_given(decoder, place, sampling), nodes).tolist()
     )
     return Drafts.of_sats(drafted.tree, drafted.tokens, drafted.likely, "root")
@@ -312,7 +312,7 @@ def drafting(out: Annotated[Path, typer.Option()], turns: int = 200) -> None:
                     else:
                         tree = make_tree(tree, k)
                         found = engine.draft(guesses, tree)
-                    passes._drafted(None if nodes else tree, found.tolist())
+                    passes.drafts_of(None if nodes else tree, found.tolist())
                     times[way].append(1e3 * (time.perf_counter() - began))
             for way, taken in times.items():
                 # Whatever else runs only adds to what drafting takes.

@@ -29,8 +29,8 @@ from sdsat.files import make_folder, reason, replacing, sha256_of
 
 PATIENCE_SECONDS = 6 * 3600  # for another process that fetches or converts a model
 _LOCK_SECONDS = 600  # whoever holds a lock for longer hangs
-_REMEMBER_FROM = 1 << 26  # bytes of a file whose hash is worth remembering
-_SETTLED = 2.0  # seconds after which a file that changes gets another time stamp
+REMEMBER_FROM = 1 << 26  # bytes of a file whose hash is worth remembering
+SETTLED = 2.0  # seconds after which a file that changes gets another time stamp
 
 
 def cache_dir() -> Path:
@@ -166,7 +166,7 @@ def remembered_sha256(file: Path) -> str:
     Raises InputError, one line, where the file can't be read.
     """
     before = _stamp(file)
-    if before is None or before[2] < _REMEMBER_FROM:
+    if before is None or before[2] < REMEMBER_FROM:
         return sha256_of(file)
     memo = None
     with suppress(InputError, OSError, ValueError):
@@ -178,7 +178,7 @@ def remembered_sha256(file: Path) -> str:
     if (
         memo is not None
         and _stamp(file) == before
-        and time.time() - max(before[3:]) / 1e9 > _SETTLED
+        and time.time() - max(before[3:]) / 1e9 > SETTLED
     ):
         with suppress(InputError):  # to forget it costs time only
             make_folder(memo.parent)

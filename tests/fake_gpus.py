@@ -58,7 +58,7 @@ def main():
         numpy.shape(data), dtype=torch.long, device=device
     )
     devices.pick_devices = lambda *_: (torch.device("gpu:0"), torch.device("gpu:1"))
-    devices._SPARE["gpu"] = 0
+    devices.SPARE["gpu"] = 0
     devices.free_bytes = lambda device: 2**20
     config = LlamaConfig(num_hidden_layers=LAYERS, tie_word_embeddings=True, **SHAPE)
     device_map = devices.place(devices.model_size("tiny", config, torch.float32), "0+1", 64)

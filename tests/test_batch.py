@@ -365,7 +365,7 @@ def test_nothing_to_do_and_more_room_than_prompts():
 
 def test_bad_input_names_the_prompt_and_nothing_is_decoded(monkeypatch):
     decoder = decoder_with("modules, float32")
-    monkeypatch.setattr(Decoder, "_decode", None)
+    monkeypatch.setattr("sdsat.decoding.decoder.Loop", None)
     with one_line_error("prompts[1]: prompt: no tokens"):
         decoder.generate_batch([[1], [], [2]], DecodeConfig(0, 5))
     with one_line_error("prompts[2]: prompt: token id 99 is not in the model's vocabulary of 64"):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -176,14 +177,14 @@ def test_what_has_no_bits_of_its_own_is_said_so(tmp_path):
         loaded_of(tmp_path / "folder")
 
 
-def test_an_embedded_models_file_is_fetched_once_and_kept(tmp_path, cache, monkeypatch):
+def test_an_embedded_models_file_is_fetched_once_and_kept(tmp_path, cache):
     file = tmp_path / "fetched.gguf"
     file.write_bytes(b"GGUF")
-    model = replace(embedded.SMOLLM2, sha256=sha256_of(file))
-    monkeypatch.setattr(embedded, "_fetch", lambda model, folder: file)
+    source = SimpleNamespace(get=lambda folder, bar: file)
+    model = replace(embedded.SMOLLM2, sha256=sha256_of(file), sources=(source,))
     own = embedded.own_file(model)
     assert own == cache / model.file and own.read_bytes() == b"GGUF"
-    monkeypatch.setattr(embedded, "_fetch", None)
+    model = replace(model, sources=())
     assert embedded.own_file(model) == own
     own.write_bytes(b"GGUF, another")
     with one_line_error("has the wrong sha256"):

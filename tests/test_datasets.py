@@ -65,7 +65,7 @@ def test_no_training_prompt_is_an_everyday_request(monkeypatch):
     Of the requests that training data is made from (scripts/make_prompts.py) these are the ones
     that are not about code.
     """
-    monkeypatch.setattr("sdsat.tasks.prompts._NGRAM", 8)
+    monkeypatch.setattr("sdsat.tasks.prompts.NGRAM", 8)
     decontaminator = Decontaminator([EVERYDAY_FILE])
     for task in read_tasks("everyday")[0]:
         assert decontaminator.overlaps("", task.prompt)

@@ -27,10 +27,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 import sdsat
 from sdsat.config import InputError
-from sdsat.decoding.decoder import Decoder
-from sdsat.interfaces import transformers_hook as dropin
 from sdsat.method.sampling import as_seed, gumbel_noise
-from sdsat.models.loading import equip
 
 VOCAB = 16
 COUNT = 1000
@@ -55,7 +52,7 @@ def models(tmp_path_factory):
     decoder = with_adapter(tiny_llama(torch.float32, **sizes), k=3, strength=0.2)
     decoder.model.adapter.save(folder)
     ours = {
-        engine: dropin._ready(Decoder(equip(copy, TOKENIZER, str(folder)), engine))
+        engine: sdsat.attach(copy, TOKENIZER, str(folder), engine=engine)
         for engine, copy in zip(ENGINES, copies, strict=True)
     }
     for model in ours.values():

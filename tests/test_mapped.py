@@ -40,7 +40,7 @@ def files_of(lm):
 
 
 def is_mapped(model):
-    files = [(file.whole.data_ptr(), len(file.whole)) for file in model.mapped._files]
+    files = [(file.whole.data_ptr(), len(file.whole)) for file in model.mapped.files]
     return all(
         any(0 <= p.data_ptr() - begin < size for begin, size in files)
         for p in model.lm.parameters()

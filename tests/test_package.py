@@ -11,6 +11,7 @@ import time
 import venv
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import install
 import pytest
@@ -114,10 +115,10 @@ def test_what_is_missing_comes_with_a_fix(findings, monkeypatch, tmp_path):
         ("999", "more than there are"),
     ],
 )
-def test_threads_that_are_not_those_of_the_machine(given, fix, monkeypatch):
+def test_threads_that_are_not_those_of_the_machine(given, fix, findings, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", given)
-    found = doctor._threads()
+    found = findings()["threads"]
     assert bool(found.fix) == bool(fix) and fix in found.fix
 
 
@@ -143,11 +144,13 @@ def test_gpus_that_torch_does_not_use(findings, monkeypatch, tmp_path):
     smi.write_text("#!/bin/sh\necho 'A GPU'\necho 'Another'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    for built, fix in ((False, "install a torch that is built for CUDA"), (True, "")):
-        monkeypatch.setattr(doctor, "_has_cuda", lambda built=built: built)
+    torch = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: torch)
+    for built, fix in (("None", "install a torch that is built for CUDA"), ("'13.0'", "")):
+        (tmp_path / "version.py").write_text(f"cuda: Optional[str] = {built}\n")
         found = findings()["GPU"]
         assert found.found.startswith("A GPU, Another") and found.fix == fix
-        assert found.found.endswith("not used") == (not built)
+        assert found.found.endswith("not used") == bool(fix)
 
 
 @pytest.mark.parametrize(("needed", "code"), [(True, 1), (False, None)])

@@ -20,7 +20,7 @@ from common import one_line_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdsat.evaluation import candidate, sandbox
+from sdsat.evaluation import candidate, judge, sandbox
 from sdsat.evaluation.candidate import decode, encode
 from sdsat.tasks.datasets import humaneval_problems
 
@@ -43,8 +43,7 @@ SURVIVOR = f"survivor-{MARK_MIB}"
 def working(name):
     """The walls of that name, if they work here."""
     found = [walls for walls in sandbox.possible_walls() if walls.name == name]
-    trial = (sandbox._TRIAL, sandbox._TRIAL_BODY, 30.0, 1024)
-    return found[0] if found and sandbox._run(found[0], *trial)["result"] == "passed" else None
+    return found[0] if found and sandbox.trial(found[0]) == "passed" else None
 
 
 def stand_behind(monkeypatch, name):
@@ -291,7 +290,7 @@ def test_the_users_python_variables_do_not_reach_the_tests(body, monkeypatch, tm
 
 
 def test_nothing_is_judged_without_asserts():
-    command = [sys.executable, "-O", "-c", sandbox._JUDGE, str(sandbox._ROOT)]
+    command = [sys.executable, "-O", "-m", judge.__name__]
     done = subprocess.run(command, input="{}", capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, "") and "asserts" in done.stderr
 
@@ -410,10 +409,10 @@ def test_walls_that_do_not_work_are_not_taken(monkeypatch):
 def test_a_limit_that_cannot_be_set_fails_no_answer_and_is_said(monkeypatch):
     """As on macOS, which knows no limit of a process's memory."""
     stand_behind(monkeypatch, "limits")
-    source = sandbox._SOURCE.replace(
+    source = sandbox.SOURCE.replace(
         "import resource\n", "import resource\nresource.RLIMIT_AS = 10**6\n"
     )
-    monkeypatch.setattr(sandbox, "_SOURCE", source)
+    monkeypatch.setattr(sandbox, "SOURCE", source)
     with pytest.warns(UserWarning, match="sandbox: this system cannot limit memory"):
         assert sandbox.check(PROBLEM, "    return 2 * x\n") == "passed"
 

@@ -104,14 +104,14 @@ def test_who_comes_back_for_the_lock_waits_behind_who_waits():
     lock = FairLock()
     order = []
 
-    def enter():
+    def enter(lock):
         with lock.held():
             order.append("other")
 
-    other = threading.Thread(target=enter)
+    other = threading.Thread(target=enter, args=(lock,))
     with lock.held():
         other.start()
-        while not lock._next.locked():  # until it waits
+        while not lock.awaited:
             time.sleep(0.001)
         assert not order
     with lock.held(), lock.held():
@@ -119,7 +119,11 @@ def test_who_comes_back_for_the_lock_waits_behind_who_waits():
     other.join()
     assert order == ["other", "again"]
     with copy.deepcopy(lock).held(), lock.held():
-        assert pickle.loads(pickle.dumps(lock))._owner is None
+        free = pickle.loads(pickle.dumps(lock))
+        other = threading.Thread(target=enter, args=(free,), daemon=True)
+        other.start()
+        other.join(60)
+        assert order == ["other", "again", "other"]
 
 
 class Asking(LogitsProcessor):

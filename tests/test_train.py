@@ -538,21 +538,17 @@ def test_an_interrupted_run_goes_on_between_evaluations(tmp_path, monkeypatch):
     """From the latest checkpoint, and ends where an uninterrupted run does."""
     settings = dict(steps=6, eval_every=4, checkpoint_every=1)
     want = train_tiny(tmp_path / "whole", **settings)
-    step = training._Run.step
 
-    def killed(run, number, batches):
-        if number == 3:
+    def killed(mode, step):
+        if step == 3:
             raise KeyboardInterrupt
-        return step(run, number, batches)
 
-    monkeypatch.setattr(training._Run, "step", killed)
+    monkeypatch.setattr(modes.AdapterMode, "before_update", killed)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(tmp_path / "killed", **settings)
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint_*")] == ["checkpoint_3"]
     taken = []
-    monkeypatch.setattr(
-        training._Run, "step", lambda run, n, batches: taken.append(n) or step(run, n, batches)
-    )
+    monkeypatch.setattr(modes.AdapterMode, "before_update", lambda mode, step: taken.append(step))
     assert_close(train_tiny(tmp_path / "killed", **settings), want, rtol=0, atol=0)
     assert taken == [3, 4, 5]
     assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")

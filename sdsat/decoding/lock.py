@@ -43,6 +43,11 @@ class FairLock:
             self._owner = None
             self._held.release()
 
+    @property
+    def awaited(self) -> bool:
+        """Whether another thread waits for it, while it is held."""
+        return self._next.locked()
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Make a copy, and what is unpickled, a new lock."""
         return FairLock, ()

@@ -93,7 +93,7 @@ class PassResult:
         if node not in self._places[number]:
             return None
         tree, found = self._draft(number, node)
-        return _drafted(tree, found.tolist())
+        return drafts_of(tree, found.tolist())
 
     def _read_once(self, largest: Tensor) -> None:
         """Draft at every group, and read everything in one go."""
@@ -106,7 +106,7 @@ class PassResult:
         self._read = {}
         for key, (tree, part) in found.items():
             rows = [list(islice(read, part.shape[1])) for _ in part]
-            self._read[key] = _drafted(tree, rows)
+            self._read[key] = drafts_of(tree, rows)
 
     def _split(self, tokens: Iterator[float]) -> list[list[int | None]]:
         """Take the next tokens of an iterator, node by node, sequence by sequence."""
@@ -227,7 +227,7 @@ class PassResult:
         return torch.cat(targets)
 
 
-def _drafted(tree: DraftTree | None, found: list[list[float]]) -> Drafted:
+def drafts_of(tree: DraftTree | None, found: list[list[float]]) -> Drafted:
     """Make drafts of what `Engine.draft` finds for a tree, or without one `Engine.grow`."""
     *shape, tokens, likely = found
     if tree is None:

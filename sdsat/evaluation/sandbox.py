@@ -28,7 +28,7 @@ from sdsat.config import InputError
 from sdsat.evaluation import judge
 
 SANDBOX_ERROR = "sandbox error"  # how the verdict begins where the sandbox, not the code, failed
-_SOURCE = Path(__file__).with_name("candidate.py").read_text()
+SOURCE = Path(__file__).with_name("candidate.py").read_text()
 _ROOT = Path(__file__).parents[__name__.count(".")]  # the folder that holds the package
 _JUDGE = f"import sys; sys.path.insert(0, sys.argv[1]); from {judge.__name__} import main; main()"
 # It stands for a fresh folder, which is the working folder within namespaces.
@@ -167,6 +167,11 @@ _TRIAL_BODY = """
 """
 
 
+def trial(behind: Walls) -> str:
+    """Judge an answer that passes wherever the walls work. Returns its verdict."""
+    return _run(behind, _TRIAL, _TRIAL_BODY, seconds=30.0, memory_mib=1024)["result"]
+
+
 @functools.cache
 def walls() -> Walls:
     """Find the strongest walls that work here, with this very Python.
@@ -175,7 +180,7 @@ def walls() -> Walls:
     """
     verdict = ""
     for tried in possible_walls():
-        verdict = _run(tried, _TRIAL, _TRIAL_BODY, seconds=30.0, memory_mib=1024)["result"]
+        verdict = trial(tried)
         if verdict == "passed":
             if not tried.namespaces:
                 text = (
@@ -234,7 +239,7 @@ def _run(
         home = _HOME if behind.namespaces else folder
         prefix = [folder if word == _FOLDER else word for word in behind.prefix]
         request = {
-            "command": [*prefix, sys.executable, "-I", "-c", _SOURCE, *limits],
+            "command": [*prefix, sys.executable, "-I", "-c", SOURCE, *limits],
             "environment": _environment(home),
             "folder": folder,
             "seconds": seconds,

@@ -20,7 +20,7 @@ _M2 = -7723592293110705685
 _GOLDEN = -7046029254386353131
 
 
-_LIKELY = 512  # tokens of a row that are sorted, as long as the filters keep none of the others
+LIKELY = 512  # tokens of a row that are sorted, as long as the filters keep none of the others
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def support(logits: Tensor, sampling: SamplingConfig, at_least: int = 1) -> tupl
     top_k = min(sampling.top_k or vocabulary, vocabulary)
     if top_k == vocabulary and sampling.top_p == 1:
         return torch.arange(vocabulary, device=logits.device).expand_as(scores), scores
-    size = min(max(_LIKELY, 2 * sampling.top_k, at_least), vocabulary)
+    size = min(max(LIKELY, 2 * sampling.top_k, at_least), vocabulary)
     columns, kept, enough = _kept(scores, size, top_k, sampling.top_p)
     if size < vocabulary and not bool(enough.all()):
         columns, kept, _ = _kept(scores, vocabulary, top_k, sampling.top_p)

@@ -26,7 +26,7 @@ from sdsat.models.packed import can_pack
 
 GIB = 2**30
 # Bytes to leave on each device: for the driver's context, a pass's rows, what else is loaded.
-_SPARE = {"cuda": GIB // 2, "cpu": GIB // 4}
+SPARE = {"cuda": GIB // 2, "cpu": GIB // 4}
 
 
 def pick_devices(device: str | None, argument: str = "device") -> tuple[torch.device, ...]:
@@ -182,7 +182,7 @@ def place(
     taken = {} if taken is None else taken
     devices = pick_devices(device, argument)
     first = devices[0]
-    spare = _SPARE[devices[0].type]
+    spare = SPARE[devices[0].type]
     layer = size.layer + context * size.position
     other = size.other
     if can_pack(first, size.dtype):
@@ -226,7 +226,7 @@ def _too_large(
     weights = size.num_layers * size.layer + other
     cache = size.num_layers * size.position * context
     total, weights_gib, cache_gib = (
-        f"{n / GIB:.1f}" for n in (weights + cache + _SPARE[kind] * len(devices), weights, cache)
+        f"{n / GIB:.1f}" for n in (weights + cache + SPARE[kind] * len(devices), weights, cache)
     )
     dtype = str(size.dtype).removeprefix("torch.") + (
         ", linear layers twice" if other > size.other else ""

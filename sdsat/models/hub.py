@@ -76,12 +76,12 @@ def find_adapter(name: str) -> Found | None:
         return Found(inner, True) if beside else None
     repository, revision = split(name)
     own = repository.count("/") == 1 and _may_be_hub_id(repository)
-    return _fetched(repository, revision) if own and all(repository.split("/")) else None
+    return fetch_adapter(repository, revision) if own and all(repository.split("/")) else None
 
 
 @cache
-def _fetched(repository: str, revision: str | None) -> Found | None:
-    """As `find_adapter`, of a repository; asked once a process.
+def fetch_adapter(repository: str, revision: str | None) -> Found | None:
+    """Find the adapter of a repository, as `find_adapter`; asks once a process.
 
     Where the hub can't be reached, what an earlier process has fetched counts. Raises InputError,
     one line, where that is nothing: its library would try again for half a minute.

@@ -67,10 +67,10 @@ class MappedWeights:
         damaged ones.
         """
         self.tensors: dict[str, Tensor] = {}
-        self._files: list[MappedFile] = []
+        self.files: list[MappedFile] = []
         if not all(map(self._map, _files(path, where or {}))):
             self.tensors.clear()
-            self._files.clear()
+            self.files.clear()
 
     def _map(self, file: Path) -> bool:
         with file.open("rb") as opened:
@@ -95,8 +95,8 @@ class MappedWeights:
 
     def map_file(self, file: Path) -> MappedFile:
         """Map one more file. Raises OSError or ValueError where it can't be read."""
-        self._files.append(MappedFile(file))
-        return self._files[-1]
+        self.files.append(MappedFile(file))
+        return self.files[-1]
 
     def page_out(self) -> None:
         """Take the files out of this process's memory until they are read again; on Linux only.
@@ -106,7 +106,7 @@ class MappedWeights:
         """
         with suppress(AttributeError, OSError, TypeError, ValueError):
             system = ctypes.CDLL(None)
-            for file in self._files:
+            for file in self.files:
                 begin = file.whole.data_ptr()
                 size = len(file.whole)
                 if not _is_changed(begin, size):
@@ -115,7 +115,7 @@ class MappedWeights:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the files out of a copy."""
-        return {"tensors": {}, "_files": []}
+        return {"tensors": {}, "files": []}
 
 
 def _is_changed(begin: int, size: int) -> bool:

@@ -53,7 +53,7 @@ _THOUGHT = re.compile(
 )
 _INFILLING_TOKENS = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 _MARK = "☺"  # text that no token joins to what follows
-_NGRAM = 10  # words that a prompt may not share with a benchmark in a row
+NGRAM = 10  # words that a prompt may not share with a benchmark in a row
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ def humaneval(
 class Decontaminator:
     """What recognises overlap with HumanEval or further benchmarks.
 
-    Overlap is a function name, or `_NGRAM` words in a row in common.
+    Overlap is a function name, or `NGRAM` words in a row in common.
 
     avoid: benchmarks as .jsonl files, such as MBPP's; of every line all texts count, and the
     functions that they define. Raises InputError for a file that can't be read.
@@ -317,7 +317,7 @@ class Decontaminator:
     @staticmethod
     def _ngrams(text: str) -> set[tuple[str, ...]]:
         words = re.findall(r"\w+", text.lower())
-        return {tuple(words[i : i + _NGRAM]) for i in range(len(words) - _NGRAM + 1)}
+        return {tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)}
 
     def overlaps(self, name: str, text: str) -> bool:
         """Tell whether a function of this name, or this text, overlaps a benchmark."""
