@@ -264,7 +264,10 @@ def features_of(context: Tensor, path: Tensor, ids: Tensor) -> Tensor:
 
 
 class Groups:
-    """Cached groups: N of them, each K SATs after one place of an answer."""
+    """Cached groups: N of them, each K SATs after one place of an answer.
+
+    Raises InputError for a folder without any.
+    """
 
     def __init__(self, folder: Path, model: SatModel):
         files = sorted(folder.glob("answers_*.pt"))

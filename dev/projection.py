@@ -149,7 +149,7 @@ def floor_of(model: SatModel) -> tuple[int, float]:
 
 def measured_acceptance(summary: Path) -> dict[int, float]:
     """{k: accepted drafts a loop of the two-step runs}, by depth summed; a missing k is read from a
-    deeper run.
+    deeper run. Raises InputError where no run is as deep as the deepest k.
     """
     document = read_json(summary)
     runs = document.get("runs", []) if isinstance(document, dict) else []

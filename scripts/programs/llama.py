@@ -41,6 +41,7 @@ def _program(name: str) -> str | None:
 
 
 def names(base: Embedded) -> list[str]:
+    """List what can be measured; nothing without llama-server."""
     if _program("llama-server") is None:
         return []
     file = f"{NAME} {kind_of(base)}"
@@ -48,12 +49,16 @@ def names(base: Embedded) -> list[str]:
 
 
 def version() -> str:
+    """Ask llama-server for its version."""
     done = subprocess.run([str(_program("llama-server")), "--version"], capture_output=True)
     return (done.stdout + done.stderr).decode().split("version: ")[-1].splitlines()[0]
 
 
 def gguf(base: Embedded, kind: str) -> Path:
-    """The base's GGUF file, kept in the cache folder: as it ships, or its weights as `kind`."""
+    """The base's GGUF file, kept in the cache folder: as it ships, or its weights as `kind`.
+
+    Raises InputError where llama-quantize can't make it.
+    """
     shipped = kind_of(base)
     target = cache_dir() / f"{base.base}.{kind}.gguf"
     if target.exists():
@@ -75,6 +80,7 @@ def gguf(base: Embedded, kind: str) -> Path:
 
 
 def decoder(name: str, base: Embedded, context: int) -> Decode:
+    """Start a server that runs one of `names` until this process ends."""
     kind = name.removeprefix(f"{NAME} ").removesuffix(LOOKUP)
     threads = str(torch.get_num_threads())
     command = [str(_program("llama-server")), "--model", str(gguf(base, kind)), "--offline"]

@@ -19,15 +19,18 @@ INSTALL = "pip install openvino-genai==2026.4.1.0, and llama.cpp, which makes it
 
 
 def names(base: Embedded) -> list[str]:
+    """List what can be measured; nothing without OpenVINO GenAI and llama.cpp."""
     found = util.find_spec("openvino_genai") and llama.names(base)
     return [f"{NAME} {KIND}", f"{NAME} {KIND}{LOOKUP}"] if found else []
 
 
 def version() -> str:
+    """Look up the installed version."""
     return metadata.version("openvino-genai")
 
 
 def decoder(name: str, base: Embedded, context: int) -> Decode:
+    """Load one of `names`."""
     import openvino
     import openvino_genai
 

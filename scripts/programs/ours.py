@@ -30,6 +30,7 @@ def own_decoder(model: str, dtype: str = DTYPE) -> Decoder:
 
 
 def decoder(name: str, model: str) -> Decode:
+    """Load one of ours, as 'int8 auto'."""
     dtype, strategy = dtype_and_strategy(name)
     own = own_decoder(model, dtype)
     return lambda ids, limit: own.generate(ids, decode_config(strategy, own.model, limit))

@@ -52,7 +52,8 @@ def serving(
     """Run `command --port N` while the block does, once its /health answers.
 
     environment: variables beside this process's. patience: seconds until it must answer. It and its
-    workers end with the block.
+    workers end with the block. Raises InputError where it ends before it answers, or doesn't answer
+    in time.
     """
     name = Path(command[0]).name
     with socket.socket() as free:

@@ -25,10 +25,12 @@ CPU = {"": torch.device("cpu")}
 
 
 def names(base: Embedded) -> list[str]:
+    """List what can be measured; the smallest model has none to assist it."""
     return [NAME, NAME + LOOKUP, *([NAME + ASSISTED] if base.file != SMOLLM2.file else [])]
 
 
 def version() -> str:
+    """Look up the installed version."""
     return metadata.version("transformers")
 
 
@@ -54,6 +56,7 @@ def _drafting(name: str) -> dict[str, Any]:
 
 
 def decoder(name: str, base: Embedded, context: int) -> Decode:
+    """Load one of `names`."""
     plain = _loaded(base.base)
     drafting = _drafting(name)
     passes = [0]

@@ -19,10 +19,12 @@ PROGRAM = ROOT / ".venv-vllm/bin/vllm"
 
 
 def names(base: Embedded) -> list[str]:
+    """List what can be measured; nothing where vLLM is not installed."""
     return [NAME, NAME + LOOKUP] if PROGRAM.is_file() else []
 
 
 def version() -> str:
+    """Ask vLLM for its version."""
     done = subprocess.run([PROGRAM, "--version"], capture_output=True, check=True)
     return done.stdout.decode().split()[-1]
 
@@ -40,6 +42,7 @@ def environment() -> dict[str, str]:
 
 
 def decoder(name: str, base: Embedded, context: int) -> Decode:
+    """Start a server that runs one of `names` until this process ends."""
     command = [str(PROGRAM), "serve", str(base_dir(base)), "--dtype", DTYPE]
     command += ["--max-model-len", str(context + LOOKUP_TOKENS), "--max-num-seqs", "1"]
     command += ["--served-model-name", NAME, "--no-enable-prefix-caching"]

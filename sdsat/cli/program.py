@@ -106,7 +106,18 @@ def decode_settings(
 ) -> DecodeConfig:
     """Put the settings of a generation together, before the model's weights are read.
 
-    Raises InputError, one line, for a tree that can't be made with the model's SATs.
+    Args:
+        name: of the model.
+        decode: all of them but the sampling.
+        sampling: how the next token is chosen.
+        load: how the model will be loaded.
+
+    Returns:
+        All settings, with the tree as `parse_tree` reads it.
+
+    Raises:
+        InputError: in one line, for a tree that can't be made with the model's SATs, and for a
+            model whose settings can't be read.
     """
     from sdsat.method.tree import given_tree, parse_tree
     from sdsat.models import loading

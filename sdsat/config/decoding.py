@@ -22,7 +22,8 @@ SatIds = int | Sequence[int]  # of the SAT at every depth, or one a depth
 class SamplingConfig:
     """How the next token is chosen.
 
-    Temperature 0 is greedy; filters apply in the order temperature, top-k, top-p.
+    Temperature 0 is greedy; filters apply in the order temperature, top-k, top-p. Raises InputError
+    for a number out of its bounds.
 
     Attributes:
         temperature: 0 for greedy, else a positive number that divides the logits.
@@ -75,6 +76,8 @@ class SamplingConfig:
 class SatConfig:
     """The semantic adaptive token (SAT) of a model.
 
+    Raises InputError for what is no id, and for a k that is not from 1 to MAX_K.
+
     Attributes:
         token_id: id of the SAT; below the vocabulary size when the checkpoint holds its embedding
             (full mode), equal to it when an adapter brings the embedding (adapter mode).
@@ -119,6 +122,8 @@ class DecodeConfig:
     """One generation.
 
     What it leaves open (None, 'auto') `decoding.resolve.resolved` chooses, for the model at hand.
+    Raises InputError for a value of another kind or out of its bounds, and for a k or lookup that
+    the strategy has no use for.
 
     Attributes:
         k: SATs a group; for 'auto' at most so many; None: what they were trained for. 0 is AR,

@@ -14,6 +14,9 @@ from sdsat.config.options import option
 class ServeConfig:
     """Where a server listens, who may ask, and how much.
 
+    Raises InputError for a number out of its bounds, an empty host, and a key that no header can
+    carry.
+
     Attributes:
         host: address.
         port: 0 for a free one.

@@ -26,6 +26,9 @@ TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 class TrainConfig:
     """Training: steps of sequences with SAT groups at random places of each.
 
+    Raises InputError for a value of another kind or out of its bounds, and for one that another
+    mode alone has.
+
     Attributes:
         steps: how often the weights are updated.
         mode: 'adapter' (the base stays as it is), 'everywhere' (an adapter whose update acts on
@@ -153,6 +156,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class DistillConfig:
     """Self-distillation: which prompts are answered, how, and how the answers are stored.
+
+    Raises InputError for a value of another kind or out of its bounds.
 
     Attributes:
         limit: how many prompts; None for all.

@@ -164,10 +164,13 @@ class Engine(ABC):
     def prefill(
         self, cache: Cache, tokens: Tensor, held: int = 0, on_read: OnRead | None = None
     ) -> None:
-        """Read `tokens` [N] into `cache`, behind the first `held` tokens that it holds.
+        """Read tokens into a cache, which forgets what it held behind the first `held`.
 
-        What it held behind those is forgotten. on_read: called before the first pass, and after
-        every one.
+        Args:
+            cache: of one sequence.
+            tokens: [N].
+            held: how many of the cache's tokens stay, before these.
+            on_read: called before the first pass, and after every one.
         """
 
     @abstractmethod

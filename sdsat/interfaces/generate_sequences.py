@@ -132,6 +132,9 @@ def _sampling(steps: list[Any], seed: int) -> SamplingConfig:
 class Sequences:
     """The sequences of one call, [B, L] with their padding, and what is done at their tokens.
 
+    Raises InputError where nothing limits the output's length, for an end that is no token id, and
+    for criteria in a batch without an end or a padding token.
+
     Attributes:
         decoder: that generates.
         input_ids: [B, L].

@@ -104,7 +104,11 @@ class Server:
         return {"object": "list", "data": [own]}
 
     async def chat(self, asked: ChatAsked) -> Response:
-        """Answer a conversation."""
+        """Answer a conversation.
+
+        Raises InputError for settings that don't fit together or leave the context no room, and
+        HTTPException for another model, and where the queue is full.
+        """
         both = asked.max_completion_tokens and asked.max_tokens
         require(not both, "max_tokens: beside max_completion_tokens; expected one of them")
         asked.max_tokens = asked.max_completion_tokens or asked.max_tokens
@@ -113,7 +117,7 @@ class Server:
         )
 
     async def complete(self, asked: TextAsked) -> Response:
-        """Continue texts."""
+        """Continue texts. Raises as `chat`."""
         given: Any = asked.prompt
         prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
         return await self._respond(

@@ -179,7 +179,7 @@ class AdapterMode:
             torch.save(content, folder / "state.pt")
 
     def restore(self, folder: Path) -> None:
-        """See Mode.restore."""
+        """See Mode.restore; raises InputError for a checkpoint of another version's adapter."""
         saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         held = saved["adapter"].keys()
         require(
