@@ -69,7 +69,7 @@ COLUMNS = (
 
 
 def base_of(name: str) -> Embedded:
-    """The embedded base of an adapter, which the peers run."""
+    """Find the embedded base of an adapter, which the peers run; raises InputError without one."""
     base = named(read_config(adapter_directory(name)).base_model) if is_adapter(name) else None
     require(base is not None, f"model {name}: expected an adapter for an embedded base")
     assert base is not None
@@ -95,6 +95,7 @@ def make_decoder(strategy: str, model: str, base: Embedded, context: int) -> Dec
 
 
 def read_prompts(base: Embedded, data_limit: int, general: int) -> list[Problem]:
+    """Read so many HumanEval problems and requests; raises InputError for more than there are."""
     tokenizer = AutoTokenizer.from_pretrained(base_dir(base))
     texts = list(given_requests([str(GENERAL)]))
     require(general <= len(texts), f"general={general}: expected {len(texts)} at most")
@@ -134,7 +135,7 @@ def alone(strategy: str, model: str, base: Embedded, prompt: Problem, limit: int
 
 
 def memory_of(strategy: str, arguments: list[str]) -> dict[str, Any]:
-    """What `--memory-of` prints in a fresh process."""
+    """Return what `--memory-of` prints in a fresh process; raises InputError where that fails."""
     done = subprocess.run(
         [sys.executable, __file__, *arguments, "--memory-of", strategy],
         stdout=subprocess.PIPE,

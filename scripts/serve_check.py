@@ -63,7 +63,10 @@ KINDS: tuple[dict[str, Any], ...] = (
 
 @contextmanager
 def served(model: str) -> Iterator[tuple[psutil.Popen, str]]:
-    """Run `sdsat serve` on a free port. Yields the process and the address, once it answers."""
+    """Run `sdsat serve` on a free port. Yields the process and the address, once it answers.
+
+    Raises InputError where it ends before.
+    """
     command = [sys.executable, "-m", "sdsat", "serve", model, "--port", "0", "--device", "cpu"]
     process = psutil.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

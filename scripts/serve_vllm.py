@@ -25,6 +25,7 @@ import platform
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -323,44 +324,41 @@ def serve(
         "prompts": "humaneval as chats",
         "stop": STOPS,
     }
-    environment = vllm.environment()
-    for name in ("ar", "sdsat"):
-        speculative = (
-            ["--speculative-config", export.speculative_config()] if name == "sdsat" else []
-        )
-        options = [
-            "--dtype",
-            dtype,
-            "--max-model-len",
-            "1024",
-            "--max-num-seqs",
-            str(clients),
-            "--served-model-name",
-            NAME,
-        ]
-        served = ["serve", target, *options, *speculative]
+    options = ["--dtype", dtype, "--max-model-len", "1024", "--max-num-seqs", str(clients)]
+    served = ["serve", target, *options, "--served-model-name", NAME]
+    speculative = ["--speculative-config", export.speculative_config()]
+    for name, command in (("ar", served), ("sdsat", [*served, *speculative])):
+
+        def ask(port: int, first: bool = name == "ar") -> dict[str, Any]:
+            load = _Load(port, prompts, max_tokens, sampling)
+            return asyncio.run(_ask(load, single, clients, seconds, first))
+
         print(f"{name}: starting `vllm serve`", flush=True)
-        with serving([str(vllm.PROGRAM), *served], environment, patience) as server:
-            load = _Load(server.port, prompts, max_tokens, sampling)
-            try:
-                figures = asyncio.run(_ask(load, single, clients, seconds, name == "ar"))
-            except (OSError, openai.APIConnectionError) as error:
-                raise InputError(
-                    f"`vllm serve` does not answer any more ({error}); its log: {server.log}"
-                ) from None
-        document[name] = {
-            "command": served,
-            "environment": environment,
-            "started_after": round(server.seconds, 1),
-            **figures,
-        }
-        print(
-            f"{name}: {figures['at_once']['tokens_per_second']} tokens/s with {clients} clients",
-            flush=True,
-        )
+        document[name] = _measured(command, patience, ask)
+        rate = document[name]["at_once"]["tokens_per_second"]
+        print(f"{name}: {rate} tokens/s with {clients} clients", flush=True)
     _compare(document)
     write_json(out, document)
     _show(document)
+
+
+def _measured(
+    command: list[str], patience: float, ask: Callable[[int], dict[str, Any]]
+) -> dict[str, Any]:
+    """Start a server, and return what `ask` finds at its port, with how it was started.
+
+    Raises InputError where the server stops answering.
+    """
+    environment = vllm.environment()
+    with serving([str(vllm.PROGRAM), *command], environment, patience) as server:
+        try:
+            figures = ask(server.port)
+        except (OSError, openai.APIConnectionError) as error:
+            raise InputError(
+                f"`vllm serve` does not answer any more ({error}); its log: {server.log}"
+            ) from None
+    started = round(server.seconds, 1)
+    return {"command": command, "environment": environment, "started_after": started, **figures}
 
 
 def _compare(document: dict[str, Any]) -> None:

@@ -124,6 +124,7 @@ class Asked:
     template_options: tuple[str, ...] = option((), TEMPLATE_OPTIONS)
 
     def __post_init__(self) -> None:
+        """Refuse a data set, limit or form of the prompts that there is not, with an InputError."""
         check_dataset(self.dataset)
         check_limit(self.data_limit)
         several("template_options", self.template_options, "a tuple of KEY=VALUE")
@@ -203,7 +204,7 @@ class Sweep(Asked):
 
     @property
     def samplings(self) -> list[SamplingConfig]:
-        """How tokens are chosen, in turn."""
+        """How tokens are chosen, in turn. Raises InputError for what can't be chosen by."""
         raise NotImplementedError
 
     @property
@@ -306,6 +307,7 @@ class BenchConfig(Sweep, CheckpointConfig):
     )
 
     def __post_init__(self) -> None:
+        """Refuse a method, sampling or list that cannot be measured, with an InputError."""
         from sdsat.models.dtypes import WITH_INTEGERS, check_dtype
 
         require(
@@ -450,7 +452,7 @@ class VerifyConfig(Sweep):
 
     @property
     def samplings(self) -> list[SamplingConfig]:
-        """How tokens are chosen, in turn."""
+        """How tokens are chosen, in turn. Raises InputError for bad temperatures or seeds."""
         return self._samplings(
             self.temperatures, several("seeds", self.seeds, "a tuple of numbers")
         )
@@ -482,6 +484,7 @@ class QualityConfig(Sweep):
     )
 
     def __post_init__(self) -> None:
+        """Refuse samples or temperatures that do not go together, with an InputError."""
         self._add_ar()
         object.__setattr__(self, "strategies", tuple(dict.fromkeys(self.strategies)))
         require(
@@ -523,6 +526,7 @@ class InspectConfig(Asked):
     anchors: int = 32
 
     def __post_init__(self) -> None:
+        """Refuse places that are no number, and a text that is not there, with an InputError."""
         super().__post_init__()
         whole("anchors", self.anchors, "1 or more, a whole number", 1)
         good = self.text is None or (isinstance(self.text, Path) and self.text.is_file())
