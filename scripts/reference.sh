@@ -22,7 +22,7 @@ DATA_LIMIT="${DATA_LIMIT:-12}" sdsat bench nucleus "$model" cpu 0.2
 DATA_LIMIT="${DATA_LIMIT:-16}" DATASET=everyday sdsat bench greedy "$model" cpu
 measure peers peers --without "transformers assisted" --data-limit 3 --general 2 --max-new-tokens 128
 measure batch_throughput batch --sizes 1,2,4,8,16 --strategy two-step:3 --strategy lookup \
-  --strategy auto:lookup=0 --strategy auto --prompts 16 --max-new-tokens 48
+  --strategy auto:lookup=0 --strategy auto --prompts 16 --max-new-tokens 48 --turns 3
 measure memory memory
 if [ "$model" = smollm2-135m-sdsat ]; then
   python "$SDSAT_ROOT/scripts/growth.py" --out "$RESULTS_DIR/growth.json" --plot "$SDSAT_ROOT/docs/growth.png"
