@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measure everything that the documents quote of a model, into results/reference/MODEL. Every step resumes.
+# Measure what the documents quote of a model, or more, into results/reference/MODEL (growth: beside it).
+# Every step resumes.
 # Speed first, on an otherwise idle machine; then the audits, which time nothing and run two at once.
 #
 #   bash scripts/reference.sh                              well over an hour on two cores

@@ -1,9 +1,9 @@
 """Records what planners answer in a made-up world, to be asked again: tests/data/plans.json.gz.
 
 The record was made by the planners as they were before commit 48e09c6's `AutoPlanner` was taken
-apart, but for the cases where nothing pays: tries in vain have become rarer since. test_planner.py
-asks today's planners the same. Run `python tests/record_plans.py` to replace the record where plans
-are meant to change.
+apart, but for when SATs are tried in vain: more rarely since, and beside looked-up drafts too.
+test_planner.py asks today's planners the same. Run `python tests/record_plans.py` to replace the
+record where plans are meant to change.
 
 A record is a list of cases: the planner's settings; `drafts`, as `DRAFTS` names their parts; and
 `calls` in order, each with its arguments and, last, the answer. Drafts are given by number.

@@ -380,6 +380,21 @@ def test_tries_in_vain_get_rare_and_text_that_gets_easy_is_found():
     assert world.run(planner, 5000).plain - planned < 100
 
 
+def test_sats_are_tried_again_however_often_drafts_are_looked_up():
+    planner = auto(5, STEEP)
+    drafts = Drafts.none(0)
+    looked_up = drafts.with_chain([1], 0.6)
+    tries = 0
+    for number in range(4000):
+        found = looked_up if number % 20 == 0 else drafts
+        plan = Plan([0, 1]) if found is looked_up else planner.plan(found, 10**6, 100)
+        tries += bool(plan.groups)
+        planner.observe(found, plan, [0])
+        rows = rows_of(plan)
+        planner.observe_pass(rows, 0, 100, STEEP.seconds(rows, 0, 100))
+    assert tries >= 4000 / auto_planner.TRY_AGAIN_AT_MOST - 1
+
+
 @pytest.mark.parametrize("claims", CLAIMS)
 @pytest.mark.parametrize("costs", CURVES)
 def test_one_pass_places_as_many_groups_as_pay(costs, claims):

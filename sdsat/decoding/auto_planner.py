@@ -12,9 +12,9 @@ from sdsat.method.costs import CostCurve
 from sdsat.method.drafts import Drafts
 from sdsat.method.layout import SatGroup
 
-# Plain passes in a row, of each sequence, before drafting is tried again: at first, and at most, as
-# every try in vain doubles the wait. One costs some two passes: so rare, tries cost `auto` a
-# twentieth of AR's speed at first, and a hundredth where text stays hard.
+# Passes without SATs in a row, of each sequence, before these are tried again: at first, and at
+# most, as every try in vain doubles the wait. One costs some two passes: so rare, tries cost `auto`
+# a twentieth of AR's speed at first, and a hundredth where text stays hard.
 TRY_AGAIN = 48
 TRY_AGAIN_AT_MOST = 192
 # Passes with drafts in a row, of each sequence, before a plain one is timed again: what drafts are
@@ -43,8 +43,8 @@ class AutoPlanner:
     - what it believes: `acceptance`, `costs`, `worth` (decoding/beliefs.py);
     - `size`, SATs a group at most, and `rate`, as that best loop has them. They follow from what is
       believed, and are set anew after each pass;
-    - how many passes in a row were plain, and how many were not, and how many plain ones to wait
-      for: when to try, or to time, again;
+    - how many passes in a row had no SATs, how many such to wait for, and how many in a row were
+      not plain: when to try, or to time, again;
     - until the pass is over, what was found for it. `draft_first` asks the same as `plan` does, and
       so do sequences that stand alike. The first answer stands, while decisions for one sequence
       after the other change what places are worth.
@@ -64,7 +64,7 @@ class AutoPlanner:
         self.acceptance = Acceptance(k, accuracy)
         self.costs = PassCosts(curve)
         self.worth = Worth()
-        self._num_plain = 0
+        self._num_without = 0
         self._num_drafting = 0
         self._patience = TRY_AGAIN
         self._found: dict[object, tuple[float, Plan]] = {}
@@ -92,6 +92,7 @@ class AutoPlanner:
             self.worth.fade("rounded", UNTRIED ** (1 / self.costs.batch))
             return 0
         self.worth.observe("none", value)
+        self._num_without = 0  # of a batch, one sequence tries again
         return size
 
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
@@ -112,12 +113,10 @@ class AutoPlanner:
     def observe(self, drafts: Drafts, plan: Plan, path: list[int]) -> None:
         """See Planner.observe."""
         self.acceptance.observe(drafts, path)
-        if len(drafts.tokens) == 1 and not plan.groups and not drafts.by_sats:
-            self._num_plain += 1
-            self._num_drafting = 0
-        else:
-            self._num_plain = 0
-            self._num_drafting += 1
+        by_sats = bool(plan.groups) or drafts.by_sats
+        self._num_without = 0 if by_sats else self._num_without + 1
+        plain = len(drafts.tokens) == 1 and not by_sats
+        self._num_drafting = 0 if plain else self._num_drafting + 1
 
     def observe_pass(self, rows: int, sats: int, context: int, seconds: float) -> None:
         """See Planner.observe_pass."""
@@ -144,12 +143,12 @@ class AutoPlanner:
         self._found.clear()
 
     def _may_try(self) -> bool:
-        """Tell whether nothing has been drafted for long."""
-        return self._num_plain >= self._patience * self.costs.batch
+        """Tell whether SATs have drafted nothing for long."""
+        return self._num_without >= self._patience * self.costs.batch
 
     def _try(self) -> None:
         """Let one sequence draft, though it seems not to pay, and the next such try wait longer."""
-        self._num_plain = 0
+        self._num_without = 0
         self._patience = min(2 * self._patience, TRY_AGAIN_AT_MOST)
 
     def _time_again(self) -> bool:

@@ -21,7 +21,8 @@ from sdsat.models.identity import adapter_hash, base_hash
 from sdsat.models.sat_model import SatModel
 from sdsat.resume import Place
 
-RECORD_VERSION = 2  # of audits and evaluations: strategies are named, margins are in logits
+# Of audits, evaluations and inspections: strategies are named, margins are in logits.
+RECORD_VERSION = 2
 _OTHER = "delete it or choose another file"
 
 

@@ -75,9 +75,8 @@ def find_adapter(name: str) -> Found | None:
         beside = (inner / CONFIG_FILE).is_file() and (folder / "config.json").is_file()
         return Found(inner, True) if beside else None
     repository, revision = split(name)
-    parts = repository.split("/")
-    may_be_one = len(parts) <= 2 and all(parts) and _may_be_hub_id(repository)
-    return fetch_adapter(repository, revision) if may_be_one else None
+    own = repository.count("/") == 1 and _may_be_hub_id(repository)
+    return fetch_adapter(repository, revision) if own and all(repository.split("/")) else None
 
 
 @cache
