@@ -42,7 +42,7 @@ from sdsat.engines.base import PassInput, probe_tokens
 from sdsat.engines.native.engine import NativeCache
 from sdsat.environment import commit, cpu_name, system
 from sdsat.figures import new_figure, save
-from sdsat.files import destination, make_folder, write_json
+from sdsat.files import new_destination, write_json
 from sdsat.method.tree import make_tree
 from sdsat.models.embedded import BASE_NAME, base_dir
 
@@ -267,8 +267,7 @@ def main(
     require(good, f"threads={threads}: expected whole numbers from 1, with commas between")
     for option, file in (("--out", out), ("--plot", plot_file)):
         if file is not None:
-            make_folder(file.parent, option)
-            destination(file, option)
+            new_destination(file, option)
     found = []
     for name, _, dtype in tqdm(names, unit="model", disable=None):
         found.append(measured(name, dtype, [int(count) for count in counts], turns))

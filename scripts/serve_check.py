@@ -42,7 +42,7 @@ from sdsat.cli.program import run
 from sdsat.config import DecodeConfig, SamplingConfig, require
 from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.records import environment
-from sdsat.files import destination, make_folder, write_json
+from sdsat.files import new_destination, write_json
 from sdsat.interfaces.terminal import encode
 from sdsat.models import embedded
 from sdsat.tasks.datasets import humaneval_problems
@@ -328,8 +328,7 @@ def main(
     out: Annotated[Path, typer.Option(help="The JSON file to write.")] = OUT,
 ) -> None:
     """Check texts, memory and statuses of a server under load."""
-    make_folder(out.parent, "--out")
-    destination(out, "--out")
+    new_destination(out, "--out")
     decoder = Decoder.load(model, device="cpu")
     with served(model) as (process, url):
         load = Load(decoder, url)

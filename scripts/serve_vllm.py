@@ -25,14 +25,15 @@ import platform
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import openai
 import typer
 from programs import vllm
-from programs.server import serving
+from programs.server import Server, serving
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
@@ -327,38 +328,40 @@ def serve(
     options = ["--dtype", dtype, "--max-model-len", "1024", "--max-num-seqs", str(clients)]
     served = ["serve", target, *options, "--served-model-name", NAME]
     speculative = ["--speculative-config", export.speculative_config()]
+    environment = vllm.environment()
     for name, command in (("ar", served), ("sdsat", [*served, *speculative])):
-
-        def ask(port: int, first: bool = name == "ar") -> dict[str, Any]:
-            load = _Load(port, prompts, max_tokens, sampling)
-            return asyncio.run(_ask(load, single, clients, seconds, first))
-
         print(f"{name}: starting `vllm serve`", flush=True)
-        document[name] = _measured(command, patience, ask)
-        rate = document[name]["at_once"]["tokens_per_second"]
+        with _answering(command, environment, patience) as server:
+            load = _Load(server.port, prompts, max_tokens, sampling)
+            figures = asyncio.run(_ask(load, single, clients, seconds, name == "ar"))
+        document[name] = {
+            "command": command,
+            "environment": environment,
+            "started_after": round(server.seconds, 1),
+            **figures,
+        }
+        rate = figures["at_once"]["tokens_per_second"]
         print(f"{name}: {rate} tokens/s with {clients} clients", flush=True)
     _compare(document)
     write_json(out, document)
     _show(document)
 
 
-def _measured(
-    command: list[str], patience: float, ask: Callable[[int], dict[str, Any]]
-) -> dict[str, Any]:
-    """Start a server, and return what `ask` finds at its port, with how it was started.
+@contextmanager
+def _answering(
+    command: list[str], environment: dict[str, str], patience: float
+) -> Iterator[Server]:
+    """Run vLLM while the block asks it; raises InputError, with its log, where it stops answering.
 
-    Raises InputError where the server stops answering.
+    Arguments as of `programs.server.serving`, without the program.
     """
-    environment = vllm.environment()
     with serving([str(vllm.PROGRAM), *command], environment, patience) as server:
         try:
-            figures = ask(server.port)
+            yield server
         except (OSError, openai.APIConnectionError) as error:
             raise InputError(
                 f"`vllm serve` does not answer any more ({error}); its log: {server.log}"
             ) from None
-    started = round(server.seconds, 1)
-    return {"command": command, "environment": environment, "started_after": started, **figures}
 
 
 def _compare(document: dict[str, Any]) -> None:

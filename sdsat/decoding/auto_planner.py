@@ -85,6 +85,7 @@ class AutoPlanner:
         exact, _ = self._best(drafts, left, context)
         if value > exact:
             self._patience = TRY_AGAIN
+            self._num_without = 0  # before other sequences of a batch try, too
         elif self._may_try():
             self._try()
         else:
@@ -92,7 +93,6 @@ class AutoPlanner:
             self.worth.fade("rounded", UNTRIED ** (1 / self.costs.batch))
             return 0
         self.worth.observe("none", value)
-        self._num_without = 0  # of a batch, one sequence tries again
         return size
 
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:

@@ -66,9 +66,8 @@ def limit_text(limit: Limit) -> str:
 def check_limit(limit: Limit) -> None:
     """Refuse a limit that leaves nothing, or a share beyond all, with an InputError."""
     share = isinstance(limit, Fraction) and 0 < limit <= 1
-    text = limit_text(limit) if isinstance(limit, Fraction) else limit
     good = limit is None or share or (is_whole(limit) and limit >= 1)
-    require(good, f"data_limit={text}: expected 1 or more, or a share of at most 100%")
+    require(good, f"data_limit={limit_text(limit)}: expected 1 or more, or a share of at most 100%")
 
 
 def limited(rows: list[Row], limit: Limit) -> list[Row]:

@@ -39,7 +39,7 @@ struct Int8Rows {
   const float* scales;   // [size / INT8_GROUP, count]
   const int32_t* starts;  // [size / INT8_GROUP, count]: what INT5_OFFSET takes from each output
   const int32_t* halves;  // [size / INT8_GROUP, count]: of that, what the first half of inputs has
-  const float* totals;    // [size / INT8_GROUP, count]: sums of the numbers that the bytes stand for
+  const float* totals;   // [size / INT8_GROUP, count]: sums of the numbers that bytes stand for
   const float* offsets;  // [count]: what INT8_OFFSET adds to each output before its scale
   int64_t count;         // of all rows
 
@@ -118,7 +118,7 @@ static inline void multiply_tile8(const Int8Rows& x, int64_t size, const uint8_t
   }
 }
 
-// The same of weights with PARTS scales of type Scale for each group of inputs, which lie behind it.
+// The same of weights with PARTS scales of type Scale for each group of inputs, behind the group.
 template <int R, int PARTS, class Scale>
 static inline void multiply_grouped_tile8(const Int8Rows& x, int64_t size, const char* w,
                                           Prefetch ahead, float* y) {

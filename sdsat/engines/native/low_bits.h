@@ -3,8 +3,8 @@
 //
 // An element of a weight is value * scale + least, with a scale and a least number for INT8_GROUP
 // inputs of an output; or (value - 16) * scale. A group of LANES outputs lies together: the lower 4
-// bits of its values, two steps in a byte, [step / 2][LANES][4]; their highest bits, if they have 5,
-// one step in a bit, [LANES][4]; the scales [LANES]; and the least numbers [LANES]. Rows are in 8
+// bits of its values, two steps in a byte, [step / 2][LANES][4]; their highest bits, where there are
+// 5, one step in a bit, [LANES][4]; the scales [LANES]; and the least numbers [LANES]. Rows are in 8
 // bits, as in int8.h. Fast: where integers of 16 bits are added, half a group's sums fit them,
 // because weights are so small. Exact: as in 8 bits.
 #pragma once
