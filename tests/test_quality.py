@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import decoder_of, one_line_error, tiny_llama, tiny_tokenizer
+from common import adapted, decoder_of, one_line_error, tiny_llama, tiny_tokenizer
 
 from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
@@ -76,7 +76,7 @@ def scripted(monkeypatch, answers):
     decoder = decoder_of(tiny_llama(torch.float32), tokenizer)
     calls = []
 
-    def generate(decoder, prompt_ids, config):
+    def generate(config):
         number = len(calls) // answers["runs"]
         calls.append(config)
         drawn = [
@@ -91,7 +91,11 @@ def scripted(monkeypatch, answers):
             accepted_lengths=[3, 0, int(good)] if config.k else [],
         )
 
-    monkeypatch.setattr(Decoder, "generate", generate)
+    monkeypatch.setattr(
+        Decoder,
+        "iterate_batch",
+        lambda self, prompts, configs, batch_size: enumerate(map(generate, configs)),
+    )
     return decoder, calls
 
 
@@ -192,6 +196,48 @@ def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_
     ] == [(0, 1, 0.5), (0, 2, 1.0)]
     assert len(calls) == 4  # nothing was answered twice
     assert json.loads(out.read_text()) == document
+
+
+def test_answers_are_the_same_at_any_batch_size_and_an_interrupt_keeps_whole_problems(
+    monkeypatch, tmp_path
+):
+    sat_model = adapted(tiny_llama(torch.float32, 100, max_position_embeddings=2048), k=3)
+    pieces = ["?", *map(chr, range(10, 95))]
+    decoder = decoder_of(
+        sat_model.lm,
+        tiny_tokenizer(pieces),
+        sat=sat_model.sat,
+        adapter=sat_model.adapter,
+    )
+    config = QualityConfig(
+        k_list=(2, 3),
+        strategies=("two-step",),
+        temperature=1.0,
+        samples=2,
+        data_limit=3,
+        max_new_tokens=12,
+    )
+    monkeypatch.setattr(sandbox, "check", lambda problem, code: f"result of {code}")
+    alone = evaluate(decoder, config)
+    assert all(run["identical"] for entry in alone["problems"] for run in entry["runs"])
+    assert sum(run["num_loops"] for entry in alone["problems"] for run in entry["runs"])
+    for size in (4, 18, 64):
+        batched = replace(config, batch_size=size)
+        assert evaluate(decoder, batched)["problems"] == alone["problems"]
+        out = tmp_path / f"{size}.json"
+        tested = []
+
+        def interrupted(problem, code, tested=tested):
+            tested.append(problem["task_id"])
+            if len(set(tested)) == 3:
+                raise KeyboardInterrupt
+            return f"result of {code}"
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(sandbox, "check", interrupted)
+            evaluate(decoder, batched, out)
+        assert len(json.loads(out.read_text())["problems"]) == 2
+        assert evaluate(decoder, batched, out)["problems"] == alone["problems"]
 
 
 def test_settings_are_checked():

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from tqdm import tqdm
 
-from sdsat.config import require
+from sdsat.config import DecodeConfig, require
 from sdsat.decoding.decoder import Decoder
+from sdsat.decoding.sequence import Generation
 from sdsat.evaluation import sandbox
 from sdsat.evaluation.records import open_record
 from sdsat.evaluation.sweep import AR, QualityConfig, Setting
@@ -83,9 +85,9 @@ def _after_thought(answer: str) -> str:
 def evaluate(decoder: Decoder, config: QualityConfig, out: Path | None = None) -> dict[str, Any]:
     """Answer HumanEval's problems, test the answers and return the document.
 
-    With `out` it is rewritten after every problem and an interrupted run resumes. An answer that
-    the sandbox failed to test is tested again by the next run, and its problem is in no figure
-    until then.
+    With `out` it is rewritten after every problem and an interrupted run resumes; it loses the
+    answers that were in hand. An answer that the sandbox failed to test is tested again by the next
+    run, and its problem is in no figure until then.
 
     Args:
         decoder: what answers.
@@ -98,19 +100,32 @@ def evaluate(decoder: Decoder, config: QualityConfig, out: Path | None = None) -
     """
     with open_record(decoder, config, out, "runs") as document:
         document["sandbox"] = sandbox.walls().name
-        answered = {problem["task_id"]: problem for problem in document["problems"]}
-        for problem in tqdm(
-            humaneval_problems(config.data_limit), desc="eval", unit="problem", disable=None
-        ):
-            if problem["task_id"] not in answered:
-                document["problems"].append(
-                    {"task_id": problem["task_id"], "runs": _answer(decoder, problem, config)}
-                )
-            elif not _test_again(problem, answered[problem["task_id"]]["runs"]):
-                continue
+        problems = {
+            problem["task_id"]: problem for problem in humaneval_problems(config.data_limit)
+        }
+        held = {entry["task_id"]: entry for entry in document["problems"]}
+
+        def keep() -> None:
+            document["problems"] = [held[task_id] for task_id in problems if task_id in held]
             document["summary"] = _summarize(document["problems"], config)
             if out is not None:
                 write_json(out, document)
+
+        todo = [problem for task_id, problem in problems.items() if task_id not in held]
+        for task_id in problems.keys() & held.keys():
+            if _test_again(problems[task_id], held[task_id]["runs"]):
+                keep()
+        bar = tqdm(
+            _answer(decoder, todo, config),
+            total=len(problems),
+            initial=len(problems) - len(todo),
+            desc="eval",
+            unit="problem",
+            disable=None,
+        )
+        for entry in bar:
+            held[entry["task_id"]] = entry
+            keep()
     failures = sorted(
         {
             run["result"]
@@ -150,45 +165,68 @@ def _test_again(problem: dict[str, str], runs: list[dict[str, Any]]) -> bool:
 
 
 def _answer(
-    decoder: Decoder, problem: dict[str, str], config: QualityConfig
-) -> list[dict[str, Any]]:
-    """Answer one problem by every sampling and setting, with the tests' verdict on each.
+    decoder: Decoder, problems: list[dict[str, str]], config: QualityConfig
+) -> Iterator[dict[str, Any]]:
+    """Answer problems by every sampling and setting, `config.batch_size` answers at once.
 
-    Raises InputError for a model without a tokenizer.
+    Yields a problem's entry when its last answer is there, and tested. Raises InputError for a
+    model without a tokenizer.
     """
     model = decoder.model
-    tokenizer = model.tokenizer
-    require(tokenizer is not None, f"model={model.name}: came without a tokenizer")
-    assert tokenizer is not None
-    options = config.template_options
+    require(model.tokenizer is not None, f"model={model.name}: came without a tokenizer")
+    assert model.tokenizer is not None
+    prompts, configs = list[list[int]](), list[DecodeConfig]()
+    for problem in problems:
+        # One prompt's answers follow each other: it is read once.
+        prompt = encode_prompt(model.tokenizer, problem["prompt"], config.template_options)
+        for sampling in config.samplings:
+            plain = config.plain(sampling, problem["task_id"], model.stop_ids)
+            configs += [setting.of(plain) for setting in config.settings]
+        prompts += [prompt] * (len(configs) - len(prompts))
+    count = len(config.samplings) * len(config.settings)
+    made: dict[int, dict[int, Generation]] = {}
+    for number, out in decoder.iterate_batch(prompts, configs, batch_size=config.batch_size):
+        index, place = divmod(number, count)
+        made.setdefault(index, {})[place] = out
+        if len(made[index]) == count:
+            outs = [out for _, out in sorted(made.pop(index).items())]
+            yield _tested(model.tokenizer, problems[index], outs, config)
+
+
+def _tested(
+    tokenizer: Any, problem: dict[str, str], outs: list[Generation], config: QualityConfig
+) -> dict[str, Any]:
+    """Make a problem's entry: each answer, the tests' verdict, and whether it is AR's.
+
+    Args:
+        tokenizer: whose template the prompt had.
+        problem: of the data set.
+        outs: its answers, for each sampling those of all settings.
+        config: the samplings and settings.
+    """
     chat = bool(tokenizer.chat_template)
-    prompt = encode_prompt(tokenizer, problem["prompt"], options)
-    thinks = thinks_first(tokenizer, options)
-    runs: list[dict[str, Any]] = []
+    thinks = thinks_first(tokenizer, config.template_options)
     results: dict[str, str] = {}
-    for sampling in config.samplings:
-        plain = config.plain(sampling, problem["task_id"], model.stop_ids)
-        ar: list[int] = []
-        for setting in config.settings:
-            out = decoder.generate(prompt, setting.of(plain))
-            ar = out.token_ids if setting == AR else ar
-            code = completion(out.text, chat, thinks)
-            if code not in results:
-                results[code] = sandbox.check(problem, code)
-            runs.append(
-                {
-                    "strategy": setting.strategy,
-                    "k": setting.k,
-                    "seed": sampling.seed,
-                    "identical": out.token_ids == ar,
-                    "num_new_tokens": out.num_new_tokens,
-                    "num_loops": len(out.accepted_lengths),
-                    "num_accepted": sum(out.accepted_lengths),
-                    "result": results[code],
-                    "completion": code,
-                }
-            )
-    return runs
+    runs = []
+    for number, out in enumerate(outs):
+        turn, place = divmod(number, len(config.settings))
+        code = completion(out.text, chat, thinks)
+        if code not in results:
+            results[code] = sandbox.check(problem, code)
+        runs.append(
+            {
+                "strategy": config.settings[place].strategy,
+                "k": config.settings[place].k,
+                "seed": config.samplings[turn].seed,
+                "identical": out.token_ids == outs[number - place].token_ids,
+                "num_new_tokens": out.num_new_tokens,
+                "num_loops": len(out.accepted_lengths),
+                "num_accepted": sum(out.accepted_lengths),
+                "result": results[code],
+                "completion": code,
+            }
+        )
+    return {"task_id": problem["task_id"], "runs": runs}
 
 
 def _summarize(problems: list[dict[str, Any]], config: QualityConfig) -> list[dict[str, Any]]:

@@ -470,6 +470,7 @@ class QualityConfig(Sweep):
         tree: as the command line has it.
         temperature: 0 for greedy.
         samples: answers to each problem; 1 for greedy.
+        batch_size: answers decoded at once, of AR and SDSAT beside each other.
     """
 
     dataset: str = option(HUMANEVAL, replace(_DATASET, help="humaneval: no other has tests."))
@@ -482,6 +483,9 @@ class QualityConfig(Sweep):
     samples: int = option(
         1, "Answers to each problem, with seeds 0, 1, ...; for temperatures above 0."
     )
+    batch_size: int = option(
+        1, "Answers decoded at once: faster, of the same tokens; auto then drafts less."
+    )
 
     def __post_init__(self) -> None:
         """Refuse samples or temperatures that do not go together, with an InputError."""
@@ -492,6 +496,7 @@ class QualityConfig(Sweep):
             f"dataset={self.dataset}: has no tests to run answers against; expected {HUMANEVAL}",
         )
         whole("samples", self.samples, "1 or more, a whole number", 1)
+        whole("batch_size", self.batch_size, "1 or more, a whole number", 1)
         real("temperature", self.temperature, "0 (greedy) or a positive number", 0)
         require(
             self.samples == 1 or self.temperature > 0,
