@@ -4,6 +4,7 @@ file that can't be read.
 
 import copy
 import json
+import re
 import resource
 import shutil
 import threading
@@ -16,6 +17,8 @@ import pytest
 import torch
 from common import one_line_error
 from gguf_files import EOS, KINDS, TOKENS, write_gguf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -31,6 +34,7 @@ from sdsat.evaluation.sweep import BenchConfig
 from sdsat.models import gguf as reading
 from sdsat.models import identity, loading
 from sdsat.models.adapter import AdapterConfig
+from sdsat.models.gguf_header import GgufFile
 
 SIZES = {
     "vocab_size": 288,
@@ -56,6 +60,21 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+
+
+GGUF = b"GGUF" + (3).to_bytes(4, "little")
+
+
+def number(value):
+    return value.to_bytes(8, "little")
+
+
+def kind(value):
+    return value.to_bytes(4, "little")
+
+
+def text(value):
+    return number(len(value)) + value.encode()
 
 
 def random_model(family="llama", **settings):
@@ -294,6 +313,106 @@ def test_what_would_be_another_model_is_refused(raw, more, message, tmp_path, ca
         loading.load(str(file), "float32", "cpu")
 
 
+NAMES_OF_SETTINGS = st.text("abz._ä", min_size=1, max_size=8)
+SETTINGS = st.one_of(
+    st.booleans(),
+    st.integers(-(2**31), 2**31 - 1),
+    st.floats(width=32, allow_nan=False),
+    st.text(max_size=9),
+    st.lists(st.text(max_size=5), min_size=1, max_size=6),
+    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=6),
+    st.lists(st.booleans(), min_size=1, max_size=6),
+)
+SHAPES = st.lists(st.sampled_from([1, 3, 32, 64]), min_size=1, max_size=3)
+HELD = st.sampled_from([np.float32, np.float16, "Q8_0", "Q4_0"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(NAMES_OF_SETTINGS, SETTINGS, max_size=6),
+    st.lists(st.tuples(SHAPES, HELD), min_size=1, max_size=4),
+    st.sampled_from([None, 8, 32, 256]),
+)
+def test_a_header_is_read_as_gguf_s_own_reader_reads_it(tmp_path_factory, named, shapes, alignment):
+    """Another program's, which is slow: 20 seconds for a vocabulary of 150,000."""
+    file = tmp_path_factory.mktemp("header") / "a.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    for key, value in named.items():
+        writer.add_key_value(f"x.{key}", value, *kinds_of(value))
+    random = np.random.default_rng(0)
+    for number, (shape, held) in enumerate(shapes):
+        values = random.normal(size=shape).astype(np.float32)
+        kind = None
+        if isinstance(held, str):
+            kind = gguf.GGMLQuantizationType[held]
+            values = gguf.quantize(np.repeat(values, 32, -1), kind)
+        else:
+            values = values.astype(held)
+        writer.add_tensor(f"t{number}", values, raw_dtype=kind)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file):
+        write()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    found = GgufFile(file)
+    expected = gguf.GGUFReader(file)
+    assert {key: found.value(key) for key in expected.fields if "GGUF." not in key} == {
+        key: field.contents() for key, field in expected.fields.items() if "GGUF." not in key
+    }
+    assert [
+        (each.name, list(each.shape), each.kind, each.begin, each.num_bytes)
+        for each in found.tensors.values()
+    ] == [
+        (each.name, each.shape.tolist(), each.tensor_type, each.data_offset, each.n_bytes)
+        for each in expected.tensors
+    ]
+    for own, other in zip(found.tensors.values(), expected.tensors, strict=True):
+        assert np.array_equal(found.numbers(own), gguf.dequantize(other.data, other.tensor_type))
+
+
+def kinds_of(value):
+    """The type of a setting in a file, and of an array's elements."""
+    kinds = {bool: "BOOL", int: "INT32", float: "FLOAT32", str: "STRING"}
+    if isinstance(value, list):
+        return gguf.GGUFValueType.ARRAY, gguf.GGUFValueType[kinds[type(value[0])]]
+    return (gguf.GGUFValueType[kinds[type(value)]],)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GGUF + number(2**40) + number(0), "a number ends behind"),
+        (GGUF + number(0) + number(1) + text("a") + kind(9) + kind(8) + number(2**20), "a text"),
+        (GGUF + number(0) + number(1) + text("a") + kind(9) + kind(4) + number(2**20), "an array"),
+        (GGUF + number(0) + number(1) + text("a") + kind(9) + kind(4) + number(2**22), "arrays of"),
+        (GGUF + number(0) + number(1) + text("a") + kind(8) + number(2**63), "a text ends behind"),
+        (GGUF + number(0) + number(1) + text("a") + kind(13), "a setting of type 13"),
+        (GGUF + number(0) + number(2) + 2 * (text("a") + kind(4) + kind(1)), "'a' twice"),
+        (GGUF + number(0) + number(1) + number(0), "name of 0 bytes"),
+        (GGUF + number(1) + number(0) + text("t") + kind(5), "5 dimensions"),
+        (GGUF + number(1) + number(0) + text("t") + kind(0), "0 dimensions"),
+        (
+            GGUF + number(1) + number(0) + text("t") + kind(1) + number(8) + kind(0) + number(0),
+            "t ends behind the file",
+        ),
+        (
+            GGUF + number(1) + number(0) + text("t") + kind(1) + number(8) + kind(2) + number(0),
+            "not a multiple",
+        ),
+        (
+            GGUF + number(0) + number(1) + text("general.alignment") + kind(4) + kind(12),
+            "no power of 2",
+        ),
+    ],
+)
+def test_counts_and_lengths_that_lead_out_of_the_file(content, message, tmp_path):
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GgufFile(tmp_path / "a.gguf")
+
+
 def test_flipped_bytes_of_a_header_are_refused_at_once(own_process, tmp_path):
     """Each within seconds and a few hundred MiB, in one line; what still reads is converted."""
     file = write_gguf(random_model(), tmp_path / "a.gguf")
@@ -346,7 +465,7 @@ def convert_with_flipped_bytes(file, seed, count=40):
     [
         (b"# Notes of mine", "not GGUF"),
         (b"GGUF\1\0\0\0" + 16 * b"\0", "version 1 "),
-        (b"GGUF\0\0\0\1" + 16 * b"\0", "version 1 "),
+        (b"GGUF\0\0\0\3" + 16 * b"\0", "big-endian"),
     ],
 )
 def test_what_is_no_gguf_file_is_said_so(tmp_path, cache, start, message):

@@ -47,7 +47,7 @@ from sdsat.decoding.decoder import Decoder
 from sdsat.engines import drafting
 from sdsat.engines.base import PassInput, RowPolicy, probe_rows
 from sdsat.engines.drafting import Guesses
-from sdsat.engines.native import bindings, compiler, packing
+from sdsat.engines.native import bindings, compiler, packing, weights
 from sdsat.engines.native.compiler import Unavailable
 from sdsat.engines.native.engine import NativeEngine
 from sdsat.method.layout import Layout, SatGroup
@@ -322,6 +322,24 @@ def test_a_linear_layer_in_5_bits(name):
         want = inputs @ in_5_bits(head.weight).double().T
         want += 0 if head.bias is None else head.bias.double()
         assert (got - want).abs().max() <= 1e-5 * want.abs().max(), rows
+
+
+@pytest.mark.parametrize("draft_ids", [(), tuple(range(0, VOCAB, 3))], ids=["all", "some"])
+@each_kind
+def test_weights_are_the_same_packed_at_once_or_in_pieces(kind, draft_ids, monkeypatch):
+    """Of a matrix as large as a model's the former would take as much memory again."""
+    model = decoder_with("blocks of 256", kind, draft_ids=draft_ids).model
+
+    def packed():
+        exact = weights.NativeWeights(model)
+        rounded = weights.NativeWeights(model, exact)
+        return [part for each in (exact, rounded) for part in each._kept if torch.is_tensor(part)]
+
+    whole = packed()
+    monkeypatch.setattr(weights, "_AT_ONCE", 64 * 256)
+    pieces = packed()
+    assert len(pieces) == len(whole)
+    assert all(map(torch.equal, pieces, whole))
 
 
 @pytest.mark.parametrize("draft_ids", [(), tuple(range(0, VOCAB, 3))], ids=["all", "some"])

@@ -25,6 +25,7 @@ from sdsat.engines.drafting import Guesses, draft_tokens, grow_tokens
 from sdsat.method.layout import SatGroup
 from sdsat.method.sampling import choose
 from sdsat.method.tree import DraftTree, make_tree
+from sdsat.models.mapped import give_back
 from sdsat.models.sat_model import SatModel
 
 # (tokens of a prompt that were read so far, how many are to be read)
@@ -270,7 +271,9 @@ class Engine(ABC):
     @cached_property
     def row_policy(self) -> RowPolicy:
         """The cheapest padding under which a row has the same bits whatever its pass's size."""
-        return probe_rows(self)
+        policy = probe_rows(self)
+        give_back()  # the logits of many rows
+        return policy
 
 
 class SeparateCaches:

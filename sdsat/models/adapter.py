@@ -137,11 +137,15 @@ class SatAdapter(nn.Module):
     """A SAT embedding [D] and one (A [r, in], B [out, r]) pair for each targeted linear layer.
 
     draft_ids: [C] the tokens that SATs may guess, ascending; None for all.
-
-    Raises InputError where the model has no linear layer of a target's name.
     """
 
-    def __init__(self, model: Any, config: AdapterConfig):
+    def __init__(self, model: Any, config: AdapterConfig, initial: bool = True):
+        """Make the adapter of a model, whose outputs it doesn't change yet.
+
+        initial: the SAT embedding begins as the mean of all embeddings; otherwise as any numbers,
+        for what is read from a file: the mean takes the embeddings' memory twice. Raises InputError
+        where the model has no linear layer of a target's name.
+        """
         super().__init__()
         self.config = config
         self._handles: list[Any] = []
@@ -150,7 +154,8 @@ class SatAdapter(nn.Module):
         embedding = model.get_input_embeddings().weight
         dtype = embedding.dtype
         device = embedding.device
-        self.sat_embedding = nn.Parameter(embedding.detach().mean(0, dtype=torch.float32).to(dtype))
+        mean = embedding.detach().mean(0, dtype=torch.float32) if initial else embedding[0]
+        self.sat_embedding = nn.Parameter(mean.detach().to(dtype, copy=True))
         self.down = nn.ParameterDict()
         self.up = nn.ParameterDict()
         for name, layer in self._targeted(model):
@@ -535,7 +540,7 @@ def load(model: nn.Module, directory: str | Path) -> SatAdapter:
     weights = _read_weights(Path(directory), config.weights_sha256)
     _check_sizes(config, weights, directory)
     try:
-        adapter = SatAdapter(model, config)
+        adapter = SatAdapter(model, config, initial=False)
     except InputError as error:
         raise InputError(f"adapter {directory}: {error}") from None
     expected = adapter.state_dict()

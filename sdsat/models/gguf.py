@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from sdsat.files import read_json, reason, write_json
 from sdsat.models.blocks import TYPES, HeldWeight
 from sdsat.models.dtypes import GGUF, INT8, SAFETENSORS_DTYPES
 from sdsat.models.families import check_family
-from sdsat.models.gguf_header import check_header
+from sdsat.models.gguf_header import FileTensor, GgufFile
 from sdsat.models.gguf_tokenizer import read_tokenizer
 from sdsat.models.mapped import MappedFile
 
@@ -180,13 +181,13 @@ def convert(file: Path, target: Path, name: str, as_transformers: bool = False) 
         InputError: in one line, for a file that can't be read or is of no supported family.
         OSError: where `target` can't be written.
     """
-    reader, model, wanted = _opened(file, name)
+    opened, model, wanted = _opened(file, name)
     config = model.config
     try:
         tokenizer = (
             transformers_tokenizer(file, config)
             if as_transformers
-            else read_tokenizer(lambda key: _value(reader, f"tokenizer.{key}"), name)
+            else read_tokenizer(lambda key: opened.value(f"tokenizer.{key}"), name)
         )
     except InputError:
         raise
@@ -198,7 +199,7 @@ def convert(file: Path, target: Path, name: str, as_transformers: bool = False) 
     config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    _write_weights(target / "model.safetensors", wanted, config, name)
+    _write_weights(target / "model.safetensors", opened, wanted, config, name)
 
 
 def held_weights(file: Path, name: str, data: MappedFile) -> dict[str, HeldWeight]:
@@ -219,7 +220,7 @@ def held_weights(file: Path, name: str, data: MappedFile) -> dict[str, HeldWeigh
     linears = {own for own, weight in model.named_parameters() if id(weight) in weights}
     held = {}
     for own, tensor in wanted.items():
-        kind = tensor.tensor_type.name
+        kind = tensor.kind.name
         if own not in linears or kind in _PLAIN:
             continue
         require(
@@ -227,9 +228,8 @@ def held_weights(file: Path, name: str, data: MappedFile) -> dict[str, HeldWeigh
             f"dtype={GGUF}: {name} holds {tensor.name} in {kind}; expected {', '.join(TYPES)} or "
             f"plain numbers, or another dtype, as {INT8}",
         )
-        outputs = int(tensor.shape[1])
-        begin = int(tensor.data_offset)
-        there = data.part(begin, begin + int(tensor.n_bytes)).view(outputs, -1)
+        outputs = tensor.shape[1]
+        there = data.part(tensor.begin, tensor.begin + tensor.num_bytes).view(outputs, -1)
         order = torch.arange(outputs)[:, None]
         heads = _heads_in_another_order(own, model.config)
         held[own] = HeldWeight(there, kind, _in_halves(order, heads)[:, 0] if heads else None)
@@ -237,27 +237,21 @@ def held_weights(file: Path, name: str, data: MappedFile) -> dict[str, HeldWeigh
     return held
 
 
-def _opened(file: Path, name: str) -> tuple[gguf.GGUFReader, Any, dict[str, Any]]:
+def _opened(file: Path, name: str) -> tuple[GgufFile, Any, dict[str, FileTensor]]:
     """Read all of a file but its weights and tokenizer.
 
-    Returns its reader, transformers' model of it without weights, and the tensors that are the
-    model's. Raises InputError, one line, for what can't be read or is of no supported family.
+    Returns it, transformers' model of it without weights, and the tensors that are the model's, by
+    transformers' names. Raises InputError, one line, for what can't be read or is of no supported
+    family.
     """
     with _reading(name):
-        check_header(file)
-        reader = gguf.GGUFReader(file)
-        settings = {
-            key: field.contents()
-            for key, field in reader.fields.items()
-            if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
-        }
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        _check_types(tensors, name)
-        config = _config(settings, tensors, name)
+        opened = GgufFile(file)
+        _check_types(opened.tensors, name)
+        config = _config(opened, name)
         check_family(config, name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-        return reader, model, _wanted(model, settings, tensors, name)
+        return opened, model, _wanted(model, opened, name)
 
 
 @contextmanager
@@ -271,11 +265,6 @@ def _reading(name: str) -> Iterator[None]:
         raise InputError(f"model {name}: cannot be read ({reason(error)})") from None
     except Exception as error:
         raise InputError(f"model {name}: {_said(error)}") from None
-
-
-def _value(reader: gguf.GGUFReader, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
 
 
 def _said(error: Exception) -> str:
@@ -303,16 +292,17 @@ def _is_readable(kind: gguf.GGMLQuantizationType) -> bool:
     return True
 
 
-def _check_types(tensors: dict[str, Any], name: str) -> None:
-    for kind in {tensor.tensor_type for tensor in tensors.values()}:
+def _check_types(tensors: dict[str, FileTensor], name: str) -> None:
+    for kind in {tensor.kind for tensor in tensors.values()}:
         require(_is_readable(kind), f"model {name}: {_unreadable(kind.name)}")
 
 
-def _config(settings: dict[str, Any], tensors: dict[str, Any], name: str) -> Any:
+def _config(file: GgufFile, name: str) -> Any:
     """Make transformers' configuration of a file's settings.
 
     Raises InputError for a setting that is missing, or that no configuration can express.
     """
+    settings, tensors = file.settings, file.tensors
     require(
         settings.get("split.count", 1) == 1,
         f"model {name}: one of {settings.get('split.count')} parts; expected a whole file, as "
@@ -347,23 +337,25 @@ def _config(settings: dict[str, Any], tensors: dict[str, Any], name: str) -> Any
         ARCHITECTURES[kind],
         **given,
         num_key_value_heads=settings.get(f"{kind}.attention.head_count_kv", heads),
-        vocab_size=int(tensors["token_embd.weight"].shape[-1]),
+        vocab_size=tensors["token_embd.weight"].shape[-1],
         tie_word_embeddings="output.weight" not in tensors,
         rope_parameters=_rope(kind, settings, name),
         dtype=_dtype(tensors),
     )
     if _ROPE_FACTORS in tensors:
-        factors = gguf.dequantize(tensors[_ROPE_FACTORS].data, tensors[_ROPE_FACTORS].tensor_type)
+        factors = file.numbers(tensors[_ROPE_FACTORS])
         config.rope_parameters = _llama3_rope(config, torch.from_numpy(factors.copy()), name)
     return config
 
 
-def _check_sizes(kind: str, settings: dict[str, Any], tensors: dict[str, Any], name: str) -> None:
+def _check_sizes(
+    kind: str, settings: dict[str, Any], tensors: dict[str, FileTensor], name: str
+) -> None:
     """Refuse sizes that no model of these tensors has, before one is made of them.
 
     Raises InputError.
     """
-    largest = max(int(size) for tensor in tensors.values() for size in tensor.shape)
+    largest = max(size for tensor in tensors.values() for size in tensor.shape)
     for key in _BOUNDED:
         size = settings.get(f"{kind}.{key}", 1)
         most = len(tensors) if key == "block_count" else largest
@@ -374,9 +366,9 @@ def _check_sizes(kind: str, settings: dict[str, Any], tensors: dict[str, Any], n
         )
 
 
-def _dtype(tensors: dict[str, Any]) -> torch.dtype:
+def _dtype(tensors: dict[str, FileTensor]) -> torch.dtype:
     """Choose the dtype: of plain matrices their own, else bfloat16."""
-    kinds = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
+    kinds = {tensor.kind.name for tensor in tensors.values() if len(tensor.shape) > 1}
     return _PLAIN[kinds.pop()] if len(kinds) == 1 and kinds <= set(_PLAIN) else torch.bfloat16
 
 
@@ -431,14 +423,12 @@ def _llama3_rope(config: Any, factors: Tensor, name: str) -> dict[str, Any]:
     return rope
 
 
-def _wanted(
-    model: Any, settings: dict[str, Any], tensors: dict[str, Any], name: str
-) -> dict[str, Any]:
+def _wanted(model: Any, file: GgufFile, name: str) -> dict[str, FileTensor]:
     """Find the file's tensor for each of the model's, {the model's name: tensor}.
 
     Raises InputError where the two are not the same tensors.
     """
-    kind = settings["general.architecture"]
+    kind, tensors = file.settings["general.architecture"], file.tensors
     architecture = next(key for key, own in gguf.MODEL_ARCH_NAMES.items() if own == kind)
     names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
     expected = dict(model.named_parameters())  # tied ones once
@@ -452,7 +442,7 @@ def _wanted(
         f"{model.config.model_type} has no place for",
     )
     for own, parameter in expected.items():
-        shape = [int(size) for size in reversed(tensors[str(found[own])].shape)]
+        shape = [*reversed(tensors[str(found[own])].shape)]
         require(
             shape == list(parameter.shape),
             f"model {name}: {found[own]} has shape {shape}, expected {list(parameter.shape)}",
@@ -460,12 +450,15 @@ def _wanted(
     return {own: tensors[str(other)] for own, other in found.items()}
 
 
-def _write_weights(file: Path, tensors: dict[str, Any], config: Any, name: str) -> None:
+def _write_weights(
+    target: Path, file: GgufFile, tensors: dict[str, FileTensor], config: Any, name: str
+) -> None:
     """Write a safetensors file, one tensor after the other.
 
     Args:
-        file: to be written; the format: https://github.com/huggingface/safetensors#format.
-        tensors: {the model's name: the GGUF file's tensor}.
+        target: to be written; the format: https://github.com/huggingface/safetensors#format.
+        file: the GGUF file.
+        tensors: {the model's name: the tensor}.
         config: of the model; its dtype is that of the numbers.
         name: of the model.
     """
@@ -473,16 +466,16 @@ def _write_weights(file: Path, tensors: dict[str, Any], config: Any, name: str) 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for own, tensor in sorted(tensors.items()):
-        begin, end = end, end + int(tensor.n_elements) * dtype.itemsize
-        shape = [int(size) for size in reversed(tensor.shape)]
+        begin, end = end, end + prod(tensor.shape) * dtype.itemsize
+        shape = [*reversed(tensor.shape)]
         header[own] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     bar = tqdm(total=end, desc=f"{name}: converting", unit="B", unit_scale=True, disable=None)
-    with file.open("wb") as out, bar:
+    with target.open("wb") as out, bar:
         out.write(len(head).to_bytes(8, "little") + head)
         for own, tensor in sorted(tensors.items()):
-            numbers = np.require(gguf.dequantize(tensor.data, tensor.tensor_type), None, "W")
+            numbers = np.require(file.numbers(tensor), None, "W")
             values = torch.from_numpy(numbers).to(dtype)
             if heads := _heads_in_another_order(own, config):
                 values = _in_halves(values, heads)

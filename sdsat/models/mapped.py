@@ -111,11 +111,17 @@ class MappedWeights:
                 size = len(file.whole)
                 if not _is_changed(begin, size):
                     system.madvise(c_void_p(begin), c_size_t(size), _DONTNEED)
-            system.malloc_trim(0)
+        give_back()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the files out of a copy."""
         return {"tensors": {}, "files": []}
+
+
+def give_back() -> None:
+    """Give what this process has freed back to the system; where glibc has freed it only."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_changed(begin: int, size: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,20 @@ from sdsat.models.int8 import GROUP, round_weight
 MULTIPLE = 32
 _STEP = 4  # inputs that one step takes of rows in 8 bits
 
-Source = Tensor | HeldWeight  # of a weight [out, in]
+
+class SomeOutputs(NamedTuple):
+    """Some outputs of a weight, read when they are packed.
+
+    Attributes:
+        weight: [all outputs, in].
+        order: [out], which of them.
+    """
+
+    weight: Tensor
+    order: Tensor
+
+
+Source = Tensor | SomeOutputs | HeldWeight  # of a weight [out, in]
 
 
 def num_blocks(outputs: int) -> int:
@@ -23,13 +38,23 @@ def num_blocks(outputs: int) -> int:
 
 def num_outputs(source: Source) -> int:
     """Count the outputs of a weight."""
-    if isinstance(source, HeldWeight) and source.order is not None:
+    if not isinstance(source, Tensor) and source.order is not None:
         return len(source.order)
     return len(source.held if isinstance(source, HeldWeight) else source)
 
 
+def num_inputs(source: Source) -> int:
+    """Count the inputs of a weight."""
+    if isinstance(source, HeldWeight):
+        kind = TYPES[source.kind]
+        return source.held.shape[1] // kind.bytes * kind.inputs
+    return (source.weight if isinstance(source, SomeOutputs) else source).shape[1]
+
+
 def bytes_of(source: Source) -> int:
     """Count the bytes that are read to pack a weight."""
+    if isinstance(source, SomeOutputs):
+        source = source.weight
     return source.held.nbytes if isinstance(source, HeldWeight) else source.nbytes
 
 
@@ -55,12 +80,17 @@ def as_bytes(source: Source, form: Form, first: int, last: int, step: int) -> li
     parts: list[Tensor]
     if isinstance(source, HeldWeight):
         parts = [pack_blocks(source.read(first, last), form)]
-    elif form == Form.INT5:
-        parts = [pack5(source[first:last])]
-    elif form == Form.INT8:
-        parts = [*pack8(source[first:last])]
     else:
-        parts = [pack(source[first:last], step)]
+        if isinstance(source, SomeOutputs):
+            weight = source.weight[source.order[first:last]]
+        else:
+            weight = source[first:last]
+        if form == Form.INT5:
+            parts = [pack5(weight)]
+        elif form == Form.INT8:
+            parts = [*pack8(weight)]
+        else:
+            parts = [pack(weight, step)]
     return [part.view(num_blocks(last - first), -1).view(torch.uint8) for part in parts]
 
 

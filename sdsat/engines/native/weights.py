@@ -23,11 +23,13 @@ from sdsat.engines.native.bindings import (
 from sdsat.engines.native.compiler import Unavailable
 from sdsat.engines.native.packing import (
     MULTIPLE,
+    SomeOutputs,
     Source,
     as_bytes,
     bytes_of,
     form_of,
     num_blocks,
+    num_inputs,
     num_outputs,
 )
 from sdsat.method.copies import LONGEST
@@ -42,8 +44,8 @@ from sdsat.models.weights import strange_part
 FORMS = ("llama", "mistral", "qwen2", "qwen3")
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_AT_ONCE = 2**13  # outputs that are packed together: blocks of all, little memory beside them
-_PAGE_OUT_AFTER = 2**27  # bytes that were read: letting memory go takes a tenth of a second
+_AT_ONCE = 2**21  # numbers that are packed together: little memory beside the packed ones
+_PAGE_OUT_AFTER = 2**25  # bytes that were read
 
 
 class NativeWeights:
@@ -202,9 +204,10 @@ class NativeWeights:
         """
         source, _ = parts[0]
         outputs = num_outputs(source)
+        at_once = max(1, _AT_ONCE // num_inputs(source) // MULTIPLE) * MULTIPLE
         together = torch.empty(0)
-        for first in range(0, outputs, _AT_ONCE):
-            last = min(outputs, first + _AT_ONCE)
+        for first in range(0, outputs, at_once):
+            last = min(outputs, first + at_once)
             held = [as_bytes(*part, first, last, self._step) for part in parts]
             joined = torch.cat([part for packed in held for part in packed], 1)
             if not first:
@@ -231,7 +234,8 @@ class NativeWeights:
             return blocks, form_of(blocks)
         weight = linear.weight.detach()
         form = Form.INT8 if isinstance(linear, Int8Linear) else Form.PLAIN
-        return (weight if ids is None else weight[ids]), form if self._exact is None else Form.INT5
+        source = weight if ids is None else SomeOutputs(weight, ids)
+        return source, form if self._exact is None else Form.INT5
 
     def _linear(
         self, name: str, linear: nn.Linear, shape: tuple[int, ...], ids: Tensor | None = None
