@@ -13,7 +13,6 @@ the limit; where it is not among them, the SATs are.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -85,16 +84,11 @@ def inspect(
     facts = model.adapter.config.training if model.adapter else of_checkpoint
     acceptance = (accepted / proposed.clamp(min=1)).tolist()
 
-    def figures(sequences: list[TrainingExample]) -> dict[str, Any]:
-        where = (sequences, k, model.device, config.anchors)
-        sats = among_best(partial(_without_head, model), *where)
-        return {**evaluate(partial(predict, model), *where), **sats}
-
     document: dict[str, Any] = {
         **record_head(decoder, config),
         "k": k,
-        "own": figures(own),
-        "given": figures(given) if given else None,
+        "own": _figures(model, own, config.anchors),
+        "given": _figures(model, given, config.anchors) if given else None,
         "decoding": {
             "acceptance_by_depth": [round(value, 4) for value in acceptance],
             "accepted_per_loop": round(sum(loops) / max(1, len(loops)), 4),
@@ -104,10 +98,19 @@ def inspect(
     return {**document, "findings": findings(document)}
 
 
-def _without_head(model: SatModel, batch: SatBatch) -> torch.Tensor:
-    """Compute [M, V] logits of the labelled SAT rows as the SATs have them, head or no head."""
-    states, _ = sat_states(model, batch)
-    return over_all(*sat_logits(model, batch, states), model.vocabulary)
+def _figures(model: SatModel, sequences: list[TrainingExample], anchors: int) -> dict[str, Any]:
+    """Evaluate drafts at so many places of each sequence, and the SATs without their head."""
+    assert model.sat is not None
+    where = (sequences, model.sat.k, model.device, anchors)
+    passes = list[torch.Tensor]()  # states of the SATs, which take the time, batch by batch
+
+    def without_head(batch: SatBatch) -> torch.Tensor:
+        passes.append(sat_states(model, batch)[0])
+        return over_all(*sat_logits(model, batch, passes[-1]), model.vocabulary)
+
+    sats = among_best(without_head, *where)
+    again = iter(passes)  # the places are the same ones
+    return {**evaluate(lambda batch: predict(model, batch, next(again)), *where), **sats}
 
 
 def findings(document: dict[str, Any]) -> list[str]:

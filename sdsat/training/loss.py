@@ -257,13 +257,16 @@ def over_all(logits: Tensor, ids: Tensor | None, vocabulary: int) -> Tensor:
     return logits.new_full((len(logits), vocabulary), -torch.inf).index_copy(1, ids, logits)
 
 
-def predict(model: SatModel, batch: SatBatch) -> Tensor:
+def predict(model: SatModel, batch: SatBatch, states: Tensor | None = None) -> Tensor:
     """Compute [M, V] logits of the labelled SAT rows.
 
     They are as decoding would have them where all drafts before are right. A draft head shares the
     probability of a SAT's shortlist out anew among its tokens; the others keep theirs.
+
+    states: those of `sat_states`, where they are there already.
     """
-    states, _ = sat_states(model, batch)
+    if states is None:
+        states, _ = sat_states(model, batch)
     logits, ids = sat_logits(model, batch, states)
     if model.head is not None:
         places, scores = _ranked(model, batch, states, logits, ids)
