@@ -389,13 +389,17 @@ def kinds_of(value):
         (GGUF + number(0) + number(1) + text("a") + kind(9) + kind(4) + number(2**22), "arrays of"),
         (GGUF + number(0) + number(1) + text("a") + kind(8) + number(2**63), "a text ends behind"),
         (GGUF + number(0) + number(1) + text("a") + kind(13), "a setting of type 13"),
+        (
+            GGUF + number(0) + number(1) + text("a") + kind(9) + kind(9) + number(0),
+            "array of type 9",
+        ),
         (GGUF + number(0) + number(2) + 2 * (text("a") + kind(4) + kind(1)), "'a' twice"),
         (GGUF + number(0) + number(1) + number(0), "name of 0 bytes"),
         (GGUF + number(1) + number(0) + text("t") + kind(5), "5 dimensions"),
         (GGUF + number(1) + number(0) + text("t") + kind(0), "0 dimensions"),
         (
             GGUF + number(1) + number(0) + text("t") + kind(1) + number(8) + kind(0) + number(0),
-            "t ends behind the file",
+            "tensor 't' ends behind the file",
         ),
         (
             GGUF + number(1) + number(0) + text("t") + kind(1) + number(8) + kind(2) + number(0),
@@ -464,7 +468,8 @@ def convert_with_flipped_bytes(file, seed, count=40):
     ("start", "message"),
     [
         (b"# Notes of mine", "not GGUF"),
-        (b"GGUF\1\0\0\0" + 16 * b"\0", "version 1 "),
+        (b"GGUF\1\0\0\0" + 16 * b"\0", "version 1 of GGUF; expected 2 or 3"),
+        (b"GGUF\0\0\2\0" + 16 * b"\0", "version 131072 of GGUF"),
         (b"GGUF\0\0\0\3" + 16 * b"\0", "big-endian"),
     ],
 )

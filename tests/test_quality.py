@@ -7,6 +7,7 @@ import pytest
 import torch
 from common import adapted, decoder_of, one_line_error, tiny_llama, tiny_tokenizer
 
+from sdsat.config import InputError
 from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.evaluation import sandbox
@@ -70,10 +71,16 @@ def test_the_code_of_an_answer_that_thinks_first(answer):
     assert completion("a thought that never ends", True, thinks=True) == ""
 
 
+def with_sats():
+    """A tiny model with SATs and a token for each character."""
+    model = adapted(tiny_llama(torch.float32, 100, max_position_embeddings=2048), k=3)
+    tokenizer = tiny_tokenizer(["?", *map(chr, range(10, 95))])
+    return decoder_of(model.lm, tokenizer, sat=model.sat, adapter=model.adapter)
+
+
 def scripted(monkeypatch, answers):
     """generate() gives the texts of answers[(prompt number, k, seed)]: solved or not."""
-    tokenizer = tiny_tokenizer(["?", *map(chr, range(32, 95))])
-    decoder = decoder_of(tiny_llama(torch.float32), tokenizer)
+    decoder = with_sats()
     calls = []
 
     def generate(config):
@@ -147,8 +154,8 @@ def test_figures_and_resumption(monkeypatch, tmp_path):
     )
     # Six answers of three loops, with 3 accepted drafts each, and one more in the four good ones.
     assert (ar["accepted_per_loop"], drafted["accepted_per_loop"]) == (None, round(22 / 18, 4))
-    with one_line_error(out, "other settings"):
-        evaluate(decoder, QualityConfig(k_list=(5,), data_limit=3), out)
+    with one_line_error(out, "other settings (batch_size=1, not 2)"):
+        evaluate(decoder, replace(config, batch_size=2), out)
 
 
 def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_again(
@@ -201,14 +208,7 @@ def test_answers_that_the_sandbox_fails_to_test_are_in_no_figure_and_are_tested_
 def test_answers_are_the_same_at_any_batch_size_and_an_interrupt_keeps_whole_problems(
     monkeypatch, tmp_path
 ):
-    sat_model = adapted(tiny_llama(torch.float32, 100, max_position_embeddings=2048), k=3)
-    pieces = ["?", *map(chr, range(10, 95))]
-    decoder = decoder_of(
-        sat_model.lm,
-        tiny_tokenizer(pieces),
-        sat=sat_model.sat,
-        adapter=sat_model.adapter,
-    )
+    decoder = with_sats()
     config = QualityConfig(
         k_list=(2, 3),
         strategies=("two-step",),
@@ -238,6 +238,19 @@ def test_answers_are_the_same_at_any_batch_size_and_an_interrupt_keeps_whole_pro
             evaluate(decoder, batched, out)
         assert len(json.loads(out.read_text())["problems"]) == 2
         assert evaluate(decoder, batched, out)["problems"] == alone["problems"]
+
+
+def test_what_does_not_fit_is_said_before_anything_is_answered(tmp_path):
+    tokenizer = tiny_tokenizer(["?", *map(chr, range(10, 95))])
+    lm = tiny_llama(torch.float32, 100, max_position_embeddings=450)  # a token for each character
+    out = tmp_path / "eval.json"
+    config = QualityConfig(k_list=(0,), data_limit=3, max_new_tokens=20, batch_size=2)
+    with one_line_error("HumanEval/1: max_new_tokens=20: with a prompt of 506 tokens"):
+        evaluate(decoder_of(lm, tokenizer), config, out)
+    assert not out.exists()
+    lm = tiny_llama(torch.float32, 100, max_position_embeddings=2048)
+    with pytest.raises(InputError, match=r"^k=3: "):
+        evaluate(decoder_of(lm, tokenizer), QualityConfig(k_list=(3,), data_limit=3), out)
 
 
 def test_settings_are_checked():

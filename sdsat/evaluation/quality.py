@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from rich.table import Table
 from tqdm import tqdm
 
-from sdsat.config import DecodeConfig, require
+from sdsat.config import DecodeConfig, InputError, require
 from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.evaluation import sandbox
@@ -169,8 +170,9 @@ def _answer(
 ) -> Iterator[dict[str, Any]]:
     """Answer problems by every sampling and setting, `config.batch_size` answers at once.
 
-    Yields a problem's entry when its last answer is there, and tested. Raises InputError for a
-    model without a tokenizer.
+    Yields a problem's entry when its last answer is there, and tested. Raises InputError, before
+    anything is answered, for a model without a tokenizer, settings that don't fit it and a prompt
+    that is too long.
     """
     model = decoder.model
     require(model.tokenizer is not None, f"model={model.name}: came without a tokenizer")
@@ -183,11 +185,17 @@ def _answer(
             plain = config.plain(sampling, problem["task_id"], model.stop_ids)
             configs += [setting.of(plain) for setting in config.settings]
         prompts += [prompt] * (len(configs) - len(prompts))
+        try:
+            decoder.request(0, prompt, plain)
+        except InputError as error:
+            raise InputError(f"{problem['task_id']}: {error}") from None
+    for each in configs[: len(config.settings)]:
+        decoder.resolved(each)
     count = len(config.samplings) * len(config.settings)
-    made: dict[int, dict[int, Generation]] = {}
+    made: dict[int, dict[int, Generation]] = defaultdict(dict)
     for number, out in decoder.iterate_batch(prompts, configs, batch_size=config.batch_size):
         index, place = divmod(number, count)
-        made.setdefault(index, {})[place] = out
+        made[index][place] = out
         if len(made[index]) == count:
             outs = [out for _, out in sorted(made.pop(index).items())]
             yield _tested(model.tokenizer, problems[index], outs, config)

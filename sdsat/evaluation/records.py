@@ -153,7 +153,9 @@ def _check_record(
     )
     place.require(_is_record(document, entries), f"not a whole record of this command; {_OTHER}")
     place.check_same(
-        document["settings"], head["settings"], f"holds a run of other settings; {_OTHER}"
+        document["settings"],
+        head["settings"],
+        "holds a run of other settings ({key}={held}, not {found}); " + _OTHER,
     )
     place.check_same(document["environment"], head["environment"])
 

@@ -484,7 +484,7 @@ class QualityConfig(Sweep):
         1, "Answers to each problem, with seeds 0, 1, ...; for temperatures above 0."
     )
     batch_size: int = option(
-        1, "Answers decoded at once: faster, of the same tokens; auto then drafts less."
+        1, "Answers decoded at once: faster; auto, one-pass and lookup then draft less."
     )
 
     def __post_init__(self) -> None:

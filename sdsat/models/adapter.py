@@ -143,8 +143,9 @@ class SatAdapter(nn.Module):
         """Make the adapter of a model, whose outputs it doesn't change yet.
 
         initial: the SAT embedding begins as the mean of all embeddings; otherwise as any numbers,
-        for what is read from a file: the mean takes the embeddings' memory twice. Raises InputError
-        where the model has no linear layer of a target's name.
+        for what is read from a file: the mean takes the embeddings' memory twice.
+
+        Raises InputError where the model has no linear layer of a target's name.
         """
         super().__init__()
         self.config = config

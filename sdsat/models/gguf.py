@@ -39,7 +39,7 @@ from sdsat.files import read_json, reason, write_json
 from sdsat.models.blocks import TYPES, HeldWeight
 from sdsat.models.dtypes import GGUF, INT8, SAFETENSORS_DTYPES
 from sdsat.models.families import check_family
-from sdsat.models.gguf_header import FileTensor, GgufFile
+from sdsat.models.gguf_header import FileTensor, GgufFile, Unread
 from sdsat.models.gguf_tokenizer import read_tokenizer
 from sdsat.models.mapped import MappedFile
 
@@ -268,7 +268,9 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    """Say why a file can't be read: the type of a tensor, or damage."""
+    """Say why a file can't be read: its form, the type of a tensor, or damage."""
+    if isinstance(error, Unread):
+        return str(error)
     found = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))
     if found is None:
         return f"damaged or cut short, as a GGUF file ({reason(error)}); fetch it again"

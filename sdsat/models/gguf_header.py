@@ -31,7 +31,12 @@ _LONGEST_NAME = 2**16 - 1  # bytes, of a setting or tensor
 _MOST_DIMENSIONS = 4
 _MOST_ELEMENTS = 2**21  # of all arrays; a vocabulary of 262,000 tokens has 1.3 million
 _VERSIONS = (2, 3)
+_BIG_ENDIAN = tuple(version << 24 for version in _VERSIONS)
 _ALIGNMENT = "general.alignment"
+
+
+class Unread(ValueError):
+    """A file that may be whole, of a form that isn't read."""
 
 
 class FileTensor(NamedTuple):
@@ -64,7 +69,7 @@ class GgufFile:
         """Read the header.
 
         Raises ValueError where a count or a length leads out of the file or beyond what a model
-        has, and OSError where it can't be read.
+        has, Unread for another version or order of bytes, and OSError where it can't be read.
         """
         with file.open("rb") as opened:
             self._data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
@@ -116,10 +121,10 @@ class _Walk:
         Returns settings, of arrays the place, and tensors. Raises ValueError, as all of these.
         """
         version = self.number("I")
-        if version & 0xFFFF == 0:
-            raise ValueError("its numbers are big-endian; expected little-endian ones")
+        if version in _BIG_ENDIAN:
+            raise Unread("a big-endian GGUF file; expected a little-endian one")
         if version not in _VERSIONS:
-            raise ValueError(f"version {version} of the format, which is not read")
+            raise Unread(f"version {version} of GGUF; expected 2 or 3")
         num_tensors = self.number("Q")
         settings = dict(self.named(self.number("Q"), "a setting", self.setting))
         tensors = dict(self.named(num_tensors, "a tensor", self.tensor))
@@ -163,7 +168,7 @@ class _Walk:
         """Hold a tensor's end against the file's."""
         size = prod(gguf.quant_shape_to_byte_shape(tuple(reversed(shape)), kind))
         if begin + size > len(self.data):
-            raise ValueError(f"{name} ends behind the file's {len(self.data)} bytes")
+            raise ValueError(f"tensor {name!r} ends behind the file's {len(self.data)} bytes")
         return FileTensor(name, shape, kind, begin, size)
 
     def number(self, code: str) -> Any:
@@ -208,8 +213,7 @@ class _Walk:
         elif array.kind == _TEXT:
             self.texts(array.length)
         else:
-            for _ in range(array.length):
-                self.value(array.kind)
+            raise Unread(f"an array of type {array.kind} in its header; expected numbers or texts")
         return array
 
     def texts(self, count: int) -> None:
@@ -228,5 +232,4 @@ class _Walk:
     def list_of(self, array: _Array) -> list[Any]:
         """Read an array that was walked over."""
         self.at = array.begin
-        values = [self.value(array.kind) for _ in range(array.length)]
-        return [self.list_of(each) if type(each) is _Array else each for each in values]
+        return [self.value(array.kind) for _ in range(array.length)]
