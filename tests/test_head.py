@@ -2,6 +2,7 @@
 and what a head can learn.
 """
 
+import copy
 import json
 import math
 
@@ -23,6 +24,20 @@ from sdsat.training import loss
 from sdsat.training.loop import train
 from sdsat.training.loss import predict, sat_batch, sat_states
 from sdsat.training.shards import TrainingExample
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1.0, 0.01], ids=["large", "small"])
+def test_a_head_says_the_same_in_any_dtype(dtype, size):
+    """Whatever embeddings' size: Qwen's are some 0.015, below what bfloat16 tells from 1."""
+    torch.manual_seed(0)
+    head = heads.DraftHead(64, 32, torch.float32, torch.device("cpu"))
+    torch.nn.init.normal_(head.outer, std=0.2)
+    states, before = torch.randn(9, 64), size * torch.randn(9, 64)
+    with torch.no_grad():
+        want = head(states, before)
+        found = copy.deepcopy(head).to(dtype)(states.to(dtype), before.to(dtype)).float()
+    assert (found - want).norm() < 0.02 * want.norm()
 
 
 def children_of(model, state, logits, text, path, index, sampling, count, size):

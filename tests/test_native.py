@@ -911,7 +911,7 @@ def both_drafted(draft, decoder, depth, shape, sampling, shortlist, seed):
     """What C++ and torch draft with the same SATs."""
     generator = torch.Generator().manual_seed(seed)
     # flat, so that top-p leaves three tokens
-    states = 0.3 * torch.randn(depth, 64, generator=generator)
+    states = (0.3 * torch.randn(depth, 64, generator=generator)).to(decoder.model.dtype)
     logits = decoder.model.lm.get_output_embeddings()(states)
     ids = None
     if seed % 3 == 0:  # a draft vocabulary, and tokens of the text behind it
@@ -937,6 +937,29 @@ def test_drafts_are_those_of_the_torch_code(tree, head, sampling, shortlist, see
     assert tokens.tolist() == want_tokens.tolist()
     torch.testing.assert_close(likely, want_likely, rtol=1e-4, atol=1e-4)
     assert tokens[0] == seed % VOCAB and likely[0] == 1
+
+
+@pytest.mark.parametrize("kind", [HALF, INT8], ids=str)
+def test_drafts_in_bfloat16_are_those_of_the_torch_code_but_where_rounding_decides(kind):
+    """Embeddings as small as Qwen's: their squares are below bfloat16's epsilon."""
+    model = decoder_with.__wrapped__("llama", kind, ("v_proj",), 40).model
+    model.head.outer.mul_(30)  # it decides
+    model.lm.get_input_embeddings().weight.normal_(0, 0.02)
+    decoder = natively(model.lm, model.adapter)
+    same = [
+        one == other
+        for seed in range(40)
+        for one, other in zip(
+            *(
+                found[0].tolist()[1:]
+                for found in both_drafted(
+                    "draft", decoder, 4, make_tree("chain", 4), SamplingConfig(), 64, seed
+                )
+            ),
+            strict=True,
+        )
+    ]
+    assert sum(same) > 0.9 * len(same)
 
 
 @settings(max_examples=60, deadline=None)

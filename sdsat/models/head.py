@@ -20,6 +20,7 @@ from sdsat.method.copies import LONGEST
 from sdsat.models import packed
 
 SHORTLIST = 64  # tokens of a SAT that are ranked anew
+EPS = torch.finfo(torch.float32).eps  # of the norms, in any dtype: embeddings are small
 
 
 class DraftHead(nn.Module):
@@ -59,9 +60,7 @@ class DraftHead(nn.Module):
 
         states: [N, D] last hidden states of SATs. before: [N, D] embeddings of the tokens before.
         """
-        both = torch.cat(
-            [rms_norm(states, states.shape[-1:]), rms_norm(before, before.shape[-1:])], dim=-1
-        )
+        both = torch.cat([rms_norm(x, x.shape[-1:], eps=EPS) for x in (states, before)], dim=-1)
         if self._fused:
             inner, outer = self._fused
             return outer(silu(inner(both)))

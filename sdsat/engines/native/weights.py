@@ -35,7 +35,7 @@ from sdsat.engines.native.packing import (
 from sdsat.method.copies import LONGEST
 from sdsat.models.attention import sliding_window
 from sdsat.models.blocks import TYPES, BlockLinear
-from sdsat.models.head import DraftHead
+from sdsat.models.head import EPS, DraftHead
 from sdsat.models.int8 import Int8Linear
 from sdsat.models.sat_model import SatModel
 from sdsat.models.weights import strange_part
@@ -128,7 +128,7 @@ class NativeWeights:
             unembedding=pointer(self._keep(head.weight)),
             draft_inner=draft_inner,
             draft_outer=draft_outer,
-            draft_eps=torch.finfo(self.dtype).eps,
+            draft_eps=EPS,
             sharpness=sharpness,
             copies=copies,
         )
