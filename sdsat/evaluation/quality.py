@@ -13,13 +13,14 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from tqdm import tqdm
 
-from sdsat.config import DecodeConfig, InputError, require
+from sdsat.config import DecodeConfig, InputError, SamplingConfig, require
 from sdsat.decoding.decoder import Decoder
 from sdsat.decoding.sequence import Generation
 from sdsat.evaluation import sandbox
@@ -177,56 +178,62 @@ def _answer(
     model = decoder.model
     require(model.tokenizer is not None, f"model={model.name}: came without a tokenizer")
     assert model.tokenizer is not None
+    settings, samplings = config.settings, config.samplings
+    asked = list(product(samplings, settings))  # of each problem
     prompts, configs = list[list[int]](), list[DecodeConfig]()
     for problem in problems:
         # One prompt's answers follow each other: it is read once.
         prompt = encode_prompt(model.tokenizer, problem["prompt"], config.template_options)
-        for sampling in config.samplings:
+        for sampling in samplings:
             plain = config.plain(sampling, problem["task_id"], model.stop_ids)
-            configs += [setting.of(plain) for setting in config.settings]
-        prompts += [prompt] * (len(configs) - len(prompts))
+            configs += [setting.of(plain) for setting in settings]
+        prompts += [prompt] * len(asked)
         try:
             decoder.request(0, prompt, plain)
         except InputError as error:
             raise InputError(f"{problem['task_id']}: {error}") from None
-    for each in configs[: len(config.settings)]:
+    for each in configs[: len(settings)]:
         decoder.resolved(each)
-    count = len(config.samplings) * len(config.settings)
     made: dict[int, dict[int, Generation]] = defaultdict(dict)
     for number, out in decoder.iterate_batch(prompts, configs, batch_size=config.batch_size):
-        index, place = divmod(number, count)
+        index, place = divmod(number, len(asked))
         made[index][place] = out
-        if len(made[index]) == count:
-            outs = [out for _, out in sorted(made.pop(index).items())]
-            yield _tested(model.tokenizer, problems[index], outs, config)
+        if len(made[index]) == len(asked):
+            outs = made.pop(index)
+            answers = [(*each, outs[place]) for place, each in enumerate(asked)]
+            yield _tested(model.tokenizer, problems[index], answers, config.template_options)
 
 
 def _tested(
-    tokenizer: Any, problem: dict[str, str], outs: list[Generation], config: QualityConfig
+    tokenizer: Any,
+    problem: dict[str, str],
+    answers: list[tuple[SamplingConfig, Setting, Generation]],
+    options: tuple[str, ...],
 ) -> dict[str, Any]:
     """Make a problem's entry: each answer, the tests' verdict, and whether it is AR's.
 
     Args:
         tokenizer: whose template the prompt had.
         problem: of the data set.
-        outs: its answers, for each sampling those of all settings.
-        config: the samplings and settings.
+        answers: with what each was sampled and drafted; of a sampling AR's is the first.
+        options: of the template.
     """
     chat = bool(tokenizer.chat_template)
-    thinks = thinks_first(tokenizer, config.template_options)
+    thinks = thinks_first(tokenizer, options)
     results: dict[str, str] = {}
-    runs = []
-    for number, out in enumerate(outs):
-        turn, place = divmod(number, len(config.settings))
+    runs: list[dict[str, Any]] = []
+    ar: list[int] = []
+    for sampling, setting, out in answers:
+        ar = out.token_ids if setting == AR else ar
         code = completion(out.text, chat, thinks)
         if code not in results:
             results[code] = sandbox.check(problem, code)
         runs.append(
             {
-                "strategy": config.settings[place].strategy,
-                "k": config.settings[place].k,
-                "seed": config.samplings[turn].seed,
-                "identical": out.token_ids == outs[number - place].token_ids,
+                "strategy": setting.strategy,
+                "k": setting.k,
+                "seed": sampling.seed,
+                "identical": out.token_ids == ar,
                 "num_new_tokens": out.num_new_tokens,
                 "num_loops": len(out.accepted_lengths),
                 "num_accepted": sum(out.accepted_lengths),

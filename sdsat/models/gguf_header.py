@@ -47,14 +47,25 @@ class FileTensor(NamedTuple):
         shape: as the file has it: a matrix is [in, out].
         kind: how its numbers are held.
         begin: its first byte in the file.
-        num_bytes: that it takes there.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: gguf.GGMLQuantizationType
     begin: int
-    num_bytes: int
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Its shape in bytes, outputs first.
+
+        Raises ValueError for a shape that its type can't have.
+        """
+        return gguf.quant_shape_to_byte_shape(tuple(reversed(self.shape)), self.kind)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes in the file. Raises ValueError as `held`."""
+        return prod(self.held)
 
 
 class GgufFile:
@@ -88,9 +99,8 @@ class GgufFile:
 
     def numbers(self, tensor: FileTensor) -> np.ndarray:
         """Return a tensor's numbers in float32, the last dimension of `shape` first."""
-        shape = gguf.quant_shape_to_byte_shape(tuple(reversed(tensor.shape)), tensor.kind)
         held = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.begin)
-        return gguf.dequantize(held.reshape(shape), tensor.kind)
+        return gguf.dequantize(held.reshape(tensor.held), tensor.kind)
 
 
 class _Array(NamedTuple):
@@ -133,7 +143,7 @@ class _Walk:
             raise ValueError(f"{_ALIGNMENT} {alignment}, which is no power of 2")
         behind = self.at + -self.at % alignment
         return settings, {
-            name: self.placed(name, shape, kind, behind + offset)
+            name: self.checked(FileTensor(name, shape, kind, behind + offset))
             for name, (shape, kind, offset) in tensors.items()
         }
 
@@ -162,14 +172,13 @@ class _Walk:
         shape = tuple(self.number("Q") for _ in range(dimensions))
         return shape, gguf.GGMLQuantizationType(self.number("I")), self.number("Q")
 
-    def placed(
-        self, name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, begin: int
-    ) -> FileTensor:
-        """Hold a tensor's end against the file's."""
-        size = prod(gguf.quant_shape_to_byte_shape(tuple(reversed(shape)), kind))
-        if begin + size > len(self.data):
-            raise ValueError(f"tensor {name!r} ends behind the file's {len(self.data)} bytes")
-        return FileTensor(name, shape, kind, begin, size)
+    def checked(self, tensor: FileTensor) -> FileTensor:
+        """Hold a tensor's end against the file's. Returns it."""
+        if tensor.begin + tensor.num_bytes > len(self.data):
+            raise ValueError(
+                f"tensor {tensor.name!r} ends behind the file's {len(self.data)} bytes"
+            )
+        return tensor
 
     def number(self, code: str) -> Any:
         """Read a number of struct's type `code`."""
@@ -220,14 +229,8 @@ class _Walk:
         """Walk over so many texts: a vocabulary, so quickly."""
         at, last, read = self.at, len(self.data) - _LENGTH.size, _LENGTH.unpack_from
         for _ in range(count):
-            if at > last:
-                break
-            at += _LENGTH.size + read(self.data, at)[0]
-        else:
-            last += _LENGTH.size
-        if at > last:
-            raise ValueError(f"a text ends behind the file's {len(self.data)} bytes")
-        self.at = at
+            at += _LENGTH.size + (read(self.data, at)[0] if at <= last else 0)
+        self.skip(at - self.at, "a text")
 
     def list_of(self, array: _Array) -> list[Any]:
         """Read an array that was walked over."""
