@@ -77,6 +77,12 @@ class HeldWeight(NamedTuple):
     kind: str
     order: Tensor | None = None
 
+    @property
+    def num_inputs(self) -> int:
+        """How many inputs each output has."""
+        kind = TYPES[self.kind]
+        return self.held.shape[1] // kind.bytes * kind.inputs
+
     def read(self, first: int = 0, last: int | None = None) -> BlockWeight:
         """Read the weight of outputs first to last."""
         kind = TYPES[self.kind]

@@ -16,19 +16,28 @@ MULTIPLE = 32
 _STEP = 4  # inputs that one step takes of rows in 8 bits
 
 
-class SomeOutputs(NamedTuple):
-    """Some outputs of a weight, read when they are packed.
+class PlainWeight(NamedTuple):
+    """A weight of plain numbers; like a HeldWeight it is read when it is packed.
 
     Attributes:
-        weight: [all outputs, in].
-        order: [out], which of them.
+        held: [all outputs, in].
+        order: [out], which of them; None: all.
     """
 
-    weight: Tensor
-    order: Tensor
+    held: Tensor
+    order: Tensor | None = None
+
+    @property
+    def num_inputs(self) -> int:
+        """How many inputs each output has."""
+        return self.held.shape[1]
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Read the numbers of outputs first to last."""
+        return self.held[first:last] if self.order is None else self.held[self.order[first:last]]
 
 
-Source = Tensor | SomeOutputs | HeldWeight  # of a weight [out, in]
+Source = PlainWeight | HeldWeight  # of a weight [out, in]
 
 
 def num_blocks(outputs: int) -> int:
@@ -38,24 +47,7 @@ def num_blocks(outputs: int) -> int:
 
 def num_outputs(source: Source) -> int:
     """Count the outputs of a weight."""
-    if not isinstance(source, Tensor) and source.order is not None:
-        return len(source.order)
-    return len(source.held if isinstance(source, HeldWeight) else source)
-
-
-def num_inputs(source: Source) -> int:
-    """Count the inputs of a weight."""
-    if isinstance(source, HeldWeight):
-        kind = TYPES[source.kind]
-        return source.held.shape[1] // kind.bytes * kind.inputs
-    return (source.weight if isinstance(source, SomeOutputs) else source).shape[1]
-
-
-def bytes_of(source: Source) -> int:
-    """Count the bytes that are read to pack a weight."""
-    if isinstance(source, SomeOutputs):
-        source = source.weight
-    return source.held.nbytes if isinstance(source, HeldWeight) else source.nbytes
+    return len(source.held if source.order is None else source.order)
 
 
 def form_of(weight: HeldWeight) -> Form:
@@ -80,17 +72,12 @@ def as_bytes(source: Source, form: Form, first: int, last: int, step: int) -> li
     parts: list[Tensor]
     if isinstance(source, HeldWeight):
         parts = [pack_blocks(source.read(first, last), form)]
+    elif form == Form.INT5:
+        parts = [pack5(source.read(first, last))]
+    elif form == Form.INT8:
+        parts = [*pack8(source.read(first, last))]
     else:
-        if isinstance(source, SomeOutputs):
-            weight = source.weight[source.order[first:last]]
-        else:
-            weight = source[first:last]
-        if form == Form.INT5:
-            parts = [pack5(weight)]
-        elif form == Form.INT8:
-            parts = [*pack8(weight)]
-        else:
-            parts = [pack(weight, step)]
+        parts = [pack(source.read(first, last), step)]
     return [part.view(num_blocks(last - first), -1).view(torch.uint8) for part in parts]
 
 

@@ -23,13 +23,11 @@ from sdsat.engines.native.bindings import (
 from sdsat.engines.native.compiler import Unavailable
 from sdsat.engines.native.packing import (
     MULTIPLE,
-    SomeOutputs,
+    PlainWeight,
     Source,
     as_bytes,
-    bytes_of,
     form_of,
     num_blocks,
-    num_inputs,
     num_outputs,
 )
 from sdsat.method.copies import LONGEST
@@ -180,7 +178,7 @@ class NativeWeights:
         outer = nn.functional.pad(self._checked("head.outer", outer, hidden, size), (0, padding))
         layers = []
         for weight in (inner, outer):  # as they are, whatever the model's are rounded to
-            (packed,) = self._packed((weight, Form.PLAIN))
+            (packed,) = self._packed((PlainWeight(weight), Form.PLAIN))
             layers.append(Linear(packed, out=len(weight), in_=weight.shape[1]))
         return layers[0], layers[1]
 
@@ -204,7 +202,7 @@ class NativeWeights:
         """
         source, _ = parts[0]
         outputs = num_outputs(source)
-        at_once = max(1, _AT_ONCE // num_inputs(source) // MULTIPLE) * MULTIPLE
+        at_once = max(1, _AT_ONCE // source.num_inputs // MULTIPLE) * MULTIPLE
         together = torch.empty(0)
         for first in range(0, outputs, at_once):
             last = min(outputs, first + at_once)
@@ -215,7 +213,7 @@ class NativeWeights:
                 self._kept.append(together)
             together[num_blocks(first) :][: len(joined)] = joined
             self._read_bytes += (
-                sum(bytes_of(source) for source, _ in parts) * (last - first) // outputs
+                sum(source.held.nbytes for source, _ in parts) * (last - first) // outputs
             )
             if self._read_bytes >= _PAGE_OUT_AFTER:
                 self._page_out()
@@ -234,8 +232,7 @@ class NativeWeights:
             return blocks, form_of(blocks)
         weight = linear.weight.detach()
         form = Form.INT8 if isinstance(linear, Int8Linear) else Form.PLAIN
-        source = weight if ids is None else SomeOutputs(weight, ids)
-        return source, form if self._exact is None else Form.INT5
+        return PlainWeight(weight, ids), form if self._exact is None else Form.INT5
 
     def _linear(
         self, name: str, linear: nn.Linear, shape: tuple[int, ...], ids: Tensor | None = None
@@ -284,8 +281,8 @@ class NativeWeights:
         down = nn.functional.pad(down, (0, 0, 0, padding))
         up = nn.functional.pad(up, (0, padding))
         (struct.down,), (struct.weight, struct.up), struct.rank = (
-            self._packed((down, self._adapter_form)),
-            self._packed(self._source(linear, ids), (up, self._adapter_form)),
+            self._packed((PlainWeight(down), self._adapter_form)),
+            self._packed(self._source(linear, ids), (PlainWeight(up), self._adapter_form)),
             len(down),
         )
         return struct
