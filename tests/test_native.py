@@ -615,13 +615,32 @@ def test_the_same_bits_for_any_number_of_rows_and_threads(kind):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("kind", [FLOAT, HALF, INT8, GGUF])
+@pytest.mark.parametrize("name", ["llama", "biases", "groups of 5", "qwen3"])
+def test_a_prompt_leaves_the_keys_and_values_of_a_pass_with_logits(name, kind):
+    """A prompt's pass ends in its last layer, where other passes go on to the logits."""
+    decoder = decoder_with(name, kind)
+    engine = decoder.engine
+    tokens = torch.randint(VOCAB, (150,), generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(150)
+    causal = Layout(rows <= rows[:, None], rows, torch.zeros_like(rows), rows, 150)
+    read, passed = engine.new_cache(256), engine.new_cache(256)
+    engine.prefill(read, tokens)
+    engine.run([passed], decoder.model.embed(tokens[None])[0], causal)
+    passed.commit(tuple(range(150)))
+    assert read.length == passed.length == 150
+    for got, want in ((read.keys, passed.keys), (read.values, passed.values)):
+        assert torch.equal(got, want)
+    assert got.count_nonzero() > 0
+
+
 def test_a_small_context_is_probed_within_its_positions():
     """Every probe pass of a model of 100 positions gives what it gives with 512."""
     small, large = (
         natively(tiny_llama(FLOAT, vocab=VOCAB, max_position_embeddings=n, **SIZES))
         for n in (100, 512)
     )
-    plain = small.engine.run
+    plain, read = small.engine.run, small.engine.prefill
     other = large.engine.new_cache(512)
 
     def both(caches, *inputs, **named):
@@ -631,7 +650,11 @@ def test_a_small_context_is_probed_within_its_positions():
         assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
         return found
 
-    small.engine.run = both
+    def read_by_both(cache, tokens):
+        read(cache, tokens)
+        large.engine.prefill(other, tokens)
+
+    small.engine.run, small.engine.prefill = both, read_by_both
     assert probe_rows(small.engine).stable
 
 
@@ -1028,8 +1051,6 @@ PASSES = {
     "within: every row must see itself": {"within": torch.zeros(3, 3, dtype=torch.bool)},
     "slots that ascend": {"within": WITHIN, "places": torch.tensor([2, 1, 0])},
     "rows: expected at least one, of which SATs": {"sats": 4},
-    "rows: expected at least one": {"last": -1},
-    "rows: expected at least one, of which": {"last": 4},
 }
 
 
@@ -1037,13 +1058,10 @@ PASSES = {
 def test_passes_that_it_refuses(message):
     given_ = dict(PASSES[message])
     engine = decoder_with("llama", FLOAT).engine
-    inputs = (
-        given_.pop("embeddings", torch.zeros(3, 64)),
-        given_.pop("sats", 0),
-        given_.pop("last", None),
-    )
+    x = given_.pop("embeddings", torch.zeros(3, 64))
+    sats = given_.pop("sats", 0)
     with one_line_error(message):
-        engine.run([engine.new_cache(64)], inputs[0], replace(LAYOUT, **given_), *inputs[1:])
+        engine.run([engine.new_cache(64)], x, replace(LAYOUT, **given_), sats)
 
 
 def test_caches_of_another_model_are_refused():

@@ -100,21 +100,26 @@ static void attend(PassThread<T>& thread, const HeadCache<T>& cache, const Visib
   for (; d < cache.dim; d += 2 * LANES) add(std::integral_constant<int, 2>(), d);
 }
 
-// Turn a row's queries and keys to its position, and put its keys and values into its cache.
-template <class T> static void rotate_and_keep(PassState<T>& s, int layer_number, int row) {
+// Turn a row's queries to its position.
+template <class T> static void rotate_queries(PassState<T>& s, const Layer& layer, int row) {
   const Model& m = s.model;
-  const Layer& layer = m.layer[layer_number];
-  const float* cos = m.cos + s.pass.positions[row] * m.dim;
-  const float* sin = m.sin + s.pass.positions[row] * m.dim;
+  const int64_t at = s.pass.positions[row] * m.dim;
   for (int a = 0; a < m.heads; a++) {
     Input<T>* q = s.queries.data() + row * s.query_width + a * m.dim;
     if (layer.norm_q) rms_norm<T>(q, layer.norm_q, m.dim, m.eps, q);
-    rotate<T>(q, cos, sin, m.dim);
+    rotate<T>(q, m.cos + at, m.sin + at, m.dim);
   }
+}
+
+// Turn a row's keys to its position, and put keys and values into its cache.
+template <class T> static void keep(PassState<T>& s, int layer_number, int row) {
+  const Model& m = s.model;
+  const Layer& layer = m.layer[layer_number];
+  const int64_t at = s.pass.positions[row] * m.dim;
   for (int a = 0; a < m.kv_heads; a++) {
     T* k = s.keys.data() + row * s.key_width + a * m.dim;
     if (layer.norm_k) rms_norm<T>(k, layer.norm_k, m.dim, m.eps, k);
-    rotate<T>(k, cos, sin, m.dim);
+    rotate<T>(k, m.cos + at, m.sin + at, m.dim);
     const T* v = s.values.data() + row * s.key_width + a * m.dim;
     const Cache& cache = s.caches[s.pass.sequences[row]];
     HeadCache<T>(m, cache, layer_number * m.kv_heads + a).write(s.pass.slots[row], k, v);
@@ -148,11 +153,26 @@ template <class T> static void attention_layer(PassThread<T>& thread, int number
   thread.linear.project(layer.k, x, s.keys.data(), layer.v);
   thread.linear.project(layer.v, x, s.values.data(), layer.o);
   thread.worker.meet();
-  thread.worker.each(s.rows, [&](int row) { rotate_and_keep(s, number, row); });
+  thread.worker.each(s.rows, [&](int row) {
+    rotate_queries(s, layer, row);
+    keep(s, number, row);
+  });
   thread.worker.meet();
   const int kv_heads = s.model.kv_heads;
   for (int item; (item = s.taken[number]++) < s.rows * kv_heads;)
     attend_row(thread, number, item / kv_heads, item % kv_heads);
   thread.worker.meet();
   thread.add_to_residual(layer.o, s.attended.data(), layer.gate);
+}
+
+// Keys and values of the last layer alone, into the caches.
+template <class T> static void last_keys_and_values(PassThread<T>& thread) {
+  PassState<T>& s = thread.state;
+  const int number = s.model.layers - 1;
+  const Layer& layer = s.model.layer[number];
+  const Rows<T> x = thread.normed_residual(layer.norm_attention);
+  thread.linear.project(layer.k, x, s.keys.data(), layer.v);
+  thread.linear.project(layer.v, x, s.values.data(), s.model.layer[0].q);
+  thread.worker.meet();
+  thread.worker.each(s.rows, [&](int row) { keep(s, number, row); });
 }

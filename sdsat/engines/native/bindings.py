@@ -142,7 +142,7 @@ class Pass(Structure):
                 "within",
             )
         ),
-        *((name, c_int64) for name in ("caches", "rows", "sats", "last")),
+        *((name, c_int64) for name in ("caches", "rows", "sats")),
     ]
 
 

@@ -121,7 +121,7 @@ class NativeEngine(Engine):
         for part in tokens.split(PREFILL_ROWS) if len(tokens) else ():
             rows = torch.arange(len(part))
             causal = Layout(rows <= rows[:, None], rows, torch.zeros_like(rows), rows, len(part))
-            self.run([own], self.model.embed(part[None])[0], causal, last=0)
+            self._call(self.exact, [own], self.model.embed(part[None])[0], causal)
             own.commit(tuple(range(len(part))))
             if on_read is not None:
                 on_read(own.length - held, len(tokens))
@@ -152,7 +152,6 @@ class NativeEngine(Engine):
         embeddings: Tensor,
         layout: Layout,
         sats: int = 0,
-        last: int | None = None,
         rounded: bool = False,
     ) -> PassOutput:
         """Run one pass over the sequences of `caches`; commits nothing.
@@ -162,11 +161,10 @@ class NativeEngine(Engine):
             embeddings: [N, D].
             layout: of the N rows.
             sats: how many of the last rows are SATs.
-            last: of how many of the last rows logits are made; None: of all.
             rounded: with the rounded weights.
 
         Returns:
-            Last hidden states [N, D], logits [last - sats, V] and SATs' logits [sats, C], as of
+            Last hidden states [N, D], logits [N - sats, V] and SATs' logits [sats, C], as of
             `PassOutput`; in a rounded pass the former too are over the draft vocabulary.
 
         Raises:
@@ -175,13 +173,28 @@ class NativeEngine(Engine):
         weights = self.rounded if rounded else self.exact
         dtype = weights.dtype
         rows = len(embeddings)
-        last = rows if last is None else last
-        x = readable("embeddings", embeddings, dtype, rows, weights.struct.hidden).clone()
-        states = torch.empty_like(x)
+        states = torch.empty(rows, weights.struct.hidden, dtype=dtype)
         size = weights.struct.draft_tokens
         apart = sats if size else 0  # rows whose logits are over the draft vocabulary
-        logits = torch.empty(max(0, last - apart), weights.struct.vocabulary, dtype=dtype)
+        logits = torch.empty(max(0, rows - apart), weights.struct.vocabulary, dtype=dtype)
         sat_logits = torch.empty(apart, size, dtype=dtype)
+        self._call(weights, caches, embeddings, layout, sats, (states, logits, sat_logits))
+        nodes = rows - sats
+        return PassOutput(states, logits[:nodes], sat_logits if size else logits[nodes:])
+
+    def _call(
+        self,
+        weights: NativeWeights,
+        caches: Sequence[NativeCache],
+        embeddings: Tensor,
+        layout: Layout,
+        sats: int = 0,
+        out: tuple[Tensor, ...] = (),
+    ) -> None:
+        """Run one pass. out: a `PassOutput` to fill; () where keys and values are enough."""
+        rows = len(embeddings)
+        width = weights.struct.hidden
+        x = readable("embeddings", embeddings, weights.dtype, rows, width).clone()
         held = torch.tensor([self._checked(cache).length for cache in caches])
         lengths = held.expand(rows) if len(caches) == 1 else held[layout.sequences]
         slots = lengths + layout.places
@@ -189,12 +202,11 @@ class NativeEngine(Engine):
         read = [readable("layout", part, torch.long, rows) for part in numbers]
         within = readable("within", layout.within, torch.bool, rows, rows)
         weights.struct.threads = torch.get_num_threads()
-        tensors = (x, states, logits, sat_logits, *read, within)
-        struct = Pass(*(tensor.data_ptr() for tensor in tensors), len(caches), rows, sats, last)
+        wanted = [tensor.data_ptr() for tensor in out] or [None] * 3
+        given = [tensor.data_ptr() for tensor in (*read, within)]
+        struct = Pass(x.data_ptr(), *wanted, *given, len(caches), rows, sats)
         structs = (CacheStruct * len(caches))(*(cache.struct for cache in caches))
         call("sdsat_pass", byref(weights.struct), structs, byref(struct), weights.is_bf16)
-        nodes = max(0, last - sats)
-        return PassOutput(states, logits[:nodes], sat_logits if size else logits[nodes:])
 
     def _checked(self, cache: NativeCache) -> NativeCache:
         """Return the cache, if it is of this model's form. Raises InputError if it isn't."""

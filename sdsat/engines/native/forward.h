@@ -14,11 +14,13 @@ template <class T> static void forward(const Model& model, const Cache* caches, 
   PassState<T> state(model, caches, pass);
   auto make = [&](Worker& worker) { return PassThread<T>(worker, state); };
   parallel(model.threads, make, [&](PassThread<T>& thread) {
-    for (int i = 0; i < model.layers; i++) {
+    // A prompt that is read leaves keys and values: of the last layer nothing else is wanted.
+    const int whole = pass.states ? model.layers : model.layers - 1;
+    for (int i = 0; i < whole; i++) {
       const Linear& then = i + 1 < model.layers ? model.layer[i + 1].q : model.head;
       attention_layer(thread, i);
       mlp_layer(thread, model.layer[i], then);
     }
-    output_layer(thread);
+    pass.states ? output_layer(thread) : last_keys_and_values(thread);
   });
 }

@@ -1,7 +1,7 @@
 // The output layer: the last norm, whose rows are the pass's states, and the logits.
 //
-// Fast: logits of the last rows only, as the others are wanted of nobody, and SATs' over the draft
-// vocabulary; tokens are shared among the threads by blocks. Exact: as any linear layer.
+// Fast: SATs' logits are over the draft vocabulary; tokens are shared among the threads by blocks.
+// Exact: as any linear layer.
 #pragma once
 #include "pass_state.h"
 
@@ -31,8 +31,7 @@ template <class T> static void output_layer(PassThread<T>& thread) {
   });
   const int apart = m.draft_head.weight.weight ? s.sats : 0;  // rows over the draft vocabulary
   const Linear& then = apart ? m.draft_head : m.layer[0].q;
-  logits_by(thread, m.head, m.vocabulary, x.from(s.rows - pass.last), pass.last - apart,
-            pass.logits, then);
+  logits_by(thread, m.head, m.vocabulary, x, s.rows - apart, pass.logits, then);
   logits_by(thread, m.draft_head, m.draft_tokens, x.from(s.rows - apart), apart, pass.sat_logits,
             m.layer[0].q);
 }

@@ -70,16 +70,16 @@ struct Cache {
 
 // A pass over `rows` rows of `caches` sequences.
 struct Pass {
-  void* x;       // [rows, hidden]: the embeddings; changed
-  void* states;  // [rows, hidden]: where the last hidden states go
-  void* logits;  // [last, vocabulary]: where the logits of the last rows go; less those that
-  void* sat_logits;  // [sats, draft_tokens]: come here, where there is a draft vocabulary
+  void* x;  // [rows, hidden]: the embeddings; changed
+  void* states;  // [rows, hidden]: where the last hidden states go; null: only keys and values are
+                 // wanted, as of a prompt that is read
+  void* logits;  // [rows, vocabulary]: where the logits go
+  void* sat_logits;  // [sats, draft_tokens]: the last of them, where there is a draft vocabulary
   const int64_t *positions, *slots, *sequences;  // [rows]: of each row
   const int64_t* lengths;                        // [rows]: tokens that its sequence has committed
   const uint8_t* within;  // [rows, rows]: whether a row sees a row of this pass
   int64_t caches, rows;
   int64_t sats;  // so many rows, the last ones, are SATs
-  int64_t last;  // so many rows, the last ones, get logits
 };
 
 struct Sampling {
