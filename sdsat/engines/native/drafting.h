@@ -78,9 +78,10 @@ template <class T> struct DraftState {
 struct DraftThread {
   Worker& worker;
   std::vector<float> y;  // [widest, BLOCK]
+  std::vector<int> longest;  // [shortlist]: so many tokens before each candidate came before it
   Ranking ranking;
   DraftThread(Worker& worker, int64_t widest, int64_t shortlist)
-      : worker(worker), y(widest * BLOCK), ranking(shortlist) {}
+      : worker(worker), y(widest * BLOCK), longest(shortlist), ranking(shortlist) {}
 };
 
 // The candidates of every SAT, by its own logits.
@@ -130,10 +131,12 @@ template <class T> static void apply_head(DraftState<T>& s, DraftThread& thread)
 }
 
 // What the text adds to the scores of a place's candidates, [shortlist].
-template <class T> static void add_copies(DraftState<T>& s, const Place& place, float* scores) {
+template <class T>
+static void add_copies(DraftState<T>& s, DraftThread& thread, const Place& place, float* scores) {
   const int64_t* text = s.drafting.text;
   const int64_t* ids = s.ids.data() + int64_t(place.sat) * s.shortlist;
-  std::vector<int> longest(s.shortlist);  // so many of the tokens before each came before it
+  std::vector<int>& longest = thread.longest;
+  std::fill(longest.begin(), longest.end(), 0);
   for (int64_t i = 1; i < s.drafting.known; i++) {
     int n = 0;
     while (n < LONGEST && n < i && text[i - 1 - n] == place.path[LONGEST - 1 - n]) n++;
@@ -168,7 +171,7 @@ template <class T>
 static const int64_t* rank_candidates(DraftState<T>& s, DraftThread& thread, int r) {
   const Drafting& d = s.drafting;
   const int sat = s.places[r].sat;
-  if (s.inner) add_copies(s, s.places[r], s.scores[r].data());
+  if (s.inner) add_copies(s, thread, s.places[r], s.scores[r].data());
   const int64_t* ids = s.ids.data() + int64_t(sat) * s.shortlist;
   thread.ranking.rank(s.scores[r].data(), ids, Noise(d.seed, d.index + sat), d.sampling, 0);
   thread.ranking.weigh(d.sampling);

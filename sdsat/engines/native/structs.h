@@ -73,8 +73,8 @@ struct Pass {
   void* x;  // [rows, hidden]: the embeddings; changed
   void* states;  // [rows, hidden]: where the last hidden states go; null: only keys and values are
                  // wanted, as of a prompt that is read
-  void* logits;  // [rows, vocabulary]: where the logits go
-  void* sat_logits;  // [sats, draft_tokens]: the last of them, where there is a draft vocabulary
+  void* logits;  // [rows, vocabulary]: where the logits go; with a draft vocabulary those of the
+  void* sat_logits;  // rows before SATs, and theirs come here: [sats, draft_tokens]
   const int64_t *positions, *slots, *sequences;  // [rows]: of each row
   const int64_t* lengths;                        // [rows]: tokens that its sequence has committed
   const uint8_t* within;  // [rows, rows]: whether a row sees a row of this pass
