@@ -1,7 +1,8 @@
 """Records what planners answer in a made-up world, to be asked again: tests/data/plans.json.gz.
 
 The record was made by the planners as they were before commit 48e09c6's `AutoPlanner` was taken
-apart, but for when SATs are tried in vain: more rarely since, and beside looked-up drafts too.
+apart, but for when SATs are tried in vain: more rarely since, and beside looked-up drafts too; and
+for what rounded passes are taken to cost before one was seen.
 test_planner.py asks today's planners the same. Run `python tests/record_plans.py` to replace the
 record where plans are meant to change.
 

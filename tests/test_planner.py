@@ -341,6 +341,25 @@ def test_auto_gives_up_drafts_that_never_pay_and_tries_again():
     assert world.plain < 0.1 * world.passes
 
 
+def times(factor, costs):
+    """The curve of a machine on which every pass takes `factor` times as long."""
+    parts = (np.array(part) * factor for part in (costs.verify, costs.draft, costs.rounded))
+    verify, draft, rounded = (part.tolist() for part in parts)
+    return replace(costs, verify=verify, draft=draft, rounded=rounded)
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.5])
+@pytest.mark.parametrize("claims", ["mixed", "often"])
+def test_a_curve_of_a_busy_machine_rules_no_kind_of_pass_out(claims, factor):
+    """Exact passes tell that it says too much; what was not tried yet must not look dear for it."""
+    right, wrong = (
+        World(ROUNDED, CLAIMS[claims]).run(auto(5, costs), 1000)
+        for costs in (ROUNDED, times(factor, ROUNDED))
+    )
+    assert wrong.rounded > right.rounded > 0.2 * right.passes
+    assert wrong.rate > 0.93 * right.rate
+
+
 @lru_cache
 def best_of_fixed(name, costs, claims):
     """The best rate of a strategy that does not plan, over several k."""
@@ -1013,6 +1032,20 @@ def test_a_curve_of_a_busy_machine_is_measured_again(tmp_path, monkeypatch, fact
         assert planner.costs.curve == decoder.costs  # measured once for both
         if again:
             assert planner.costs.seconds(4, 0, 200) == pytest.approx(true.seconds(4, 0, 200))
+
+
+def test_every_planner_takes_the_curve_that_another_had_measured_again():
+    """Also one that has seen too few passes, or too small a difference, to ask for it itself."""
+    decoder = with_adapter(tiny_llama(torch.float32), k=3)
+    decoder.costs = times(1.5, ROUNDED)
+    configs = [DecodeConfig(3, strategy=strategy) for strategy in ("auto", "one-pass")]
+    planners = [decoder.planner(config) for config in configs]
+    decoder.costs = ROUNDED
+    assert [decoder.planner(config) for config in configs] == planners
+    assert [planner.costs.curve.verify for planner in planners] == [ROUNDED.verify] * 2
+    assert [planner.costs.has_rounded for planner in planners] == [True, False]
+    planners[0].observe_pass(4, 0, 100, 9.0)
+    assert decoder.planner(configs[0]).costs.num_timed == 1  # what was learned since is kept
 
 
 def test_generate_measures_only_where_a_plan_depends_on_it(monkeypatch, tmp_path):

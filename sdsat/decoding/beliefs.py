@@ -237,7 +237,8 @@ class PassCosts:
     def rounded_seconds(self, size: int, context: int) -> float:
         """Estimate one sequence's share of a rounded pass with `size` SATs each."""
         sats = self.batch * (1 + size) - 1
-        return self.curve.rounded_seconds(sats, context) * self._rounded.value / self.batch
+        curve = self.curve.rounded_seconds(sats, context)
+        return curve * self._correction_of_rounded(sats) / self.batch
 
     def observe_pass(self, rows: int, sats: int, context: int, seconds: float) -> None:
         """Learn from a pass: see Planner.observe_pass.
@@ -256,12 +257,17 @@ class PassCosts:
 
     def observe_drafting(self, sats: int, context: int, seconds: float) -> None:
         """Learn from a rounded pass: see Planner.observe_drafting."""
+        self._rounded.value = self._correction_of_rounded(sats)
         self._rounded.observe(seconds / self.curve.rounded_seconds(sats, context))
 
     def take(self, curve: CostCurve) -> None:
         """Go on with another curve, uncorrected; to doubt that one takes more evidence."""
         self._patience *= PATIENCE_GROWTH
         self._start(curve)
+
+    def _correction_of_rounded(self, sats: int) -> float:
+        """Say what corrects a rounded pass: before one was seen, what corrects exact ones."""
+        return self._rounded.value if self._rounded.count else self._correction(1 + sats).value
 
     def _correction(self, rows: int) -> _Ratio:
         """Name what corrects passes of so many rows, of all sequences."""

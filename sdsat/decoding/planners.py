@@ -50,11 +50,12 @@ class Planners:
         sampling = config.sampling.temperature
         key = (config.strategy, sampling, config.k, config.tree, config.budget, config.lookup)
         known = self.kept.get(key)
-        if known is not None and not known.costs.outpaced:
+        curve = cost_curve(False)
+        current = known is not None and known.costs.curve.verify is curve.verify
+        if known is not None and current and not known.costs.outpaced:
             return known
-        # Else another planner has had it measured again.
-        stale = known is not None and known.costs.curve.verify is cost_curve(False).verify
-        curve = cost_curve(stale)
+        # Where it isn't current, another planner has had the curve measured again.
+        curve = cost_curve(True) if current else curve
         curve = curve if config.may_round else replace(curve, rounded=[])
         if known is not None:
             known.take(curve)
