@@ -353,7 +353,11 @@ class Decoder:
 
     def planner(self, config: DecodeConfig) -> Planner:
         """Make the planner of a generation, or find the one that has learned: see `planners`."""
-        return self.planners.of(config, self.model.adapter, self.cost_curve)
+        return self.planners.of(config, self.model.adapter, self._known_costs)
+
+    def _known_costs(self, anew: bool) -> CostCurve:
+        """Return the cost curve; where it is known without `renew`, which decoding has called."""
+        return self.cost_curve(anew) if self.costs is None or anew else self.costs
 
     @torch.inference_mode()
     def _decode(

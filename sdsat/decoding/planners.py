@@ -51,11 +51,11 @@ class Planners:
         key = (config.strategy, sampling, config.k, config.tree, config.budget, config.lookup)
         known = self.kept.get(key)
         curve = cost_curve(False)
-        current = known is not None and known.costs.curve.verify is curve.verify
-        if known is not None and current and not known.costs.outpaced:
-            return known
-        # Where it isn't current, another planner has had the curve measured again.
-        curve = cost_curve(True) if current else curve
+        if known is not None and known.costs.curve.verify is curve.verify:
+            if not known.costs.outpaced:
+                return known
+            curve = cost_curve(True)
+        # Else another planner has had the curve measured again.
         curve = curve if config.may_round else replace(curve, rounded=[])
         if known is not None:
             known.take(curve)

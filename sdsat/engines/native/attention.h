@@ -144,35 +144,30 @@ static void attend_row(PassThread<T>& thread, int layer_number, int row, int kv_
   }
 }
 
-// residual += o(attention(norm(residual))).
-template <class T> static void attention_layer(PassThread<T>& thread, int number) {
+// Keys and values of all rows, into their caches; and their queries, where they attend.
+template <class T> static void read_rows(PassThread<T>& thread, int number, bool attends) {
   PassState<T>& s = thread.state;
   const Layer& layer = s.model.layer[number];
   const Rows<T> x = thread.normed_residual(layer.norm_attention);
-  thread.linear.project(layer.q, x, s.queries.data(), layer.k);
+  if (attends) thread.linear.project(layer.q, x, s.queries.data(), layer.k);
   thread.linear.project(layer.k, x, s.keys.data(), layer.v);
   thread.linear.project(layer.v, x, s.values.data(), layer.o);
   thread.worker.meet();
   thread.worker.each(s.rows, [&](int row) {
-    rotate_queries(s, layer, row);
+    if (attends) rotate_queries(s, layer, row);
     keep(s, number, row);
   });
   thread.worker.meet();
+}
+
+// residual += o(attention(norm(residual))).
+template <class T> static void attention_layer(PassThread<T>& thread, int number) {
+  PassState<T>& s = thread.state;
+  const Layer& layer = s.model.layer[number];
+  read_rows(thread, number, true);
   const int kv_heads = s.model.kv_heads;
   for (int item; (item = s.taken[number]++) < s.rows * kv_heads;)
     attend_row(thread, number, item / kv_heads, item % kv_heads);
   thread.worker.meet();
   thread.add_to_residual(layer.o, s.attended.data(), layer.gate);
-}
-
-// Keys and values of the last layer alone, into the caches.
-template <class T> static void last_keys_and_values(PassThread<T>& thread) {
-  PassState<T>& s = thread.state;
-  const int number = s.model.layers - 1;
-  const Layer& layer = s.model.layer[number];
-  const Rows<T> x = thread.normed_residual(layer.norm_attention);
-  thread.linear.project(layer.k, x, s.keys.data(), layer.v);
-  thread.linear.project(layer.v, x, s.values.data(), s.model.layer[0].q);
-  thread.worker.meet();
-  thread.worker.each(s.rows, [&](int row) { keep(s, number, row); });
 }

@@ -202,7 +202,7 @@ class NativeEngine(Engine):
         read = [readable("layout", part, torch.long, rows) for part in numbers]
         within = readable("within", layout.within, torch.bool, rows, rows)
         weights.struct.threads = torch.get_num_threads()
-        wanted = [tensor.data_ptr() for tensor in out] or [None] * 3
+        wanted: list[int | None] = [tensor.data_ptr() for tensor in out] or [None] * 3
         given = [tensor.data_ptr() for tensor in (*read, within)]
         struct = Pass(x.data_ptr(), *wanted, *given, len(caches), rows, sats)
         structs = (CacheStruct * len(caches))(*(cache.struct for cache in caches))

@@ -21,6 +21,6 @@ template <class T> static void forward(const Model& model, const Cache* caches, 
       attention_layer(thread, i);
       mlp_layer(thread, model.layer[i], then);
     }
-    pass.states ? output_layer(thread) : last_keys_and_values(thread);
+    pass.states ? output_layer(thread) : read_rows(thread, whole, false);
   });
 }
