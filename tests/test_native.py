@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -307,21 +308,26 @@ def test_logits_of_a_rounded_pass_are_those_of_rounded_weights_and_rows(name):
         assert (got - before).norm() <= 0.4 * before.norm(), rows
 
 
+def assert_last_layer(lm, weight, rounded=False):
+    """The last layer multiplies by this weight, [V, hidden], and its error is its inputs' rounding
+    to 8 bits and no more: by a product in float64.
+
+    Of its inputs, the states, the caller has every bit: nothing is near an edge unseen.
+    """
+    decoder = natively(lm)
+    bias = lm.get_output_embeddings().bias
+    for rows in (1, 3, 4, 8, 9, 10, 11):
+        cache = decoder.engine.new_cache(rows)
+        states, got = forward(decoder, cache, TOKENS[:rows], chain(rows), rounded=rounded)
+        want = rows_in_8_bits(None, [states.double()]) @ weight.double().T
+        want += 0 if bias is None else bias.double()
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max(), rows
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_linear_layer_in_5_bits(name):
-    """The last one, of whose input, the states, the caller has every bit: nothing is near an edge
-    unseen.
-    """
     lm = random_lm(name)
-    decoder = natively(lm)
-    head = lm.get_output_embeddings()
-    for rows in (1, 4, 10, 11):
-        cache = decoder.engine.new_cache(rows)
-        states, got = forward(decoder, cache, TOKENS[:rows], chain(rows), rounded=True)
-        inputs = rows_in_8_bits(None, [states.double()])
-        want = inputs @ in_5_bits(head.weight).double().T
-        want += 0 if head.bias is None else head.bias.double()
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max(), rows
+    assert_last_layer(lm, in_5_bits(lm.get_output_embeddings().weight), rounded=True)
 
 
 @pytest.mark.parametrize("draft_ids", [(), tuple(range(0, VOCAB, 3))], ids=["all", "some"])
@@ -376,33 +382,19 @@ def test_rounded_passes_read_what_is_in_few_bits_as_it_is(held, draft_ids):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_linear_layer_in_8_bits(name):
-    """As the one in 5 bits; in float32, where nothing else is rounded."""
+    """In float32, where nothing else is rounded."""
     lm = random_lm(name)
     round_linears(lm)
-    decoder = natively(lm)
-    head = lm.get_output_embeddings()
-    values, scale = round_weight(head.weight)
-    weight = values.double() * scale.double()[:, None]
-    for rows in (1, 3, 4, 10, 11):
-        cache = decoder.engine.new_cache(rows)
-        states, got = forward(decoder, cache, TOKENS[:rows], chain(rows))
-        want = rows_in_8_bits(None, [states.double()]) @ weight.T
-        want += 0 if head.bias is None else head.bias.double()
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max(), rows
+    values, scale = round_weight(lm.get_output_embeddings().weight)
+    assert_last_layer(lm, values.double() * scale.double()[:, None])
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_linear_layer_in_a_files_own_bits(kind):
-    """As the one in 8 bits: nothing of the weight is rounded."""
+    """Nothing of the weight is rounded."""
     lm = random_lm("blocks of 256")
     in_blocks(lm, [kind])
-    decoder = natively(lm)
-    weight = lm.get_output_embeddings().blocks.read().numbers().double()
-    for rows in (1, 3, 4, 8, 9, 11):
-        cache = decoder.engine.new_cache(rows)
-        states, got = forward(decoder, cache, TOKENS[:rows], chain(rows))
-        want = rows_in_8_bits(None, [states.double()]) @ weight.T
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max(), rows
+    assert_last_layer(lm, lm.get_output_embeddings().blocks.read().numbers())
 
 
 @pytest.mark.parametrize("name", ["llama", "biases", "qwen2", "blocks of 256"])
@@ -1474,7 +1466,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     @pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
     def test_other_processors(processor, monkeypatch, tmp_path):
         """As built without AVX2, without AVX-512, and without the latter's instructions for narrow
-        numbers.
+        numbers: near what this processor's own instructions say, every row the same in any pass,
+        and linear layers in few bits as near to float64 as here.
         """
         if processor == "x86-64-v4" and "avx512vl" not in Path("/proc/cpuinfo").read_text():
             pytest.skip("this processor has no AVX-512")
@@ -1482,6 +1475,16 @@ if platform.machine() in ("x86_64", "AMD64"):
         flags = ["-Og", f"-march={processor}", *compiler.FLAGS[2:], "-Wno-psabi"]
         subprocess.run(["c++", *flags, str(bindings.SOURCE), "-o", str(target)], check=True)
         built = ctypes.CDLL(str(target))
+
+        @contextmanager
+        def other_library():
+            bindings.library.cache_clear()
+            try:
+                with monkeypatch.context() as patch:
+                    patch.setattr(bindings, "load_library", lambda name, build: built)
+                    yield
+            finally:
+                bindings.library.cache_clear()
 
         def drafts(decoder):
             cache = decoder.engine.new_cache(128)
@@ -1500,8 +1503,7 @@ if platform.machine() in ("x86_64", "AMD64"):
             decoder = decoder_with("blocks of 256" if kind == GGUF else "groups of 5", kind)
             want = in_passes(decoder, TOKENS[:120], [40, 7, 73])
             guessed = drafts(decoder)
-            with monkeypatch.context() as patch:
-                patch.setattr(bindings, "library", lambda: built)
+            with other_library():
                 decoder = natively(decoder.model.lm, decoder.model.adapter)
                 got = in_passes(decoder, TOKENS[:120], [40, 7, 73])
                 for ours, theirs, most in [(got, want, close), (drafts(decoder), guessed, 0.05)]:
@@ -1509,3 +1511,9 @@ if platform.machine() in ("x86_64", "AMD64"):
                     assert error <= most * theirs.float().abs().max()
                 rounds = [(tree, ((7, 2), (0, 3)))] * 2
                 assert_bits(decoder, TOKENS[:67], rounds, torch.Generator().manual_seed(1))
+        with other_library():
+            for name in CONFIGS:
+                test_a_linear_layer_in_5_bits(name)
+                test_a_linear_layer_in_8_bits(name)
+            for kind in TYPES:
+                test_a_linear_layer_in_a_files_own_bits(kind)
