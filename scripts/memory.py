@@ -2,8 +2,9 @@
 
     python scripts/memory.py [MODEL] [--dtype bfloat16,int8,gguf] [--out FILE.json]
 
-For each dtype a process of its own loads the model, decodes with two-step, rounded and auto, and
-waits; what the system says of it is compared with a process that has only imported the package.
+For each dtype a process of its own loads the model, decodes with two-step and auto (and rounded,
+where auto has such passes), and waits; what the system says of it is compared with a process that
+has only imported the package.
 Own memory (RssAnon) is what can't go; file pages (RssFile) can, at any time. MiB everywhere.
 Linux only.
 """
@@ -35,11 +36,12 @@ if dtype != "imports":
     print("ready", flush=True)
     sys.stdin.readline()
     decoder = Decoder.load(model, dtype, "cpu")
-    decoder.engine.prepare(True)
+    rounds = decoder.engine.rounding_pays
+    decoder.engine.prepare(rounds)
     print("ready", flush=True)
     sys.stdin.readline()
     prompt = decoder.model.tokenizer("def reverse(items):" * 20)["input_ids"]
-    for strategy in ("two-step", "rounded", "auto"):
+    for strategy in ("two-step", "auto", *["rounded"] * rounds):
         decoder.generate(prompt, DecodeConfig(None, 64, strategy=strategy))
     sizes = {p.data_ptr(): p.nbytes for p in decoder.model.lm.parameters()}
     for m in decoder.model.lm.modules():

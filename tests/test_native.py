@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ from sdsat.engines import drafting
 from sdsat.engines.base import PassInput, RowPolicy, probe_rows
 from sdsat.engines.drafting import Guesses
 from sdsat.engines.native import bindings, compiler, packing, weights
+from sdsat.engines.native import engine as native_engine
 from sdsat.engines.native.compiler import Unavailable
 from sdsat.engines.native.engine import NativeEngine
 from sdsat.method.layout import Layout, SatGroup
@@ -378,6 +380,24 @@ def test_rounded_passes_read_what_is_in_few_bits_as_it_is(held, draft_ids):
             assert (one == other) == (module.blocks.kind in few), name
             shared.append(one == other)
     assert set(shared) == {"few": {True}, "many": {False}, "both": {True, False}}[held]
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+@each_kind
+def test_auto_has_rounded_weights_only_where_they_pay(kind, lanes, monkeypatch, tmp_path):
+    """They take memory of their own; `rounded` has them wherever it is asked for."""
+    model = decoder_with("blocks of 256", kind).model
+    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))  # costs are measured with these vectors
+    decoder = natively(model.lm, model.adapter)
+    vectors = SimpleNamespace(sdsat_lanes=lambda: lanes)  # of another processor
+    monkeypatch.setattr(native_engine, "library", lambda: vectors)
+    assert decoder.engine.rounding_pays == (kind != INT8 or lanes == 16)
+    for strategy in ("auto", "rounded"):
+        want = decoder.generate(TOKENS[:9].tolist(), DecodeConfig(0, 12)).token_ids
+        config = DecodeConfig(3, 12, strategy=strategy)
+        assert decoder.generate(TOKENS[:9].tolist(), config).token_ids == want
+        made = "rounded" in vars(decoder.engine)
+        assert made == (strategy == "rounded" or decoder.engine.rounding_pays)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

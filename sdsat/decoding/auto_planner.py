@@ -70,6 +70,11 @@ class AutoPlanner:
         self._found: dict[object, tuple[float, Plan]] = {}
         self._settle(0)
 
+    @property
+    def rounds(self) -> bool:
+        """See Planner.rounds."""
+        return self.costs.has_rounded
+
     def share(self, batch: int, context: int) -> None:
         """See Planner.share."""
         if batch != self.costs.batch:

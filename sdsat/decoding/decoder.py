@@ -388,8 +388,9 @@ class Decoder:
         waiting = deque[tuple[Request, Planner]]()
 
         def wait(some: abc.Sequence[Request]) -> None:
-            waiting.extend([(each, self.planner(each.config)) for each in some])
-            self.engine.prepare(rounded=any(each.config.may_round for each in some))
+            planned = [(each, self.planner(each.config)) for each in some]
+            waiting.extend(planned)
+            self.engine.prepare(rounded=any(planner.rounds for _, planner in planned))
 
         with self.lock.held():
             _ = self.engine.row_policy  # it is found now, before seconds count

@@ -22,6 +22,11 @@ class FixedPlanner:
 
     config: DecodeConfig
 
+    @property
+    def rounds(self) -> bool:
+        """See Planner.rounds."""
+        return self.config.may_round
+
     def plan(self, drafts: Drafts, left: int, context: int) -> Plan:
         """See Planner.plan."""
         return Plan(shallow(drafts.tree, left - 1))

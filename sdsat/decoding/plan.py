@@ -69,6 +69,10 @@ class Planner(Protocol):
     and so may a decision: each is asked for once a pass and sequence, and then carried out.
     """
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it may want rounded passes."""
+
     def share(self, batch: int, context: int) -> None:
         """Take note of how many sequences the coming pass is of.
 

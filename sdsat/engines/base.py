@@ -190,6 +190,11 @@ class Engine(ABC):
         """Make caches for up to `size` sequences at once, none of more than `num_slots` tokens."""
         return SeparateCaches(self)
 
+    @property
+    def rounding_pays(self) -> bool:
+        """Whether rounded passes can be so much cheaper that `auto` is to try them."""
+        return self.has_rounded
+
     def prepare(self, rounded: bool) -> None:  # noqa: B027
         """Make what passes will need now, before seconds count. rounded: for such passes, too."""
 

@@ -62,7 +62,7 @@ def measure_costs(engine: Engine) -> CostCurve:
     """
     model = engine.model
     tokens = probe_tokens(model, max(CONTEXTS) + max(COUNTS))
-    engine.prepare(rounded=engine.has_rounded)
+    engine.prepare(rounded=engine.rounding_pays)
     verify = []
     draft = []
     rounded = []
@@ -80,7 +80,7 @@ def measure_costs(engine: Engine) -> CostCurve:
         engine.prefill(cache, tokens[:context])
         after = tokens[context : context + max(COUNTS)].tolist()
         shapes = [_Shape(rows, sats) for rows in COUNTS for sats in {0, rows - 1}]
-        shapes += [_Shape(rows, rows - 1, True) for rows in COUNTS if engine.has_rounded]
+        shapes += [_Shape(rows, rows - 1, True) for rows in COUNTS if engine.rounding_pays]
         taken: dict[_Shape, list[float]] = {shape: [] for shape in shapes}
         for _ in range(_TURNS):
             for shape, seconds in taken.items():
@@ -90,7 +90,7 @@ def measure_costs(engine: Engine) -> CostCurve:
         times = {shape: statistics.median(seconds) for shape, seconds in taken.items()}
         verify.append([times[_Shape(rows, 0)] for rows in COUNTS])
         draft.append([times[_Shape(rows, rows - 1)] for rows in COUNTS])
-        if engine.has_rounded:
+        if engine.rounding_pays:
             rounded.append([times[_Shape(rows, rows - 1, True)] for rows in COUNTS])
     bar.close()
     return CostCurve(verify, draft, _seconds_to_draft(engine, cache, tokens), rounded)

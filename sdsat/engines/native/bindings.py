@@ -41,7 +41,7 @@ class Form(IntEnum):
     BITS5_LEAST_FLOAT = 6
     BITS4_LEAST_FLOAT = 7
     BITS8 = 8
-    BITS8_HALVES = 9
+    BITS6_HALVES = 9
 
 
 class Matrix(Structure):

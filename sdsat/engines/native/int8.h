@@ -23,7 +23,7 @@ constexpr float INT8_TINY = 1e-20f;  // the largest of a group counts as no less
 #ifdef __AVX512F__
 constexpr int INT8_TILE = 10;
 #else
-constexpr int INT8_TILE = 4;
+constexpr int INT8_TILE = 8;
 #endif
 
 // What the weights' bytes are above their values, where add_step8() leaves it in them.
@@ -91,12 +91,45 @@ static inline void add_step8(i32x* sums, const uint8_t* w, const int8_t* x) {
 }
 #endif
 
+// The same over half a group, of weights from -32 to 31.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <int R>
+static inline void add_half_group6(i32x* sums, const uint8_t* w, const int8_t* x) {
+  constexpr int STEPS = INT8_GROUP / 2 / INT8_STEP;
+  __m256i own[STEPS], size[STEPS];
+#pragma GCC unroll 4
+  for (int s = 0; s < STEPS; s++) {
+    const __m256i bytes = _mm256_loadu_si256((const __m256i*)(w + s * LANES * INT8_STEP));
+    own[s] = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+    size[s] = _mm256_abs_epi8(own[s]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    __m256i pairs;  // four sums of two products of 32 * 127 fit 16 bits
+#pragma GCC unroll 4
+    for (int s = 0; s < STEPS; s++) {
+      __m256i four = _mm256_set1_epi32(four_bytes(x + r * INT8_GROUP + s * INT8_STEP));
+      __m256i product = _mm256_maddubs_epi16(size[s], _mm256_sign_epi8(four, own[s]));
+      pairs = s ? _mm256_add_epi16(pairs, product) : product;
+    }
+    sums[r] += (i32x)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+}
+#else
+template <int R>
+static inline void add_half_group6(i32x* sums, const uint8_t* w, const int8_t* x) {
+#pragma GCC unroll 4
+  for (int i = 0; i < INT8_GROUP / 2; i += INT8_STEP) add_step8<R>(sums, w + i * LANES, x + i);
+}
+#endif
+
 // ---- a tile of rows ----
 
-// y [R, BLOCK] = x [R, size] . w, one block of outputs with their scales.
+// y [R, BLOCK] = x [R, size] . w, one block of outputs with their scales. Within its caller it
+// would lack registers, as the other tiles would.
 template <int R>
-static inline void multiply_tile8(const Int8Rows& x, int64_t size, const uint8_t* w,
-                                  const float* scale, Prefetch ahead, float* y) {
+static __attribute__((noinline)) void multiply_tile8(Int8Rows x, int64_t size, const uint8_t* w,
+                                                     const float* scale, Prefetch ahead, float* y) {
   const int groups = size / INT8_GROUP;
   for (int h = 0; h < 2; h++) {  // LANES outputs, whose sums over all inputs stay in registers
     f32x sums[R] = {};
@@ -119,9 +152,11 @@ static inline void multiply_tile8(const Int8Rows& x, int64_t size, const uint8_t
 }
 
 // The same of weights with PARTS scales of type Scale for each group of inputs, behind the group.
+// Where there are two, weights are from -32 to 31.
 template <int R, int PARTS, class Scale>
-static inline void multiply_grouped_tile8(const Int8Rows& x, int64_t size, const char* w,
-                                          Prefetch ahead, float* y) {
+static __attribute__((noinline)) void multiply_grouped_tile8(Int8Rows x, int64_t size,
+                                                             const char* w, Prefetch ahead,
+                                                             float* y) {
   constexpr int BYTES = LANES * INT8_GROUP;     // of a group, without scales
   constexpr int INPUTS = INT8_GROUP / PARTS;    // that share a scale
   constexpr int TIMES = INT8_OFFSET / INT5_OFFSET;  // what starts are for INT8_OFFSET
@@ -140,11 +175,17 @@ static inline void multiply_grouped_tile8(const Int8Rows& x, int64_t size, const
                                            : x.halves[at];
           whole[r] = TIMES * start - i32x{};
         }
+        const uint8_t* part = (const uint8_t*)w + p * INPUTS * LANES;
+        const int8_t* rows = x.bytes + g * x.count * INT8_GROUP + p * INPUTS;
+        if constexpr (PARTS == 2) {
+          ahead.fetch(INPUTS * LANES);
+          add_half_group6<R>(whole, part, rows);
+        } else {
 #pragma GCC unroll 8
-        for (int i = p * INPUTS; i < (p + 1) * INPUTS; i += INT8_STEP) {
-          if (i * LANES % CACHE_LINE == 0) ahead.fetch(CACHE_LINE);
-          add_step8<R>(whole, (const uint8_t*)w + i * LANES,
-                       x.bytes + g * x.count * INT8_GROUP + i);
+          for (int i = 0; i < INPUTS; i += INT8_STEP) {
+            if (i * LANES % CACHE_LINE == 0) ahead.fetch(CACHE_LINE);
+            add_step8<R>(whole, part + i * LANES, rows + i);
+          }
         }
         const f32x scale = load(scales + p * LANES);
 #pragma GCC unroll 16

@@ -52,7 +52,7 @@ static void multiply_block(const Rows<T>& x, int rows, const Matrix& w, int64_t 
     });
   } else if (w.form == BITS8) {
     multiply_grouped_block8<1, f16>(x.int8, x.size, rows, weight, next, y);
-  } else if (w.form == BITS8_HALVES) {
+  } else if (w.form == BITS6_HALVES) {
     multiply_grouped_block8<2, float>(x.int8, x.size, rows, weight, next, y);
   } else {
     with_low_bits(w.form, [&](auto low) {

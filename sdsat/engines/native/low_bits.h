@@ -116,8 +116,8 @@ static inline void multiply_group(i32x* sums, const char* w, const int8_t* x) {
 
 // y [R, BLOCK] = x [R, size] . w, one block of outputs. G: a LowBits.
 template <int R, class G>
-static inline void multiply_low_tile(const Int8Rows& x, int64_t size, const char* w, Prefetch ahead,
-                                     float* y) {
+static __attribute__((noinline)) void multiply_low_tile(Int8Rows x, int64_t size, const char* w,
+                                                        Prefetch ahead, float* y) {
   const int groups = size / INT8_GROUP;
   for (int h = 0; h < 2; h++) {  // LANES outputs, whose sums over all inputs stay together
     f32x sums[R] = {};

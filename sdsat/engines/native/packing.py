@@ -54,7 +54,7 @@ def form_of(weight: HeldWeight) -> Form:
     """Return the form in which a file's weight loses nothing."""
     kind = TYPES[weight.kind]
     if kind.bits == 8:
-        return Form.BITS8 if kind.half else Form.BITS8_HALVES
+        return Form.BITS8 if kind.half else Form.BITS6_HALVES
     ends = ("_LEAST" if kind.with_least else "") + ("" if kind.half else "_FLOAT")
     return Form[f"BITS{kind.bits}{ends}"]
 
@@ -134,12 +134,12 @@ def pack_blocks(weight: BlockWeight, form: Form) -> Tensor:
     """
     values, scale, least = (None if part is None else _filled_up(part) for part in weight)
     assert values is not None and scale is not None
-    if form in (Form.BITS8, Form.BITS8_HALVES):
+    if form in (Form.BITS8, Form.BITS6_HALVES):
         parts = [_steps(values.view(torch.uint8) ^ 128)]
     else:
         unsigned = values + 16 if least is None else values
         parts = _low_bits(unsigned.view(torch.uint8), 5 if "5" in form.name else 4)
-    single = form == Form.BITS8_HALVES or form.name.endswith("FLOAT")
+    single = form == Form.BITS6_HALVES or form.name.endswith("FLOAT")
     for numbers in (scale, least):
         if numbers is not None:
             numbers = numbers.to(torch.float32 if single else torch.float16)

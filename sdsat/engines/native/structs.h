@@ -18,7 +18,7 @@ enum Form : int64_t {
   BITS5_LEAST_FLOAT,  // both in float
   BITS4_LEAST_FLOAT,
   BITS8,         // 8 bits, a scale in half precision
-  BITS8_HALVES,  // 8 bits, two scales in float, each for half a group
+  BITS6_HALVES,  // values from -32 to 31 in 8 bits; two scales in float, each for half a group
 };
 
 // The weights of a linear layer, block by block of outputs.
