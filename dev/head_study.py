@@ -735,9 +735,10 @@ def copies_command(
     groups_read: int = 6400,
     adapter: Path | None = None,
     held_out: Path | None = None,
+    model_name: str = MODEL,
 ) -> None:
     """Fit what the text adds to the shipped head's scores, and write what chains then accept."""
-    model = load(MODEL, "float32")
+    model = load(model_name, "float32")
     assert model.head is not None
     groups = Groups(cache, model)
     inner, outer = model.head.inner.detach().float(), model.head.outer.detach().float()
@@ -767,7 +768,7 @@ def copies_command(
         }
         print(longest, entry["copies"], entry["sharpness"], entry["accepted"], flush=True)
         entries.append(entry)
-    about = {"model": MODEL, "groups": groups_read, "places": len(groups.held)}
+    about = {"model": model_name, "groups": groups_read, "places": len(groups.held)}
     write_json(file, about | {"commit": commit(), "by_tokens": entries})
     if adapter is not None and held_out is not None:
         model.head.copies.data.copy_(gains)

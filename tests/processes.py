@@ -14,6 +14,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import NamedTuple
 
 import pytest
+import torch
 
 
 class QuickProcess(ForkServerProcess):
@@ -27,6 +28,9 @@ class QuickProcess(ForkServerProcess):
     def run(self):
         os.environ.clear()
         os.environ.update(self._environment)
+        # Whoever first asks for torch's threads after a fork makes them anew, and a second one that
+        # asks meanwhile finds none ("Invalid thread pool!").
+        torch.set_num_threads(1)
         super().run()
 
 
@@ -62,7 +66,6 @@ def _fork(python, arguments, descriptors):
             os.closerange(before + 1, after)
         sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
         import huggingface_hub.constants
-        import torch
 
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         torch.set_num_threads(1)
