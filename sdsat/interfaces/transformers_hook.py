@@ -96,7 +96,8 @@ def attach(
     Weights and modules may change: before each generation what is made of them is made anew if they
     have (of changes through `.data`, which torch does not count, only those of most of a weight are
     seen). A model with modules, hooks or parametrizations of other origin goes through these, or is
-    refused by the name of the first one.
+    refused by the name of the first one. The native engine's copy of the weights stands beside the
+    model's own, which stay as they are.
 
     Args:
         model: loaded by `AutoModelForCausalLM`.
