@@ -4,9 +4,8 @@
 
 For each dtype a process of its own loads the model, decodes with two-step and auto (and rounded,
 where auto has such passes), and waits; what the system says of it is compared with a process that
-has only imported the package.
-Own memory (RssAnon) is what can't go; file pages (RssFile) can, at any time. MiB everywhere.
-Linux only.
+has only imported the package. Own memory (RssAnon) is what can't go; file pages (RssFile) can, at
+any time. MiB everywhere. Linux only.
 """
 
 from __future__ import annotations

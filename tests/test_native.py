@@ -384,10 +384,9 @@ def test_rounded_passes_read_what_is_in_few_bits_as_it_is(held, draft_ids):
 
 @pytest.mark.parametrize("lanes", [8, 16])
 @each_kind
-def test_auto_has_rounded_weights_only_where_they_pay(kind, lanes, monkeypatch, tmp_path):
+def test_auto_has_rounded_weights_only_where_they_pay(kind, lanes, monkeypatch):
     """They take memory of their own; `rounded` has them wherever it is asked for."""
     model = decoder_with("blocks of 256", kind).model
-    monkeypatch.setenv("SDSAT_CACHE", str(tmp_path))  # costs are measured with these vectors
     decoder = natively(model.lm, model.adapter)
     vectors = SimpleNamespace(sdsat_lanes=lambda: lanes)  # of another processor
     monkeypatch.setattr(native_engine, "library", lambda: vectors)

@@ -175,7 +175,8 @@ def _circumstances(engine: Engine) -> dict[str, Any]:
     }
     native = source_hash() if isinstance(engine, NativeEngine) else None
     where = machine(model.devices, model.dtype_name, engine.name)
-    return where | {"shape": shape, "native": native, "form": _FORM}
+    measured = {"shape": shape, "native": native, "rounding_pays": engine.rounding_pays}
+    return where | measured | {"form": _FORM}
 
 
 def _read(name: str) -> CostCurve | None:

@@ -19,7 +19,7 @@ constexpr int INT8_STEP = 4;         // inputs that one step takes
 constexpr int INT5_OFFSET = 16;      // what values in 5 bits are above their weights (low_bits.h)
 constexpr float INT8_TINY = 1e-20f;  // the largest of a group counts as no less
 
-// Rows whose sums fit the registers beside the weights.
+// Rows that share what is read and unpacked.
 #ifdef __AVX512F__
 constexpr int INT8_TILE = 10;
 #else
@@ -131,7 +131,7 @@ template <int R>
 static __attribute__((noinline)) void multiply_tile8(Int8Rows x, int64_t size, const uint8_t* w,
                                                      const float* scale, Prefetch ahead, float* y) {
   const int groups = size / INT8_GROUP;
-  for (int h = 0; h < 2; h++) {  // LANES outputs, whose sums over all inputs stay in registers
+  for (int h = 0; h < 2; h++) {  // LANES outputs, whose sums over all inputs stay together
     f32x sums[R] = {};
     for (int g = 0; g < groups; g++, w += LANES * INT8_GROUP) {
       i32x whole[R] = {};

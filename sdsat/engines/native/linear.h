@@ -58,7 +58,7 @@ static void multiply_block(const Rows<T>& x, int rows, const Matrix& w, int64_t 
     with_low_bits(w.form, [&](auto low) {
       typedef decltype(low) G;
       const int64_t bytes = x.size / INT8_GROUP * 2 * G::bytes;
-      in_tiles<LOW_TILE>(rows, next, bytes, [&](int first, auto count, Prefetch ahead) {
+      in_tiles<INT8_TILE>(rows, next, bytes, [&](int first, auto count, Prefetch ahead) {
         multiply_low_tile<decltype(count)::value, G>(x.int8.from(first), x.size, weight, ahead,
                                                      y + first * BLOCK);
       });

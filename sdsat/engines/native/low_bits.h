@@ -37,13 +37,6 @@ template <class F> static inline void with_low_bits(int64_t form, const F& f) {
   }
 }
 
-// Rows that share what is read and unpacked.
-#ifdef __AVX512F__
-constexpr int LOW_TILE = 10;
-#else
-constexpr int LOW_TILE = 8;
-#endif
-
 // ---- a group: sums[r] = w * x[r] over INT8_GROUP inputs of LANES outputs, for R rows ----
 
 #ifdef __AVX512VNNI__
