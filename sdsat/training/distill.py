@@ -24,7 +24,7 @@ from sdsat.models.identity import base_hash
 from sdsat.models.sat_model import SatModel
 from sdsat.resume import Place
 from sdsat.tasks.prompts import COMPLETE, collect_prompts, licences, parse_kinds
-from sdsat.training.shards import write_manifest, write_shard
+from sdsat.training.shards import shard_files, shard_name, write_manifest, write_shard
 
 GREEDY = SamplingConfig()
 _SINCE = ("base_sha256", "dtype", "stop_ids")  # what the first manifests do not have
@@ -174,7 +174,7 @@ def _write_answers(
     """
     size = config.shard_size
     shards = [range(n, min(n + size, len(prompts))) for n in range(0, len(prompts), size)]
-    files = [out / f"shard_{number:05d}.safetensors" for number in range(len(shards))]
+    files = [out / shard_name(number) for number in range(len(shards))]
     manifest_file = out / "manifest.json"
     own = range(processes.process_index, len(shards), processes.num_processes)
     missing = [shards[number] for number in own if not files[number].exists()]
@@ -232,6 +232,7 @@ def _check_shards(place: Place, settings: dict[str, Any]) -> None:
             "holds shards without a manifest; choose another folder or delete it",
         )
         return
+    shard_files(place.path)  # refuses older ones
     held = manifest["settings"]
     unknown = [key for key in _SINCE if key not in held]
     if unknown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,8 +19,28 @@ from sdsat.config import InputError, require
 from sdsat.files import replacing, write_json
 from sdsat.tasks.prompts import Decontaminator
 
+_SHARDS = "shard_*.safetensors"
 _TEXT = (".py", ".md", ".txt")
 _USUAL_SIZE = 16  # sequences of a text file
+
+
+def shard_name(number: int) -> str:
+    """Name the file of shard `number`: safetensors, compressed by xz to a sixth."""
+    return f"shard_{number:05d}.safetensors.xz"
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """List the shards in a folder, in order.
+
+    Raises InputError, one line, where some are of a version that did not compress them.
+    """
+    old = sorted(folder.glob(_SHARDS))
+    require(
+        not old,
+        f"{folder}: {len(old)} shards are not compressed, as an older version left them; run "
+        f"`xz {folder / _SHARDS}`",
+    )
+    return sorted(folder.glob(f"{_SHARDS}.xz"))
 
 
 def write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) -> None:
@@ -48,7 +69,7 @@ def write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]]) 
         "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32),
     }
     with replacing(path) as part:
-        save_file(tensors, part)
+        part.write_bytes(lzma.compress(save(tensors)))
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
@@ -57,12 +78,12 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
     Raises InputError, one line, for a damaged one.
     """
     try:
-        shard = load_file(path)
+        shard = load(lzma.decompress(path.read_bytes()))
         parts = shard["tokens"], shard["lengths"], shard["prompt_lengths"]
         if parts[1].sum() != len(parts[0]) or len(parts[1]) != len(parts[2]) or parts[1].min() < 1:
             raise ValueError("its lengths do not add up")
         return shard
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, lzma.LZMAError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{path}: a damaged shard ({error}); delete it and run `sdsat distill` again"
         ) from None
@@ -139,7 +160,7 @@ def read_sequences(
 
     Raises InputError, one line, where there are none or one can't be read.
     """
-    if path.is_dir() and list(path.glob("shard_*.safetensors")):
+    if path.is_dir() and shard_files(path):
         return read_shards(path)
     require(path.exists(), f"data={path}: no such file or folder")
     require(
@@ -153,10 +174,7 @@ def read_sequences(
     )
     require(
         len(files) > 0,
-        (
-            f"data={path}: no shard_*.safetensors and no .py, .md or .txt file there; run "
-            "`sdsat distill`"
-        ),
+        (f"data={path}: no {_SHARDS}.xz and no .py, .md or .txt file there; run `sdsat distill`"),
     )
     require(tokenizer is not None, f"data={path}: text needs a tokenizer, and the model has none")
     assert tokenizer is not None
@@ -201,10 +219,10 @@ def read_shards(folder: Path) -> list[TrainingExample]:
 
     Raises InputError, one line, where there are none or a shard is damaged.
     """
-    files = sorted(folder.glob("shard_*.safetensors"))
+    files = shard_files(folder)
     require(
         len(files) > 0,
-        f"data={folder}: no shard_*.safetensors there; run `sdsat distill --out {folder}` first",
+        f"data={folder}: no {_SHARDS}.xz there; run `sdsat distill --out {folder}` first",
     )
     sequences = []
     for file in files:
