@@ -21,6 +21,13 @@ constexpr int TILE = 12;
 constexpr int TILE = 6;
 #endif
 
+// Rows that take no longer than reading their weights does: in_tiles().
+#ifdef __AVX512F__
+constexpr int FEW_ROWS = 0;
+#else
+constexpr int FEW_ROWS = TILE;
+#endif
+
 // Inputs that one step takes, and how inputs of T lie there: where no instruction multiplies
 // bfloat16, as floats, though each is a bfloat16.
 template <class T> struct Operand {
@@ -111,14 +118,17 @@ static inline void add_step(f32x (&sums)[R][C], const bf16* w, int64_t apart, co
 
 // ---- a tile of rows ----
 
+
 // What is read after a block: while rows are multiplied by the block, it comes from memory, a part
 // of it with every tile of rows.
 struct Prefetch {
   const char* at;
   int tiles;
+  bool into_second;  // cache, and not into the first
   void fetch(int bytes) {  // of `bytes` that are read of the block
     for (int line = 0; line < bytes; line += CACHE_LINE) {
-      __builtin_prefetch(at);
+      if (into_second) __builtin_prefetch(at, 0, 2);
+      else __builtin_prefetch(at);
       at += CACHE_LINE / tiles;
     }
   }
@@ -150,14 +160,15 @@ template <int MOST, class F> static inline void with_constant(int count, const F
 }
 
 // f(first row, count of rows as a constant, what to fetch) for all rows, in as few tiles of at most
-// MOST as there must be, of nearly equal size. next: `bytes` that are read after this.
-template <int MOST, class F>
+// MOST as there must be, of nearly equal size. next: `bytes` that are read after this. Up to FEW
+// rows memory is the limit, and prefetches leave the first cache to what is multiplied.
+template <int MOST, int FEW = 0, class F>
 static inline void in_tiles(int rows, const char* next, int64_t bytes, const F& f) {
   const int tiles = (rows + MOST - 1) / MOST;
   int first = 0;
   for (int t = 0; t < tiles; t++) {
     const int count = (rows - first + tiles - t - 1) / (tiles - t);
-    const Prefetch ahead{next + bytes / tiles * t, tiles};
+    const Prefetch ahead{next + bytes / tiles * t, tiles, rows <= FEW};
     with_constant<MOST>(count, [&](auto constant) { f(first, constant, ahead); });
     first += count;
   }

@@ -39,7 +39,7 @@ static void multiply_block(const Rows<T>& x, int rows, const Matrix& w, int64_t 
   const char* weight = w.block(b);
   if (w.form == PLAIN) {
     const int64_t bytes = x.size * BLOCK * sizeof(T);
-    in_tiles<TILE>(rows, next, bytes, [&](int first, auto count, Prefetch ahead) {
+    in_tiles<TILE, FEW_ROWS>(rows, next, bytes, [&](int first, auto count, Prefetch ahead) {
       multiply_tile<T, decltype(count)::value>(x.values + first * x.size, x.size, (const T*)weight,
                                                ahead, y + first * BLOCK);
     });

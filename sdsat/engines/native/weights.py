@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from ctypes import Array, c_float
 from typing import Any
 
@@ -209,7 +211,7 @@ class NativeWeights:
             held = [as_bytes(*part, first, last, self._step) for part in parts]
             joined = torch.cat([part for packed in held for part in packed], 1)
             if not first:
-                together = joined.new_empty(num_blocks(outputs), joined.shape[1])
+                together = _huge_pages(num_blocks(outputs), joined.shape[1])
                 self._kept.append(together)
             together[num_blocks(first) :][: len(joined)] = joined
             self._read_bytes += (
@@ -308,6 +310,14 @@ class NativeWeights:
                 self._linear(f"{where}/{part}/{name}", getattr(module, name), shapes[name])
             )
         return Layer(*norms, *parts)
+
+
+def _huge_pages(blocks: int, size: int) -> Tensor:
+    """Make room for bytes [blocks, size], in pages of 2 MiB where the system gives them."""
+    room = mmap.mmap(-1, blocks * size)
+    with suppress(AttributeError, OSError):  # not on every system
+        room.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(room, dtype=torch.uint8).view(blocks, size)
 
 
 def _kv_heads(config: Any) -> int:
