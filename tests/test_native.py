@@ -4,6 +4,7 @@ where it can't be had.
 
 import copy
 import ctypes
+import errno
 import math
 import os
 import platform
@@ -1321,6 +1322,31 @@ def test_the_compiler_may_be_a_command(fresh_library, tmp_path):
     unavailable(random_lm("llama"), "a compiler -m64 g++ failed (g++ has no such flag)")
     fresh_library.setenv("CXX", "'g++")
     unavailable(random_lm("llama"), "CXX='g++: not a command (No closing quotation)")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="huge pages are Linux's"
+)
+def test_weights_ask_for_huge_pages():
+    """Memory that is shared, mmap's default, gets none, and nobody says so."""
+    struct = natively(random_lm("llama")).engine.exact.struct
+    address = struct.layer[0].gate.weight.weight
+    for lines in re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text()):
+        first, last = (int(end, 16) for end in lines.split()[0].split("-"))
+        if first <= address < last:
+            (flags,) = re.findall(r"VmFlags: (.*)", lines)
+            assert "hg" in flags.split() and "sh" not in flags.split()
+            return
+    raise AssertionError("the weights lie nowhere")
+
+
+def test_without_memory_for_weights(monkeypatch):
+    def none_left(*args, **options):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(weights.mmap, "mmap", none_left)
+    with pytest.raises(MemoryError, match="bytes of weights: Cannot allocate memory"):
+        natively(random_lm("llama"))
 
 
 def without_memory():

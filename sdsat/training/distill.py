@@ -2,8 +2,8 @@
 
     sdsat distill --out runs/data --source path/to/python/packages
 
-The model's own answers, because acceptance is measured against the model's own output. A shard is a
-few MB of tokens; shards.py reads them for training.
+The model's own answers, because acceptance is measured against the model's own output. A shard is the
+tokens of some hundred answers, compressed; shards.py reads them for training.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def distill(
     }
     manifest: dict[str, Any] = {
         "format": "sdsat-shards",
-        "format_version": 1,
+        "format_version": 2,
         "settings": settings,
         "shards": [],
         "licences": licences(sources),
@@ -232,7 +232,6 @@ def _check_shards(place: Place, settings: dict[str, Any]) -> None:
             "holds shards without a manifest; choose another folder or delete it",
         )
         return
-    shard_files(place.path)  # refuses older ones
     held = manifest["settings"]
     unknown = [key for key in _SINCE if key not in held]
     if unknown:
@@ -242,3 +241,4 @@ def _check_shards(place: Place, settings: dict[str, Any]) -> None:
             stacklevel=3,
         )
     place.check_same({**_BEFORE, **{key: settings[key] for key in unknown}, **held}, settings)
+    shard_files(place.path)  # refuses older ones

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
-import lzma
+import shlex
 import warnings
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,28 +21,30 @@ from sdsat.config import InputError, require
 from sdsat.files import replacing, write_json
 from sdsat.tasks.prompts import Decontaminator
 
-_SHARDS = "shard_*.safetensors"
+_UNCOMPRESSED = "shard_*.safetensors"
+_SHARDS = f"{_UNCOMPRESSED}.gz"
 _TEXT = (".py", ".md", ".txt")
 _USUAL_SIZE = 16  # sequences of a text file
+# What reading a damaged shard raises.
+_DAMAGED = (OSError, EOFError, zlib.error, SafetensorError, KeyError, ValueError, RuntimeError)
 
 
 def shard_name(number: int) -> str:
-    """Name the file of shard `number`: safetensors, compressed by xz to a sixth."""
-    return f"shard_{number:05d}.safetensors.xz"
+    """Name the file of shard `number`: safetensors, compressed by gzip to a fifth."""
+    return f"shard_{number:05d}.safetensors.gz"
 
 
 def shard_files(folder: Path) -> list[Path]:
     """List the shards in a folder, in order.
 
-    Raises InputError, one line, where some are of a version that did not compress them.
+    Raises InputError, one line, where some are of an older version, which did not compress them.
     """
-    old = sorted(folder.glob(_SHARDS))
     require(
-        not old,
-        f"{folder}: {len(old)} shards are not compressed, as an older version left them; run "
-        f"`xz {folder / _SHARDS}`",
+        not list(folder.glob(_UNCOMPRESSED)),
+        f"{folder}: holds shards of an older version, not compressed; run "
+        f"`gzip -f -- {shlex.quote(str(folder))}/{_UNCOMPRESSED}`",
     )
-    return sorted(folder.glob(f"{_SHARDS}.xz"))
+    return sorted(folder.glob(_SHARDS))
 
 
 def write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) -> None:
@@ -69,7 +73,7 @@ def write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]]) 
         "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32),
     }
     with replacing(path) as part:
-        part.write_bytes(lzma.compress(save(tensors)))
+        part.write_bytes(gzip.compress(save(tensors), mtime=0))
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
@@ -78,12 +82,12 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
     Raises InputError, one line, for a damaged one.
     """
     try:
-        shard = load(lzma.decompress(path.read_bytes()))
+        shard = load(gzip.decompress(path.read_bytes()))
         parts = shard["tokens"], shard["lengths"], shard["prompt_lengths"]
         if parts[1].sum() != len(parts[0]) or len(parts[1]) != len(parts[2]) or parts[1].min() < 1:
             raise ValueError("its lengths do not add up")
         return shard
-    except (OSError, lzma.LZMAError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except _DAMAGED as error:
         raise InputError(
             f"{path}: a damaged shard ({error}); delete it and run `sdsat distill` again"
         ) from None
@@ -174,7 +178,7 @@ def read_sequences(
     )
     require(
         len(files) > 0,
-        (f"data={path}: no {_SHARDS}.xz and no .py, .md or .txt file there; run `sdsat distill`"),
+        f"data={path}: no {_SHARDS} and no .py, .md or .txt file there; run `sdsat distill`",
     )
     require(tokenizer is not None, f"data={path}: text needs a tokenizer, and the model has none")
     assert tokenizer is not None
@@ -222,7 +226,7 @@ def read_shards(folder: Path) -> list[TrainingExample]:
     files = shard_files(folder)
     require(
         len(files) > 0,
-        f"data={folder}: no {_SHARDS}.xz there; run `sdsat distill --out {folder}` first",
+        f"data={folder}: no {_SHARDS} there; run `sdsat distill --out {folder}` first",
     )
     sequences = []
     for file in files:

@@ -21,11 +21,12 @@ constexpr int TILE = 12;
 constexpr int TILE = 6;
 #endif
 
-// Rows that take no longer than reading their weights does: in_tiles().
-#ifdef __AVX512F__
-constexpr int FEW_ROWS = 0;
-#else
+// Up to so many rows, one tile, prefetches go into the second cache, and leave the first to the
+// block that is multiplied. It was measured with AVX2 only; 0: never.
+#if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int FEW_ROWS = TILE;
+#else
+constexpr int FEW_ROWS = 0;
 #endif
 
 // Inputs that one step takes, and how inputs of T lie there: where no instruction multiplies
@@ -118,16 +119,15 @@ static inline void add_step(f32x (&sums)[R][C], const bf16* w, int64_t apart, co
 
 // ---- a tile of rows ----
 
-
 // What is read after a block: while rows are multiplied by the block, it comes from memory, a part
 // of it with every tile of rows.
 struct Prefetch {
   const char* at;
   int tiles;
-  bool into_second;  // cache, and not into the first
+  bool into_second_cache;
   void fetch(int bytes) {  // of `bytes` that are read of the block
     for (int line = 0; line < bytes; line += CACHE_LINE) {
-      if (into_second) __builtin_prefetch(at, 0, 2);
+      if (into_second_cache) __builtin_prefetch(at, 0, 2);
       else __builtin_prefetch(at);
       at += CACHE_LINE / tiles;
     }
@@ -160,8 +160,8 @@ template <int MOST, class F> static inline void with_constant(int count, const F
 }
 
 // f(first row, count of rows as a constant, what to fetch) for all rows, in as few tiles of at most
-// MOST as there must be, of nearly equal size. next: `bytes` that are read after this. Up to FEW
-// rows memory is the limit, and prefetches leave the first cache to what is multiplied.
+// MOST as there must be, of nearly equal size. next: `bytes` that are read after this. FEW: see
+// FEW_ROWS.
 template <int MOST, int FEW = 0, class F>
 static inline void in_tiles(int rows, const char* next, int64_t bytes, const F& f) {
   const int tiles = (rows + MOST - 1) / MOST;

@@ -313,8 +313,14 @@ class NativeWeights:
 
 
 def _huge_pages(blocks: int, size: int) -> Tensor:
-    """Make room for bytes [blocks, size], in pages of 2 MiB where the system gives them."""
-    room = mmap.mmap(-1, blocks * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Make room for bytes [blocks, size], in pages of 2 MiB where the system gives them.
+
+    Raises MemoryError.
+    """
+    try:  # shared memory, mmap's default, has no such pages
+        room = mmap.mmap(-1, blocks * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{blocks * size} bytes of weights: {error.strerror}") from None
     with suppress(AttributeError, OSError):  # not on every system
         room.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(room, dtype=torch.uint8).view(blocks, size)
