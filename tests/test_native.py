@@ -1329,8 +1329,8 @@ def test_the_compiler_may_be_a_command(fresh_library, tmp_path):
 )
 def test_weights_ask_for_huge_pages():
     """Memory that is shared, mmap's default, gets none, and nobody says so."""
-    struct = natively(random_lm("llama")).engine.exact.struct
-    address = struct.layer[0].gate.weight.weight
+    decoder = natively(random_lm("llama"))
+    address = decoder.engine.exact.struct.layer[0].gate.weight.weight
     for lines in re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text()):
         first, last = (int(end, 16) for end in lines.split()[0].split("-"))
         if first <= address < last:

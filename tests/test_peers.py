@@ -32,7 +32,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         first = asked["prompt"][-1] + 1
         tokens = [t for t in range(first, first + asked["n_predict"]) if t < 9]
         stopped = len(tokens) < asked["n_predict"]
-        timings = {{"prompt_ms": 1.0, "predicted_n": len(tokens) + stopped, "draft_n_accepted": 1}}
+        timings = {{"prompt_ms": 1e-3, "predicted_n": len(tokens) + stopped, "draft_n_accepted": 1}}
         answer = {{"tokens": tokens, "stop_type": "eos" if stopped else "limit"}}
         body = json.dumps({{**answer, "timings": timings, "argv": sys.argv[1:]}}).encode()
         self.send_response(200)
@@ -124,7 +124,7 @@ def test_llama_cpp_gives_what_ours_gives(llama_cpp, limit, tokens, finish, passe
     decode = peers.make_decoder(name, "", llama_cpp, 20)
     out = decode([5, 6], limit)
     assert (out.token_ids, out.finish, out.num_passes) == (tokens, finish, passes)
-    assert out.prefill_seconds == 0.001 and out.decode_seconds > 0
+    assert out.prefill_seconds == 0.001 / 1000 and out.decode_seconds > 0
 
 
 def test_peers_that_are_missing_have_no_names(tmp_path, monkeypatch):

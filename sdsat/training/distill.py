@@ -2,8 +2,8 @@
 
     sdsat distill --out runs/data --source path/to/python/packages
 
-The model's own answers, because acceptance is measured against the model's own output. A shard is the
-tokens of some hundred answers, compressed; shards.py reads them for training.
+The model's own answers, because acceptance is measured against the model's own output. A shard is
+the tokens of some hundred answers, compressed; shards.py reads them for training.
 """
 
 from __future__ import annotations
