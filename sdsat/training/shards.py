@@ -48,18 +48,22 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def write_manifest(file: Path, manifest: dict[str, Any], shards: list[Path]) -> None:
-    """List the shards that are there, with their sizes."""
-    manifest["shards"] = []
-    for shard in filter(Path.exists, shards):
-        tensors = _read_shard(shard)
-        num_answer_tokens = int((tensors["lengths"] - tensors["prompt_lengths"]).sum())
-        entry = {
-            "file": shard.name,
-            "num_sequences": len(tensors["lengths"]),
-            "num_answer_tokens": num_answer_tokens,
-        }
-        manifest["shards"].append(entry)
+    """List the shards that are there, with their sizes; those listed are not read again."""
+    listed = {entry["file"]: entry for entry in manifest["shards"]}
+    manifest["shards"] = [
+        listed.get(shard.name) or _sizes(shard) for shard in filter(Path.exists, shards)
+    ]
     write_json(file, manifest)
+
+
+def _sizes(shard: Path) -> dict[str, Any]:
+    """Say what a manifest says of a shard."""
+    tensors = _read_shard(shard)
+    return {
+        "file": shard.name,
+        "num_sequences": len(tensors["lengths"]),
+        "num_answer_tokens": int((tensors["lengths"] - tensors["prompt_lengths"]).sum()),
+    }
 
 
 def write_shard(path: Path, prompts: list[list[int]], answers: list[list[int]]) -> None:
